@@ -1,0 +1,1 @@
+"""Triton kernels for merging, importable on their own: `import olmfast.kernels`."""

@@ -1,0 +1,1 @@
+"""Datasets, metrics and the working model: how good a candidate is."""

@@ -1,0 +1,1 @@
+"""The search loop: propose, evaluate, select, commit, record."""

@@ -1,0 +1,1 @@
+"""Checkpoints, what their tensors mean, and recipes: what a merged model is made of."""

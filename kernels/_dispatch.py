@@ -1,52 +1,67 @@
-"""Which implementation runs: one rule for every operation.
+"""Which implementation runs, and on what: one rule for every operation.
 
 `impl="auto"` takes Triton where it can run (tensors on a GPU, triton installed, a dtype the kernel knows) and
-plain torch elsewhere, quietly. `impl="triton"` or `impl="torch"` is an order: it runs or raises with the reason.
-Under Triton's interpreter (TRITON_INTERPRET=1, for tests) an explicit `impl="triton"` runs on CPU tensors.
+plain torch elsewhere, quietly. `impl="triton"` and `impl="torch"` are orders: they run or raise with the
+reason. Under Triton's interpreter (TRITON_INTERPRET=1, for tests) `impl="triton"` runs on CPU tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from os import environ
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Impl = Literal["auto", "triton", "torch"]
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FLOAT_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
-def choose(where: str, impl: str, tensors: Iterable[Tensor], dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES) -> bool:
-    """True for the Triton kernel, False for plain torch; `tensors` are those whose dtype the kernel must know."""
+def use_triton(
+    where: str,
+    impl: str,
+    tensors: Iterable[Tensor],
+    dtypes: Sequence[torch.dtype] = KERNEL_DTYPES,
+    *,
+    mixed: bool = True,
+) -> bool:
+    """True for the Triton kernel, False for plain torch.
+
+    `tensors`: all whose device and dtype matter; `dtypes`: those the kernel knows, () where there is no kernel;
+    `mixed`: whether the tensors may differ in dtype.
+    """
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"{where}: impl is {impl!r}; use 'auto', 'triton' or 'torch'")
     tensors = list(tensors)
-    devices = {tensor.device for tensor in tensors}
+    devices = sorted({str(tensor.device) for tensor in tensors})
     if len(devices) > 1:
-        raise ValueError(f"{where}: the tensors are on different devices ({', '.join(sorted(map(str, devices)))})")
+        raise ValueError(f"{where}: the tensors are on different devices: {', '.join(devices)}")
     if impl == "torch":
         return False
-    reason = _obstacle(tensors, dtypes)
+    reason = _obstacle(tensors[0].device, tensors, dtypes, mixed)
     if impl == "triton" and reason:
         raise ValueError(f"{where}: impl='triton' cannot run: {reason}; use impl='auto'")
     return reason is None and (impl == "triton" or tensors[0].device.type != "cpu")
 
 
-def _obstacle(tensors: list[Tensor], dtypes: tuple[torch.dtype, ...]) -> str | None:
+def _obstacle(
+    device: torch.device, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], mixed: bool
+) -> str | None:
     """Why the Triton kernel cannot run on these tensors; None if it can."""
-    device = tensors[0].device
-    if device.type not in ("cuda", "xpu") and not (device.type == "cpu" and interpreted()):
+    if not dtypes:
+        return "the operation has no Triton kernel"
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"the tensors are on {device.type}"
     unknown = next((tensor.dtype for tensor in tensors if tensor.dtype not in dtypes), None)
     if unknown is not None:
-        return f"the kernel does not know dtype {str(unknown).removeprefix('torch.')}"
+        return f"the kernel does not know dtype {dtype_name(unknown)}"
+    if not mixed and len({tensor.dtype for tensor in tensors}) > 1:
+        return "the tensors differ in dtype"
     if not _triton_installed():
         return "triton is not installed"
     if device.type == "cuda" and torch.version.hip is None and _capability(device) < (8, 0):
@@ -55,8 +70,8 @@ def _obstacle(tensors: list[Tensor], dtypes: tuple[torch.dtype, ...]) -> str | N
 
 
 def interpreted() -> bool:
-    """Whether Triton code runs in Triton's interpreter in this process (read when triton is first imported)."""
-    return environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+    """Whether Triton code runs in Triton's interpreter (triton reads the variable when it is first imported)."""
+    return environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 @lru_cache(maxsize=1)
@@ -69,9 +84,73 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+@lru_cache(maxsize=64)
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory one block may use; 64 KB where it is not known."""
+    if device.type != "cuda":
+        return 101_376
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 65_536))
+
+
+class Tile(NamedTuple):
+    """One launch configuration of a tiled product, and the shared memory its pipeline needs."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    n_stages: int
+    n_warps: int
+
+    def n_bytes(self, element_size: int) -> int:
+        return (self.block_m + self.block_n) * self.block_k * element_size * self.n_stages
+
+
+def fitting(tiles: Sequence[Tile], device: torch.device, element_size: int) -> Tile:
+    """The first tile, best first, whose pipeline fits the device's shared memory; the last one otherwise."""
+    limit = _shared_memory(device)
+    return next((tile for tile in tiles if tile.n_bytes(element_size) <= limit), tiles[-1])
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device: make it the tensor's own."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
+class LazyKernel:
+    """A `@triton.jit` function that imports triton only when it is first launched.
+
+    All LazyKernels of a module are compiled then, in the module's own namespace (where `tl` is put as well),
+    so that kernels can call each other as usual. `plain`: integer arguments whose values must not lead to
+    compiled variants (divisible by 16, equal to 1).
+    """
+
+    def __init__(self, function: Callable[..., Any], plain: Sequence[str] = ()) -> None:
+        self.function = function
+        self.plain = tuple(plain)
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        namespace = self.function.__globals__
+        triton = import_module("triton")
+        namespace["tl"] = import_module("triton.language")
+        for name, value in list(namespace.items()):
+            if isinstance(value, LazyKernel):
+                namespace[name] = triton.jit(value.function, do_not_specialize=value.plain)
+        launcher: Callable[..., Any] = namespace[self.function.__name__][grid]
+        return launcher
+
+    def __call__(self, *_args: Any) -> Any:
+        """For type checkers: kernels call each other, but only inside Triton."""
+        raise TypeError(f"{self.function.__name__} is a Triton function; launch it with [grid]")
+
+
+def pointers(tensors: Sequence[Tensor]) -> Tensor:
+    """Their addresses (n,) int64, on their device: how a kernel takes any number of inputs."""
+    return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64).to(tensors[0].device)
+
+
+def ceil_div(n: int, block: int) -> int:
+    return -(-n // block)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -79,46 +158,43 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class LazyKernel:
-    """A `@triton.jit` function that imports triton only when it is first launched.
-
-    Every LazyKernel of a module is compiled from the module's own namespace, into which `tl` is put then; kernels
-    can therefore call each other as usual.
-    """
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-
-    def __getitem__(self, grid: Any) -> Callable[..., Any]:
-        namespace = self.function.__globals__
-        triton = import_module("triton")
-        namespace.setdefault("tl", import_module("triton.language"))
-        for name, value in list(namespace.items()):
-            if isinstance(value, LazyKernel):
-                namespace[name] = triton.jit(value.function)
-        launcher: Callable[..., Any] = namespace[self.function.__name__][grid]
-        return launcher
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def check_float(where: str, name: str, tensor: Tensor, n_dims: int | None = None) -> None:
     """A floating-point tensor, of `n_dims` dimensions where given; TypeError or ValueError otherwise."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{where}: {name} is {type(tensor).__name__}, not a tensor")
+        raise TypeError(f"{where}: {name} is of type {type(tensor).__name__}, not a tensor")
     if tensor.dtype not in FLOAT_DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
-        raise TypeError(f"{where}: {name} has dtype {str(tensor.dtype).removeprefix('torch.')}, not one of {known}")
+        known = ", ".join(dtype_name(dtype) for dtype in FLOAT_DTYPES)
+        raise TypeError(f"{where}: {name} has dtype {dtype_name(tensor.dtype)}; use one of {known}")
     if n_dims is not None and tensor.dim() != n_dims:
         raise ValueError(f"{where}: {name} has shape {tuple(tensor.shape)}, not {n_dims} dimensions")
 
 
-def prepare_out(where: str, out: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+def check_alike(where: str, tensors: Sequence[Tensor]) -> None:
+    """At least one, floating point, all of one shape."""
+    if not tensors:
+        raise ValueError(f"{where}: no tensors")
+    for i, tensor in enumerate(tensors):
+        check_float(where, f"tensors[{i}]", tensor)
+        if tensor.shape != tensors[0].shape:
+            raise ValueError(
+                f"{where}: tensors[{i}] has shape {tuple(tensor.shape)}, tensors[0] {tuple(tensors[0].shape)}"
+            )
+
+
+def prepare_out(
+    where: str, out: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """The tensor to write: a new one, or the caller's after a check of shape, dtype and device."""
     if out is None:
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
     if tuple(out.shape) != tuple(shape):
         raise ValueError(f"{where}: out has shape {tuple(out.shape)}, the result has {tuple(shape)}")
-    if out.dtype != like.dtype:
-        raise TypeError(f"{where}: out is {out.dtype}, the result is {like.dtype}")
-    if out.device != like.device:
-        raise ValueError(f"{where}: out is on {out.device}, the inputs are on {like.device}")
+    if out.dtype != dtype:
+        raise TypeError(f"{where}: out has dtype {dtype_name(out.dtype)}, the result has {dtype_name(dtype)}")
+    if out.device != device:
+        raise ValueError(f"{where}: out is on {out.device}, the inputs are on {device}")
     return out

@@ -1,22 +1,48 @@
-"""SVD-ES offspring of one weight: multiplicative noise along its singular directions, without the noise tensor.
+"""SVD-ES offspring of one weight: noise along its singular directions, without the noise tensor.
 
     offspring_j = round(W * exp(clamp((U * c_j) @ Vh, -clamp, clamp)))      elementwise, j = 0..lambda-1
 
 Shapes: W (rows, cols), U (rows, k), Vh (k, cols), c (lambda, k) -> (lambda, rows, cols).
+Precision: the product accumulates in float32 whatever its operands are; exp and the product with W are float32;
+one rounding to W's dtype.
+Bytes: W and the result once per offspring, U and Vh once per row of tiles. 2 * lambda * rows * cols * k
+operations: bound by arithmetic for any k worth having.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from olmfast.kernels._dispatch import check_float, choose, compute_dtype, prepare_out
+from olmfast.kernels._dispatch import (
+    LazyKernel,
+    Tile,
+    ceil_div,
+    check_float,
+    compute_dtype,
+    fitting,
+    interpreted,
+    on_device,
+    prepare_out,
+    use_triton,
+)
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 PRECISIONS = ("ieee", "tf32", "bf16")
+# Best first: Hopper and A100, then 99 KB (Ada, consumer Ampere), then 64 KB.
+TILES = (Tile(128, 256, 32, 3, 8), Tile(128, 128, 32, 3, 8), Tile(128, 64, 32, 2, 4), Tile(64, 64, 32, 2, 4))
+# Values of noise computed at a time on a CPU: the buffer stays in the cache.
+N_CHUNK = 1 << 20
 
 
-def svd_noise_ref(weight: Tensor, u: Tensor, vh: Tensor, coefficients: Tensor, *, clamp: float, out: Tensor) -> Tensor:
-    """The formula in plain torch, a stretch of rows at a time: the noise buffer stays in the cache.
+def svd_noise_ref(
+    weight: Tensor, u: Tensor, vh: Tensor, coefficients: Tensor, *, clamp: float, out: Tensor
+) -> Tensor:
+    """The formula in plain torch, a stretch of rows at a time, into `out`.
 
     The shape of each product depends on the weight alone, so an offspring's bytes do not depend on how many
     offspring are asked for in one call.
@@ -24,7 +50,7 @@ def svd_noise_ref(weight: Tensor, u: Tensor, vh: Tensor, coefficients: Tensor, *
     rows, cols = weight.shape
     dtype = compute_dtype(weight.dtype)
     u, vh, coefficients = u.to(dtype), vh.to(dtype).contiguous(), coefficients.to(dtype)
-    n_rows = min(rows, max(128, (1 << 20) // max(cols, 1)))
+    n_rows = min(rows, max(128, N_CHUNK // max(cols, 1)))
     for start in range(0, rows, n_rows):
         part = weight[start : start + n_rows].to(dtype)
         u_part = u[start : start + n_rows].contiguous()
@@ -41,6 +67,49 @@ def svd_noise_ref(weight: Tensor, u: Tensor, vh: Tensor, coefficients: Tensor, *
     return out
 
 
+@LazyKernel
+def _svd_noise_kernel(
+    w_ptr, u_ptr, vh_ptr, c_ptr, out_ptr, rows, cols, k, clamp,
+    w_row, w_col, u_row, u_k, vh_k, vh_col, c_row, c_k, out_j, out_row, out_col,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # Tiles in groups of GROUP rows: neighbours share U and Vh in the L2 cache.
+    n_tiles_m, n_tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(cols, BLOCK_N)
+    tile, j = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    group = tile // (GROUP * n_tiles_n)
+    group_rows = tl.minimum(n_tiles_m - group * GROUP, GROUP)
+    tile_m = group * GROUP + (tile % (GROUP * n_tiles_n)) % group_rows
+    tile_n = (tile % (GROUP * n_tiles_n)) // group_rows
+    offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    mask_m, mask_n = offs_m < rows, offs_n < cols
+
+    noise = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, k, BLOCK_K):
+        at = start + offs_k
+        mask_k = at < k
+        c = tl.load(c_ptr + j * c_row + at * c_k, mask=mask_k, other=0.0).to(tl.float32)
+        a_at = u_ptr + offs_m[:, None] * u_row + at[None, :] * u_k
+        b_at = vh_ptr + at[:, None] * vh_k + offs_n[None, :] * vh_col
+        a = tl.load(a_at, mask=mask_m[:, None] & mask_k[None, :], other=0.0).to(tl.float32) * c[None, :]
+        b = tl.load(b_at, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        if PRECISION == "bf16":
+            a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)
+        if PRECISION != "bf16" or WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        noise = tl.dot(a, b, noise, input_precision="tf32" if PRECISION == "tf32" else "ieee")
+
+    # A NaN in U, Vh or c must come out as NaN, not as the bound.
+    noise = tl.minimum(noise, clamp, propagate_nan=tl.PropagateNan.ALL)
+    noise = tl.maximum(noise, -clamp, propagate_nan=tl.PropagateNan.ALL)
+    mask = mask_m[:, None] & mask_n[None, :]
+    w = tl.load(w_ptr + offs_m[:, None] * w_row + offs_n[None, :] * w_col, mask=mask, other=0.0).to(tl.float32)
+    out_at = out_ptr + j * out_j + offs_m[:, None] * out_row + offs_n[None, :] * out_col
+    tl.store(out_at, (w * tl.exp(noise)).to(out_ptr.dtype.element_ty), mask=mask)
+
+
 def svd_noise(
     weight: Tensor,
     u: Tensor,
@@ -52,14 +121,16 @@ def svd_noise(
     out: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """`weight * exp(clamp((u * c) @ vh))` for each row c of `coefficients`, rounded once to the weight's dtype.
+    """`weight * exp(clamp((u * c) @ vh))` for each row c of `coefficients`, rounded once to weight's dtype.
+
+    The step of SVD-ES: a perturbation along the singular directions, multiplied onto the weight.
 
     Args:
         weight: (rows, cols), bfloat16, float16, float32 or float64; any strides.
-        u: (rows, k). vh: (k, cols). coefficients: (lambda, k). Any float dtype; k may be 0.
+        u: (rows, k). vh: (k, cols). coefficients: (lambda, k). Any float dtype and strides; k may be 0.
         clamp: bound of the exponent on both sides.
-        precision: of the product on a GPU: 'ieee' (float32), 'tf32' (error of the noise about 3e-4), 'bf16'
-            (about 3e-3). Torch on a CPU always computes in float32 (float64 for a float64 weight).
+        precision: of the product's operands on a GPU: 'ieee' (float32), 'tf32' (relative error of the noise
+            about 3e-4) or 'bf16' (about 3e-3). Torch computes in float32 (float64 for a float64 weight).
         out: (lambda, rows, cols) of the weight's dtype, any strides; must not overlap the inputs.
         impl: 'auto', 'triton' or 'torch'.
 
@@ -70,12 +141,32 @@ def svd_noise(
         TypeError, ValueError: wrong dtype, shape, device, precision or impl.
     """
     _check(weight, u, vh, coefficients, clamp, precision)
-    out = prepare_out("svd_noise", out, (coefficients.shape[0], *weight.shape), weight)
-    choose("svd_noise", impl, (weight, u, vh, coefficients))
-    return svd_noise_ref(weight, u, vh, coefficients, clamp=clamp, out=out)
+    shape = (coefficients.shape[0], *weight.shape)
+    triton = use_triton("svd_noise", impl, (weight, u, vh, coefficients))
+    out = prepare_out("svd_noise", out, shape, weight.dtype, weight.device)
+    if not triton:
+        return svd_noise_ref(weight, u, vh, coefficients, clamp=clamp, out=out)
+    if not out.numel():
+        return out
+    if precision == "bf16":
+        u, vh = u.to(torch.bfloat16), vh.to(torch.bfloat16)
+    rows, cols = weight.shape
+    tile = fitting(TILES, weight.device, max(u.element_size(), vh.element_size()))
+    grid = (ceil_div(rows, tile.block_m) * ceil_div(cols, tile.block_n), shape[0])
+    with on_device(weight):
+        _svd_noise_kernel[grid](
+            weight, u, vh, coefficients, out, rows, cols, u.shape[1], float(clamp),
+            *weight.stride(), *u.stride(), *vh.stride(), *coefficients.stride(), *out.stride(),
+            PRECISION=precision, WIDEN=interpreted(), GROUP=8,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+            num_stages=tile.n_stages, num_warps=tile.n_warps,
+        )  # fmt: skip
+    return out
 
 
-def _check(weight: Tensor, u: Tensor, vh: Tensor, coefficients: Tensor, clamp: float, precision: str) -> None:
+def _check(
+    weight: Tensor, u: Tensor, vh: Tensor, coefficients: Tensor, clamp: float, precision: str
+) -> None:
     for name, tensor in (("weight", weight), ("u", u), ("vh", vh), ("coefficients", coefficients)):
         check_float("svd_noise", name, tensor, 2)
     (rows, cols), k = weight.shape, coefficients.shape[1]

@@ -1,34 +1,74 @@
 """n-way weighted sum in one pass: each input is read once, the sum is kept in float32 and rounded once.
 
-    out = round(sum_i w_i * T_i)            normalize=True: divided by sum_i w_i
+    out = round(sum_i w_i * T_i)                normalize=True: divided by sum_i w_i
+
+Shapes: n tensors of one shape -> one of that shape.
+Bytes: n inputs and the result, once: bound by memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from olmfast.kernels._dispatch import check_float, choose, compute_dtype, prepare_out
+from olmfast.kernels._dispatch import (
+    LazyKernel,
+    ceil_div,
+    check_alike,
+    compute_dtype,
+    on_device,
+    pointers,
+    prepare_out,
+    use_triton,
+)
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+BLOCK = 2048
+# Values summed at a time on a CPU: the float32 sum stays in the cache.
+N_CHUNK = 1 << 16
 
 
-def weighted_sum_ref(tensors: Sequence[Tensor], weights: Tensor, *, divisor: float, out: Tensor) -> Tensor:
-    """The formula in plain torch, a stretch at a time: the float32 sum stays in the cache."""
-    dtype = compute_dtype(tensors[0].dtype)
-    factors = [float(weight) for weight in weights]
-    if not all(tensor.is_contiguous() for tensor in (*tensors, out)):
-        total = tensors[0].to(dtype) * factors[0]
-        for tensor, factor in zip(tensors[1:], factors[1:], strict=True):
-            total.add_(tensor.to(dtype), alpha=factor)
-        return out.copy_(total if divisor == 1.0 else total.div_(divisor))
-    flat, target = [tensor.view(-1) for tensor in tensors], out.view(-1)
-    n_values = 1 << 18
-    for start in range(0, target.numel(), n_values):
-        total = flat[0][start : start + n_values].to(dtype) * factors[0]
-        for tensor, factor in zip(flat[1:], factors[1:], strict=True):
-            total.add_(tensor[start : start + n_values].to(dtype), alpha=factor)
-        target[start : start + n_values].copy_(total if divisor == 1.0 else total.div_(divisor))
+def weighted_sum_ref(tensors: Sequence[Tensor], weights: Sequence[float], divisor: float, out: Tensor) -> Tensor:
+    """The formula in plain torch, a stretch at a time, into `out`; all contiguous."""
+    dtype = compute_dtype(out.dtype)
+    target, flat = out.view(-1), [tensor.view(-1) for tensor in tensors]
+    buffer = torch.empty(min(N_CHUNK, target.numel()), dtype=dtype, device=out.device)
+    for start in range(0, target.numel(), N_CHUNK):
+        stop = min(start + N_CHUNK, target.numel())
+        total = buffer[: stop - start]
+        torch.mul(flat[0][start:stop].to(dtype), weights[0], out=total)
+        for tensor, weight in zip(flat[1:], weights[1:], strict=True):
+            total.add_(tensor[start:stop].to(dtype), alpha=weight)
+        target[start:stop].copy_(total if divisor == 1.0 else total.div_(divisor))
+    return out
+
+
+@LazyKernel
+def _weighted_sum_kernel(table_ptr, weight_ptr, out_ptr, n_values, n_tensors, divisor, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < n_values
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for i in range(n_tensors):
+        x_ptr = tl.load(table_ptr + i).to(tl.pointer_type(out_ptr.dtype.element_ty))
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        total += x * tl.load(weight_ptr + i)
+    tl.store(out_ptr + offs, (total / divisor).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def launch_weighted_sum(tensors: Sequence[Tensor], weights: Tensor, divisor: float, out: Tensor) -> Tensor:
+    """The kernel on contiguous tensors of one dtype; `weights` (n,) float32 on their device."""
+    if not out.numel():
+        return out
+    table = pointers(tensors)
+    with on_device(out):
+        _weighted_sum_kernel[(ceil_div(out.numel(), BLOCK),)](
+            table, weights, out, out.numel(), len(tensors), divisor, BLOCK=BLOCK, num_warps=8
+        )
     return out
 
 
@@ -40,34 +80,35 @@ def weighted_sum(
     out: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """`sum_i weights[i] * tensors[i]` in float32 (float64 for float64), rounded once to the first one's dtype.
+    """`sum_i weights[i] * tensors[i]` in float32 (float64 for float64), rounded once to the first's dtype.
 
     Args:
-        tensors: at least one, equal shapes, floating point; any strides.
+        tensors: at least one, equal shapes, floating point, any strides (those that are not contiguous are
+            copied first). Mixed dtypes are summed by torch.
         weights: one number per tensor.
         normalize: divide by the sum of the weights.
-        out: same shape, dtype of the first tensor; may be one of the tensors.
+        out: same shape, dtype of the first tensor, any strides; may be one of the tensors.
         impl: 'auto', 'triton' or 'torch'.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device, number of weights, or weights that sum to 0 where they
-            are to be divided by.
+        TypeError, ValueError: wrong dtype, shape, device, number of weights; or weights that sum to 0 where
+            they are to be divided by.
     """
     tensors = list(tensors)
-    if not tensors:
-        raise ValueError("weighted_sum: no tensors")
-    for i, tensor in enumerate(tensors):
-        check_float("weighted_sum", f"tensors[{i}]", tensor)
-        if tensor.shape != tensors[0].shape:
-            raise ValueError(
-                f"weighted_sum: tensors[{i}] has shape {tuple(tensor.shape)}, tensors[0] has {tuple(tensors[0].shape)}"
-            )
+    check_alike("weighted_sum", tensors)
     factors = torch.as_tensor(weights, dtype=torch.float64, device="cpu").reshape(-1)
     if factors.numel() != len(tensors):
         raise ValueError(f"weighted_sum: {factors.numel()} weights for {len(tensors)} tensors")
     divisor = float(factors.sum()) if normalize else 1.0
     if divisor == 0.0:
         raise ValueError("weighted_sum: the weights sum to 0; use normalize=False")
-    out = prepare_out("weighted_sum", out, tuple(tensors[0].shape), tensors[0])
-    choose("weighted_sum", impl, tensors)
-    return weighted_sum_ref(tensors, factors, divisor=divisor, out=out)
+    first = tensors[0]
+    triton = use_triton("weighted_sum", impl, tensors, mixed=False)
+    out = prepare_out("weighted_sum", out, first.shape, first.dtype, first.device)
+    target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    tensors = [tensor.contiguous() for tensor in tensors]
+    if triton:
+        launch_weighted_sum(tensors, factors.to(first.device, torch.float32), divisor, target)
+    else:
+        weighted_sum_ref(tensors, factors.tolist(), divisor, target)
+    return out if target is out else out.copy_(target)

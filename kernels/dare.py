@@ -1,0 +1,154 @@
+"""The random mask of DARE, from counters: element i of stream (seed, stream) is the same on every device,
+in any order and from any starting point.
+
+    keep[i] = hash(i, seed, stream) < density * 2^32        two keyed rounds of a 32-bit integer hash
+
+Shapes: any -> bool of that shape; i is the flat index. Bytes: one per element: bound by arithmetic.
+Source: Yu et al., "Language models are super Mario", arXiv 2311.03099 (DARE); the round is the `lowbias32`
+function of C. Wellons' hash prospector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from olmfast.kernels._dispatch import LazyKernel, ceil_div, on_device, prepare_out, use_triton
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+MASK32, MULTIPLY_A, MULTIPLY_B = 0xFFFFFFFF, 0x7FEB352D, 0x846CA68B
+BLOCK = 1024
+N_CHUNK = 1 << 15
+# Elements that share a pair of keys: the counter within them has 32 bits.
+PAGE = 1 << 32
+
+
+def _mix(x: int) -> int:
+    x ^= x >> 16
+    x = x * MULTIPLY_A & MASK32
+    x ^= x >> 15
+    x = x * MULTIPLY_B & MASK32
+    return x ^ x >> 16
+
+
+def _keys(seed: int, stream: int, page: int) -> tuple[int, int]:
+    """The keys of the two rounds, from all 64 bits of each of the three numbers."""
+    words = [number >> shift & MASK32 for number in (seed, stream, page) for shift in (0, 32)]
+    first, second = 0x9E3779B9, 0x85EBCA6B
+    for word in words:
+        first, second = _mix(first ^ word), _mix((second ^ word) + 0xC2B2AE35 & MASK32)
+    return first, second
+
+
+def _signed(x: int) -> int:
+    """The int32 with the bits of the unsigned 32-bit number."""
+    return x - (1 << 32) if x >> 31 else x
+
+
+def _round_ref(x: Tensor, scratch: Tensor) -> None:
+    """`_mix` in place on int32; torch's >> copies the sign, which the mask takes away again."""
+    for shift, multiplier in ((16, MULTIPLY_A), (15, MULTIPLY_B), (16, None)):
+        torch.bitwise_right_shift(x, shift, out=scratch)
+        x.bitwise_xor_(scratch.bitwise_and_(MASK32 >> shift))
+        if multiplier is not None:
+            x.mul_(_signed(multiplier))
+
+
+def dare_mask_ref(first_index: int, keys: tuple[int, int], limit: int, out: Tensor) -> None:
+    """keep for the counters first_index.. of one page, into the flat bool `out`, a stretch at a time."""
+    count = torch.arange(min(N_CHUNK, out.numel()), dtype=torch.int32, device=out.device)
+    buffer, scratch = torch.empty_like(count), torch.empty_like(count)
+    for start in range(0, out.numel(), N_CHUNK):
+        target = out[start : start + N_CHUNK]
+        x, y = buffer[: target.numel()], scratch[: target.numel()]
+        torch.add(count[: target.numel()], _signed(first_index + start & MASK32), out=x)
+        x.bitwise_xor_(_signed(keys[0]))
+        _round_ref(x, y)
+        x.bitwise_xor_(_signed(keys[1]))
+        _round_ref(x, y)
+        # Unsigned comparison: both sides with the top bit turned.
+        torch.lt(x.bitwise_xor_(-(1 << 31)), limit - (1 << 31), out=target)
+
+
+@LazyKernel
+def _dare_round(x):
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    x ^= x >> 16
+    return x
+
+
+# Everything that varies per call comes as a plain int32: one compiled kernel serves all seeds.
+@partial(LazyKernel, plain=("first_index", "key_a", "key_b", "limit"))
+def _dare_mask_kernel(out_ptr, n_values, first_index, key_a, key_b, limit, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = (offs + first_index).to(tl.uint32)
+    x = _dare_round((x ^ key_a).to(tl.uint32))
+    x = _dare_round((x ^ key_b).to(tl.uint32))
+    # Unsigned comparison: both sides with the top bit turned.
+    kept = (x ^ 0x80000000).to(tl.int32, bitcast=True) < limit
+    tl.store(out_ptr + offs, kept.to(tl.int8), mask=offs < n_values)
+
+
+def dare_mask(
+    shape: Sequence[int],
+    density: float,
+    seed: int,
+    *,
+    stream: int = 0,
+    start: int = 0,
+    device: torch.device | str = "cpu",
+    out: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """True with probability `density`, decided for each flat index on its own: the mask of DARE.
+
+    The mask depends on (seed, stream, index) alone: the same on a CPU and a GPU, whole or in pieces. DARE
+    keeps `delta * mask / density`.
+
+    Args:
+        shape: of the mask. density: 0 (nothing kept) to 1 (everything).
+        seed, stream: integers of 64 bits; give each tensor of a merge a stream of its own.
+        start: the flat index of the first element, for a piece of a larger tensor.
+        device: where the mask is made; `out`'s where that is given.
+        out: bool, contiguous, of `shape`.
+        impl: 'auto', 'triton' or 'torch'.
+
+    Raises:
+        TypeError, ValueError: density outside 0..1, negative start, unfit `out`, impl that cannot run.
+    """
+    if not 0.0 <= density <= 1.0:
+        raise ValueError(f"dare_mask: density is {density}, not in 0..1")
+    if start < 0:
+        raise ValueError(f"dare_mask: start is {start}, not an index")
+    out = prepare_out("dare_mask", out, shape, torch.bool, out.device if out is not None else torch.device(device))
+    if not out.is_contiguous():
+        raise ValueError("dare_mask: out is not contiguous")
+    triton = use_triton("dare_mask", impl, (out,), (torch.bool,))
+    limit = round(density * (1 << 32))
+    if limit in (0, 1 << 32):
+        return out.fill_(limit > 0)
+    flat, done, n_values = out.view(-1), 0, prod(shape)
+    while done < n_values:
+        page, first_index = divmod(start + done, PAGE)
+        piece = flat[done : done + PAGE - first_index]
+        keys = _keys(seed, stream, page)
+        if triton:
+            plain = [_signed(number) for number in (first_index, *keys)]
+            with on_device(out):
+                _dare_mask_kernel[(ceil_div(piece.numel(), BLOCK),)](
+                    piece.view(torch.int8), piece.numel(), *plain, limit - (1 << 31), BLOCK=BLOCK
+                )
+        else:
+            dare_mask_ref(first_index, keys, limit, piece)
+        done += piece.numel()
+    return out

@@ -1,0 +1,200 @@
+#include "convert.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define OLMFAST_WIDE __attribute__((target("avx2,f16c,fma,bmi,bmi2")))
+#endif
+#define OLMFAST_INLINE inline __attribute__((always_inline))
+
+namespace olmfast {
+
+namespace {
+
+template <class To, class From>
+OLMFAST_INLINE To bits(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To out;
+  std::memcpy(&out, &value, sizeof out);
+  return out;
+}
+
+template <class T>
+OLMFAST_INLINE T load(const char* at) {
+  T value;
+  std::memcpy(&value, at, sizeof value);
+  return value;
+}
+
+template <class T>
+OLMFAST_INLINE void store(char* at, T value) {
+  std::memcpy(at, &value, sizeof value);
+}
+
+OLMFAST_INLINE float from_f16(uint16_t half) {
+  constexpr uint32_t kExponent = 0x7C00u << 13;
+  uint32_t magnitude = (half & 0x7FFFu) << 13;
+  uint32_t exponent = magnitude & kExponent;
+  uint32_t normal = magnitude + ((127u - 15u) << 23);
+  uint32_t special = normal + ((128u - 16u) << 23);  // infinity and NaN
+  // A subnormal: as a normal number with one exponent more, minus that number's leading one.
+  float subnormal = bits<float>(normal + (1u << 23)) - bits<float>(113u << 23);
+  uint32_t out = exponent == kExponent ? special : normal;
+  out = exponent == 0 ? bits<uint32_t>(subnormal) : out;
+  return bits<float>(out | (static_cast<uint32_t>(half & 0x8000u) << 16));
+}
+
+OLMFAST_INLINE uint16_t to_f16(float value) {
+  constexpr uint32_t kInfinity = 255u << 23, kTooLarge = (127u + 16u) << 23, kSmallestNormal = 113u << 23;
+  constexpr uint32_t kMagic = ((127u - 15u) + (23u - 10u) + 1u) << 23;
+  uint32_t all = bits<uint32_t>(value);
+  uint32_t sign = all & 0x80000000u;
+  uint32_t magnitude = all ^ sign;
+  uint32_t special = magnitude > kInfinity ? 0x7E00u : 0x7C00u;
+  // The addition rounds a subnormal at the right bit.
+  uint32_t subnormal = bits<uint32_t>(bits<float>(magnitude) + bits<float>(kMagic)) - kMagic;
+  uint32_t normal = (magnitude + ((15u - 127u) << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+  uint32_t out = magnitude < kSmallestNormal ? subnormal : normal;
+  out = magnitude >= kTooLarge ? special : out;
+  return static_cast<uint16_t>(out | (sign >> 16));
+}
+
+OLMFAST_INLINE uint16_t to_bf16(float value) {
+  uint32_t all = bits<uint32_t>(value);
+  uint32_t rounded = (all + 0x7FFFu + ((all >> 16) & 1u)) >> 16;
+  uint32_t nan = (all >> 16) | 0x40u;
+  return static_cast<uint16_t>((all & 0x7FFFFFFFu) > 0x7F800000u ? nan : rounded);
+}
+
+template <Kind kind>
+struct Element;
+template <>
+struct Element<Kind::bf16> {
+  static constexpr size_t kWidth = 2;
+  static OLMFAST_INLINE float read(const char* at) {
+    return bits<float>(static_cast<uint32_t>(load<uint16_t>(at)) << 16);
+  }
+  static OLMFAST_INLINE void write(char* at, float value) { store(at, to_bf16(value)); }
+};
+template <>
+struct Element<Kind::f16> {
+  static constexpr size_t kWidth = 2;
+  static OLMFAST_INLINE float read(const char* at) { return from_f16(load<uint16_t>(at)); }
+  static OLMFAST_INLINE void write(char* at, float value) { store(at, to_f16(value)); }
+};
+template <>
+struct Element<Kind::f32> {
+  static constexpr size_t kWidth = 4;
+  static OLMFAST_INLINE float read(const char* at) { return load<float>(at); }
+  static OLMFAST_INLINE void write(char* at, float value) { store(at, value); }
+};
+template <>
+struct Element<Kind::f64> {
+  static constexpr size_t kWidth = 8;
+  static OLMFAST_INLINE float read(const char* at) { return static_cast<float>(load<double>(at)); }
+  static OLMFAST_INLINE void write(char* at, float value) { store(at, static_cast<double>(value)); }
+};
+
+template <Kind from, Kind to>
+struct Change {
+  static constexpr size_t kFrom = Element<from>::kWidth, kTo = Element<to>::kWidth;
+  static OLMFAST_INLINE void one(const char* source, char* target) {
+    Element<to>::write(target, Element<from>::read(source));
+  }
+  static OLMFAST_INLINE void row(const char* source, char* target, size_t n) {
+    for (size_t i = 0; i < n; ++i) one(source + i * kFrom, target + i * kTo);
+  }
+};
+
+template <class T>
+struct Same {
+  static constexpr size_t kFrom = sizeof(T), kTo = sizeof(T);
+  static OLMFAST_INLINE void one(const char* source, char* target) { store(target, load<T>(source)); }
+  static OLMFAST_INLINE void row(const char* source, char* target, size_t n) {
+    std::memcpy(target, source, n * sizeof(T));
+  }
+};
+
+// In tiles, so that the lines a column touches stay in the nearest cache for the next one.
+template <class Move>
+OLMFAST_INLINE void move_matrix(const char* from, char* to, size_t n_rows, size_t n_columns, size_t row_stride,
+                                size_t column_stride) {
+  if (column_stride == Move::kTo) {
+    for (size_t r = 0; r < n_rows; ++r) Move::row(from + r * n_columns * Move::kFrom, to + r * row_stride, n_columns);
+    return;
+  }
+  constexpr size_t kTile = 64;
+  for (size_t column = 0; column < n_columns; column += kTile) {
+    size_t last_column = std::min(column + kTile, n_columns);
+    for (size_t row = 0; row < n_rows; row += kTile) {
+      size_t last_row = std::min(row + kTile, n_rows);
+      for (size_t c = column; c < last_column; ++c) {
+        for (size_t r = row; r < last_row; ++r) {
+          Move::one(from + (r * n_columns + c) * Move::kFrom, to + r * row_stride + c * column_stride);
+        }
+      }
+    }
+  }
+}
+
+template <class Move>
+struct Plain {
+  static void row(const char* from, char* to, size_t n) { Move::row(from, to, n); }
+  static void matrix(const char* from, char* to, size_t n_rows, size_t n_columns, size_t row_stride,
+                     size_t column_stride) {
+    move_matrix<Move>(from, to, n_rows, n_columns, row_stride, column_stride);
+  }
+};
+
+#if defined(__x86_64__)
+template <class Move>
+struct Wide {
+  OLMFAST_WIDE static void row(const char* from, char* to, size_t n) { Move::row(from, to, n); }
+  OLMFAST_WIDE static void matrix(const char* from, char* to, size_t n_rows, size_t n_columns, size_t row_stride,
+                                  size_t column_stride) {
+    move_matrix<Move>(from, to, n_rows, n_columns, row_stride, column_stride);
+  }
+};
+#endif
+
+template <class Move>
+Converter choose() {
+#if defined(__x86_64__)
+  static const bool wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
+  if (wide) return {Wide<Move>::row, Wide<Move>::matrix};
+#endif
+  return {Plain<Move>::row, Plain<Move>::matrix};
+}
+
+template <Kind from>
+Converter choose_to(Kind to) {
+  switch (to) {
+    case Kind::bf16: return choose<Change<from, Kind::bf16>>();
+    case Kind::f16: return choose<Change<from, Kind::f16>>();
+    case Kind::f32: return choose<Change<from, Kind::f32>>();
+    default: return choose<Change<from, Kind::f64>>();
+  }
+}
+
+}  // namespace
+
+Converter converter(Kind from, Kind to) {
+  if (from == to) {
+    switch (width(from)) {
+      case 1: return choose<Same<uint8_t>>();
+      case 2: return choose<Same<uint16_t>>();
+      case 4: return choose<Same<uint32_t>>();
+      default: return choose<Same<uint64_t>>();
+    }
+  }
+  switch (from) {
+    case Kind::bf16: return choose_to<Kind::bf16>(to);
+    case Kind::f16: return choose_to<Kind::f16>(to);
+    case Kind::f32: return choose_to<Kind::f32>(to);
+    default: return choose_to<Kind::f64>(to);
+  }
+}
+
+}  // namespace olmfast

@@ -1,0 +1,216 @@
+// Python's view of the shard engine: olmfast._shards. All copies run without the GIL.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "guard.hpp"
+#include "output.hpp"
+#include "shard.hpp"
+#include "threads.hpp"
+#include "transfer.hpp"
+
+namespace py = pybind11;
+using namespace olmfast;
+
+namespace {
+
+using Nogil = py::call_guard<py::gil_scoped_release>;
+
+// File names are bytes: those that are not UTF-8 come and go as Python's surrogateescape has them.
+std::string file_system_path(const py::object& path) {
+  return py::module_::import("os").attr("fsencode")(path).cast<py::bytes>();
+}
+py::object python_path(const std::string& path) {
+  return py::module_::import("os").attr("fsdecode")(py::bytes(path));
+}
+
+// Memory that Python lends for the length of a call.
+class Borrowed {
+ public:
+  Borrowed(const py::object& object, bool writable) {
+    int flags = writable ? PyBUF_WRITABLE : PyBUF_SIMPLE;
+    if (PyObject_GetBuffer(object.ptr(), &view_, flags) != 0) throw py::error_already_set();
+  }
+  ~Borrowed() { PyBuffer_Release(&view_); }
+  Borrowed(const Borrowed&) = delete;
+  Borrowed& operator=(const Borrowed&) = delete;
+  void* data() const { return view_.buf; }
+  uint64_t size() const { return static_cast<uint64_t>(view_.len); }
+
+ private:
+  Py_buffer view_;
+};
+
+// A buffer over mapped bytes. Python reads it unguarded.
+struct View {
+  std::shared_ptr<const Mapping> mapping;
+  uint64_t offset, n_bytes;
+};
+
+Kind kind_of(const std::string& dtype) {
+  if (dtype == "BF16") return Kind::bf16;
+  if (dtype == "F16") return Kind::f16;
+  if (dtype == "F32") return Kind::f32;
+  if (dtype == "F64") return Kind::f64;
+  switch (dtype_bits(dtype)) {
+    case 8: return Kind::bytes1;
+    case 16: return Kind::bytes2;
+    case 32: return Kind::bytes4;
+    case 64: return Kind::bytes8;
+    default: throw std::invalid_argument("dtype '" + dtype + "' has no whole number of bytes");
+  }
+}
+
+Transfer make_transfer(std::shared_ptr<const Shard> shard, uint64_t offset, const std::string& dtype,
+                       std::vector<uint64_t> shape, uintptr_t address, uint64_t capacity, const std::string& to_dtype,
+                       std::vector<uint64_t> strides) {
+  Transfer transfer;
+  transfer.shard = std::move(shard);
+  transfer.offset = offset;
+  transfer.from = kind_of(dtype);
+  transfer.to = kind_of(to_dtype);
+  transfer.shape = std::move(shape);
+  transfer.strides = std::move(strides);
+  transfer.address = address;
+  transfer.capacity = capacity;
+  if (dtype != to_dtype && !(is_float(transfer.from) && is_float(transfer.to))) {
+    throw std::invalid_argument(transfer.shard->path() + ": cannot convert " + dtype + " to " + to_dtype +
+                                ": only F64, F32, F16 and BF16 are converted");
+  }
+  transfer.check();
+  return transfer;
+}
+
+void read_into(const std::shared_ptr<const Shard>& shard, uint64_t offset, const py::object& buffer) {
+  Borrowed memory(buffer, true);
+  Transfer transfer;
+  transfer.shard = shard;
+  transfer.offset = offset;
+  transfer.shape = {memory.size()};
+  transfer.strides = {1};
+  transfer.address = reinterpret_cast<uintptr_t>(memory.data());
+  transfer.capacity = memory.size();
+  transfer.check();
+  py::gil_scoped_release nogil;
+  run_transfers({transfer});
+}
+
+Advice advice_of(const std::string& how) {
+  if (how == "prefetch") return Advice::prefetch;
+  if (how == "load") return Advice::load;
+  if (how == "release") return Advice::release;
+  if (how == "drop") return Advice::drop;
+  throw std::invalid_argument("advice '" + how + "': expected prefetch, load, release or drop");
+}
+
+py::list tensors_of(const Shard& shard) {
+  py::list out;
+  for (const Entry& entry : shard.header().tensors) {
+    out.append(py::make_tuple(entry.name, entry.dtype, py::tuple(py::cast(entry.shape)),
+                              shard.data_start() + entry.begin, entry.end - entry.begin));
+  }
+  return out;
+}
+
+py::object metadata_of(const Shard& shard) {
+  if (!shard.header().metadata) return py::none();
+  py::dict out;
+  for (const auto& [key, value] : *shard.header().metadata) out[py::str(key)] = value;
+  return std::move(out);
+}
+
+void register_errors(py::module_& module) {
+  static py::exception<FormatError> format_error(module, "FormatError", PyExc_ValueError);
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const FormatError& error) {
+      const std::string text = error.what();  // begins with a file name, which need not be UTF-8
+      py::object decoded = py::reinterpret_steal<py::object>(
+          PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "surrogateescape"));
+      PyErr_SetObject(format_error.ptr(), decoded.ptr());
+    } catch (const FileError& error) {
+      py::object arguments = py::make_tuple(error.code, error.what(), python_path(error.file));
+      PyErr_SetObject(PyExc_OSError, arguments.ptr());
+    }
+  });
+}
+
+void define_shard(py::module_& module) {
+  py::class_<View>(module, "_View", py::buffer_protocol()).def_buffer([](View& view) {
+    return py::buffer_info(reinterpret_cast<uint8_t*>(const_cast<char*>(view.mapping->data()) + view.offset),
+                           static_cast<py::ssize_t>(view.n_bytes), /*readonly=*/true);
+  });
+  py::class_<Shard, std::shared_ptr<Shard>>(module, "Shard")
+      .def(py::init([](const py::object& path) {
+             std::string name = file_system_path(path);
+             py::gil_scoped_release nogil;
+             return std::make_shared<Shard>(std::move(name));
+           }),
+           py::arg("path"))
+      .def_property_readonly("path", [](const Shard& shard) { return python_path(shard.path()); })
+      .def_property_readonly("size", &Shard::size)
+      .def_property_readonly("data_start", &Shard::data_start)
+      .def_property_readonly("tensors", &tensors_of)
+      .def_property_readonly("metadata", &metadata_of)
+      .def_property_readonly("is_mapped", &Shard::is_mapped)
+      .def("read_into", &read_into, py::arg("offset"), py::arg("buffer"))
+      .def("advise", [](const Shard& shard, uint64_t offset, uint64_t n_bytes, const std::string& how) {
+             Advice advice = advice_of(how);
+             py::gil_scoped_release nogil;
+             shard.advise(offset, n_bytes, advice);
+           }, py::arg("offset"), py::arg("n_bytes"), py::arg("how"))
+      .def("view", [](const Shard& shard, uint64_t offset, uint64_t n_bytes) {
+             shard.check_range(offset, n_bytes);
+             return py::memoryview(py::cast(View{shard.mapping(), offset, n_bytes}));
+           }, py::arg("offset"), py::arg("n_bytes"))
+      .def("check_unchanged", &Shard::check_unchanged, Nogil())
+      .def("unmap", &Shard::unmap, Nogil());
+}
+
+void define_output(py::module_& module) {
+  py::class_<Output>(module, "Output")
+      .def(py::init([](const py::object& path, uint64_t n_bytes) {
+             std::string name = file_system_path(path);
+             py::gil_scoped_release nogil;
+             return std::make_unique<Output>(std::move(name), n_bytes);
+           }),
+           py::arg("path"), py::arg("n_bytes"))
+      .def("write", [](Output& output, uint64_t offset, const py::object& buffer) {
+             Borrowed memory(buffer, false);
+             py::gil_scoped_release nogil;
+             output.write(offset, memory.data(), memory.size());
+           }, py::arg("offset"), py::arg("buffer"))
+      .def("copy", [](Output& output, uint64_t offset, const std::shared_ptr<const Shard>& shard,
+                      uint64_t source_offset, uint64_t n_bytes) {
+             py::gil_scoped_release nogil;
+             return output.copy(offset, *shard, source_offset, n_bytes);
+           }, py::arg("offset"), py::arg("shard"), py::arg("source_offset"), py::arg("n_bytes"))
+      .def_readwrite("_first_method", &Output::first_method)
+      .def("finish", &Output::finish, Nogil());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_shards, module) {
+  module.doc() = "Bytes of safetensors files: mapped, checked, copied and written, and no idea of what they mean.";
+  register_errors(module);
+  define_shard(module);
+  py::class_<Transfer>(module, "Transfer")
+      .def(py::init(&make_transfer), py::arg("shard"), py::arg("offset"), py::arg("dtype"), py::arg("shape"),
+           py::arg("address"), py::arg("capacity"), py::arg("to_dtype"), py::arg("strides"))
+      .def_property_readonly("n_bytes", &Transfer::n_bytes);
+  module.def("copy", &run_transfers, py::arg("transfers"), Nogil());
+  define_output(module);
+  module.def("sync_folder", [](const py::object& path) {
+    std::string name = file_system_path(path);
+    py::gil_scoped_release nogil;
+    sync_folder(name);
+  }, py::arg("path"));
+  module.def("threads", &threads);
+  module.def("set_threads", [](size_t n) {
+    if (n < 1 || n > 1024) throw std::invalid_argument("threads: expected 1 to 1024, got " + std::to_string(n));
+    set_threads(n);
+  }, py::arg("n"));
+  module.def("install_guard", &install_guard);
+}

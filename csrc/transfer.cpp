@@ -1,0 +1,192 @@
+#include "transfer.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cfenv>
+#include <numeric>
+#include <set>
+#include <stdexcept>
+
+#include "guard.hpp"
+#include "threads.hpp"
+
+namespace olmfast {
+
+namespace {
+
+constexpr uint64_t kPieceBytes = 1 << 20;    // of the source; large enough to make a thread's turn cheap
+constexpr uint64_t kInlineBytes = 256 << 10;  // less than this is not worth waking anybody
+
+// A transfer with as few dimensions as its strides allow: `n_matrices` matrices of rows x columns.
+struct Plan {
+  const char* source;
+  char* target;
+  const Shard* shard;
+  const Mapping* mapping;
+  Converter convert;
+  size_t from_width, to_width;
+  bool is_contiguous;
+  uint64_t n_rows, n_columns, row_stride, column_stride;  // strides in bytes
+  std::vector<uint64_t> outer_shape, outer_strides;       // strides in bytes
+};
+
+// Rows (or, in a contiguous transfer, elements) `begin` to `end` of a plan.
+struct Piece {
+  const Plan* plan;
+  uint64_t begin, end;
+};
+
+Plan make_plan(const Transfer& transfer, const Mapping& mapping) {
+  std::vector<uint64_t> shape, strides;
+  for (size_t i = 0; i < transfer.shape.size(); ++i) {
+    if (transfer.shape[i] == 1) continue;
+    if (!shape.empty() && strides.back() == transfer.strides[i] * transfer.shape[i]) {
+      shape.back() *= transfer.shape[i];
+      strides.back() = transfer.strides[i];
+    } else {
+      shape.push_back(transfer.shape[i]);
+      strides.push_back(transfer.strides[i]);
+    }
+  }
+  Plan plan{};
+  plan.source = mapping.data() + transfer.offset;
+  plan.target = reinterpret_cast<char*>(transfer.address);
+  plan.shard = transfer.shard.get();
+  plan.mapping = &mapping;
+  plan.convert = converter(transfer.from, transfer.to);
+  plan.from_width = width(transfer.from);
+  plan.to_width = width(transfer.to);
+  auto take = [&](uint64_t& size, uint64_t& stride, uint64_t without) {
+    size = shape.empty() ? 1 : shape.back();
+    stride = (strides.empty() ? without : strides.back()) * plan.to_width;
+    if (!shape.empty()) shape.pop_back(), strides.pop_back();
+  };
+  take(plan.n_columns, plan.column_stride, 1);
+  take(plan.n_rows, plan.row_stride, 0);
+  plan.is_contiguous = plan.n_rows == 1 && plan.column_stride == plan.to_width;
+  plan.outer_shape = shape;
+  for (uint64_t stride : strides) plan.outer_strides.push_back(stride * plan.to_width);
+  return plan;
+}
+
+uint64_t total_rows(const Plan& plan) {
+  return std::accumulate(plan.outer_shape.begin(), plan.outer_shape.end(), plan.n_rows, std::multiplies<>());
+}
+
+void cut(const Plan& plan, std::vector<Piece>& pieces) {
+  uint64_t n = plan.is_contiguous ? plan.n_columns : total_rows(plan);
+  uint64_t item_bytes = plan.is_contiguous ? plan.from_width : plan.n_columns * plan.from_width;
+  uint64_t step = std::max<uint64_t>(1, kPieceBytes / item_bytes);
+  if (!plan.is_contiguous && plan.column_stride != plan.to_width) step = std::max<uint64_t>(step, 64);  // whole tiles
+  for (uint64_t begin = 0; begin < n; begin += step) pieces.push_back({&plan, begin, std::min(n, begin + step)});
+}
+
+void move_rows(const Piece& piece) {
+  const Plan& plan = *piece.plan;
+  for (uint64_t row = piece.begin; row < piece.end;) {
+    uint64_t matrix = row / plan.n_rows, first = row % plan.n_rows;
+    uint64_t n = std::min(plan.n_rows - first, piece.end - row);
+    char* target = plan.target + first * plan.row_stride;
+    for (size_t i = plan.outer_shape.size(); i-- > 0; matrix /= plan.outer_shape[i]) {
+      target += matrix % plan.outer_shape[i] * plan.outer_strides[i];
+    }
+    const char* source = plan.source + row * plan.n_columns * plan.from_width;
+    plan.convert.matrix(source, target, n, plan.n_columns, plan.row_stride, plan.column_stride);
+    row += n;
+  }
+}
+
+void move_piece(void* context) {
+  const auto& piece = *static_cast<const Piece*>(context);
+  const Plan& plan = *piece.plan;
+  if (!plan.is_contiguous) return move_rows(piece);
+  plan.convert.row(plan.source + piece.begin * plan.from_width, plan.target + piece.begin * plan.to_width,
+                   piece.end - piece.begin);
+}
+
+struct Work {
+  std::vector<Piece> pieces;
+  std::atomic<const Plan*> faulted{nullptr};
+};
+
+void do_piece(void* context, size_t i) {
+  auto& work = *static_cast<Work*>(context);
+  if (work.faulted) return;
+  const Piece& piece = work.pieces[i];
+  const Mapping& map = *piece.plan->mapping;
+  // Subnormal numbers count on every thread, whatever the caller has set for its own arithmetic.
+  fenv_t environment;
+  fegetenv(&environment);
+  fesetenv(FE_DFL_ENV);
+  if (!guarded(map.data(), map.size(), move_piece, const_cast<Piece*>(&piece))) work.faulted = piece.plan;
+  fesetenv(&environment);
+}
+
+}  // namespace
+
+uint64_t Transfer::n_elements() const {
+  return std::accumulate(shape.begin(), shape.end(), uint64_t{1}, std::multiplies<>());
+}
+
+void Transfer::check() const {
+  const std::string where = shard->path() + ": " + shard->label(offset);
+  if (shape.size() != strides.size()) throw std::invalid_argument(where + "as many strides as dimensions are needed");
+  if (from != to && !(is_float(from) && is_float(to))) {
+    throw std::invalid_argument(where + "only floating-point values can be converted");
+  }
+  uint64_t n = 1, last = 0;  // `last`: the destination's last element
+  bool fits = true, empty = false;
+  std::vector<std::pair<uint64_t, uint64_t>> order;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    empty = empty || shape[i] == 0;
+    fits = fits && !__builtin_mul_overflow(n, shape[i], &n);
+    if (shape[i] > 1) order.emplace_back(strides[i], shape[i]);
+  }
+  if (empty) return shard->check_range(offset, 0);
+  std::sort(order.begin(), order.end());
+  for (auto [stride, size] : order) {
+    if (fits && stride <= last) throw std::invalid_argument(where + "two elements would go to the same place");
+    uint64_t span = 0;
+    fits = fits && !__builtin_mul_overflow(stride, size - 1, &span) && !__builtin_add_overflow(last, span, &last);
+  }
+  uint64_t source_bytes = 0, target_bytes = 0, n_target = 0;
+  fits = fits && !__builtin_mul_overflow(n, uint64_t{width(from)}, &source_bytes) &&
+         !__builtin_add_overflow(last, uint64_t{1}, &n_target) &&
+         !__builtin_mul_overflow(n_target, uint64_t{width(to)}, &target_bytes);
+  if (!fits) throw std::out_of_range(where + "the shape is larger than any memory");
+  shard->check_range(offset, source_bytes);
+  if (target_bytes > capacity) {
+    throw std::out_of_range(where + "needs " + std::to_string(target_bytes) + " bytes, the destination has " +
+                            std::to_string(capacity));
+  }
+  if (address == 0) throw std::invalid_argument(where + "the destination is a null pointer");
+}
+
+void run_transfers(const std::vector<Transfer>& transfers) {
+  std::vector<Plan> plans;
+  std::vector<std::shared_ptr<const Mapping>> mappings;  // kept alive until all is copied
+  plans.reserve(transfers.size());
+  Work work;
+  uint64_t n_bytes = 0;
+  std::set<const Shard*> shards;
+  for (const Transfer& transfer : transfers) {
+    if (transfer.n_bytes() == 0) continue;
+    mappings.push_back(transfer.shard->mapping());
+    plans.push_back(make_plan(transfer, *mappings.back()));
+    cut(plans.back(), work.pieces);
+    n_bytes += transfer.n_bytes();
+    shards.insert(transfer.shard.get());
+  }
+  install_guard();
+  if (n_bytes <= kInlineBytes) {
+    for (size_t i = 0; i < work.pieces.size(); ++i) do_piece(&work, i);
+  } else {
+    parallel(work.pieces.size(), do_piece, &work);
+  }
+  if (const Plan* plan = work.faulted) {
+    plan->shard->explain_fault(static_cast<uint64_t>(plan->source - plan->mapping->data()));
+  }
+  for (const Shard* shard : shards) shard->check_unchanged();
+}
+
+}  // namespace olmfast

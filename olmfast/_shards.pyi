@@ -1,0 +1,105 @@
+"""Bytes of safetensors files: mapped, checked, copied and written, and no idea of what they mean (csrc/).
+
+Offsets are bytes from the start of a file. Every copy runs without the GIL. A file that cannot be used any
+more (it shrank, changed, was removed, its disk failed) raises OSError with `filename` set and `strerror`
+saying what happened, also where the bytes are mapped and the kernel sends SIGBUS.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Literal
+
+from typing_extensions import Buffer
+
+class FormatError(ValueError):
+    """The file is no safetensors file. Reads `<file>: [<tensor>: ]<what, got and wanted>`."""
+
+class Shard:
+    """One safetensors file: its header is read and checked here, its bytes are mapped when first wanted.
+
+    Raises FormatError or OSError.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+    @property
+    def data_start(self) -> int:
+        """Offset of the first tensor's first byte."""
+    @property
+    def tensors(self) -> list[tuple[str, str, tuple[int, ...], int, int]]:
+        """(name, dtype as the file spells it, shape, offset, bytes) in the order of the bytes."""
+    @property
+    def metadata(self) -> dict[str, str] | None: ...
+    @property
+    def is_mapped(self) -> bool: ...
+    def read_into(self, offset: int, buffer: Buffer) -> None:
+        """Fill a writable buffer with the bytes from `offset` on, by all threads."""
+    def advise(self, offset: int, n_bytes: int, how: Literal["prefetch", "load", "release", "drop"]) -> None:
+        """`prefetch` starts reading from disk and returns; `load` returns when all is in memory and mapped.
+
+        `release` takes the pages out of this process, `drop` also out of the page cache.
+        """
+    def view(self, offset: int, n_bytes: int) -> memoryview:
+        """The mapped bytes themselves, read-only. Reading them is not guarded: a file that shrinks kills."""
+    def check_unchanged(self) -> None:
+        """Raise OSError if the file is not the one that was opened (place, size, time of change)."""
+    def unmap(self) -> None:
+        """Give the map back; views keep it alive."""
+
+class Transfer:
+    """One tensor in a shard and where its elements go: `address`, with `capacity` writable bytes from there.
+
+    `shape` is the tensor's, row-major in the file; `strides` are the destination's, in elements, so that
+    transposed, sliced and fused destinations are filled in place. F64, F32, F16 and BF16 are converted into
+    each other, rounded once to nearest even as torch does (F64 by way of F32); other dtypes are only copied.
+    Raises ValueError or IndexError for what does not fit, before anything is copied.
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        offset: int,
+        dtype: str,
+        shape: Sequence[int],
+        address: int,
+        capacity: int,
+        to_dtype: str,
+        strides: Sequence[int],
+    ) -> None: ...
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that are read."""
+
+def copy(transfers: Sequence[Transfer]) -> None:
+    """Do all of them, spread over the threads; returns when all is done.
+
+    Raises OSError, naming file and tensor; some destinations may then hold part of the new values.
+    """
+
+class Output:
+    """A file of `n_bytes`, reserved on disk. Raises OSError, at once if the disk is full."""
+
+    def __init__(self, path: str | os.PathLike[str], n_bytes: int) -> None: ...
+    def write(self, offset: int, buffer: Buffer) -> None: ...
+    def copy(self, offset: int, shard: Shard, source_offset: int, n_bytes: int) -> str:
+        """Copy bytes of a shard inside the kernel; the name of the way that worked.
+
+        `copy_file_range`, else `sendfile`, else `buffer`.
+        """
+    _first_method: int
+    def finish(self) -> None:
+        """Return when all is on the disk; the file is then closed."""
+
+def sync_folder(path: str | os.PathLike[str]) -> None:
+    """Make a folder's entries durable: files created in it, or renamed."""
+
+def threads() -> int:
+    """Threads that copies are spread over: one per core that this process may use, unless set."""
+
+def set_threads(n: int) -> None: ...
+def install_guard() -> None:
+    """Make the guard the handler of SIGBUS, if another was installed since. Every copy does this itself."""

@@ -3,10 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define OLMFAST_WIDE __attribute__((target("avx2,f16c,fma,bmi,bmi2")))
-#endif
 #define OLMFAST_INLINE inline __attribute__((always_inline))
 
 namespace olmfast {
@@ -117,14 +113,15 @@ struct Same {
   }
 };
 
+template <class Move>
+void move_row(const char* from, char* to, size_t n) {
+  Move::row(from, to, n);
+}
+
 // In tiles, so that the lines a column touches stay in the nearest cache for the next one.
 template <class Move>
-OLMFAST_INLINE void move_matrix(const char* from, char* to, size_t n_rows, size_t n_columns, size_t row_stride,
-                                size_t column_stride) {
-  if (column_stride == Move::kTo) {
-    for (size_t r = 0; r < n_rows; ++r) Move::row(from + r * n_columns * Move::kFrom, to + r * row_stride, n_columns);
-    return;
-  }
+void move_tiles(const char* from, char* to, size_t n_rows, size_t n_columns, size_t row_stride,
+                size_t column_stride) {
   constexpr size_t kTile = 64;
   for (size_t column = 0; column < n_columns; column += kTile) {
     size_t last_column = std::min(column + kTile, n_columns);
@@ -140,61 +137,43 @@ OLMFAST_INLINE void move_matrix(const char* from, char* to, size_t n_rows, size_
 }
 
 template <class Move>
-struct Plain {
-  static void row(const char* from, char* to, size_t n) { Move::row(from, to, n); }
-  static void matrix(const char* from, char* to, size_t n_rows, size_t n_columns, size_t row_stride,
-                     size_t column_stride) {
-    move_matrix<Move>(from, to, n_rows, n_columns, row_stride, column_stride);
-  }
-};
-
-#if defined(__x86_64__)
-template <class Move>
-struct Wide {
-  OLMFAST_WIDE static void row(const char* from, char* to, size_t n) { Move::row(from, to, n); }
-  OLMFAST_WIDE static void matrix(const char* from, char* to, size_t n_rows, size_t n_columns, size_t row_stride,
-                                  size_t column_stride) {
-    move_matrix<Move>(from, to, n_rows, n_columns, row_stride, column_stride);
-  }
-};
-#endif
-
-template <class Move>
-Converter choose() {
-#if defined(__x86_64__)
-  static const bool wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
-  if (wide) return {Wide<Move>::row, Wide<Move>::matrix};
-#endif
-  return {Plain<Move>::row, Plain<Move>::matrix};
+Converter portable() {
+  return {move_row<Move>, move_row<Move>, move_tiles<Move>};
 }
 
 template <Kind from>
-Converter choose_to(Kind to) {
+Converter portable_to(Kind to) {
   switch (to) {
-    case Kind::bf16: return choose<Change<from, Kind::bf16>>();
-    case Kind::f16: return choose<Change<from, Kind::f16>>();
-    case Kind::f32: return choose<Change<from, Kind::f32>>();
-    default: return choose<Change<from, Kind::f64>>();
+    case Kind::bf16: return portable<Change<from, Kind::bf16>>();
+    case Kind::f16: return portable<Change<from, Kind::f16>>();
+    case Kind::f32: return portable<Change<from, Kind::f32>>();
+    default: return portable<Change<from, Kind::f64>>();
+  }
+}
+
+Converter portable_converter(Kind from, Kind to) {
+  if (from == to) {
+    switch (width(from)) {
+      case 1: return portable<Same<uint8_t>>();
+      case 2: return portable<Same<uint16_t>>();
+      case 4: return portable<Same<uint32_t>>();
+      default: return portable<Same<uint64_t>>();
+    }
+  }
+  switch (from) {
+    case Kind::bf16: return portable_to<Kind::bf16>(to);
+    case Kind::f16: return portable_to<Kind::f16>(to);
+    case Kind::f32: return portable_to<Kind::f32>(to);
+    default: return portable_to<Kind::f64>(to);
   }
 }
 
 }  // namespace
 
-Converter converter(Kind from, Kind to) {
-  if (from == to) {
-    switch (width(from)) {
-      case 1: return choose<Same<uint8_t>>();
-      case 2: return choose<Same<uint16_t>>();
-      case 4: return choose<Same<uint32_t>>();
-      default: return choose<Same<uint64_t>>();
-    }
-  }
-  switch (from) {
-    case Kind::bf16: return choose_to<Kind::bf16>(to);
-    case Kind::f16: return choose_to<Kind::f16>(to);
-    case Kind::f32: return choose_to<Kind::f32>(to);
-    default: return choose_to<Kind::f64>(to);
-  }
+Converter converter(Kind from, Kind to, bool portable_only) {
+  Converter chosen = portable_converter(from, to);
+  if (!portable_only) use_avx2(from, to, chosen);
+  return chosen;
 }
 
 }  // namespace olmfast

@@ -31,14 +31,18 @@ using ConvertMatrix = void (*)(const char* from, char* to, size_t n_rows, size_t
 
 struct Converter {
   ConvertRow row;
-  ConvertMatrix matrix;
+  ConvertRow stream;     // the same past the caches: for more bytes than they hold
+  ConvertMatrix tiles;
 };
 
-// The converter between two kinds, in the widest instructions that this machine has. Both kinds are floats, or
-// they are the same.
+// The converter between two kinds, in the widest instructions that this machine has, unless `portable_only`.
+// Both kinds are floats, or they are the same.
 //
 // Values are rounded once, to nearest, ties to even, as torch does: float64 reaches the 16-bit types through
 // float32. NaN stays NaN, infinities and signed zeros stay, what is too large becomes infinity.
-Converter converter(Kind from, Kind to);
+Converter converter(Kind from, Kind to, bool portable_only = false);
+
+// Put AVX2 rows into `chosen` where this machine has them.
+void use_avx2(Kind from, Kind to, Converter& chosen);
 
 }  // namespace olmfast

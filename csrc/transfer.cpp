@@ -17,13 +17,16 @@ namespace {
 constexpr uint64_t kPieceBytes = 1 << 20;    // of the source; large enough to make a thread's turn cheap
 constexpr uint64_t kInlineBytes = 256 << 10;  // less than this is not worth waking anybody
 
+constexpr uint64_t kStreamBytes = 8 << 20;    // written at once: more than a core's own caches keep
+
 // A transfer with as few dimensions as its strides allow: `n_matrices` matrices of rows x columns.
 struct Plan {
   const char* source;
   char* target;
   const Shard* shard;
   const Mapping* mapping;
-  Converter convert;
+  ConvertRow row;
+  ConvertMatrix tiles;
   size_t from_width, to_width;
   bool is_contiguous;
   uint64_t n_rows, n_columns, row_stride, column_stride;  // strides in bytes
@@ -36,7 +39,7 @@ struct Piece {
   uint64_t begin, end;
 };
 
-Plan make_plan(const Transfer& transfer, const Mapping& mapping) {
+Plan make_plan(const Transfer& transfer, const Mapping& mapping, bool streams) {
   std::vector<uint64_t> shape, strides;
   for (size_t i = 0; i < transfer.shape.size(); ++i) {
     if (transfer.shape[i] == 1) continue;
@@ -53,7 +56,9 @@ Plan make_plan(const Transfer& transfer, const Mapping& mapping) {
   plan.target = reinterpret_cast<char*>(transfer.address);
   plan.shard = transfer.shard.get();
   plan.mapping = &mapping;
-  plan.convert = converter(transfer.from, transfer.to);
+  const Converter convert = converter(transfer.from, transfer.to);
+  plan.row = streams ? convert.stream : convert.row;
+  plan.tiles = convert.tiles;
   plan.from_width = width(transfer.from);
   plan.to_width = width(transfer.to);
   auto take = [&](uint64_t& size, uint64_t& stride, uint64_t without) {
@@ -91,7 +96,13 @@ void move_rows(const Piece& piece) {
       target += matrix % plan.outer_shape[i] * plan.outer_strides[i];
     }
     const char* source = plan.source + row * plan.n_columns * plan.from_width;
-    plan.convert.matrix(source, target, n, plan.n_columns, plan.row_stride, plan.column_stride);
+    if (plan.column_stride != plan.to_width) {
+      plan.tiles(source, target, n, plan.n_columns, plan.row_stride, plan.column_stride);
+    } else {
+      for (uint64_t r = 0; r < n; ++r) {
+        plan.row(source + r * plan.n_columns * plan.from_width, target + r * plan.row_stride, plan.n_columns);
+      }
+    }
     row += n;
   }
 }
@@ -100,7 +111,7 @@ void move_piece(void* context) {
   const auto& piece = *static_cast<const Piece*>(context);
   const Plan& plan = *piece.plan;
   if (!plan.is_contiguous) return move_rows(piece);
-  plan.convert.row(plan.source + piece.begin * plan.from_width, plan.target + piece.begin * plan.to_width,
+  plan.row(plan.source + piece.begin * plan.from_width, plan.target + piece.begin * plan.to_width,
                    piece.end - piece.begin);
 }
 
@@ -168,13 +179,13 @@ void run_transfers(const std::vector<Transfer>& transfers) {
   plans.reserve(transfers.size());
   Work work;
   uint64_t n_bytes = 0;
+  for (const Transfer& transfer : transfers) n_bytes += transfer.n_elements() * width(transfer.to);
   std::set<const Shard*> shards;
   for (const Transfer& transfer : transfers) {
     if (transfer.n_bytes() == 0) continue;
     mappings.push_back(transfer.shard->mapping());
-    plans.push_back(make_plan(transfer, *mappings.back()));
+    plans.push_back(make_plan(transfer, *mappings.back(), n_bytes >= kStreamBytes));
     cut(plans.back(), work.pieces);
-    n_bytes += transfer.n_bytes();
     shards.insert(transfer.shard.get());
   }
   install_guard();

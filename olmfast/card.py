@@ -1,0 +1,51 @@
+"""The model card of a merge: front matter for the hub, the choices made, and the scores with their settings."""
+
+from __future__ import annotations
+
+import yaml
+
+from olmfast.config import RunConfig
+from olmfast.report import Report
+from olmfast.scoreboard import Scoreboard
+
+
+def write_card(config: RunConfig, report: Report, base: str, boards: dict[str, Scoreboard], account: str) -> str:
+    """README.md of the result. Never needs the network: it names models, it does not look them up."""
+    donors = [base, *(name for name in report.own["donors"] if name != base)]
+    front = {
+        "base_model": donors,
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "tags": ["merge", "olmfast"],
+    }
+    parts = [f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n", "# Merged model\n"]
+    parts.append(
+        f"Made by olmfast {report.own['environment']['olmfast']} from {len(donors)} models; base: `{base}`. "
+        "Lower scores are better. Skill retained: 1 is as good as the best donor on every dataset, 0 as the worst.\n"
+    )
+    for title, board in boards.items():
+        if board.rows:
+            entries = config.dataset if title == "Selection" else config.holdout
+            parts.append(f"## {title} scores\n\n{_table(board)}\n")
+            settings = "; ".join(
+                f"{name}: {entry.mode}, {report.own['samples'][name]} samples" for name, entry in entries.items()
+            )
+            parts.append(f"{settings}; seed {config.seed}.\n")
+    parts.append(f"## Choices\n\n{_choices(report)}\n\n{account}.\n")
+    return "\n".join(parts)
+
+
+def _table(board: Scoreboard) -> str:
+    lines = ["| model | " + " | ".join(board.datasets) + " | skill retained |"]
+    lines.append("|---" * (len(board.datasets) + 2) + "|")
+    for label, row in board.rows.items():
+        cells = [f"{row[name]:.4f}" for name in board.datasets]
+        lines.append(f"| {label} | {' | '.join(cells)} | {board.retained(label):.3f} |")
+    return "\n".join(lines)
+
+
+def _choices(report: Report) -> str:
+    lines = ["| unit | from |", "|---|---|"]
+    for outcome in report.choices():
+        lines.append(f"| {outcome.unit} | {outcome.winner} |")
+    return "\n".join(lines)

@@ -1,0 +1,166 @@
+"""Commands: parse, call the library, print. No logic of merging lives here."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from olmfast import __version__
+from olmfast.errors import InputError, OlmfastError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def main() -> None:
+    """Entry point: errors meant for the user become one message and an exit code, without a traceback."""
+    try:
+        app()
+    except OlmfastError as error:
+        print(f"olmfast: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("olmfast: stopped at once; everything decided so far is saved, continue with --resume", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"olmfast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def olmfast(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Find the best merge that a pool of fine-tuned language models holds."""
+
+
+@app.command("run")
+def run_command(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file; docs/config.md lists its keys.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or auto.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="The dtype candidates are evaluated in.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The random seed.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every decision as a line.")] = False,
+) -> None:
+    """Search for the best merge of a pool of models and write it."""
+    from olmfast.config import load_config
+
+    overrides = _overrides(set_ or [])
+    overrides |= {k: v for k, v in {"device": device, "dtype": dtype, "seed": seed}.items() if v is not None}
+    loaded = load_config(config, overrides)
+    from olmfast.progress import make_observer, print_plan, print_result
+
+    observer = make_observer(quiet=quiet or as_json, verbose=verbose)
+    from olmfast import driver
+
+    _quiet_libraries()
+    if dry_run:
+        print_plan(driver.plan(loaded, observer), as_json)
+        return
+    with _graceful_stop() as stop_requested, observer:
+        result = driver.run(
+            loaded, resume=resume, overwrite=overwrite, observer=observer, stop_requested=stop_requested
+        )
+    print_result(result, as_json)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
+    dataset: Annotated[list[str], typer.Option(metavar="FILE:MODE", help="A dataset and how to score it.")],
+    against: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODEL", help="Donors to show beside it, with their plain average."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="The first N conversations of each dataset.")] = 200,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest generation.")] = 1024,
+    models_dir: Annotated[Path, typer.Option(help="Where hub models lie.")] = Path("models"),
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="The dtype the model is evaluated in.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+) -> None:
+    """Score a model on datasets, alone or beside the donors it was merged from."""
+    from olmfast.driver import evaluate as evaluate_model
+    from olmfast.progress import print_scoreboard
+
+    _quiet_libraries()
+    entries = {}
+    for entry in dataset:
+        file, separator, mode = entry.rpartition(":")
+        if not separator:
+            raise InputError(f"--dataset {entry}: expected FILE:MODE")
+        entries[file] = {"mode": mode, "samples": samples, "max_new_tokens": max_new_tokens}
+    board = evaluate_model(model, entries, against or [], models_dir=models_dir, device=device, dtype=dtype)
+    print_scoreboard(board, "Scores", as_json)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
+    """Say what olmfast finds on this machine: versions, GPU, kernels, extension."""
+    from olmfast.doctor import examine
+
+    found = examine()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    width = max(map(len, found))
+    for name, value in found.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def _overrides(entries: list[str]) -> dict[str, Any]:
+    overrides = {}
+    for entry in entries:
+        key, separator, value = entry.partition("=")
+        if not separator or not key:
+            raise InputError(f"--set {entry}: expected KEY=VALUE")
+        try:
+            overrides[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"--set {entry}: the value is not valid YAML") from None
+    return overrides
+
+
+@contextmanager
+def _graceful_stop() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C asks the run to stop after the current step; the second stops it at once."""
+    asked = False
+
+    def handler(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            signal.default_int_handler(number, frame)
+        asked = True
+        print("\nolmfast: finishing the current step; Ctrl-C again stops at once", file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _quiet_libraries() -> None:
+    """Transformers' own progress bars and advice would be drawn into ours."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

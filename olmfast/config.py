@@ -1,0 +1,281 @@
+"""The typed configuration of `olmfast run`: one YAML file, every key checked before anything is opened.
+
+docs/config.md describes each key for users; this file is where they are declared.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
+
+from olmfast.errors import InputError, did_you_mean
+
+Mode = Literal["exact_match", "bigram_loss", "diversity", "exact", "bigram", "quality", "perplexity", "choice"]
+Template = Literal["auto", "tokenizer", "chatml", "raw"]
+HAN = "[\u4e00-\u9fff]"
+MODES: tuple[str, ...] = Mode.__args__  # type: ignore[attr-defined]
+
+# Keys that a resumed run may change: where things lie and how long it may take, not what is decided.
+FREE_TO_CHANGE = {"models_dir", "output_dir", "dataset_dir", "budget", "load_merge_report", "metric_dir"}
+
+
+class Budget(BaseModel):
+    """How much a run may spend: seconds of wall time, or a number of candidate evaluations."""
+
+    model_config = ConfigDict(frozen=True)
+    seconds: float | None = None
+    evaluations: int | None = None
+
+
+def _parse_budget(value: object) -> object:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return Budget(evaluations=value)
+    if isinstance(value, str):
+        if value.strip().isdigit():
+            return Budget(evaluations=int(value))
+        parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd])\s*", value)
+        if parts:
+            unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}[parts[2]]
+            return Budget(seconds=float(parts[1]) * unit)
+    if value is None or isinstance(value, (Budget, dict)):
+        return value
+    raise ValueError(f"expected a time such as '2h' or '30m', or a number of evaluations, got {value!r}")
+
+
+def parse_size(value: object) -> int:
+    """Bytes from `5GB`, `500MB`, `2GiB` or a plain number."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
+    if not parts:
+        raise ValueError(f"expected a size in bytes such as '5GB', got {value!r}")
+    base = 1024 if parts[3] else 1000
+    return int(float(parts[1]) * base ** " KMGT".index(parts[2].upper() or " "))
+
+
+def _parse_selection(value: object) -> object:
+    return "copeland" if value == "ranks" else value  # the original's word for it
+
+
+class DatasetConfig(BaseModel):
+    """How one dataset file is read and scored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    mode: Mode
+    think: bool = True
+    weight: float = Field(1.0, ge=0)
+    strict: bool = False
+    include_eos: bool = False
+    forbid: str | None = HAN
+    template: Template = "auto"
+    max_new_tokens: int = Field(1024, ge=1)
+    samples: int = Field(200, ge=1)
+
+
+# Dataset keys that may stand at the top level as the default of every dataset.
+DATASET_DEFAULTS = ("forbid", "template", "max_new_tokens", "samples")
+
+
+class RunConfig(BaseModel):
+    """Everything `olmfast run` is told. Paths are absolute once loaded (relative to the config's folder)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    models_dir: Path
+    output_dir: Path
+    dataset_dir: Path
+    models: list[str] = Field(min_length=1)
+    dataset: dict[str, DatasetConfig] = Field(min_length=1)
+    holdout: dict[str, DatasetConfig] = {}
+    base_model_name: str | None = None
+
+    base_select: bool = False
+    boundary_select: bool = False
+    layer_swap: bool = False
+    tensor_swap: bool = False
+    skip_norm: bool = False
+    es_svd: bool = False
+    es_norm: bool = False
+    load_merge_report: bool = False
+
+    direction: Literal["forward", "backward"] = "forward"
+    samples: int = Field(200, ge=1)
+    improve_all: str | None = None
+    markov: int = Field(0, ge=0)
+    max_models: int | None = Field(None, ge=1)
+    units: list[str] = ["*"]
+    es_svd_generations: int = Field(1, ge=1)
+    es_svd_sigma: float = Field(0.1, gt=0)
+    es_norm_generations: int = Field(3, ge=1)
+    es_norm_sigma: float = Field(0.005, gt=0)
+    es_accept: Literal["selection", "any"] = "selection"
+
+    selection: Annotated[Literal["copeland", "mean"], BeforeValidator(_parse_selection)] = "copeland"
+    significance: float | None = Field(None, gt=0, lt=1)
+    tie_tolerance: float | None = Field(None, ge=0)
+    racing: Literal[False] = False
+
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    batch_tokens: int = Field(8192, ge=1)
+    forbid: str | None = HAN
+    template: Template = "auto"
+    max_new_tokens: int = Field(1024, ge=1)
+    budget: Annotated[Budget | None, BeforeValidator(_parse_budget)] = None
+    shard_size: Annotated[int, BeforeValidator(parse_size)] = 5_000_000_000
+    metric_dir: str | None = None
+    _config_dir: Path = PrivateAttr(Path())
+
+    @property
+    def config_dir(self) -> Path:
+        """The folder that relative paths are taken from."""
+        return self._config_dir
+
+    @property
+    def base_name(self) -> str:
+        """The donor that is the base before any selection, and whose tokenizer and template are used."""
+        return self.base_model_name or self.models[0]
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if len(set(self.models)) != len(self.models):
+            twice = next(name for name in self.models if self.models.count(name) > 1)
+            raise ValueError(f"models: {twice!r} is listed twice")
+        if self.base_name not in self.models:
+            raise ValueError(
+                f"base_model_name: {self.base_name!r} is not in models{did_you_mean(self.base_name, self.models)}"
+            )
+        allowed = ["all", "base", *{entry.mode for entry in self.dataset.values()}, *self.dataset]
+        if self.improve_all is not None and self.improve_all not in allowed:
+            raise ValueError(
+                f"improve_all: expected 'all', 'base', a mode in use or a dataset, got {self.improve_all!r}"
+                f"{did_you_mean(self.improve_all, allowed)}"
+            )
+        both = set(self.dataset) & set(self.holdout)
+        if both:
+            raise ValueError(f"holdout: {sorted(both)[0]!r} is used for selection too, so it is not held out")
+        for name in (*self.dataset, *self.holdout):
+            _check_pattern(name, (self.dataset.get(name) or self.holdout[name]).forbid)
+        return self
+
+    def decisive(self) -> dict[str, Any]:
+        """The keys that a resumed run must not change, as plain JSON values."""
+        return self.model_dump(mode="json", exclude=FREE_TO_CHANGE)
+
+
+def _check_pattern(dataset: str, pattern: str | None) -> None:
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise ValueError(f"dataset {dataset!r}: forbid: not a regular expression: {error}") from None
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice, which plain YAML silently overwrites."""
+
+
+def _construct_unique(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    loader.flatten_mapping(node)
+    result: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in result:
+            raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark)
+        result[key] = loader.construct_object(value_node, deep=True)
+    return result
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_unique)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """One YAML mapping, safely loaded. Raises InputError naming the file, line and column."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise InputError(f"{path}: cannot be read: {reason}") from None
+    try:
+        data = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise InputError(f"{path}{where}: not valid YAML: {problem or error}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: expected a mapping of keys to values, got {type(data).__name__}")
+    return data
+
+
+def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """Read and check a run's configuration; `overrides` maps dotted keys to values and wins over the file.
+
+    Raises InputError that lists every fault at once, unknown keys with a suggestion.
+    """
+    data = read_yaml(path)
+    for dotted, value in (overrides or {}).items():
+        _set_key(data, dotted, value)
+    return parse_config(data, where=str(path), folder=path.parent.absolute())
+
+
+def parse_config(data: dict[str, Any], where: str, folder: Path) -> RunConfig:
+    """Check plain data as a RunConfig; relative paths are taken from `folder`."""
+    data = dict(data)
+    data.setdefault("dataset_dir", ".")
+    for key in ("models_dir", "output_dir", "dataset_dir"):
+        if isinstance(data.get(key), (str, Path)):
+            data[key] = folder / Path(data[key]).expanduser()
+    if data.get("improve_all") is False:
+        data["improve_all"] = None
+    defaults = {key: data[key] for key in DATASET_DEFAULTS if key in data}
+    for key in ("dataset", "holdout"):
+        if isinstance(data.get(key), dict):
+            data[key] = {
+                name: {**defaults, **entry} if isinstance(entry, dict) else entry for name, entry in data[key].items()
+            }
+    try:
+        config = RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise InputError("\n".join(_explain(where, data, fault) for fault in error.errors())) from None
+    config._config_dir = folder
+    return config
+
+
+def _set_key(data: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set `a.b=value`. File names hold dots, so the longest existing key wins at each level."""
+    for key in sorted((k for k, v in data.items() if isinstance(v, dict)), key=len, reverse=True):
+        if dotted.startswith(f"{key}."):
+            _set_key(data[key], dotted[len(key) + 1 :], value)
+            return
+    data[dotted] = value
+
+
+def _explain(where: str, data: dict[str, Any], fault: Any) -> str:
+    location: list[str | int] = list(fault["loc"])
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    if fault["type"] == "extra_forbidden":
+        model = DatasetConfig if location[0] in ("dataset", "holdout") else RunConfig
+        return f"{where}: {name}: unknown key{did_you_mean(str(location[-1]), model.model_fields)}"
+    if fault["type"] == "missing":
+        return f"{where}: {name}: required key is missing"
+    if name == "racing":
+        return f"{where}: racing: reserved for a later version; only 'false' is accepted now"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "literal_error":
+        value = str(fault["input"])
+        message = f"expected {fault['ctx']['expected']}, got {value!r}"
+        message += did_you_mean(value, re.findall(r"'([^']+)'", fault["ctx"]["expected"]))
+    elif fault["type"] != "value_error":
+        message += f", got {fault['input']!r}"
+    return f"{where}: {name}: {message}" if name else f"{where}: {message}"

@@ -1,0 +1,167 @@
+"""Conversations -> token ids -> batches: what exactly a model is shown and which tokens are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from olmfast.config import DatasetConfig
+from olmfast.errors import InputError
+from olmfast.evaluation.conversations import Conversation, load_conversations
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_THINKING = "<think>\n\n</think>\n\n"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question as token ids. `options` holds one token id per letter of a multiple choice."""
+
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+    options: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset ready to be scored. `left_out` counts samples longer than the model's context."""
+
+    name: str
+    config: DatasetConfig
+    samples: tuple[Sample, ...]
+    left_out: int
+    digest: str
+
+
+def load_datasets(
+    folder: Path, entries: Mapping[str, DatasetConfig], tokenizer: Any, context: int
+) -> dict[str, Dataset]:
+    """Read, tokenise and check the datasets of a config; `context` is the model's longest input in tokens.
+
+    Raises InputError naming the dataset when a file is unusable or no sample fits the context.
+    """
+    return {name: _load(folder / name, name, entry, tokenizer, context) for name, entry in entries.items()}
+
+
+def _load(path: Path, name: str, config: DatasetConfig, tokenizer: Any, context: int) -> Dataset:
+    conversations = load_conversations(path, config.mode, config.samples)
+    encode = Encoder(tokenizer, config, raw_by_default=path.suffix == ".csv", where=str(path))
+    encoded = [encode(conversation) for conversation in conversations]
+    generates = config.mode in ("diversity", "quality")
+    fitting = [s for s in encoded if len(s.prompt) + (1 if generates else len(s.response)) <= context]
+    if not fitting:
+        raise InputError(f"{path}: every sample is longer than the model's context of {context} tokens")
+    digest = xxhash.xxh3_128(path.read_bytes()).hexdigest()
+    return Dataset(name, config, tuple(fitting), len(encoded) - len(fitting), digest)
+
+
+class Encoder:
+    """Turns a conversation into prompt and response ids under one dataset's settings."""
+
+    def __init__(self, tokenizer: Any, config: DatasetConfig, raw_by_default: bool, where: str) -> None:
+        self.tokenizer, self.config, self.where = tokenizer, config, where
+        self.template = config.template
+        if self.template == "auto":
+            has_template = bool(getattr(tokenizer, "chat_template", None))
+            self.template = "raw" if raw_by_default else ("tokenizer" if has_template else "chatml")
+        elif self.template == "tokenizer" and not getattr(tokenizer, "chat_template", None):
+            raise InputError(f"{where}: template: the tokenizer has no chat template; use chatml or raw")
+
+    def __call__(self, conversation: Conversation) -> Sample:
+        """Prompt and response ids; the response is the answer's text, tokenised as it stands in the whole."""
+        prompt, answer, end = self._render(conversation)
+        if not self.config.think and self.template != "raw":
+            prompt += NO_THINKING
+        prompt_ids = self._ids(prompt)
+        if conversation.options:
+            return self._choice(prompt, prompt_ids, conversation)
+        response = self._continuation(prompt, prompt_ids, answer)
+        if self.config.include_eos and end:
+            response = self._continuation(prompt, prompt_ids, answer + end)
+        if not response:
+            raise InputError(f"{self.where}: the response {answer!r} has no tokens")
+        return Sample(prompt_ids, response)
+
+    def _choice(self, prompt: str, prompt_ids: tuple[int, ...], conversation: Conversation) -> Sample:
+        """The options' letters as tokens: with a space before them after "Answer:", without one in a new turn."""
+        space = " " if self.template == "raw" else ""
+        letters = conversation.options
+        options = tuple(self._continuation(prompt, prompt_ids, space + letter)[0] for letter in letters)
+        if len(set(options)) < len(options):
+            raise InputError(f"{self.where}: the tokenizer gives two option letters the same first token")
+        return Sample(prompt_ids, (options[letters.index(conversation.response)],), options)
+
+    def _render(self, conversation: Conversation) -> tuple[str, str, str]:
+        """Prompt text, answer text as the template puts it, and the end-of-turn text that follows it."""
+        messages, answer = list(conversation.messages), conversation.response
+        if self.template == "raw":
+            return "\n\n".join(m["content"] for m in messages), answer, self.tokenizer.eos_token or ""
+        if self.template == "chatml":
+            return self._apply(messages, True, CHATML), answer, "<|im_end|>"
+        prompt = self._apply(messages, True, None)
+        whole = self._apply([*messages, {"role": "assistant", "content": answer}], False, None)
+        tail = whole[len(prompt) :] if whole.startswith(prompt) else ""
+        for text in (answer, answer.strip()):
+            if tail.startswith(text):
+                return prompt, text, tail[len(text) :].rstrip()
+        return prompt, answer, self.tokenizer.eos_token or ""
+
+    def _apply(self, messages: list[dict[str, str]], generation: bool, template: str | None) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self._apply_once(messages, generation, template)
+        except TemplateError as error:
+            # Some templates (Gemma's) know no system role: its text then opens the first question.
+            if messages[0]["role"] == "system" and len(messages) > 1:
+                joined = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+                return self._apply(
+                    [{"role": messages[1]["role"], "content": joined}, *messages[2:]], generation, template
+                )
+            raise InputError(f"{self.where}: the chat template refuses a conversation: {error}") from None
+
+    def _apply_once(self, messages: list[dict[str, str]], generation: bool, template: str | None) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generation, chat_template=template
+        )
+        return text
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text that begins the input: special tokens once, by the template or the tokenizer."""
+        if self.template == "tokenizer":
+            return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        plain = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        special = tuple(self.tokenizer(text)["input_ids"])
+        # Keep what the tokenizer puts in front (BOS), not what it may append (EOS would end the prompt).
+        start = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), 0)
+        return special[: start + len(plain)] if plain else special
+
+    def _continuation(self, prompt: str, prompt_ids: tuple[int, ...], text: str) -> tuple[int, ...]:
+        """Ids of `text` after the prompt. A token that would straddle the joint is split at it."""
+        whole = self._ids(prompt + text)
+        if whole[: len(prompt_ids)] == prompt_ids:
+            return whole[len(prompt_ids) :]
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def make_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length: at most `max_tokens` once padded, longest first, stable.
+
+    The batches depend on the lengths alone, so every candidate is scored in the same batches.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    batch: list[int] = []
+    for index in order:
+        if batch and lengths[batch[0]] * (len(batch) + 1) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

@@ -1,0 +1,105 @@
+"""The metrics: plain formulas over per-token probabilities or generated text. Lower is better in all of them.
+
+p_t is the softmax of the logits that predict response token t, m_t = max p_t, c_t = p_t[expected],
+CE_t = -log c_t. Arithmetic is float32 (float64 for a float64 model).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import torch
+
+WORST_DIVERSITY = 4096.0
+WORST_QUALITY = 2048.0
+
+
+class TokenScores(NamedTuple):
+    """What every metric needs of one response's logits; each field is (tokens,)."""
+
+    max_logit: torch.Tensor
+    label_logit: torch.Tensor
+    logsumexp: torch.Tensor
+
+    @property
+    def max_prob(self) -> torch.Tensor:
+        """m_t."""
+        return torch.exp(self.max_logit - self.logsumexp)
+
+    @property
+    def is_top(self) -> torch.Tensor:
+        """Whether the expected token is (one of) the most probable: c_t = m_t."""
+        return self.label_logit >= self.max_logit
+
+    @property
+    def cross_entropy(self) -> torch.Tensor:
+        """CE_t."""
+        return self.logsumexp - self.label_logit
+
+
+def token_scores(logits: torch.Tensor, labels: torch.Tensor) -> TokenScores:
+    """Per-token scores of logits (tokens, vocabulary) against labels (tokens,), in at least float32."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    label = logits.gather(1, labels[:, None]).squeeze(1)
+    return TokenScores(logits.amax(dim=1), label, torch.logsumexp(logits, dim=1))
+
+
+def exact_match(max_prob: torch.Tensor, right: torch.Tensor, strict: bool) -> torch.Tensor:
+    """Mean over t of 1 - m_t where the model's own token is the expected one, 1 + m_t where not (0..2).
+
+    `strict`: 1 if any token is wrong, else mean(1 - m_t).
+    """
+    if strict and not bool(right.all()):
+        return torch.ones_like(max_prob[0])
+    return torch.where(right, 1 - max_prob, 1 + max_prob).mean()
+
+
+def bigram_loss(scores: TokenScores) -> torch.Tensor:
+    """s_t = 1 if c_t < m_t else 1 - m_t; mean over i of s_i + s_{i+1}; one token alone scores 2 s_1."""
+    single = torch.where(scores.is_top, 1 - scores.max_prob, torch.ones_like(scores.max_prob))
+    return _pair_sums(single).mean()
+
+
+def exact(scores: TokenScores) -> torch.Tensor:
+    """Mean CE_t."""
+    return scores.cross_entropy.mean()
+
+
+def perplexity(scores: TokenScores) -> torch.Tensor:
+    """exp(mean CE_t)."""
+    return scores.cross_entropy.mean().exp()
+
+
+def bigram(scores: TokenScores) -> torch.Tensor:
+    """exp(mean over t of CE_t + CE_{t+1}); one token alone counts twice."""
+    return _pair_sums(scores.cross_entropy).mean().exp()
+
+
+def choice(option_logits: torch.Tensor, answer: int) -> torch.Tensor:
+    """0 if the right option's letter is the likeliest of the letters, else 1. Ties go to the first letter."""
+    wrong = int(option_logits.argmax()) != answer
+    return torch.tensor(float(wrong), dtype=torch.promote_types(option_logits.dtype, torch.float32))
+
+
+def diversity(text: str, forbid: str | None) -> float:
+    """4096 / unique whitespace-separated words (at least 1); 4096 if `forbid` (a pattern) is found."""
+    if forbid is not None and re.search(forbid, text):
+        return WORST_DIVERSITY
+    return WORST_DIVERSITY / max(len(set(text.split())), 1)
+
+
+def quality(text: str, forbid: str | None) -> float:
+    """1 / (min(words, 2048)/2048 * (unique/words)^2); 2048 below 100 words or if `forbid` is found."""
+    words = text.split()
+    if len(words) < 100 or (forbid is not None and re.search(forbid, text)):
+        return WORST_QUALITY
+    return 1 / (min(len(words), 2048) / 2048 * (len(set(words)) / len(words)) ** 2)
+
+
+def _pair_sums(values: torch.Tensor) -> torch.Tensor:
+    return values[:-1] + values[1:] if len(values) > 1 else 2 * values
+
+
+TEACHER_FORCED = {"bigram_loss": bigram_loss, "exact": exact, "perplexity": perplexity, "bigram": bigram}
+GENERATIVE = {"diversity": diversity, "quality": quality}

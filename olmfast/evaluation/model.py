@@ -1,0 +1,121 @@
+"""The working model: a live Transformers module, kept in step with its recipe by copying bytes in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from olmfast.errors import InputError
+from olmfast.weights.architecture import Architecture
+from olmfast.weights.methods import Sources, Values
+from olmfast.weights.recipe import Recipe
+
+
+def pick_device(wanted: str) -> torch.device:
+    """`auto`: the GPU if there is one. Raises InputError for a device that is not there."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device: {wanted!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 on a GPU, float32 on a CPU, whatever the checkpoints' own dtype is."""
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, wanted)
+    return dtype
+
+
+class WorkingModel:
+    """A module in `dtype` on `device` whose parameters always equal `recipe`, outside of a trial.
+
+    Values are rounded to the dtype they would be saved with before they are converted to the module's.
+    """
+
+    def __init__(self, recipe: Recipe, sources: Sources, device: torch.device, dtype: torch.dtype) -> None:
+        self.sources, self.device, self.dtype = sources, device, dtype
+        self.rebuild(recipe)
+
+    def rebuild(self, recipe: Recipe) -> None:
+        """Build the module that the recipe's base configures, and fill it."""
+        sources, device, dtype = self.sources, self.device, self.dtype
+        base = sources.pool[recipe.base]
+        self.module = _build(base.folder, sources.pool.tied, dtype).to(device)
+        self._slots = _map_slots(self.module, base.architecture, recipe)
+        self._order = {name: i for i, (name, _) in enumerate(self.module.named_parameters())}
+        self.recipe = recipe
+        self.apply(recipe.tensors)
+
+    def in_parameter_order(self, tensors: tuple[str, ...]) -> list[str]:
+        """Canonical names in the order in which the module declares its parameters."""
+        architecture = self.sources.pool.architecture
+        last = len(self._order)
+        return sorted(tensors, key=lambda name: self._order.get(architecture.slot(name).parameter, last))
+
+    def apply(self, values: Mapping[str, Values]) -> None:
+        """Copy values (canonical name -> values) over the live parameters; the recipe is not changed."""
+        base = self.sources.pool[self.recipe.base]
+        with torch.no_grad():
+            for name, wanted in values.items():
+                if name in self._slots:
+                    self._slots[name].copy_(self.sources.value(wanted).to(base.tensors[name].dtype))
+
+    def restore(self, names: Mapping[str, Values]) -> None:
+        """Put back what the recipe says for these tensors."""
+        self.apply({name: self.recipe.tensors[name] for name in names})
+
+    def set_recipe(self, recipe: Recipe) -> None:
+        """Make `recipe` the model's: the tensors whose expressions changed are copied, nothing else."""
+        changed = {n: e for n, e in recipe.tensors.items() if self.recipe.tensors.get(n) != e}
+        self.recipe = recipe
+        self.apply(changed)
+
+    @property
+    def context(self) -> int:
+        """The longest input the model is made for, in tokens."""
+        return self.sources.pool.architecture.context
+
+
+def _build(folder: Path, tied: bool, dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        config.tie_word_embeddings = tied
+        with no_init_weights():
+            module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'config.json'}: Transformers cannot build this model: {error}") from None
+    return module.eval().requires_grad_(False)
+
+
+def _map_slots(module: Any, architecture: Architecture, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Canonical name -> the view of the live parameter it fills; every parameter must be filled."""
+    parameters = dict(module.named_parameters())
+    buffers = dict(module.named_buffers())
+    slots: dict[str, torch.Tensor] = {}
+    filled: dict[str, int] = dict.fromkeys(parameters, 0)
+    unknown = []
+    for name in recipe.tensors:
+        slot = architecture.slot(name)
+        if slot.parameter in parameters:
+            slots[name] = slot.of(parameters[slot.parameter].data)
+            filled[slot.parameter] += slots[name].numel()
+        elif not architecture.is_ignored(name) and slot.parameter not in buffers:
+            unknown.append(name)
+    empty = [name for name, n in filled.items() if n != parameters[name].numel()]
+    if empty or unknown:
+        raise InputError(
+            f"{recipe.base}: checkpoint and module do not match: nothing in the files fills "
+            f"{empty[:3] or 'nothing'}, and no parameter takes {unknown[:3] or 'nothing'}"
+        )
+    return slots

@@ -1,0 +1,212 @@
+"""The one door between search and evaluation: candidates of a unit in, scores per sample out.
+
+`SequentialScorer` is the plain reference: candidate by candidate, every dataset in full, batched over samples.
+Every faster scorer is tested against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from olmfast.evaluation import metrics
+from olmfast.evaluation.batches import Dataset, Sample, make_batches
+from olmfast.evaluation.decode import greedy
+from olmfast.evaluation.model import WorkingModel
+from olmfast.weights.architecture import Unit
+from olmfast.weights.methods import Values
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A unit's proposed values: canonical name -> values. Without values it is what is there now."""
+
+    label: str
+    values: Mapping[str, Values] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per dataset: scores (candidates, samples), NaN where `evaluated` is False, and cut-off generations."""
+
+    samples: dict[str, torch.Tensor]
+    evaluated: dict[str, torch.Tensor]
+    truncated: dict[str, torch.Tensor]
+
+    def mean(self, dataset: str) -> torch.Tensor:
+        """(candidates,): the mean over the evaluated samples; NaN for a candidate that has none."""
+        return torch.nanmean(self.samples[dataset], dim=1)
+
+    def rows(self, rows: Sequence[int]) -> Scores:
+        """The scores of some candidates."""
+        return self._each(lambda tensor: tensor[list(rows)])
+
+    def only(self, datasets: Sequence[str]) -> Scores:
+        """The scores on some datasets."""
+        return Scores(*({name: part[name] for name in datasets} for part in self._parts))
+
+    def stacked_on(self, below: Scores) -> Scores:
+        """These candidates followed by those of `below`, on the same datasets."""
+        pairs = zip(self._parts, below._parts, strict=True)
+        return Scores(*({name: torch.cat([a[name], b[name]]) for name in a} for a, b in pairs))
+
+    def spread(self, rows: Sequence[int], n: int) -> Scores:
+        """These candidates as the given rows of `n`; the other rows are not evaluated."""
+
+        def spread(tensor: torch.Tensor) -> torch.Tensor:
+            fill = torch.nan if tensor.dtype.is_floating_point else False
+            result = torch.full((n, tensor.shape[1]), fill, dtype=tensor.dtype)
+            result[list(rows)] = tensor
+            return result
+
+        return self._each(spread)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Scores]) -> Scores:
+        """The same candidates on the datasets of all parts."""
+        merged: tuple[dict[str, torch.Tensor], ...] = ({}, {}, {})
+        for part in parts:
+            for target, source in zip(merged, part._parts, strict=True):
+                target.update(source)
+        return cls(*merged)
+
+    @property
+    def _parts(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        return self.samples, self.evaluated, self.truncated
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Scores:
+        return Scores(*({name: change(tensor) for name, tensor in part.items()} for part in self._parts))
+
+
+class Scorer(Protocol):
+    """Whoever evaluates candidates: sequential, batched or distributed."""
+
+    def score(
+        self,
+        unit: Unit,
+        candidates: Sequence[Candidate],
+        datasets: Sequence[str] | None = None,
+        samples: Mapping[str, Sequence[int]] | None = None,
+    ) -> Scores:
+        """Score all candidates of one unit; `datasets` and `samples` (indices per dataset) narrow it down."""
+        ...
+
+
+class SequentialScorer:
+    """One candidate after another, in place on the working model, which is left as it was."""
+
+    def __init__(
+        self,
+        model: WorkingModel,
+        datasets: Mapping[str, Dataset],
+        tokenizer: Any,
+        stop_tokens: Sequence[int],
+        batch_tokens: int,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.model, self.datasets, self.tokenizer = model, datasets, tokenizer
+        self.stop_tokens, self.batch_tokens, self.progress = tuple(stop_tokens), batch_tokens, progress
+
+    def score(
+        self,
+        unit: Unit,
+        candidates: Sequence[Candidate],
+        datasets: Sequence[str] | None = None,
+        samples: Mapping[str, Sequence[int]] | None = None,
+    ) -> Scores:
+        """See `Scorer.score`. Samples not asked for are NaN and marked as not evaluated."""
+        names = list(self.datasets if datasets is None else datasets)
+        wanted = {name: self._wanted(name, samples) for name in names}
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        shapes = {name: (len(candidates), len(self.datasets[name].samples)) for name in names}
+        result = Scores(
+            {name: torch.full(shape, torch.nan, dtype=dtype) for name, shape in shapes.items()},
+            {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()},
+            {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()},
+        )
+        for row, candidate in enumerate(candidates):
+            try:
+                self.model.apply(candidate.values)
+                for name in names:
+                    scores, truncated = self._score_dataset(self.datasets[name], wanted[name])
+                    result.samples[name][row, wanted[name]] = scores.to(dtype)
+                    result.evaluated[name][row, wanted[name]] = True
+                    result.truncated[name][row, wanted[name]] = truncated
+            finally:
+                self.model.restore(candidate.values)
+            self.progress(candidate.label)
+        return result
+
+    def _wanted(self, name: str, samples: Mapping[str, Sequence[int]] | None) -> list[int]:
+        if samples is not None and name in samples:
+            return list(samples[name])
+        return list(range(len(self.datasets[name].samples)))
+
+    def _score_dataset(self, dataset: Dataset, wanted: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        samples = [dataset.samples[index] for index in wanted]
+        mode = dataset.config.mode
+        truncated = torch.zeros(len(samples), dtype=torch.bool)
+        if mode in metrics.GENERATIVE:
+            return self._generate(dataset, samples)
+        if mode == "exact_match":
+            return self._exact_match(dataset, samples), truncated
+        return self._teacher_forced(mode, samples), truncated
+
+    @torch.inference_mode()
+    def _teacher_forced(self, mode: str, samples: list[Sample]) -> torch.Tensor:
+        """Right-padded: padding comes after every scored token and so cannot reach it (causal attention)."""
+        found: dict[int, torch.Tensor] = {}
+        inputs = [sample.prompt + sample.response[:-1] for sample in samples]
+        for batch in make_batches([len(ids) for ids in inputs], self.batch_tokens):
+            width = len(inputs[batch[0]])
+            ids = torch.zeros(len(batch), width, dtype=torch.long)
+            for row, index in enumerate(batch):
+                ids[row, : len(inputs[index])] = torch.tensor(inputs[index])
+            logits = self.model.module(input_ids=ids.to(self.model.device), use_cache=False).logits
+            for row, index in enumerate(batch):
+                sample = samples[index]
+                rows = logits[row, len(sample.prompt) - 1 : len(inputs[index])]
+                found[index] = _score_response(mode, rows, sample).cpu()
+        return torch.stack([found[index] for index in range(len(samples))])
+
+    def _exact_match(self, dataset: Dataset, samples: list[Sample]) -> torch.Tensor:
+        found: dict[int, torch.Tensor] = {}
+        lengths = [len(sample.prompt) + len(sample.response) for sample in samples]
+        for batch in make_batches(lengths, self.batch_tokens):
+            chosen = [samples[index] for index in batch]
+            limits = [len(s.response) for s in chosen]
+            decoded = greedy(self.model.module, [s.prompt for s in chosen], limits, self.model.context)
+            tokens, max_prob = decoded.tokens.cpu(), decoded.max_prob.cpu()
+            for row, (index, sample) in enumerate(zip(batch, chosen, strict=True)):
+                n = len(sample.response)
+                right = tokens[row, :n] == torch.tensor(sample.response)
+                found[index] = metrics.exact_match(max_prob[row, :n], right, dataset.config.strict)
+        return torch.stack([found[index] for index in range(len(samples))])
+
+    def _generate(self, dataset: Dataset, samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A generation that reaches `max_new_tokens`, or the model's context, is counted as truncated."""
+        scores = torch.zeros(len(samples), dtype=torch.float64)
+        truncated = torch.zeros(len(samples), dtype=torch.bool)
+        formula = metrics.GENERATIVE[dataset.config.mode]
+        longest = dataset.config.max_new_tokens
+        for batch in make_batches([len(s.prompt) + longest for s in samples], self.batch_tokens):
+            prompts = [samples[index].prompt for index in batch]
+            limits = [min(longest, self.model.context - len(prompt)) for prompt in prompts]
+            decoded = greedy(self.model.module, prompts, limits, self.model.context, self.stop_tokens)
+            for row, index in enumerate(batch):
+                ids = decoded.tokens[row, : int(decoded.lengths[row])].tolist()
+                text = self.tokenizer.decode(ids, skip_special_tokens=True)
+                scores[index] = formula(text, dataset.config.forbid)
+                truncated[index] = not bool(decoded.stopped[row])
+        return scores, truncated
+
+
+def _score_response(mode: str, logits: torch.Tensor, sample: Sample) -> torch.Tensor:
+    if mode == "choice":
+        options = torch.tensor(sample.options, device=logits.device)
+        return metrics.choice(logits[0, options], sample.options.index(sample.response[0]))
+    labels = torch.tensor(sample.response, device=logits.device)
+    return metrics.TEACHER_FORCED[mode](metrics.token_scores(logits, labels))

@@ -1,0 +1,198 @@
+"""What a terminal shows: progress while a run goes on, and tables at its end."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from olmfast.driver import Plan, Result
+from olmfast.report import Outcome
+from olmfast.scoreboard import Scoreboard
+from olmfast.search.stage import Silent
+
+
+class Watcher(Silent):
+    """An observer that can be entered and left; shows nothing by itself."""
+
+    def __enter__(self) -> Watcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to put away."""
+
+
+class Lines(Watcher):
+    """Plain lines, for logs and pipes: one per stage and decision, with the time since the start."""
+
+    def __init__(self, verbose: bool) -> None:
+        self.verbose = verbose
+        self.started = time.monotonic()
+        self.stage = ""
+
+    def step(self, stage: str, unit: str, n_candidates: int) -> None:
+        """A line when a new stage begins, or for every step when verbose."""
+        if stage != self.stage or self.verbose:
+            self._print(f"{stage} {unit}: {n_candidates} candidates")
+            self.stage = stage
+
+    def chosen(self, outcome: Outcome) -> None:
+        """A line when something changed, or for every step when verbose."""
+        if outcome.changed or self.verbose:
+            self._print(f"{outcome.stage} {outcome.unit}: {outcome.winner}")
+
+    def note(self, text: str) -> None:
+        """A line."""
+        self._print(text)
+
+    def _print(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.started:7.1f}s] {text}", file=sys.stderr, flush=True)
+
+
+class Bars(Watcher):
+    """A live bar with stage, unit, candidate, best so far and the time left."""
+
+    def __init__(self, verbose: bool) -> None:
+        self.console = Console(stderr=True)
+        self.verbose = verbose
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[best]}"),
+            console=self.console,
+            transient=True,
+        )
+        self.task = self.progress.add_task("starting", total=None, best="")
+        self.where, self.n_changed = "", 0
+
+    def __enter__(self) -> Bars:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def planned(self, n_candidates: int) -> None:
+        """The bar's length."""
+        self.progress.update(self.task, total=n_candidates)
+
+    def step(self, stage: str, unit: str, n_candidates: int) -> None:  # noqa: ARG002
+        """Shows where the run is."""
+        self.where = f"{stage} {unit}"
+        self.progress.update(self.task, description=self.where)
+
+    def candidate(self, label: str) -> None:
+        """Advances the bar."""
+        self.progress.update(self.task, advance=1, description=f"{self.where} · {label}")
+
+    def chosen(self, outcome: Outcome) -> None:
+        """A line above the bar for what changed, or for every decision when verbose."""
+        self.n_changed += outcome.changed
+        self.progress.update(self.task, best=f"{self.n_changed} improvements")
+        if outcome.changed or self.verbose:
+            self.console.print(f"{outcome.stage} [bold]{outcome.unit}[/]: {outcome.winner}", highlight=False)
+
+    def note(self, text: str) -> None:
+        """A line above the bar."""
+        self.console.print(text, highlight=False, markup=False)
+
+
+def make_observer(quiet: bool, verbose: bool) -> Watcher:
+    """Bars on a terminal, lines elsewhere, nothing when quiet."""
+    if quiet:
+        return Watcher()
+    return Bars(verbose) if sys.stderr.isatty() else Lines(verbose)
+
+
+def print_plan(plan: Plan, as_json: bool) -> None:
+    """What a run would do."""
+    if as_json:
+        print(json.dumps(plan.to_json(), indent=2))
+        return
+    table = Table("stage", "units", "candidates")
+    for stage, (n_units, n_candidates) in plan.stages.items():
+        table.add_row(stage, str(n_units), str(n_candidates))
+    table.add_row("all", "", str(plan.n_candidates))
+    _console().print(table)
+    for name, (mode, n_samples) in plan.datasets.items():
+        print(f"{name}: {mode}, {n_samples} samples")
+    print(f"result: {plan.n_bytes / 1e9:.3f} GB in {plan.output_dir}; nothing has been written")
+
+
+def print_result(result: Result, as_json: bool) -> None:
+    """Which donor won each unit, and the result beside every donor, selection and held-out apart."""
+    if as_json:
+        content = {
+            "output_dir": str(result.output_dir),
+            "status": result.status,
+            "selection": result.selection.to_json(),
+            "holdout": result.holdout.to_json() if result.holdout.rows else None,
+            "choices": {f"{o.stage}/{o.unit}": o.winner for o in result.report.choices()},
+        }
+        print(json.dumps(_without_nan(content), indent=2))
+        return
+    table = Table("unit", "from", title="What was chosen", title_justify="left")
+    for outcome in result.report.choices():
+        if outcome.changed or outcome.stage in ("boundary", "layers"):
+            table.add_row(f"{outcome.stage} {outcome.unit}", outcome.winner + ("" if outcome.changed else " (kept)"))
+    _console().print(table)
+    print_scoreboard(result.selection, "Selection scores (lower is better)", False)
+    if result.holdout.rows:
+        print_scoreboard(result.holdout, "Held-out scores (lower is better)", False)
+    left = "" if result.status == "finished" else "; the budget is spent, --resume with a larger one goes on"
+    print(f"\n{result.output_dir}: {result.status}{left}")
+
+
+def print_scoreboard(board: Scoreboard, title: str, as_json: bool) -> None:
+    """A row per model: its score per dataset and the mean skill it retains of the donors'."""
+    if as_json:
+        print(json.dumps(_without_nan(board.to_json()), indent=2))
+        return
+    several = len(board.donors) > 1
+    table = Table("model", *board.datasets, *(["skill retained"] if several else []), title=title)
+    table.title_justify = "left"
+    for label, row in board.rows.items():
+        cells = [f"{row[name]:.4f}" + _cut(board, label, name) for name in board.datasets]
+        table.add_row(label, *cells, *([f"{board.retained(label):.3f}"] if several else []))
+    _console().print(table)
+    if several and (alike := board.alike()):
+        print(f"left out of skill retained, because all donors score alike: {', '.join(alike)}")
+
+
+def _cut(board: Scoreboard, label: str, dataset: str) -> str:
+    rate = board.truncated.get(label, {}).get(dataset, 0.0)
+    return f" ({rate:.0%} cut off)" if rate else ""
+
+
+def _console() -> Console:
+    # A pipe has no width: tables must not be folded there.
+    return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,137 @@
+"""The life of an output folder: begun beside its final name, locked, resumed, and renamed when complete."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from olmfast.errors import InputError
+from olmfast.report import LEDGER, REFINED, REPORT, Outcome, Report, original_choices
+from olmfast.search.swap import whole
+from olmfast.weights.pool import Pool
+from olmfast.weights.recipe import Copy
+
+
+class RunFolder:
+    """`OUT.partial` while a run goes on, `OUT` once it is complete.
+
+    Raises InputError at once when `OUT` or `OUT.partial` is there and neither `resume` nor `overwrite` is asked.
+    """
+
+    def __init__(self, output: Path, *, resume: bool, overwrite: bool) -> None:
+        self.output = output
+        self.partial = output.with_name(output.name + ".partial")
+        self.resume, self.overwrite = resume and not overwrite, overwrite
+        if resume or overwrite:
+            if self.resume and self._is_foreign():
+                raise InputError(
+                    f"{output}: exists and holds no {REPORT}, so there is nothing to resume; use --overwrite"
+                )
+            return
+        if self.partial.exists():
+            raise InputError(f"{self.partial}: an unfinished run; --resume continues it, --overwrite starts anew")
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise InputError(f"{output}: exists; use --overwrite to replace it or --resume to continue its run")
+
+    @contextmanager
+    def locked(self, header: dict[str, Any], pool: Pool) -> Iterator[Report]:
+        """The run's report, begun or loaded and checked against `header`; one process at a time."""
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        if self.resume and not self.partial.exists() and (self.output / REPORT).is_file():
+            report = Report.load(self.output)
+            if report.status == "finished":
+                _check_same(self.output, report, header)
+                yield report
+                return
+        with self._lock():
+            yield self._open(header, pool)
+
+    def publish(self) -> None:
+        """Rename the complete `OUT.partial` to `OUT`; what was there is removed after, or kept if not ours."""
+        (self.partial / ".lock").unlink(missing_ok=True)
+        if self.output.exists():
+            keep = (self.output / REPORT).is_file() and Report.load(self.output).status == "original"
+            aside = self.output.with_name(self.output.name + (".original" if keep else ".replaced"))
+            shutil.rmtree(aside, ignore_errors=True)
+            self.output.rename(aside)
+            self.partial.rename(self.output)
+            if not keep:
+                shutil.rmtree(aside)
+        else:
+            self.partial.rename(self.output)
+
+    def _is_foreign(self) -> bool:
+        begun = self.partial.exists() or (self.output / REPORT).is_file()
+        return self.output.exists() and any(self.output.iterdir()) and not begun
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        if self.overwrite:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(exist_ok=True)
+        with (self.partial / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(f"{self.partial}: another process is running this merge") from None
+            yield
+
+    def _open(self, header: dict[str, Any], pool: Pool) -> Report:
+        if self.resume and not (self.partial / REPORT).is_file() and (self.output / REPORT).is_file():
+            before = Report.load(self.output)
+            if before.status == "original":
+                return self._import_original(before, header, pool)
+            self._take_over()
+        if self.resume and (self.partial / REPORT).is_file():
+            report = Report.load(self.partial)
+            _check_same(self.partial, report, header)
+            report.discard_unrecorded()
+            return report
+        return Report.create(self.partial, header)
+
+    def _take_over(self) -> None:
+        """Go on from a run that stopped at its budget: its state is copied, the result stays until replaced."""
+        shutil.copytree(self.output / REFINED, self.partial / REFINED, dirs_exist_ok=True)
+        shutil.copyfile(self.output / LEDGER, self.partial / LEDGER)
+        shutil.copyfile(self.output / REPORT, self.partial / REPORT)
+
+    def _import_original(self, before: Report, header: dict[str, Any], pool: Pool) -> Report:
+        """Begin from the decisions of the original tool's report; they count as steps taken."""
+        choices = original_choices(before.data, list(pool.tensors), pool.names)
+        base = choices["base"] or pool.names[0]
+        recipe = whole(base, pool.tensors)
+        architecture = pool.architecture
+        taken: list[tuple[str, str, str, str, tuple[str, ...]]] = []
+        if choices["boundary"]:
+            unit = architecture.boundary_unit(pool.tensors)
+            taken.append(("boundary", "boundary", "boundary", choices["boundary"], unit.tensors))
+        for block, donor in choices["layers"].items():
+            unit = architecture.window_unit(pool.tensors, [block])
+            taken.append((f"layers/{block}", "layers", str(block), donor, unit.tensors))
+        for name, donor in choices["tensors"].items():
+            tensors = tuple(t for t in pool.tensors if t.startswith(f"{name}."))
+            taken.append((f"tensors/{name}", "tensors", name, donor, tensors))
+        report = Report.create(self.partial, {**header, "imported": True})
+        for key, stage, unit_name, donor, tensors in taken:
+            recipe = recipe.with_values({t: Copy(donor, t) for t in tensors})
+            outcome = Outcome(stage, unit_name, donor, changed=donor != base, metrics={})
+            report.record(key, outcome, recipe, 0, 0.0)
+        return report
+
+
+def _check_same(folder: Path, report: Report, header: dict[str, Any]) -> None:
+    """Raise InputError naming every config key, donor and dataset that differs from the report's."""
+    changed = []
+    for part, label in (("config", "config key"), ("donors", "donor"), ("datasets", "dataset")):
+        before, now = report.own.get(part, {}), header[part]
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        changed += [f"{label} {name}" for name in names]
+    if changed:
+        raise InputError(
+            f"{folder}: cannot be resumed, changed since it was begun: {', '.join(changed)}; "
+            "undo the change, or use --overwrite to start anew"
+        )

@@ -1,0 +1,295 @@
+"""The one loop of every search: propose, evaluate, select, commit, record.
+
+A stage is a function that takes steps one after another; a step is recorded when it returns, and a recorded
+step is never taken twice: a resumed run walks the same steps and gets their outcomes from the report.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+
+from olmfast.config import Budget, RunConfig
+from olmfast.errors import Interrupted, OlmfastError
+from olmfast.evaluation.model import WorkingModel
+from olmfast.evaluation.scorer import Candidate, Scorer, Scores
+from olmfast.report import Outcome, Report
+from olmfast.search.ranking import Rules, choose, is_degraded, order
+from olmfast.weights.architecture import Architecture, Unit
+from olmfast.weights.recipe import Copy, Expression, Linear, Recipe, Stored
+
+
+class BudgetSpent(Exception):
+    """The next step does not fit the budget; the run ends with the best so far."""
+
+
+class Observer(Protocol):
+    """Who watches a run: told before each step, after each candidate and after each step."""
+
+    def step(self, stage: str, unit: str, n_candidates: int) -> None:
+        """A step begins."""
+        ...
+
+    def candidate(self, label: str) -> None:
+        """One candidate has been evaluated."""
+        ...
+
+    def chosen(self, outcome: Outcome) -> None:
+        """A step has been recorded."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+        ...
+
+
+class Silent:
+    """An observer that shows nothing."""
+
+    def step(self, stage: str, unit: str, n_candidates: int) -> None:
+        """Shows nothing."""
+
+    def candidate(self, label: str) -> None:
+        """Shows nothing."""
+
+    def chosen(self, outcome: Outcome) -> None:
+        """Shows nothing."""
+
+    def note(self, text: str) -> None:
+        """Shows nothing."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decision about one unit. `propose` lists the candidates; the first is what is there now."""
+
+    key: str
+    stage: str
+    unit: Unit
+    propose: Callable[[], Sequence[Candidate]]
+    accept: Callable[[Scores, list[int]], int] | None = None  # None: by the config's selection
+    guarded: bool = True
+    commit: bool = True
+
+
+@dataclass
+class Search:
+    """Everything the loop works on, and what it has spent."""
+
+    config: RunConfig
+    model: WorkingModel
+    scorer: Scorer
+    report: Report
+    rules: Rules
+    observer: Observer = field(default_factory=Silent)
+    stop_requested: Callable[[], bool] = lambda: False
+    base_means: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._spent_before = float(self.report.own["elapsed_s"])
+        self._started = time.monotonic()
+        self._evaluations = int(self.report.own["evaluations"])
+        self._current: Scores | None = None  # scores of what is there now, if they are known
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of wall time this run has taken, earlier sessions included."""
+        return self._spent_before + time.monotonic() - self._started
+
+    @property
+    def pool_names(self) -> list[str]:
+        """The donors in the order of the config."""
+        return self.model.sources.pool.names
+
+    @property
+    def architecture(self) -> Architecture:
+        """What the tensor names mean."""
+        return self.model.sources.pool.architecture
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Canonical names in the module's parameter order."""
+        return tuple(self.model.in_parameter_order(self.model.sources.pool.tensors))
+
+    def saved_dtype(self, tensor: str) -> torch.dtype:
+        """The dtype the result stores this tensor in."""
+        return self.model.sources.pool[self.model.recipe.base].tensors[tensor].dtype
+
+    def is_matrix(self, tensor: str) -> bool:
+        """Whether the tensor is a matrix of floating-point numbers, which evolution strategies can refine."""
+        info = self.model.sources.pool[self.model.recipe.base].tensors[tensor]
+        return len(info.shape) == 2 and info.dtype.is_floating_point
+
+    def set_scale(self, spans: Mapping[str, tuple[float, float]], base_means: dict[str, float]) -> None:
+        """Say what the donors scored: the scale of `selection: mean`, and the base that the guard protects."""
+        self.rules = replace(self.rules, spans=spans)
+        self.base_means = base_means
+
+    def rebase(self, recipe: Recipe) -> None:
+        """Go on from another donor, whole; a recorded recipe that already stands on it is kept."""
+        self.model.rebuild(recipe)
+        self._current = None
+
+    def take(self, step: Step) -> Outcome:
+        """Propose, evaluate, select, commit, record; or the recorded outcome if the step was taken before."""
+        done = self.report.outcome(step.key)
+        if done is not None:
+            return done
+        if self.stop_requested():
+            raise Interrupted("stopped on request; everything decided so far is saved, continue with --resume")
+        candidates, twin = self._distinct(step.propose())
+        self._check_budget(len(candidates))
+        self.observer.step(step.stage, step.unit.name, len(candidates))
+        scores, dropped = self._evaluate(step, candidates)
+        alive = [row for row in range(len(candidates)) if row not in dropped]
+        winner = (step.accept or self._choose)(scores, alive)
+        if step.commit and winner != 0:
+            self._commit(step, candidates[winner])
+        if step.commit or not candidates[0].values:
+            self._current = scores.rows([winner if step.commit else 0])
+        outcome = self._outcome(step, candidates, twin, scores, dropped, winner)
+        if not step.commit:
+            outcome.order = [candidates[row].label for row in order(scores, alive, self.rules)]
+        self._evaluations += len(candidates)
+        self.report.record(step.key, outcome, self.model.recipe, self._evaluations, self.elapsed_s)
+        self.observer.chosen(outcome)
+        return outcome
+
+    def _choose(self, scores: Scores, alive: list[int]) -> int:
+        return choose(scores, alive, self.rules)
+
+    def _distinct(self, candidates: Sequence[Candidate]) -> tuple[list[Candidate], dict[str, int]]:
+        """Candidates of different bytes, and for each label that is left out the row of its equal."""
+        seen: dict[tuple[str, ...], int] = {}
+        kept: list[Candidate] = []
+        twin: dict[str, int] = {}
+        for candidate in candidates:
+            values = {**candidate.values} or self._current_values(candidates)
+            if not all(isinstance(value, (Copy, Stored, Linear)) for value in values.values()):
+                kept.append(candidate)
+                continue
+            digests = tuple(self.model.sources.digest(values[name]) for name in sorted(values))
+            if digests in seen:
+                twin[candidate.label] = seen[digests]
+            else:
+                seen[digests] = len(kept)
+                kept.append(candidate)
+        return kept, twin
+
+    def _current_values(self, candidates: Sequence[Candidate]) -> dict[str, Expression]:
+        names = {name for candidate in candidates for name in candidate.values}
+        return {name: self.model.recipe.tensors[name] for name in names}
+
+    def _check_budget(self, n_candidates: int) -> None:
+        budget: Budget | None = self.config.budget
+        if budget is None:
+            return
+        if budget.evaluations is not None and self._evaluations + n_candidates > budget.evaluations:
+            raise BudgetSpent
+        if budget.seconds is not None:
+            # What a candidate has cost so far says whether the whole step still fits.
+            expected = n_candidates * self.elapsed_s / self._evaluations if self._evaluations else 0.0
+            if self.elapsed_s + expected > budget.seconds:
+                raise BudgetSpent
+
+    def _evaluate(self, step: Step, candidates: list[Candidate]) -> tuple[Scores, dict[int, str]]:
+        """Dataset by dataset under a guard, so that a degraded candidate costs no further evaluation."""
+        datasets = list(self.config.dataset)
+        guard = self.config.improve_all if step.guarded else None
+        rounds = [[name] for name in datasets] if guard else [datasets]
+        found: list[Scores] = []
+        dropped: dict[int, str] = {}
+        for names in rounds:
+            rows = [row for row in range(len(candidates)) if row not in dropped]
+            scores = self._score(step, candidates, rows, names).spread(rows, len(candidates))
+            found.append(scores)
+            self._write_ledger(step, candidates, rows, scores)
+            for row in rows:
+                reason = self._fault(scores, row, guard)
+                if reason and row == 0:
+                    raise OlmfastError(f"{step.key}: {candidates[0].label}: {reason}; what is there cannot be scored")
+                if reason:
+                    dropped[row] = reason
+        return Scores.joined(found), dropped
+
+    def _score(self, step: Step, candidates: list[Candidate], rows: list[int], names: list[str]) -> Scores:
+        if rows and rows[0] == 0 and not candidates[0].values and self._current is not None:
+            known = self._current.only(names)
+            self.observer.candidate(candidates[0].label)
+            if len(rows) == 1:
+                return known
+            return known.stacked_on(self.scorer.score(step.unit, [candidates[r] for r in rows[1:]], names))
+        return self.scorer.score(step.unit, [candidates[row] for row in rows], names)
+
+    def _fault(self, scores: Scores, row: int, guard: str | None) -> str | None:
+        """Why a candidate is out: a score that is no number, or worse on a guarded dataset."""
+        for dataset in scores.samples:
+            if not bool(torch.isfinite(scores.mean(dataset)[row])):
+                return f"scored NaN or infinity on {dataset}"
+            if guard and row != 0 and dataset in self.base_means:
+                value, now = (float(scores.mean(dataset)[r]) for r in (row, 0))
+                names = (self.config.dataset[dataset].mode, dataset)
+                if is_degraded(value, self.base_means[dataset], now, guard, names, self.rules):
+                    return f"degraded on {dataset}"
+        return None
+
+    def _write_ledger(self, step: Step, candidates: list[Candidate], rows: list[int], scores: Scores) -> None:
+        lines: list[dict[str, Any]] = []
+        for row in rows:
+            for dataset in scores.samples:
+                lines.append(
+                    {
+                        "step": step.key,
+                        "candidate": candidates[row].label,
+                        "dataset": dataset,
+                        "score": float(scores.mean(dataset)[row]),
+                        "samples": [round(float(x), 7) for x in scores.samples[dataset][row]],
+                        "truncated": int(scores.truncated[dataset][row].sum()),
+                    }
+                )
+        self.report.append_evaluations(lines)
+
+    def _commit(self, step: Step, winner: Candidate) -> None:
+        """Make the winner's values the model's: donors by name, computed tensors stored beside the report."""
+        values: dict[str, Expression] = {}
+        for name, value in winner.values.items():
+            if isinstance(value, (Copy, Stored, Linear)):
+                values[name] = value
+            else:
+                tensor = self.model.sources.value(value)
+                values[name] = self.report.store(step.key.replace("/", "."), name, tensor)
+        self.model.set_recipe(self.model.recipe.with_values(values))
+
+    def _outcome(
+        self,
+        step: Step,
+        candidates: list[Candidate],
+        twin: dict[str, int],
+        scores: Scores,
+        dropped: dict[int, str],
+        winner: int,
+    ) -> Outcome:
+        rows = {candidate.label: row for row, candidate in enumerate(candidates)} | twin
+        metrics: dict[str, dict[str, float | None]] = {}
+        truncated: dict[str, dict[str, float]] = {}
+        for dataset in scores.samples:
+            means = scores.mean(dataset)
+            metrics[dataset] = {
+                label: float(means[row]) if bool(torch.isfinite(means[row])) else None for label, row in rows.items()
+            }
+            if bool(scores.truncated[dataset].any()):
+                rates = scores.truncated[dataset].float().mean(dim=1)
+                truncated[dataset] = {label: round(float(rates[row]), 4) for label, row in rows.items()}
+        return Outcome(
+            stage=step.stage,
+            unit=step.unit.name,
+            winner=candidates[winner].label,
+            changed=winner != 0,
+            metrics=metrics,
+            dropped={candidates[row].label: reason for row, reason in dropped.items()},
+            truncated=truncated,
+        )

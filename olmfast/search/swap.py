@@ -1,0 +1,95 @@
+"""Stages that choose donors: the base, the boundary, blocks (in windows) and modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from itertools import product
+
+from olmfast.config import RunConfig
+from olmfast.evaluation.scorer import Candidate
+from olmfast.report import Outcome
+from olmfast.search.stage import Search, Step
+from olmfast.weights.architecture import Architecture, Unit
+from olmfast.weights.recipe import Copy, Recipe
+
+
+def whole(donor: str, tensors: tuple[str, ...]) -> Recipe:
+    """The recipe that is one donor, unchanged."""
+    return Recipe(donor, {name: Copy(donor, name) for name in tensors})
+
+
+def score_donors(search: Search) -> Outcome:
+    """Evaluate every donor whole; the outcome orders them, and its winner is the base of the config."""
+    unit = search.architecture.model_unit(search.tensors)
+    base = search.model.recipe.base
+    untouched = owner(search.model.recipe, unit) == base  # not so where another tool's report was taken over
+
+    def propose() -> list[Candidate]:
+        others = [_donor(name, unit) for name in search.pool_names if name != base]
+        return [Candidate(base) if untouched else _donor(base, unit), *others]
+
+    accept = None if search.config.base_select and untouched else lambda _scores, _alive: 0
+    return search.take(Step("base", "base", unit, propose, accept=accept, guarded=False, commit=False))
+
+
+def choose_boundary(search: Search) -> None:
+    """Embedding, final norm and head move as one unit."""
+    swap(search, "boundary", search.architecture.boundary_unit(search.tensors))
+
+
+def choose_blocks(search: Search) -> None:
+    """Each block, or each window of `markov` + 1 blocks in all combinations, in the config's direction."""
+    size = search.config.markov + 1
+    blocks = list(range(search.architecture.n_blocks))
+    if search.config.direction == "backward":
+        blocks.reverse()
+    for start in range(0, len(blocks), size):
+        window = sorted(blocks[start : start + size])
+        swap(search, "layers", search.architecture.window_unit(search.tensors, window))
+
+
+def module_units(search: Search) -> list[Unit]:
+    """The units of the tensor stage: modules inside the blocks that a pattern of `units` matches, in order."""
+    return select_units(search.config, search.architecture, search.tensors)
+
+
+def select_units(config: RunConfig, architecture: Architecture, tensors: Sequence[str]) -> list[Unit]:
+    """The modules inside the blocks that a pattern of the config's `units` matches, in its direction."""
+    units = [
+        unit
+        for unit in architecture.module_units(tensors, config.skip_norm)
+        if any(fnmatchcase(name, pattern) for pattern in config.units for name in (unit.name, *unit.tensors))
+    ]
+    return units[::-1] if config.direction == "backward" else units
+
+
+def swap(search: Search, stage: str, unit: Unit) -> Outcome:
+    """Try every donor's values for the unit (every combination of donors, for a window of blocks)."""
+    key = stage if unit.kind == "boundary" else f"{stage}/{unit.name}"
+    return search.take(Step(key, stage, unit, lambda: swap_candidates(search, unit)))
+
+
+def swap_candidates(search: Search, unit: Unit) -> list[Candidate]:
+    """What is there now, then the donors in pool order."""
+    parts = [unit]
+    if len(unit.blocks) > 1:
+        parts = [search.architecture.window_unit(unit.tensors, [block]) for block in unit.blocks]
+    candidates = [Candidate(" + ".join(owner(search.model.recipe, part) for part in parts))]
+    for donors in product(search.pool_names, repeat=len(parts)):
+        values = {n: Copy(d, n) for d, part in zip(donors, parts, strict=True) for n in part.tensors}
+        label = " + ".join(donors)
+        if label != candidates[0].label:
+            candidates.append(Candidate(label, values))
+    return candidates
+
+
+def owner(recipe: Recipe, unit: Unit) -> str:
+    """The donor that all of a unit's values come from, or `current` when there is no such one."""
+    sources = {recipe.tensors[name] for name in unit.tensors}
+    donors = {source.donor if isinstance(source, Copy) else "current" for source in sources}
+    return donors.pop() if len(donors) == 1 else "current"
+
+
+def _donor(name: str, unit: Unit) -> Candidate:
+    return Candidate(name, {tensor: Copy(name, tensor) for tensor in unit.tensors})

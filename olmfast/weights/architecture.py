@@ -1,0 +1,205 @@
+"""What a tensor name means: one table of families, and the units that move together.
+
+Three spellings of a name meet here. A *file* spells it as its author saved it (an old GPT-2 leaves out
+`transformer.`); the *canonical* name is the one Transformers writes today, and the only one the rest of
+olmfast sees; the *slot* is the live module's parameter, or the part of it, that the tensor fills.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from olmfast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one model type names its parts. Names are canonical; `blocks` is the list of decoder layers."""
+
+    blocks: str = "model.layers"
+    embedding: str = "model.embed_tokens.weight"
+    head: str = "lm_head.weight"
+    other_boundary: tuple[str, ...] = ("model.norm.weight",)
+    optional_prefix: str = ""  # left out by files saved from the bare decoder
+    transposed: tuple[str, ...] = ()  # modules whose weights are stored (in, out)
+    renames: tuple[tuple[str, str], ...] = ()  # canonical name -> module name, as regular expressions
+    ignored: tuple[str, ...] = ()  # stored by some files, recomputed by the module
+
+
+_ROTARY = (r"\.rotary_emb\.inv_freq$",)
+_LLAMA = Family(ignored=_ROTARY)
+_GPT2_BUFFERS = (r"\.attn\.(bias|masked_bias)$",)
+_MIXTRAL = Family(
+    renames=((r"\.block_sparse_moe\.gate\.", ".mlp.gate."),),
+    ignored=_ROTARY,
+)
+
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA,
+    "phi3": _LLAMA,
+    "phi": Family(
+        other_boundary=("model.final_layernorm.weight", "model.final_layernorm.bias", "lm_head.bias"),
+        ignored=_ROTARY,
+    ),
+    "gpt2": Family(
+        blocks="transformer.h",
+        embedding="transformer.wte.weight",
+        other_boundary=("transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias"),
+        optional_prefix="transformer.",
+        transposed=("c_attn", "c_proj", "c_fc"),
+        ignored=_GPT2_BUFFERS,
+    ),
+    "gptj": Family(
+        blocks="transformer.h",
+        embedding="transformer.wte.weight",
+        other_boundary=("transformer.ln_f.weight", "transformer.ln_f.bias", "lm_head.bias"),
+        ignored=_GPT2_BUFFERS,
+    ),
+    "gpt_neox": Family(
+        blocks="gpt_neox.layers",
+        embedding="gpt_neox.embed_in.weight",
+        head="embed_out.weight",
+        other_boundary=("gpt_neox.final_layer_norm.weight", "gpt_neox.final_layer_norm.bias"),
+        renames=((r"^embed_out\.", "lm_head."),),
+        ignored=(*_ROTARY, r"\.attention\.(bias|masked_bias)$", r"\.attention\.rotary_emb\.inv_freq$"),
+    ),
+    "mixtral": _MIXTRAL,
+}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Tensors (canonical names) that are proposed, evaluated and committed together."""
+
+    name: str
+    kind: str  # model, boundary, block, module
+    tensors: tuple[str, ...]
+    blocks: tuple[int, ...] = ()  # the blocks it lies in; empty for the whole model and the boundary
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor lands in the live module: a parameter, or the part of it that `index` selects."""
+
+    parameter: str
+    index: tuple[int | slice, ...] = ()
+
+    def of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The view of the parameter that this slot fills."""
+        return parameter[self.index] if self.index else parameter
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The family and dimensions that a config.json states."""
+
+    model_type: str
+    family: Family
+    n_blocks: int
+    config: dict[str, Any] = field(repr=False, compare=False)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], where: str) -> Architecture:
+        """Look up a config.json's `model_type`. Raises InputError for a type that is not in the table."""
+        model_type = config.get("model_type")
+        if model_type not in FAMILIES:
+            known = ", ".join(sorted(FAMILIES))
+            raise InputError(f"{where}: model_type {model_type!r} is not supported; supported are {known}")
+        n_blocks = config.get("num_hidden_layers", config.get("n_layer"))
+        if not isinstance(n_blocks, int) or n_blocks < 1:
+            raise InputError(f"{where}: expected the number of layers as a positive number, got {n_blocks!r}")
+        return cls(model_type, FAMILIES[model_type], n_blocks, config)
+
+    @property
+    def context(self) -> int:
+        """The longest input the model is made for, in tokens."""
+        return int(self.config.get("max_position_embeddings") or self.config.get("n_positions") or 2048)
+
+    @property
+    def tied_in_config(self) -> bool:
+        """Whether config.json ties the head to the embedding (absent means the model type's default)."""
+        default = self.model_type in ("gpt2", "gemma", "gemma2")
+        return bool(self.config.get("tie_word_embeddings", default))
+
+    def canonical(self, names: Iterable[str]) -> dict[str, str]:
+        """Canonical name -> name in the file, for all tensors of one checkpoint."""
+        names = list(names)
+        prefix = self.family.optional_prefix
+        bare = bool(prefix) and not any(name.startswith(prefix) for name in names)
+        keep = (self.family.head,)
+        return {name if not bare or name in keep else prefix + name: name for name in names}
+
+    def block_of(self, tensor: str) -> int | None:
+        """The block a canonical name lies in, or None."""
+        found = re.match(re.escape(self.family.blocks) + r"\.(\d+)\.", tensor)
+        return int(found[1]) if found else None
+
+    def is_boundary(self, tensor: str) -> bool:
+        """Embeddings, final norm and LM head: what stands before the first and after the last block."""
+        return tensor in (self.family.embedding, self.family.head, *self.family.other_boundary)
+
+    def is_ignored(self, tensor: str) -> bool:
+        """Stored in some files although the module computes it: travels with the base, lands nowhere."""
+        return any(re.search(pattern, tensor) for pattern in self.family.ignored)
+
+    def is_norm(self, module: str) -> bool:
+        """Whether a module's name is that of a normalisation layer."""
+        return bool(re.search(r"(norm|ln_\w+)$", module.rsplit(".", 1)[-1]))
+
+    def row_axis(self, tensor: str) -> int:
+        """The dimension of a stored 2-D weight that counts output features."""
+        module = tensor.rsplit(".", 2)[-2]
+        return 1 if module in self.family.transposed else 0
+
+    def slot(self, tensor: str) -> Slot:
+        """Where a canonical tensor lands in the Transformers module."""
+        expert = re.match(r"(.*)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight$", tensor)
+        if expert and self.model_type == "mixtral":
+            return self._expert_slot(f"{expert[1]}.mlp.experts", int(expert[2]), expert[3])
+        name = tensor
+        for pattern, replacement in self.family.renames:
+            name = re.sub(pattern, replacement, name)
+        return Slot(name)
+
+    def _expert_slot(self, experts: str, index: int, name: str) -> Slot:
+        """Mixtral's files hold w1, w2, w3 per expert; the module holds gate and up fused, experts stacked."""
+        width = self.config["intermediate_size"]
+        if name == "w2":
+            return Slot(f"{experts}.down_proj", (index,))
+        rows = slice(0, width) if name == "w1" else slice(width, 2 * width)
+        return Slot(f"{experts}.gate_up_proj", (index, rows))
+
+    def model_unit(self, tensors: Sequence[str]) -> Unit:
+        """Every tensor that the module uses."""
+        return Unit("model", "model", tuple(name for name in tensors if not self.is_ignored(name)))
+
+    def boundary_unit(self, tensors: Sequence[str]) -> Unit:
+        """Embedding, final norm and head as one unit."""
+        return Unit("boundary", "boundary", tuple(name for name in tensors if self.is_boundary(name)))
+
+    def window_unit(self, tensors: Sequence[str], blocks: Sequence[int]) -> Unit:
+        """The blocks of a window (usually one) as one unit."""
+        chosen = tuple(name for name in tensors if self.block_of(name) in set(blocks) and not self.is_ignored(name))
+        return Unit("+".join(map(str, blocks)), "block", chosen, tuple(blocks))
+
+    def module_units(self, tensors: Sequence[str], skip_norm: bool = False) -> list[Unit]:
+        """One unit per module inside the blocks (weight and bias together), in the order of `tensors`."""
+        modules: dict[str, list[str]] = {}
+        for name in tensors:
+            if self.block_of(name) is not None and not self.is_ignored(name):
+                modules.setdefault(name.rsplit(".", 1)[0], []).append(name)
+        return [
+            Unit(module, "module", tuple(names), (int(self.block_of(names[0]) or 0),))
+            for module, names in modules.items()
+            if not (skip_norm and self.is_norm(module))
+        ]

@@ -1,0 +1,234 @@
+"""The donors of a merge: resolved to folders, opened once, and checked against each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from olmfast.errors import InputError
+from olmfast.weights.architecture import Architecture
+from olmfast.weights.checkpoint import Checkpoint, missing_files
+
+# What two donors must share: (what a user calls it, the keys that model types spell it with).
+DIMENSIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("architecture", ("model_type",)),
+    ("number of blocks", ("num_hidden_layers", "n_layer")),
+    ("hidden size", ("hidden_size", "n_embd")),
+    ("vocabulary", ("vocab_size",)),
+    ("attention heads", ("num_attention_heads", "n_head")),
+    ("key-value heads", ("num_key_value_heads",)),
+    ("head size", ("head_dim",)),
+    ("MLP width", ("intermediate_size", "n_inner")),
+)
+# What may differ, although a block that was trained with another value suffers from it.
+SOFT = ("rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "hidden_act", "sliding_window")
+DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+class Pool:
+    """Donors by name, in the order of the config, with the same canonical tensors.
+
+    The head is one of those tensors if any donor has a head of its own (`tied` is False); a tied donor then
+    offers its embedding as its head.
+    """
+
+    def __init__(self, donors: Sequence[Checkpoint]) -> None:
+        self.donors = {donor.name: donor for donor in donors}
+        first = donors[0]
+        self.architecture: Architecture = first.architecture
+        self.warnings: list[str] = []
+        self.tied = all(donor.is_tied for donor in donors)
+        self._align_heads()
+        self._check_alike()
+        self.tensors: tuple[str, ...] = tuple(first.tensors)
+
+    @classmethod
+    def open(
+        cls,
+        names: Sequence[str],
+        models_dir: Path,
+        folder: Path,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> Pool:
+        """Find, download where needed, open and check the named donors; `folder` resolves relative paths.
+
+        Raises InputError that lists every donor that is missing or differs.
+        """
+        donors = []
+        for name in names:
+            progress(name)
+            path = resolve(name, models_dir, folder)
+            donors.append(Checkpoint(path, name))
+        return cls(donors)
+
+    def __getitem__(self, name: str) -> Checkpoint:
+        return self.donors[name]
+
+    def __iter__(self) -> Iterator[Checkpoint]:
+        return iter(self.donors.values())
+
+    def __len__(self) -> int:
+        return len(self.donors)
+
+    @property
+    def names(self) -> list[str]:
+        """The donors' names in the order of the config."""
+        return list(self.donors)
+
+    def keep(self, names: Sequence[str]) -> None:
+        """Go on with these donors only."""
+        self.donors = {name: donor for name, donor in self.donors.items() if name in names}
+
+    def check_finite(self, progress: Callable[[str], None] = lambda _: None) -> None:
+        """Raise InputError naming the donor, file and tensor that holds NaN or infinity."""
+        for donor in self:
+            progress(donor.name)
+            donor.check_finite()
+
+    def _align_heads(self) -> None:
+        family = self.architecture.family
+        for donor in self:
+            if self.tied:
+                donor.tensors.pop(family.head, None)
+            elif family.head not in donor.tensors and family.embedding in donor.tensors:
+                donor.tensors[family.head] = donor.tensors[family.embedding]
+
+    def _check_alike(self) -> None:
+        first, *others = self
+        faults = _check_blocks(first)
+        for donor in others:
+            differences = [*_config_differences(first, donor), *_tensor_differences(first, donor)]
+            differences += _vocabulary_differences(first, donor)
+            if differences:
+                listed = "; ".join(differences)
+                faults.append(f"{donor.name}: cannot be merged with {first.name}: {listed}")
+            self.warnings += _soft_differences(first, donor)
+        if faults:
+            raise InputError("\n".join(faults))
+
+
+def resolve(name: str, models_dir: Path, folder: Path) -> Path:
+    """The folder of a model named by hub id or path; hub ids lie at `models_dir/<id with "/" as "_">`.
+
+    A hub model that is not there, or whose download was interrupted, is downloaded or continued.
+    Raises InputError if it cannot be had.
+    """
+    stored = models_dir / name.replace("/", "_")
+    for candidate in (stored, models_dir / name, folder / Path(name).expanduser(), Path(name).expanduser()):
+        if candidate.is_dir() and (candidate != stored or not _is_incomplete(candidate)):
+            return candidate
+    is_path = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if is_path:
+        if stored.is_dir():
+            return stored  # incomplete, and no hub id: opening it names what is missing
+        raise InputError(f"{name}: no such model folder; looked in {models_dir} and {folder}")
+    return _download(name, stored)
+
+
+def _is_incomplete(folder: Path) -> bool:
+    if list(folder.glob("*.bin")):
+        return False
+    return bool(missing_files(folder)) or any(folder.glob(".cache/huggingface/download/**/*.incomplete"))
+
+
+def _download(name: str, target: Path) -> Path:
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = name.partition("@")
+    try:
+        snapshot_download(
+            repository,
+            revision=revision or None,
+            local_dir=target,
+            allow_patterns=DOWNLOADED,
+            ignore_patterns=["original/*", "*.bin.index.json"],
+        )
+    except Exception as error:  # the hub client and its transport raise many unrelated types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        missing = f" (still missing: {', '.join(missing_files(target))})" if target.is_dir() else ""
+        raise InputError(
+            f"{name}: not in {target.parent} and not to be downloaded{missing}: {reason}; "
+            f"check the name and the network, or put the model at {target}"
+        ) from None
+    return target
+
+
+def _dimension(config: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    return next((config[key] for key in keys if key in config), None)
+
+
+def _config_differences(first: Checkpoint, other: Checkpoint) -> list[str]:
+    found = []
+    for label, keys in DIMENSIONS:
+        ours, theirs = _dimension(first.config, keys), _dimension(other.config, keys)
+        if ours != theirs and None not in (ours, theirs):
+            found.append(f"{label} {theirs!r} instead of {ours!r}")
+    return found
+
+
+def _soft_differences(first: Checkpoint, other: Checkpoint) -> list[str]:
+    return [
+        f"{other.name}: {key} is {other.config[key]!r}, {first.name} has {first.config[key]!r}; "
+        "its blocks were trained with another value"
+        for key in SOFT
+        if key in first.config and key in other.config and first.config[key] != other.config[key]
+    ]
+
+
+def _tensor_differences(first: Checkpoint, other: Checkpoint) -> list[str]:
+    ours = {n: i.shape for n, i in first.tensors.items() if not first.architecture.is_ignored(n)}
+    theirs = {n: i.shape for n, i in other.tensors.items() if not other.architecture.is_ignored(n)}
+    found = []
+    if missing := sorted(set(ours) - set(theirs)):
+        found.append(f"{len(missing)} tensors missing, the first {missing[0]}")
+    if extra := sorted(set(theirs) - set(ours)):
+        found.append(f"{len(extra)} tensors too many, the first {extra[0]}")
+    shapes = [name for name in ours if name in theirs and ours[name] != theirs[name]]
+    if shapes:
+        name = shapes[0]
+        found.append(
+            f"{len(shapes)} tensors of another shape, the first {name} {list(theirs[name])} "
+            f"instead of {list(ours[name])}"
+        )
+    return found
+
+
+def _check_blocks(donor: Checkpoint) -> list[str]:
+    architecture = donor.architecture
+    held = {architecture.block_of(name) for name in donor.tensors} - {None}
+    if held == set(range(architecture.n_blocks)):
+        return []
+    return [
+        f"{donor.name}: config.json says {architecture.n_blocks} blocks, the weights hold {len(held)} "
+        f"(named {architecture.family.blocks}.N)"
+    ]
+
+
+def _vocabulary_differences(first: Checkpoint, other: Checkpoint) -> list[str]:
+    ours, theirs = _vocabulary(first.folder), _vocabulary(other.folder)
+    moved = [token for token, index in ours.items() if theirs.get(token, index) != index]
+    if not moved:
+        return []
+    token = moved[0]
+    return [
+        f"{len(moved)} tokens have another id in the tokenizer, the first {token!r} {theirs[token]} "
+        f"instead of {ours[token]}"
+    ]
+
+
+def _vocabulary(folder: Path) -> dict[str, int]:
+    """Token -> id from tokenizer.json, where there is one and its model lists its tokens."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not readable as JSON: {error}") from None
+    listed = data.get("model", {}).get("vocab", {})
+    if isinstance(listed, list):  # unigram models list (token, score) pairs in the order of the ids
+        listed = {entry[0]: index for index, entry in enumerate(listed)}
+    added = {entry["content"]: entry["id"] for entry in data.get("added_tokens", [])}
+    return {**listed, **added}

@@ -1,0 +1,106 @@
+"""A merged model as data: output tensor -> where its values come from. JSON in and out.
+
+Everything that is saved, resumed or replayed is a recipe; it says nothing about files of the machine it was
+made on except for refined tensors, which lie beside the report that names them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+
+from olmfast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The tensor of one donor, byte for byte."""
+
+    donor: str
+    tensor: str
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A computed tensor kept in a safetensors file beside the report; `digest` is xxh3-128 of its bytes."""
+
+    file: str
+    tensor: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Linear:
+    """sum_i weight_i * term_i in float32 (divided by sum_i weight_i if `normalize`), rounded once."""
+
+    terms: tuple[Expression, ...]
+    weights: tuple[float, ...]
+    normalize: bool = False
+
+
+Expression = Copy | Stored | Linear
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The base (whose config and other files the result carries) and an expression per canonical tensor.
+
+    `tensors` maps each canonical name to its expression. The result's dtype is each base tensor's own.
+    """
+
+    base: str
+    tensors: Mapping[str, Expression]
+
+    def with_values(self, values: Mapping[str, Expression]) -> Recipe:
+        """The recipe with some tensors' expressions replaced."""
+        return Recipe(self.base, {**self.tensors, **values})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, readable back by `from_json`."""
+        return {"base": self.base, "tensors": {name: _to_json(e) for name, e in self.tensors.items()}}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Recipe:
+        """Read what `to_json` wrote. Raises InputError for an expression it does not know."""
+        return cls(data["base"], {name: _from_json(entry) for name, entry in data["tensors"].items()})
+
+    def digest(self) -> str:
+        """xxh3-128 of the recipe's JSON."""
+        return xxhash.xxh3_128(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+def _to_json(expression: Expression) -> dict[str, Any]:
+    if isinstance(expression, Copy):
+        return {"copy": expression.donor, "tensor": expression.tensor}
+    if isinstance(expression, Stored):
+        return {"stored": expression.file, "tensor": expression.tensor, "digest": expression.digest}
+    return {
+        "linear": [_to_json(term) for term in expression.terms],
+        "weights": list(expression.weights),
+        "normalize": expression.normalize,
+    }
+
+
+def _from_json(entry: dict[str, Any]) -> Expression:
+    if "copy" in entry:
+        return Copy(entry["copy"], entry["tensor"])
+    if "stored" in entry:
+        return Stored(entry["stored"], entry["tensor"], entry["digest"])
+    if "linear" in entry:
+        terms = tuple(_from_json(term) for term in entry["linear"])
+        return Linear(terms, tuple(entry["weights"]), entry["normalize"])
+    raise InputError(f"recipe: unknown expression {entry!r}; it was written by a newer version")
+
+
+def digest_tensor(tensor: torch.Tensor) -> str:
+    """xxh3-128 of a tensor's dtype, shape and bytes, as `Checkpoint.digest` computes it from a file."""
+    values = tensor.detach().cpu().contiguous()
+    state = xxhash.xxh3_128(f"{values.dtype} {tuple(values.shape)}".encode())
+    if values.numel():
+        state.update(values.view(-1).view(torch.uint8).numpy())
+    return state.hexdigest()

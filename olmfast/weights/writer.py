@@ -1,0 +1,191 @@
+"""Recipe -> Hugging Face folder, streamed one tensor at a time, in the layout Transformers writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from olmfast.errors import OlmfastError
+from olmfast.weights.checkpoint import DTYPES, Checkpoint
+from olmfast.weights.methods import Sources
+from olmfast.weights.recipe import Copy, Expression, Recipe
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+)
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor of the result: its name in the file, dtype, shape and where its values come from."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    expression: Expression
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes in the file."""
+        n_elements = 1
+        for size in self.shape:
+            n_elements *= size
+        return n_elements * self.dtype.itemsize
+
+
+def plan_tensors(recipe: Recipe, sources: Sources) -> list[OutputTensor]:
+    """The tensors of the result in the order they are written: wide dtypes first, so that all are aligned."""
+    base = sources.pool[recipe.base]
+    head, embedding = base.architecture.family.head, base.architecture.family.embedding
+    skip_head = is_tied(recipe, sources)
+    planned = [
+        OutputTensor(base.file_names.get(name, name), base.tensors[name].dtype, base.tensors[name].shape, expression)
+        for name, expression in recipe.tensors.items()
+        if not (skip_head and name == head and embedding in recipe.tensors)
+    ]
+    return sorted(planned, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+
+
+def is_tied(recipe: Recipe, sources: Sources) -> bool:
+    """Whether the result's head is its embedding: the base ties them and their values are the same."""
+    base = sources.pool[recipe.base]
+    family = base.architecture.family
+    if family.head not in recipe.tensors:
+        return True
+    if not base.architecture.tied_in_config:
+        return False
+    head, embedding = recipe.tensors[family.head], recipe.tensors[family.embedding]
+    return sources.digest(head) == sources.digest(embedding)
+
+
+def write_model(recipe: Recipe, sources: Sources, folder: Path, tokenizer: Path, shard_size: int) -> str:
+    """Write weights, index, config and tokenizer files into the existing `folder`; all synced to disk.
+
+    Returns a line that accounts for every tensor. What an interrupted earlier write left is replaced.
+    Raises OlmfastError when the disk is full or refuses.
+    """
+    tensors = plan_tensors(recipe, sources)
+    try:
+        for stale in (*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")):
+            stale.unlink()
+        shards = _split(tensors, shard_size)
+        for file_name, shard in shards.items():
+            with (folder / file_name).open("wb") as file:
+                _write_shard(file, shard, sources)
+                _sync(file)
+        if len(shards) > 1:
+            _write_json(folder / "model.safetensors.index.json", _index(shards))
+        _write_config(recipe, sources, folder)
+        _copy_files(sources.pool[recipe.base], tokenizer, folder)
+    except OSError as error:
+        raise OlmfastError(
+            f"{error.filename or folder}: cannot be written: {error.strerror}; free some space and use --resume"
+        ) from None
+    return _account(recipe, tensors, sources)
+
+
+def _split(tensors: list[OutputTensor], shard_size: int) -> dict[str, list[OutputTensor]]:
+    shards: list[list[OutputTensor]] = [[]]
+    room = shard_size
+    for tensor in tensors:
+        if shards[-1] and tensor.n_bytes > room:
+            shards.append([])
+            room = shard_size
+        shards[-1].append(tensor)
+        room -= tensor.n_bytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def _write_shard(file: BinaryIO, tensors: list[OutputTensor], sources: Sources) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + tensor.n_bytes],
+        }
+        position += tensor.n_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for tensor in tensors:
+        value = sources.value(tensor.expression).to(tensor.dtype).contiguous()
+        if tuple(value.shape) != tensor.shape:
+            raise OlmfastError(f"{tensor.name}: has shape {tuple(value.shape)}, expected {tensor.shape}")
+        file.write(value.view(-1).view(torch.uint8).numpy() if value.numel() else b"")
+
+
+def _index(shards: dict[str, list[OutputTensor]]) -> dict[str, object]:
+    total = sum(tensor.n_bytes for shard in shards.values() for tensor in shard)
+    placed = {tensor.name: file for file, shard in shards.items() for tensor in shard}
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+
+
+def _write_config(recipe: Recipe, sources: Sources, folder: Path) -> None:
+    base = sources.pool[recipe.base]
+    if is_tied(recipe, sources) or not base.architecture.tied_in_config:
+        _copy(base.folder / "config.json", folder / "config.json")
+    else:
+        _write_json(folder / "config.json", {**base.config, "tie_word_embeddings": False})
+
+
+def _copy_files(base: Checkpoint, tokenizer: Path, folder: Path) -> None:
+    if (base.folder / "generation_config.json").is_file():
+        _copy(base.folder / "generation_config.json", folder / "generation_config.json")
+    for path in tokenizer_files(tokenizer):
+        _copy(path, folder / path.name)
+
+
+def tokenizer_files(folder: Path) -> Iterator[Path]:
+    """The files of a model folder that make up its tokenizer and chat template."""
+    found = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()}
+    return iter(sorted(found))
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+    with target.open("rb+") as file:
+        _sync(file)
+
+
+def _write_json(path: Path, data: object) -> None:
+    with path.open("wb") as file:
+        file.write((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
+        _sync(file)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _account(recipe: Recipe, tensors: list[OutputTensor], sources: Sources) -> str:
+    counts: Counter[str] = Counter()
+    for tensor in tensors:
+        source = tensor.expression
+        counts[f"copied from {source.donor}" if isinstance(source, Copy) else "computed"] += 1
+    parts = [f"{n} {what}" for what, n in counts.items()]
+    dropped = len(sources.pool[recipe.base].file_names) - len(tensors)
+    if dropped > 0:
+        parts.append(f"{dropped} tied to the embedding and not written twice")
+    return f"{len(tensors)} tensors written: {', '.join(parts)}"

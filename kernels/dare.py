@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MASK32, MULTIPLY_A, MULTIPLY_B = 0xFFFFFFFF, 0x7FEB352D, 0x846CA68B
 BLOCK = 1024
-N_CHUNK = 1 << 15
+N_CHUNK = 1 << 17
 # Elements that share a pair of keys: the counter within them has 32 bits.
 PAGE = 1 << 32
 

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 PRECISIONS = ("ieee", "tf32", "bf16")
 # Best first: Hopper and A100, then 99 KB (Ada, consumer Ampere), then 64 KB.
 TILES = (Tile(128, 256, 32, 3, 8), Tile(128, 128, 32, 3, 8), Tile(128, 64, 32, 2, 4), Tile(64, 64, 32, 2, 4))
-# Values of noise computed at a time on a CPU: the buffer stays in the cache.
-N_CHUNK = 1 << 20
+# Values of noise computed at a time on a CPU: all the noise there ever is, in float32.
+N_CHUNK = 1 << 22
 
 
 def svd_noise_ref(
@@ -151,7 +151,9 @@ def svd_noise(
     if precision == "bf16":
         u, vh = u.to(torch.bfloat16), vh.to(torch.bfloat16)
     rows, cols = weight.shape
-    tile = fitting(TILES, weight.device, max(u.element_size(), vh.element_size()))
+    # Float32 products run on the ordinary units, whose registers the widest tile would overflow.
+    tiles = TILES[1:] if precision == "ieee" else TILES
+    tile = fitting(tiles, weight.device, max(u.element_size(), vh.element_size()))
     grid = (ceil_div(rows, tile.block_m) * ceil_div(cols, tile.block_n), shape[0])
     with on_device(weight):
         _svd_noise_kernel[grid](

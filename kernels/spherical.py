@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 EPSILON, PARALLEL = 1e-8, 0.9995
 BLOCK, BLOCKS_PER_PROGRAM = 2048, 8
-N_CHUNK = 1 << 16
+N_CHUNK = 1 << 18
 
 
 def products_ref(a: Tensor, b: Tensor) -> Tensor:

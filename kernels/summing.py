@@ -30,21 +30,26 @@ if TYPE_CHECKING:
 
 BLOCK = 2048
 # Values summed at a time on a CPU: the float32 sum stays in the cache.
-N_CHUNK = 1 << 16
+N_CHUNK = 1 << 19
 
 
 def weighted_sum_ref(tensors: Sequence[Tensor], weights: Sequence[float], divisor: float, out: Tensor) -> Tensor:
     """The formula in plain torch, a stretch at a time, into `out`; all contiguous."""
     dtype = compute_dtype(out.dtype)
     target, flat = out.view(-1), [tensor.view(-1) for tensor in tensors]
-    buffer = torch.empty(min(N_CHUNK, target.numel()), dtype=dtype, device=out.device)
+    direct = out.dtype == dtype and all(out.data_ptr() != tensor.data_ptr() for tensor in tensors)
+    buffer = torch.empty(0 if direct else min(N_CHUNK, out.numel()), dtype=dtype, device=out.device)
     for start in range(0, target.numel(), N_CHUNK):
         stop = min(start + N_CHUNK, target.numel())
-        total = buffer[: stop - start]
+        # Straight into the result where it can hold the sum and no input is overwritten early.
+        total = target[start:stop] if direct else buffer[: stop - start]
         torch.mul(flat[0][start:stop].to(dtype), weights[0], out=total)
         for tensor, weight in zip(flat[1:], weights[1:], strict=True):
             total.add_(tensor[start:stop].to(dtype), alpha=weight)
-        target[start:stop].copy_(total if divisor == 1.0 else total.div_(divisor))
+        if divisor != 1.0:
+            total.div_(divisor)
+        if not direct:
+            target[start:stop].copy_(total)
     return out
 
 

@@ -8,10 +8,12 @@
     out = round(base + scale * m)
 
 Shapes: n tensors of one shape, base of that shape -> one of that shape. float32, one rounding.
-The threshold is exact and found without a sort: |delta| >= 0 orders like its bit pattern, so a histogram of the
-high bits says in which bin the k-th largest lies, and a histogram of the next bits of that bin's members goes
-on from there. Deltas of 16 bits need half of the passes.
-Bytes: inputs once per pass (3 or 2 digits, one count of ties, the merge), the result once: bound by memory.
+The threshold is exact and found without a sort: |delta| orders like its bit pattern. On a GPU a histogram of
+the high bits says in which bin the k-th largest lies, and one of the next bits of that bin's members goes on
+from there (deltas of bfloat16 have 15 bits, all others 31). On a CPU a sample brackets it and one pass
+collects the bracket's members.
+Bytes: inputs once per pass (GPU: 3 or 2 digits, one count of equals, the merge; CPU: two and the merge), the
+result once: bound by memory.
 Source: Yadav et al., "TIES-Merging", arXiv 2306.01708.
 """
 
@@ -38,7 +40,9 @@ from olmfast.kernels._dispatch import (
 if TYPE_CHECKING:
     import triton.language as tl
 
-N_CHUNK = 1 << 16
+# On a CPU: values handled at a time, and every how many-th of them is looked at to bracket the threshold.
+N_CHUNK, SAMPLE = 1 << 18, 64
+# On a GPU: a digit of the radix select has N_BINS values.
 BLOCK, BLOCKS_PER_PROGRAM, N_BINS = 1024, 16, 2048
 # Sums of weights smaller than this are not divided by.
 TINY = 1e-8
@@ -69,44 +73,54 @@ def _bits_ref(delta: Tensor) -> Tensor:
     return delta.abs().view(torch.int64 if delta.dtype == torch.float64 else torch.int32)
 
 
-def _threshold_ref(job: _Job, i: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Bits of the n_kept[i]-th largest |delta_i|, and how many of the entries equal to it are kept."""
-    top = 48 if dtype == torch.float64 else 16
-    prefix, remaining, n = 0, job.n_kept[i], job.tensors[i].numel()
-    for shift in range(top, -1, -16):
-        if job.halves and shift == 0:
-            return prefix << 16, remaining
-        counts = torch.zeros(1 << 16, dtype=torch.int64)
+class _Trim(NamedTuple):
+    """What is kept of one tensor: magnitudes above the threshold's bits, and `quota` of those equal to it."""
+
+    threshold: int
+    quota: int
+    n_equal: int
+
+
+def _trim_ref(job: _Job, i: int, dtype: torch.dtype) -> _Trim:
+    """A sample brackets the threshold; one pass counts what lies above and collects what lies within.
+
+    Exact whatever the sample says: a bracket that has missed is replaced by one that holds everything.
+    """
+    n, k = job.tensors[i].numel(), job.n_kept[i]
+    sample = torch.cat([_bits_ref(_delta_ref(job, i, start, dtype))[::SAMPLE] for start in range(0, n, N_CHUNK)])
+    sample = sample.sort(descending=True).values
+    middle, width = len(sample) * k // n, int(4 * len(sample) ** 0.5) // 2 + 1
+    low = int(sample[min(middle + width, len(sample) - 1)])
+    high = int(sample[max(middle - width, 0)])
+    for low, high in ((low, high), (0, torch.iinfo(sample.dtype).max)):
+        n_above, within = 0, []
         for start in range(0, n, N_CHUNK):
-            digits = _bits_ref(_delta_ref(job, i, start, dtype)) >> shift
-            if shift != top:
-                digits = digits[digits >> 16 == prefix] & 0xFFFF
-            counts += torch.bincount(digits, minlength=1 << 16).cpu()
-        from_top = counts.flip(0).cumsum(0)
-        position = int((from_top < remaining).sum())
-        digit = len(counts) - 1 - position
-        remaining -= int(from_top[position] - counts[digit])
-        prefix = prefix << 16 | digit
-    return prefix, remaining
+            bits = _bits_ref(_delta_ref(job, i, start, dtype))
+            n_above += int((bits > high).sum())
+            within.append(bits[(bits >= low) & (bits <= high)])
+        members = torch.cat(within)
+        if n_above < k <= n_above + len(members):
+            break
+    threshold = int(members.kthvalue(len(members) - (k - n_above) + 1).values)
+    n_above += int((members > threshold).sum())
+    return _Trim(threshold, k - n_above, int((members == threshold).sum()))
 
 
-def _kept_ref(bits: Tensor, threshold: int, quota: int) -> tuple[Tensor, int]:
-    """Mask of the entries kept in one stretch, and what is left of the quota of equal ones."""
-    equal = bits == threshold
+def _kept_ref(bits: Tensor, trim: _Trim) -> tuple[Tensor, _Trim]:
+    """Mask of the entries kept in one stretch, and the trim of what follows it."""
+    if trim.quota == trim.n_equal:
+        return bits >= trim.threshold, trim
+    equal = bits == trim.threshold
+    kept = (bits > trim.threshold) | (equal & (equal.cumsum(0) <= trim.quota))
     n_equal = int(equal.sum())
-    if n_equal <= quota:
-        return bits >= threshold, quota - n_equal
-    return (bits > threshold) | (equal & (equal.cumsum(0) <= quota)), 0
+    return kept, trim._replace(quota=max(0, trim.quota - n_equal), n_equal=trim.n_equal - n_equal)
 
 
 def ties_merge_ref(job: _Job, out: Tensor) -> Tensor:
     """The formula in plain torch, a stretch at a time, into `out`; all contiguous."""
     dtype = compute_dtype(out.dtype)
     n, n_values = len(job.tensors), out.numel()
-    trims = [
-        _threshold_ref(job, i, dtype) if job.n_kept[i] < n_values else None for i in range(n)
-    ]
-    quotas = [trim[1] if trim else 0 for trim in trims]
+    trims = [_trim_ref(job, i, dtype) if job.n_kept[i] < n_values else None for i in range(n)]
     weights = torch.tensor(job.weights, dtype=dtype, device=out.device)[:, None]
     for start in range(0, n_values, N_CHUNK):
         target = out.view(-1)[start : start + N_CHUNK]
@@ -115,7 +129,7 @@ def ties_merge_ref(job: _Job, out: Tensor) -> Tensor:
         for i, trim in enumerate(trims):
             delta = _delta_ref(job, i, start, dtype)
             if trim:
-                kept, quotas[i] = _kept_ref(_bits_ref(delta), trim[0], quotas[i])
+                kept, trims[i] = _kept_ref(_bits_ref(delta), trim)
                 delta = delta * kept
             total += torch.mul(delta, job.weights[i], out=parts[i])
         sign = (total >= 0).to(dtype).mul_(2).sub_(1)

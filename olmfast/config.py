@@ -247,7 +247,7 @@ def parse_config(data: dict[str, Any], where: str, folder: Path) -> RunConfig:
     try:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
-        raise InputError("\n".join(_explain(where, data, fault) for fault in error.errors())) from None
+        raise InputError("\n".join(_explain(where, fault) for fault in error.errors())) from None
     config._config_dir = folder
     return config
 
@@ -261,7 +261,7 @@ def _set_key(data: dict[str, Any], dotted: str, value: Any) -> None:
     data[dotted] = value
 
 
-def _explain(where: str, data: dict[str, Any], fault: Any) -> str:
+def _explain(where: str, fault: Any) -> str:
     location: list[str | int] = list(fault["loc"])
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     if fault["type"] == "extra_forbidden":

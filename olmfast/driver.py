@@ -217,7 +217,10 @@ class Session:
         outcome = score_donors(search)
         scored = [name for name in pool.names if name not in outcome.dropped]
         rows = {name: {dataset: float(by[name] or 0.0) for dataset, by in outcome.metrics.items()} for name in scored}
-        self.selection = Scoreboard(scored, rows)
+        truncated = {
+            name: {dataset: by[name] for dataset, by in outcome.truncated.items() if by.get(name)} for name in scored
+        }
+        self.selection = Scoreboard(scored, rows, truncated)
         search.set_scale(self.selection.spans, self.selection.rows[outcome.winner])
         if outcome.winner != self.model.recipe.base:
             search.rebase(whole(outcome.winner, pool.tensors))

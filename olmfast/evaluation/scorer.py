@@ -112,7 +112,7 @@ class SequentialScorer:
 
     def score(
         self,
-        unit: Unit,
+        unit: Unit,  # noqa: ARG002 (the reference evaluates whole models)
         candidates: Sequence[Candidate],
         datasets: Sequence[str] | None = None,
         samples: Mapping[str, Sequence[int]] | None = None,

@@ -1,0 +1,36 @@
+# `make demo` and `make test` set everything up: a virtual environment in .venv with pinned packages.
+PYTHON ?= python3
+BIN := .venv/bin
+# Small models run fastest on one thread; two processes then use two cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo demo-fresh test bench lint sanitize clean
+
+.venv/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/olmfast run examples/demo/olm_config.yaml --overwrite
+
+demo-fresh: .venv/installed
+	$(BIN)/python examples/demo/fresh.py
+
+test: .venv/installed
+	$(BIN)/pytest tests -n 2 --dist loadfile
+
+bench: .venv/installed
+	$(BIN)/pytest bench --benchmark-only
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check olmfast
+	rm -rf build/typecheck
+	$(BIN)/python -m pip install --quiet --no-deps --target build/typecheck .
+	cd build && MYPYPATH=typecheck ../$(BIN)/mypy --config-file ../pyproject.toml
+
+clean:
+	rm -rf .venv build dist *.egg-info runs olmfast/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

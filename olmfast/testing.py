@@ -1,0 +1,142 @@
+"""Tiny real models, tokenizers and datasets for tests: of olmfast and of tools that import it."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_COMMON = {
+    "vocab_size": 112,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+_GPT2 = {"vocab_size": 112, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+
+# model_type -> config keys of a model of a few thousand parameters.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": _COMMON,
+    "mistral": {**_COMMON, "sliding_window": 16},
+    "qwen2": {**_COMMON, "tie_word_embeddings": True},
+    "qwen3": {**_COMMON, "head_dim": 8},
+    "gemma": {**_COMMON, "head_dim": 8},
+    "gemma2": {**_COMMON, "head_dim": 8, "sliding_window": 16},
+    "phi3": {**_COMMON, "pad_token_id": 0},
+    "phi": _COMMON,
+    "gpt2": _GPT2,
+    "gptj": {**_GPT2, "rotary_dim": 4},
+    "gpt_neox": {**_COMMON, "num_key_value_heads": 4},
+    "mixtral": {**_COMMON, "num_local_experts": 2},
+}
+SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer(chat_template: str | None = CHATML) -> Any:
+    """A fast tokenizer with one token per printable character and ChatML's special tokens."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *string.printable])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="<|im_end|>"
+    )
+    fast.chat_template = chat_template
+    return fast
+
+
+def tiny_model(
+    folder: Path,
+    family: str = "llama",
+    seed: int = 0,
+    *,
+    dtype: torch.dtype = torch.float32,
+    noise: float = 0.1,
+    shard_size: str = "5GB",
+    **config: Any,
+) -> Path:
+    """Save a random model with its tokenizer and return its folder.
+
+    All seeds share one ancestor, and differ from it by `noise` relative to each tensor's spread, as fine-tunes
+    do. Weights are wide enough that candidates score differently.
+    """
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    keys = {"bos_token_id": 1, "eos_token_id": 4, "initializer_range": 0.3, **FAMILIES[family], **config}
+    with torch.random.fork_rng():
+        torch.manual_seed(1234)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **keys))
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                spread = parameter.std() if parameter.numel() > 1 and parameter.std() > 0 else 1.0
+                parameter.add_(torch.randn_like(parameter) * noise * spread)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+    tiny_tokenizer().save_pretrained(folder)
+    transformers.logging.set_verbosity(level)
+    return folder
+
+
+def write_dataset(path: Path, pairs: Sequence[tuple[str, str]]) -> Path:
+    """Write questions and answers as a dataset of conversations."""
+    items = [{"conversation": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]} for q, a in pairs]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(items), encoding="utf-8")
+    return path
+
+
+def sums(n: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Questions of one skill: additions of small numbers."""
+    rows = torch.randint(0, 100, (n, 2), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [(f"{a}+{b}=", str(a + b)) for a, b in rows]
+
+
+def tiny_run(folder: Path, n_donors: int = 3, family: str = "llama", **keys: Any) -> Path:
+    """A folder with donors, datasets and `cfg.yaml`, ready for `olmfast run`; returns the config's path.
+
+    `keys` override those of the config; `model` holds keys for `tiny_model`.
+    """
+    import yaml
+
+    model: Mapping[str, Any] = keys.pop("model", {})
+    names = [f"donor{index}" for index in range(n_donors)]
+    for seed, name in enumerate(names, 1):
+        tiny_model(folder / "models" / name, family, seed, **model)
+    write_dataset(folder / "sums.json", sums(6, 1))
+    write_dataset(folder / "more.json", sums(6, 2))
+    write_dataset(folder / "talk.json", [(f"Say {word}", word) for word in ("one", "two", "three")])
+    write_dataset(folder / "heldout.json", sums(6, 3))
+    config = {
+        "models_dir": "models",
+        "output_dir": "out",
+        "models": names,
+        "dataset": {
+            "sums.json": {"mode": "exact_match"},
+            "more.json": {"mode": "bigram_loss"},
+            "talk.json": {"mode": "diversity", "max_new_tokens": 8},
+        },
+        "holdout": {"heldout.json": {"mode": "perplexity"}},
+        "device": "cpu",
+        **keys,
+    }
+    path = folder / "cfg.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return path

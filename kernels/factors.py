@@ -57,11 +57,9 @@ def svd_factors(weight: Tensor, *, drop: bool = True, method: str = "auto") -> S
     if peak == 0.0:
         return SvdFactors(matrix.new_empty(rows, 0), matrix.new_empty(0), matrix.new_empty(0, cols))
     matrix = matrix / peak
-    factors = None
-    if method == "gram" or (method == "auto" and matrix.dtype == torch.float32):
-        factors = _gram(matrix, drop)
-        if factors is None and method == "gram":
-            raise ArithmeticError("svd_factors: method='gram' is not accurate here; use method='auto'")
+    factors = _gram(matrix, drop) if method != "svd" and matrix.dtype == torch.float32 else None
+    if factors is None and method == "gram":
+        raise ArithmeticError("svd_factors: method='gram' is not accurate here; use method='auto'")
     return _canonical(*(factors if factors is not None else svd_factors_ref(matrix, drop)))
 
 

@@ -5,7 +5,9 @@ docs/config.md describes each key for users; this file is where they are declare
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,32 +36,33 @@ FREE_TO_CHANGE = {"models_dir", "output_dir", "dataset_dir", "budget", "load_mer
 class Budget(BaseModel):
     """How much a run may spend: seconds of wall time, or a number of candidate evaluations."""
 
-    model_config = ConfigDict(frozen=True)
-    seconds: float | None = None
-    evaluations: int | None = None
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
+    evaluations: int | None = Field(None, ge=1)
 
 
 def _parse_budget(value: object) -> object:
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return Budget(evaluations=value)
     if isinstance(value, str):
-        if value.strip().isdigit():
-            return Budget(evaluations=int(value))
-        parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd])\s*", value)
+        parts = re.fullmatch(r"\s*0*([1-9][0-9]{0,17})\s*", value)
         if parts:
+            return Budget(evaluations=int(parts[1]))
+        parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd])\s*", value)
+        if parts and 0 < float(parts[1]) < math.inf:
             unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}[parts[2]]
             return Budget(seconds=float(parts[1]) * unit)
     if value is None or isinstance(value, (Budget, dict)):
         return value
-    raise ValueError(f"expected a time such as '2h' or '30m', or a number of evaluations, got {value!r}")
+    raise ValueError(f"expected a time such as '2h' or '30m', or a number of evaluations above 0, got {value!r}")
 
 
 def parse_size(value: object) -> int:
     """Bytes from `5GB`, `500MB`, `2GiB` or a plain number."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
-    if not parts:
+    if not parts or not 1 <= float(parts[1]) < 1e9:
         raise ValueError(f"expected a size in bytes such as '5GB', got {value!r}")
     base = 1024 if parts[3] else 1000
     return int(float(parts[1]) * base ** " KMGT".index(parts[2].upper() or " "))
@@ -72,7 +75,7 @@ def _parse_selection(value: object) -> object:
 class DatasetConfig(BaseModel):
     """How one dataset file is read and scored."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     mode: Mode
     think: bool = True
     weight: float = Field(1.0, ge=0)
@@ -91,7 +94,7 @@ DATASET_DEFAULTS = ("forbid", "template", "max_new_tokens", "samples")
 class RunConfig(BaseModel):
     """Everything `olmfast run` is told. Paths are absolute once loaded (relative to the config's folder)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     models_dir: Path
     output_dir: Path
     dataset_dir: Path
@@ -126,7 +129,7 @@ class RunConfig(BaseModel):
     tie_tolerance: float | None = Field(None, ge=0)
     racing: Literal[False] = False
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     batch_tokens: int = Field(8192, ge=1)
@@ -191,6 +194,8 @@ def _construct_unique(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[A
     result: dict[Any, Any] = {}
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
+            raise yaml.MarkedYAMLError(problem=f"{key!r} cannot be a key", problem_mark=key_node.start_mark)
         if key in result:
             raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark)
         result[key] = loader.construct_object(value_node, deep=True)
@@ -212,9 +217,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise InputError(f"{path}{where}: not valid YAML: {problem or error}") from None
+        raise InputError(f"{path}{where}: not valid YAML: {problem or ' '.join(str(error).split())}") from None
+    except (ValueError, RecursionError) as error:  # a date of month 13, a number of 5000 digits, 1000 brackets
+        raise InputError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(data, dict):
-        raise InputError(f"{path}: expected a mapping of keys to values, got {type(data).__name__}")
+        kind = "nothing" if data is None else type(data).__name__
+        raise InputError(f"{path}: expected a mapping of keys to values, got {kind}")
     return data
 
 
@@ -235,26 +243,45 @@ def parse_config(data: dict[str, Any], where: str, folder: Path) -> RunConfig:
     data.setdefault("dataset_dir", ".")
     for key in ("models_dir", "output_dir", "dataset_dir"):
         if isinstance(data.get(key), (str, Path)):
-            data[key] = folder / Path(data[key]).expanduser()
+            data[key] = _absolute(folder, data[key], f"{where}: {key}")
     if data.get("improve_all") is False:
         data["improve_all"] = None
     defaults = {key: data[key] for key in DATASET_DEFAULTS if key in data}
+    inherited = set()
     for key in ("dataset", "holdout"):
         if isinstance(data.get(key), dict):
+            inherited |= {
+                (key, name, default)
+                for name, entry in data[key].items()
+                for default in defaults
+                if isinstance(entry, dict) and default not in entry
+            }
             data[key] = {
                 name: {**defaults, **entry} if isinstance(entry, dict) else entry for name, entry in data[key].items()
             }
     try:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
-        raise InputError("\n".join(_explain(where, fault) for fault in error.errors())) from None
+        # A wrong default is told where it stands, not once more for each dataset that takes it.
+        faults = [fault for fault in error.errors() if fault["loc"][:3] not in inherited]
+        raise InputError("\n".join(_explain(where, fault) for fault in faults)) from None
     config._config_dir = folder
     return config
 
 
+def _absolute(folder: Path, path: str | Path, where: str) -> Path:
+    try:
+        if "\0" in str(path):
+            raise ValueError("it holds a null character")
+        return folder / Path(path).expanduser()
+    except (RuntimeError, ValueError) as error:  # RuntimeError: ~nobody
+        raise InputError(f"{where}: {str(path)!r} is not a usable path: {error}") from None
+
+
 def _set_key(data: dict[str, Any], dotted: str, value: Any) -> None:
     """Set `a.b=value`. File names hold dots, so the longest existing key wins at each level."""
-    for key in sorted((k for k, v in data.items() if isinstance(v, dict)), key=len, reverse=True):
+    nested = [key for key, value in data.items() if isinstance(key, str) and isinstance(value, dict)]
+    for key in sorted(nested, key=len, reverse=True):
         if dotted.startswith(f"{key}."):
             _set_key(data[key], dotted[len(key) + 1 :], value)
             return
@@ -271,11 +298,19 @@ def _explain(where: str, fault: Any) -> str:
         return f"{where}: {name}: required key is missing"
     if name == "racing":
         return f"{where}: racing: reserved for a later version; only 'false' is accepted now"
-    message = fault["msg"].removeprefix("Value error, ")
+    message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
+    message = re.sub(r" or (instance of|object to extract fields from).*", " of keys", message)
     if fault["type"] == "literal_error":
-        value = str(fault["input"])
-        message = f"expected {fault['ctx']['expected']}, got {value!r}"
-        message += did_you_mean(value, re.findall(r"'([^']+)'", fault["ctx"]["expected"]))
+        message = f"expected {fault['ctx']['expected']}, got {_show(fault['input'])}"
+        message += did_you_mean(str(fault["input"]), re.findall(r"'([^']+)'", fault["ctx"]["expected"]))
     elif fault["type"] != "value_error":
-        message += f", got {fault['input']!r}"
+        message += f", got {_show(fault['input'])}"
     return f"{where}: {name}: {message}" if name else f"{where}: {message}"
+
+
+def _show(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to spell out an integer of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -159,7 +159,8 @@ def _scores_kernel(
             size = softcap * (1.0 - decay) / (1.0 + decay)
             logits = tl.where(logits < 0, -size, size)
 
-        hit = offs_n[None, :] == label[:, None]
+        # A label past the vocabulary must not hit the tile's empty columns.
+        hit = (offs_n[None, :] == label[:, None]) & mask_n[None, :]
         hit_logit = tl.sum(tl.where(hit, logits, 0.0), axis=1)
         own = tl.where(tl.max(hit.to(tl.int32), axis=1) > 0, hit_logit, own)
         logits = tl.where(mask_n[None, :], logits, float("-inf"))

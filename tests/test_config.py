@@ -1,0 +1,406 @@
+"""What a user writes in a config: what loads, what is refused, and how the refusal reads."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from olmfast import cli
+from olmfast.config import MODES, Budget, DatasetConfig, RunConfig, load_config, parse_config
+from olmfast.errors import InputError
+
+ORIGINAL = """
+models_dir: models
+output_dir: out/merged
+dataset_dir: data/sharegpt
+models:
+  - Qwen/Qwen2.5-7B-Instruct
+  - Qwen/Qwen2.5-Coder-7B-Instruct
+  - ./local/fine-tune
+base_model_name: Qwen/Qwen2.5-Coder-7B-Instruct
+dataset:
+  gsm8k.v2.json:
+    mode: exact_match
+    think: false
+  gpqa.json:
+    mode: bigram_loss
+  writing.json:
+    mode: diversity
+    think: true
+base_select: true
+boundary_select: true
+layer_swap: true
+tensor_swap: true
+skip_norm: true
+es_svd: true
+es_norm: true
+load_merge_report: true
+direction: backward
+samples: "50"
+improve_all: gpqa.json
+markov: 1
+max_models: 2
+es_svd_generations: 2
+es_svd_sigma: 1e-1
+es_norm_generations: 5
+es_norm_sigma: 1e-5
+selection: ranks
+metric_dir: metrics
+"""
+
+
+def plain(**keys: Any) -> dict[str, Any]:
+    """The smallest config, with `keys` set."""
+    return {
+        "models_dir": "models",
+        "output_dir": "out",
+        "models": ["alpha", "beta"],
+        "dataset": {"sums.json": {"mode": "exact"}},
+        **keys,
+    }
+
+
+def parse(**keys: Any) -> RunConfig:
+    return parse_config(plain(**keys), "cfg.yaml", Path("/home/me"))
+
+
+def refusal(**keys: Any) -> str:
+    """The message a config with these keys is refused with."""
+    with pytest.raises(InputError) as caught:
+        parse(**keys)
+    return str(caught.value)
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "cfg.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_config_of_the_original_tool_loads_as_it_is(tmp_path):
+    config = load_config(write(tmp_path, ORIGINAL))
+    assert config.base_name == "Qwen/Qwen2.5-Coder-7B-Instruct"
+    assert config.selection == "copeland"
+    assert (config.es_svd_sigma, config.es_norm_sigma) == (0.1, 1e-5)
+    assert config.samples == 50
+    assert all(
+        getattr(config, switch)
+        for switch in ("base_select", "boundary_select", "layer_swap", "tensor_swap", "skip_norm", "es_svd", "es_norm")
+    )
+    assert not config.dataset["gsm8k.v2.json"].think
+    assert config.dataset["gpqa.json"].think
+
+
+def test_what_the_original_leaves_out_has_the_originals_defaults():
+    config = parse()
+    assert (config.direction, config.samples, config.markov, config.selection) == ("forward", 200, 0, "copeland")
+    assert (config.es_svd_generations, config.es_svd_sigma) == (1, 0.1)
+    assert (config.es_norm_generations, config.es_norm_sigma) == (3, 0.005)
+    assert (config.improve_all, config.max_models, config.base_name) == (None, None, "alpha")
+    switches = ("base_select", "boundary_select", "layer_swap", "tensor_swap", "skip_norm", "es_svd", "es_norm")
+    assert not any(getattr(config, switch) for switch in (*switches, "load_merge_report"))
+
+
+def test_paths_are_taken_from_the_folder_of_the_config(tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    config = load_config(write(tmp_path, ORIGINAL))
+    assert config.models_dir == tmp_path / "models"
+    assert config.output_dir == tmp_path / "out" / "merged"
+    assert config.dataset_dir == tmp_path / "data" / "sharegpt"
+    assert config.config_dir == tmp_path
+
+
+def test_absolute_paths_and_the_home_folder_stay_what_they_are(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = parse(models_dir="/mnt/models", output_dir="~/merged")
+    assert config.models_dir == Path("/mnt/models")
+    assert config.output_dir == Path("/home/someone/merged")
+    assert config.dataset_dir == Path("/home/me")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"sample": 5}, "cfg.yaml: sample: unknown key; did you mean 'samples'?"),
+        (
+            {"dataset": {"sums.json": {"mode": "exact", "wieght": 2}}},
+            "cfg.yaml: dataset.sums.json.wieght: unknown key; did you mean 'weight'?",
+        ),
+        (
+            {"holdout": {"more.json": {"mode": "exact", "thinks": False}}},
+            "cfg.yaml: holdout.more.json.thinks: unknown key; did you mean 'think'?",
+        ),
+        ({"qqqq": 1}, "cfg.yaml: qqqq: unknown key"),
+        ({"budget": {"evaluation": 3}}, "cfg.yaml: budget.evaluation: unknown key; did you mean 'evaluations'?"),
+    ],
+)
+def test_an_unknown_key_is_an_error_with_a_suggestion(keys, message):
+    assert refusal(**keys) == message
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"direction": "forwards"}, "direction: expected 'forward' or 'backward', got 'forwards'; did you mean"),
+        ({"dataset": {"a": {"mode": "exact_mach"}}}, "got 'exact_mach'; did you mean 'exact_match'?"),
+        ({"dataset": {"a": {}}}, "dataset.a.mode: required key is missing"),
+        ({"dataset": {"a": None}}, "dataset.a: expected a valid dictionary of keys, got None"),
+        ({"dataset": {}}, "dataset: "),
+        ({"dataset": {"a": {"mode": "exact", "weight": -1}}}, "dataset.a.weight: expected greater than or equal to 0"),
+        ({"dataset": {"a": {"mode": "exact", "forbid": "("}}}, "dataset 'a': forbid: not a regular expression"),
+        ({"samples": 0}, "samples: expected greater than or equal to 1, got 0"),
+        ({"samples": 2.5}, "samples: expected a valid integer"),
+        ({"models": []}, "models: "),
+        ({"models": "alpha"}, "models: expected a valid list, got 'alpha'"),
+        ({"models": ["alpha", "alpha"]}, "models: 'alpha' is listed twice"),
+        ({"models_dir": 3}, "models_dir: expected a path, got 3"),
+        ({"models_dir": "~nobody-of-that-name/x"}, "models_dir: '~nobody-of-that-name/x' is not a usable path"),
+        ({"base_model_name": "betta"}, "base_model_name: 'betta' is not in models; did you mean 'beta'?"),
+        ({"improve_all": "perplexity"}, "improve_all: expected 'all', 'base', a mode in use or a dataset, got"),
+        ({"improve_all": True}, "improve_all: expected a valid string, got True"),
+        ({"es_svd_sigma": 0}, "es_svd_sigma: expected greater than 0, got 0"),
+        ({"es_norm_sigma": float("inf")}, "es_norm_sigma: expected a finite number, got inf"),
+        ({"es_accept": "all"}, "es_accept: expected 'selection' or 'any', got 'all'"),
+        ({"selection": "borda"}, "selection: expected 'copeland' or 'mean', got 'borda'"),
+        ({"significance": 5}, "significance: expected less than 1, got 5"),
+        ({"tie_tolerance": float("nan")}, "tie_tolerance: expected a finite number, got nan"),
+        ({"markov": -1}, "markov: expected greater than or equal to 0, got -1"),
+        ({"layer_swap": "perhaps"}, "layer_swap: expected a valid boolean"),
+        ({"dtype": "int8"}, "dtype: expected 'auto', 'float32', 'bfloat16', 'float16' or 'float64', got 'int8'"),
+        ({"shard_size": "big"}, "shard_size: expected a size in bytes such as '5GB', got 'big'"),
+        ({"shard_size": 0}, "shard_size: expected a size in bytes such as '5GB', got 0"),
+        ({"racing": True}, "racing: reserved for a later version; only 'false' is accepted now"),
+        ({"seed": 16**5000}, "seed: expected less than 9223372036854775808, got a number of thousands of digits"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_was_wanted(keys, message):
+    assert refusal(**keys).startswith("cfg.yaml: ")
+    assert message in refusal(**keys)
+
+
+def test_every_fault_is_listed_at_once():
+    message = refusal(direction="up", markov=-1, smaples=3, dataset={"a": {"mode": "exact", "samples": 0}})
+    lines = message.splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith("cfg.yaml: ") for line in lines)
+
+
+def test_missing_keys_are_named():
+    with pytest.raises(InputError) as caught:
+        parse_config({}, "cfg.yaml", Path())
+    named = re.findall(r"cfg.yaml: (\w+): required key is missing", str(caught.value))
+    assert sorted(named) == ["dataset", "models", "models_dir", "output_dir"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("samples: 1\nmodels: [a]\nsamples: 2\n", ":3:1: not valid YAML: key 'samples' is given twice"),
+        ("dataset:\n  a: {mode: exact, mode: choice}\n", ":2:20: not valid YAML: key 'mode' is given twice"),
+        ("models: [a\n", ":2:1: not valid YAML: "),
+        ("? [a]\n: 1\n", ":1:3: not valid YAML: ['a'] cannot be a key"),
+        ("&x {a: *x}\n", "not valid YAML: found unconstructable recursive node"),
+        ("seed: 2001-13-99\n", ": not valid YAML: month must be in 1..12"),
+        ("a: " + "[" * 5000 + "]" * 5000, ": not valid YAML: "),
+        ("a: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
+        ("", ": expected a mapping of keys to values, got nothing"),
+        ("- a\n", ": expected a mapping of keys to values, got list"),
+        ("\x00", ": not valid YAML: "),
+    ],
+)
+def test_text_that_is_no_config_is_refused_with_its_place(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(InputError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(str(path))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("budget", "seconds", "evaluations"),
+    [
+        ("2h", 7200.0, None),
+        ("30m", 1800.0, None),
+        ("1.5 m", 90.0, None),
+        ("45s", 45.0, None),
+        ("1d", 86400.0, None),
+        (500, None, 500),
+        ("500", None, 500),
+        (None, None, None),
+    ],
+)
+def test_a_budget_is_a_time_or_a_number_of_evaluations(budget, seconds, evaluations):
+    expected = None if budget is None else Budget(seconds=seconds, evaluations=evaluations)
+    assert parse(budget=budget).budget == expected
+
+
+@pytest.mark.parametrize("budget", ["2 weeks", "h", "0s", 0, -3, "0", True, 1.5, [1], "٣"])
+def test_a_budget_that_cannot_be_meant_is_refused(budget):
+    assert refusal(budget=budget).startswith("cfg.yaml: budget: expected a time such as '2h' or '30m', or a number")
+
+
+@pytest.mark.parametrize(("size", "n_bytes"), [("5GB", 5 * 10**9), ("2GiB", 2 << 30), ("1.5 MB", 1_500_000), (7, 7)])
+def test_sizes_are_in_bytes_or_in_units_of_a_thousand_or_of_1024(size, n_bytes):
+    assert parse(shard_size=size).shard_size == n_bytes
+
+
+def test_dataset_keys_at_the_top_level_are_the_default_of_every_dataset():
+    datasets = {"a.json": {"mode": "diversity"}, "b.json": {"mode": "exact", "samples": 7, "template": "raw"}}
+    holdout = {"c.json": {"mode": "quality"}}
+    defaults = {"samples": 3, "forbid": None, "template": "chatml", "max_new_tokens": 9}
+    config = parse(dataset=datasets, holdout=holdout, **defaults)
+    for entry in (config.dataset["a.json"], config.holdout["c.json"]):
+        assert (entry.samples, entry.forbid, entry.template, entry.max_new_tokens) == (3, None, "chatml", 9)
+    own = config.dataset["b.json"]
+    assert (own.samples, own.forbid, own.template, own.max_new_tokens) == (7, None, "raw", 9)
+
+
+def test_a_wrong_default_is_told_once_and_where_it_stands():
+    datasets = {"a.json": {"mode": "exact"}, "b.json": {"mode": "exact"}}
+    assert refusal(dataset=datasets, samples=-1) == "cfg.yaml: samples: expected greater than or equal to 1, got -1"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_loads(mode):
+    assert parse(dataset={"a.json": {"mode": mode}}).dataset["a.json"].mode == mode
+
+
+@pytest.mark.parametrize("guard", ["all", "base", "exact", "sums.json"])
+def test_the_guard_is_all_base_a_mode_in_use_or_a_dataset(guard):
+    assert parse(improve_all=guard).improve_all == guard
+
+
+@pytest.mark.parametrize("off", [None, False])
+def test_the_guard_can_be_switched_off(off):
+    assert parse(improve_all=off).improve_all is None
+
+
+def test_a_dataset_that_decides_is_not_held_out():
+    message = refusal(holdout={"sums.json": {"mode": "choice"}})
+    assert message == "cfg.yaml: holdout: 'sums.json' is used for selection too, so it is not held out"
+
+
+def test_overrides_win_over_the_file_and_reach_names_with_dots(tmp_path):
+    path = write(tmp_path, ORIGINAL)
+    wanted = ["samples=9", "dataset.gsm8k.v2.json.mode=exact", "dataset.gpqa.json.weight=2e0", "models=[a, b]"]
+    config = load_config(path, cli._overrides([*wanted, "base_model_name=a", "output_dir=elsewhere"]))
+    assert config.samples == 9
+    assert config.dataset["gsm8k.v2.json"].mode == "exact"
+    assert not config.dataset["gsm8k.v2.json"].think
+    assert config.dataset["gpqa.json"].weight == 2
+    assert config.models == ["a", "b"]
+    assert config.output_dir == tmp_path / "elsewhere"
+
+
+def test_an_override_can_set_a_value_that_holds_an_equals_sign():
+    assert cli._overrides(["forbid=a=b"]) == {"forbid": "a=b"}
+
+
+@pytest.mark.parametrize("entry", ["samples", "=3", "a=[", "a=2001-13-99"])
+def test_an_override_that_is_no_key_and_value_is_refused(entry):
+    with pytest.raises(InputError, match=re.escape(f"--set {entry}: ")):
+        cli._overrides([entry])
+
+
+@pytest.mark.parametrize(
+    ("dotted", "message"),
+    [
+        ("smaples", "smaples: unknown key; did you mean 'samples'?"),
+        ("dataset.gpqa.json.wieght", "dataset.gpqa.json.wieght: unknown key; did you mean 'weight'?"),
+        ("dataset.absent.json.mode", "dataset.absent.json.mode: expected"),
+        ("holdout.absent.json.mode", "holdout.absent.json.mode: unknown key"),
+    ],
+)
+def test_an_override_of_a_key_that_is_not_there_is_refused(tmp_path, dotted, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_config(write(tmp_path, ORIGINAL), {dotted: 1})
+
+
+def test_an_override_copes_with_keys_that_are_no_text(tmp_path):
+    with pytest.raises(InputError, match=r"\[1\]: Keys should be strings"):
+        load_config(write(tmp_path, ORIGINAL + "1: {a: b}\n"), {"samples": 3})
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
+VALUES = st.recursive(
+    SCALARS | st.sampled_from(["exact", "2h", "1e-5", "forward", "alpha"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6) | st.integers(), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+KEYS = st.sampled_from(sorted(RunConfig.model_fields)) | st.text(max_size=8)
+DATASETS = st.dictionaries(
+    st.text(max_size=6),
+    st.dictionaries(st.sampled_from(sorted(DatasetConfig.model_fields)), VALUES, max_size=4) | VALUES,
+    max_size=2,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(KEYS, VALUES | DATASETS, max_size=4))
+def test_any_mapping_gives_a_config_or_an_explanation(keys):
+    try:
+        assert isinstance(parse(**keys), RunConfig)
+    except InputError as error:
+        assert str(error).startswith("cfg.yaml: ")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=60) | st.text("{}[]:,&*!|>'\"%@`#?-<= \n0123456789abx_.eE", max_size=60))
+def test_any_text_gives_a_config_or_an_explanation(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        load_config(path)
+
+
+def documented(heading: str) -> dict[str, str]:
+    """Key -> default, from the tables between this heading of docs/config.md and the next of its kind."""
+    text = (Path(__file__).parents[1] / "docs" / "config.md").read_text(encoding="utf-8")
+    parts = re.split(r"^#{2,3} (.+)\n", text, flags=re.MULTILINE)
+    sections = dict(zip(parts[1::2], parts[2::2], strict=True))
+    return dict(re.findall(r"^\| `(\w+)` \|([^|]*)\|", sections[heading], flags=re.MULTILINE))
+
+
+RUN_SECTIONS = (
+    "What is merged",
+    "What it is judged by",
+    "What is searched",
+    "How candidates are compared",
+    "How it runs",
+)
+
+
+def test_the_documentation_lists_every_key_and_no_other():
+    listed = [key for heading in RUN_SECTIONS for key in documented(heading)]
+    assert sorted(listed) == sorted(RunConfig.model_fields)
+    assert sorted(documented("Dataset keys")) == sorted(DatasetConfig.model_fields)
+    for mode in MODES:
+        assert f"| `{mode}` |" in (Path(__file__).parents[1] / "docs" / "config.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("fields", [RunConfig.model_fields, DatasetConfig.model_fields])
+def test_the_documented_defaults_are_the_real_ones(fields):
+    headings = RUN_SECTIONS if fields is RunConfig.model_fields else ("Dataset keys",)
+    listed = {key: value.strip() for heading in headings for key, value in documented(heading).items()}
+    for key, field in fields.items():
+        if isinstance(field.default, (bool, int, float)):
+            shown = yaml.safe_load(listed[key].strip("`"))
+            size = {"5GB": 5_000_000_000}.get(shown, shown)
+            assert size == field.default, key
+        elif field.is_required() and key != "dataset_dir":
+            assert listed[key] == "required", key
+
+
+def test_the_example_of_the_documentation_loads():
+    text = (Path(__file__).parents[1] / "docs" / "config.md").read_text(encoding="utf-8")
+    example = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1]
+    assert parse_config(yaml.safe_load(example), "docs", Path()).layer_swap

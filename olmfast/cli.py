@@ -134,7 +134,7 @@ def _overrides(entries: list[str]) -> dict[str, Any]:
             raise InputError(f"--set {entry}: expected KEY=VALUE")
         try:
             overrides[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date of month 13
             raise InputError(f"--set {entry}: the value is not valid YAML") from None
     return overrides
 
@@ -164,3 +164,7 @@ def _quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()

@@ -292,7 +292,8 @@ def _explain(where: str, fault: Any) -> str:
     location: list[str | int] = list(fault["loc"])
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     if fault["type"] == "extra_forbidden":
-        model = DatasetConfig if location[0] in ("dataset", "holdout") else RunConfig
+        nested = {"dataset": DatasetConfig, "holdout": DatasetConfig, "budget": Budget}
+        model = nested[str(location[0])] if len(location) > 1 else RunConfig
         return f"{where}: {name}: unknown key{did_you_mean(str(location[-1]), model.model_fields)}"
     if fault["type"] == "missing":
         return f"{where}: {name}: required key is missing"
@@ -300,6 +301,8 @@ def _explain(where: str, fault: Any) -> str:
         return f"{where}: racing: reserved for a later version; only 'false' is accepted now"
     message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
     message = re.sub(r" or (instance of|object to extract fields from).*", " of keys", message)
+    if fault["type"] == "path_type":
+        message = "expected a path"
     if fault["type"] == "literal_error":
         message = f"expected {fault['ctx']['expected']}, got {_show(fault['input'])}"
         message += did_you_mean(str(fault["input"]), re.findall(r"'([^']+)'", fault["ctx"]["expected"]))

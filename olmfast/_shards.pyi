@@ -101,5 +101,6 @@ def threads() -> int:
     """Threads that copies are spread over: one per core that this process may use, unless set."""
 
 def set_threads(n: int) -> None: ...
+def _use_portable(only: bool) -> None: ...
 def install_guard() -> None:
     """Make the guard the handler of SIGBUS, if another was installed since. Every copy does this itself."""

@@ -225,8 +225,7 @@ class Session:
         if outcome.winner != self.model.recipe.base:
             search.rebase(whole(outcome.winner, pool.tensors))
         if self.config.max_models is not None:
-            kept = [*dict.fromkeys([outcome.winner, *outcome.order])][: self.config.max_models]
-            pool.keep(kept)
+            search.donors = [outcome.winner, *outcome.order][: self.config.max_models]
 
 
 def load_tokenizer(donor: Checkpoint) -> tuple[Any, tuple[int, ...]]:

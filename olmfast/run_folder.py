@@ -48,7 +48,12 @@ class RunFolder:
                 yield report
                 return
         with self._lock():
-            yield self._open(header, pool)
+            try:
+                report = self._open(header, pool)
+            except InputError:
+                self._forget_if_empty()
+                raise
+            yield report
 
     def publish(self) -> None:
         """Rename the complete `OUT.partial` to `OUT`; what was there is removed after, or kept if not ours."""
@@ -85,6 +90,7 @@ class RunFolder:
             before = Report.load(self.output)
             if before.status == "original":
                 return self._import_original(before, header, pool)
+            _check_same(self.output, before, header)
             self._take_over()
         if self.resume and (self.partial / REPORT).is_file():
             report = Report.load(self.partial)
@@ -92,6 +98,11 @@ class RunFolder:
             report.discard_unrecorded()
             return report
         return Report.create(self.partial, header)
+
+    def _forget_if_empty(self) -> None:
+        """Leave no trace of a run that was refused before it began."""
+        if [path.name for path in self.partial.iterdir()] == [".lock"]:
+            shutil.rmtree(self.partial)
 
     def _take_over(self) -> None:
         """Go on from a run that stopped at its budget: its state is copied, the result stays until replaced."""

@@ -93,6 +93,7 @@ def _build(folder: Path, tied: bool, dtype: torch.dtype) -> Any:
         config.tie_word_embeddings = tied
         with no_init_weights():
             module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        module.tie_weights()  # part of the initialisation that was just left out
     except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
         raise InputError(f"{folder / 'config.json'}: Transformers cannot build this model: {error}") from None
     return module.eval().requires_grad_(False)

@@ -148,11 +148,11 @@ def _offspring(
     return candidates
 
 
-def _accept_any(search: Search, scores: Scores, alive: list[int]) -> int:
+def _accept_any(search: Search, scores: Scores, alive: list[int]) -> list[int]:
     """The original's rule: the best of the offspring wins if it improves any dataset."""
     offspring = [row for row in alive if row != 0]
     if not offspring:
-        return 0
+        return [0]
     best = choose(scores, offspring, search.rules)
     comparison = Comparison(scores, search.rules)
-    return best if any(comparison.is_better(name, best, 0) for name in comparison.means) else 0
+    return [best if any(comparison.is_better(name, best, 0) for name in comparison.means) else 0]

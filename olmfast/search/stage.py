@@ -18,7 +18,7 @@ from olmfast.errors import Interrupted, OlmfastError
 from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.scorer import Candidate, Scorer, Scores
 from olmfast.report import Outcome, Report
-from olmfast.search.ranking import Rules, choose, is_degraded, order
+from olmfast.search.ranking import Rules, choose, is_degraded
 from olmfast.weights.architecture import Architecture, Unit
 from olmfast.weights.recipe import Copy, Expression, Linear, Recipe, Stored
 
@@ -71,7 +71,8 @@ class Step:
     stage: str
     unit: Unit
     propose: Callable[[], Sequence[Candidate]]
-    accept: Callable[[Scores, list[int]], int] | None = None  # None: by the config's selection
+    # Rows that may win -> the winner, and after it, where it matters, the others in order of merit.
+    accept: Callable[[Scores, list[int]], list[int]] | None = None  # None: by the config's selection
     guarded: bool = True
     commit: bool = True
 
@@ -90,6 +91,7 @@ class Search:
     base_means: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.donors: list[str] = self.model.sources.pool.names  # whose values are tried, in this order
         self._spent_before = float(self.report.own["elapsed_s"])
         self._started = time.monotonic()
         self._evaluations = int(self.report.own["evaluations"])
@@ -99,11 +101,6 @@ class Search:
     def elapsed_s(self) -> float:
         """Seconds of wall time this run has taken, earlier sessions included."""
         return self._spent_before + time.monotonic() - self._started
-
-    @property
-    def pool_names(self) -> list[str]:
-        """The donors in the order of the config."""
-        return self.model.sources.pool.names
 
     @property
     def architecture(self) -> Architecture:
@@ -146,21 +143,21 @@ class Search:
         self.observer.step(step.stage, step.unit.name, len(candidates))
         scores, dropped = self._evaluate(step, candidates)
         alive = [row for row in range(len(candidates)) if row not in dropped]
-        winner = (step.accept or self._choose)(scores, alive)
+        ranked = (step.accept or self._choose)(scores, alive)
+        winner = ranked[0]
         if step.commit and winner != 0:
             self._commit(step, candidates[winner])
         if step.commit or not candidates[0].values:
             self._current = scores.rows([winner if step.commit else 0])
         outcome = self._outcome(step, candidates, twin, scores, dropped, winner)
-        if not step.commit:
-            outcome.order = [candidates[row].label for row in order(scores, alive, self.rules)]
+        outcome.order = [candidates[row].label for row in ranked[1:]]
         self._evaluations += len(candidates)
         self.report.record(step.key, outcome, self.model.recipe, self._evaluations, self.elapsed_s)
         self.observer.chosen(outcome)
         return outcome
 
-    def _choose(self, scores: Scores, alive: list[int]) -> int:
-        return choose(scores, alive, self.rules)
+    def _choose(self, scores: Scores, alive: list[int]) -> list[int]:
+        return [choose(scores, alive, self.rules)]
 
     def _distinct(self, candidates: Sequence[Candidate]) -> tuple[list[Candidate], dict[str, int]]:
         """Candidates of different bytes, and for each label that is left out the row of its equal."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import product
 
 from olmfast.config import RunConfig
-from olmfast.evaluation.scorer import Candidate
+from olmfast.evaluation.scorer import Candidate, Scores
 from olmfast.report import Outcome
+from olmfast.search.ranking import order
 from olmfast.search.stage import Search, Step
 from olmfast.weights.architecture import Architecture, Unit
 from olmfast.weights.recipe import Copy, Recipe
@@ -26,10 +28,18 @@ def score_donors(search: Search) -> Outcome:
     untouched = owner(search.model.recipe, unit) == base  # not so where another tool's report was taken over
 
     def propose() -> list[Candidate]:
-        others = [_donor(name, unit) for name in search.pool_names if name != base]
+        others = [_donor(name, unit) for name in search.donors if name != base]
         return [Candidate(base) if untouched else _donor(base, unit), *others]
 
-    accept = None if search.config.base_select and untouched else lambda _scores, _alive: 0
+    def accept(scores: Scores, alive: list[int]) -> list[int]:
+        # The donors' own scores are the scale here: no earlier step has set one.
+        means = {name: scores.mean(name)[alive] for name in scores.samples}
+        spans = {name: (float(values.min()), float(values.max())) for name, values in means.items()}
+        ranked = order(scores, alive, replace(search.rules, spans=spans))
+        if search.config.base_select and untouched:
+            return ranked
+        return [0, *(row for row in ranked if row != 0)]
+
     return search.take(Step("base", "base", unit, propose, accept=accept, guarded=False, commit=False))
 
 
@@ -76,7 +86,7 @@ def swap_candidates(search: Search, unit: Unit) -> list[Candidate]:
     if len(unit.blocks) > 1:
         parts = [search.architecture.window_unit(unit.tensors, [block]) for block in unit.blocks]
     candidates = [Candidate(" + ".join(owner(search.model.recipe, part) for part in parts))]
-    for donors in product(search.pool_names, repeat=len(parts)):
+    for donors in product(search.donors, repeat=len(parts)):
         values = {n: Copy(d, n) for d, part in zip(donors, parts, strict=True) for n in part.tensors}
         label = " + ".join(donors)
         if label != candidates[0].label:

@@ -77,10 +77,6 @@ class Pool:
         """The donors' names in the order of the config."""
         return list(self.donors)
 
-    def keep(self, names: Sequence[str]) -> None:
-        """Go on with these donors only."""
-        self.donors = {name: donor for name, donor in self.donors.items() if name in names}
-
     def check_finite(self, progress: Callable[[str], None] = lambda _: None) -> None:
         """Raise InputError naming the donor, file and tensor that holds NaN or infinity."""
         for donor in self:

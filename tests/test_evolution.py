@@ -1,0 +1,130 @@
+"""One full generation of each evolution strategy, recomputed from the formulas in float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from olmfast import load_config, run
+from olmfast.search.evolve import Parent, SvdOffspring, normal, offspring_count, svd_coefficients
+from olmfast.testing import tiny_run
+
+UNIT = "model.layers.0.self_attn.q_proj"
+TENSOR = f"{UNIT}.weight"
+
+
+def svd_generation(weight: np.ndarray, seed: int, sigma: float) -> list[np.ndarray]:
+    """All offspring of generation 0, unrounded: numpy alone, following the published formulas."""
+    scaled = weight / np.abs(weight).max()
+    u, s, vh = np.linalg.svd(scaled, full_matrices=False)
+    keep = s > s.max() * max(weight.shape) * 2.0**-23
+    u, s, vh = u[:, keep], s[keep], vh[keep]
+    # The sign of a singular pair is free; the engine makes the largest entry of each column of U positive.
+    signs = np.sign(u[np.abs(u).argmax(0), np.arange(len(s))])
+    u, vh = u * signs, vh * signs[:, None]
+    step = sigma * max(s.std(ddof=1), 1e-10)
+    damping = np.sqrt(s.max() / (s + 1e-10))
+    damping /= damping.mean()
+    result = []
+    for k in range(max(4, int(4 + 3 * math.log(len(s))))):
+        d = normal(len(s), seed, TENSOR, "svd_es", 0, k).numpy() * step
+        result.append(weight * np.exp(np.clip((u * (d * damping)) @ vh, -3, 3)))
+    return result
+
+
+def norm_generation(weight: np.ndarray, seed: int, sigma: float) -> list[np.ndarray]:
+    norms = np.linalg.norm(weight, axis=1, keepdims=True)
+    directions = weight / np.where(norms > 0, norms, 1)
+    result = []
+    for k in range(max(4, int(4 + 3 * math.log(len(weight))))):
+        log_norms = np.log(np.where(norms > 0, norms, 1)) + sigma * normal(
+            len(weight), seed, TENSOR, "norm_es", 0, k
+        ).numpy().reshape(-1, 1)
+        result.append(np.where(norms > 0, directions * np.exp(log_norms), weight))
+    return result
+
+
+@pytest.mark.parametrize(
+    ("method", "generation", "keys"),
+    [("svd_es", svd_generation, {"es_svd_sigma": 0.2}), ("norm_es", norm_generation, {"es_norm_sigma": 0.2})],
+)
+def test_the_accepted_offspring_is_the_formulas(method, generation, keys, tmp_path):
+    on = {"es_svd": method == "svd_es", "es_norm": method == "norm_es", "es_norm_generations": 1}
+    path = tiny_run(tmp_path, n_donors=2, units=[UNIT], seed=7, dtype="float64", **on, **keys)
+    result = run(load_config(path))
+    (outcome,) = [o for o in result.report.choices() if o.stage == method]
+    start = load_file(tmp_path / "models" / "donor0" / "model.safetensors")[TENSOR].double().numpy()
+    offspring = generation(start, 7, next(iter(keys.values())))
+    assert len(outcome.metrics["sums.json"]) == 1 + len(offspring)
+    assert outcome.changed
+    chosen = offspring[int(outcome.winner.rsplit("/", 1)[1])]
+    written = load_file(result.output_dir / "model.safetensors")[TENSOR].double().numpy()
+    np.testing.assert_allclose(written, chosen, rtol=2e-5, atol=1e-9)
+    # The winner stands out: no other offspring explains what was written.
+    distances = sorted(np.abs(written - other).max() for other in offspring)
+    assert distances[1] > 100 * distances[0]
+
+
+def test_scores_of_offspring_are_those_of_the_rounded_weights(tmp_path):
+    path = tiny_run(tmp_path, n_donors=2, units=[UNIT], es_svd=True, model={"dtype": torch.bfloat16})
+    result = run(load_config(path))
+    assert any(outcome.changed for outcome in result.report.choices())
+    scored = result.report.choices()[-1]
+    merged = {name: result.selection.rows["merged"][name] for name in result.selection.datasets}
+    assert merged == {name: by[scored.winner] for name, by in scored.metrics.items()}
+
+
+def test_draws_are_a_function_of_their_address_alone():
+    first = normal(5, 0, TENSOR, "svd_es", 1, 3)
+    normal(100, 0, TENSOR, "svd_es", 1, 4)
+    assert torch.equal(first, normal(5, 0, TENSOR, "svd_es", 1, 3))
+    others = [(1, TENSOR, "svd_es", 1, 3), (0, UNIT, "svd_es", 1, 3), (0, TENSOR, "norm_es", 1, 3)]
+    others += [(0, TENSOR, "svd_es", 2, 3), (0, TENSOR, "svd_es", 1, 4)]
+    assert all(not torch.equal(first, normal(5, *address)) for address in others)
+    many = normal(200_000, 1)
+    assert abs(float(many.mean())) < 0.01
+    assert abs(float(many.std()) - 1) < 0.01
+
+
+def test_large_singular_values_get_smaller_steps():
+    coefficients = svd_coefficients(torch.tensor([4.0, 1.0]), 0.1, torch.ones(2, dtype=torch.float64))
+    spread = torch.tensor([4.0, 1.0]).std().item()
+    torch.testing.assert_close(
+        coefficients, torch.tensor([1.0, 2.0], dtype=torch.float64) / 1.5 * 0.1 * spread, rtol=1e-6, atol=0
+    )
+
+
+def test_population_size_follows_the_dimension():
+    assert [offspring_count(n) for n in (1, 2, 32, 4096)] == [4, 6, 14, 28]
+
+
+def test_the_parent_is_never_changed_and_a_step_of_zero_gives_it_back():
+    weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    parent = Parent(weight.clone())
+    zero = SvdOffspring(parent, torch.zeros(4))
+    assert torch.equal(zero.compute(None), weight)
+    SvdOffspring(parent, torch.ones(4)).compute(None)
+    assert torch.equal(parent.weight, weight)
+
+
+def test_when_nothing_improves_the_tensor_stays_bit_identical(tmp_path):
+    path = tiny_run(tmp_path, n_donors=2, units=[UNIT], es_norm=True, improve_all="all", tie_tolerance=10.0)
+    result = run(load_config(path))
+    assert not any(outcome.changed for outcome in result.report.choices())
+    donor = (tmp_path / "models" / "donor0" / "model.safetensors").read_bytes()
+    assert (result.output_dir / "model.safetensors").read_bytes() == donor
+
+
+def test_es_accept_any_takes_an_offspring_that_improves_one_dataset(tmp_path):
+    strict = tiny_run(tmp_path / "strict", n_donors=2, units=["*.0.*"], es_norm=True)
+    eager = tiny_run(tmp_path / "eager", n_donors=2, units=["*.0.*"], es_norm=True, es_accept="any")
+    accepted = [sum(o.changed for o in run(load_config(path)).report.choices()) for path in (strict, eager)]
+    assert accepted[1] >= accepted[0]
+    for outcome in run(load_config(eager), resume=True).report.choices():
+        if outcome.changed:
+            scores = outcome.metrics
+            assert any(by[outcome.winner] < by["current"] for by in scores.values())

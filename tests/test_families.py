@@ -1,0 +1,113 @@
+"""Every supported family: swap a block and a module, evaluate, write, and load the result with Transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from olmfast.config import DatasetConfig
+from olmfast.evaluation.batches import load_datasets
+from olmfast.evaluation.model import WorkingModel
+from olmfast.evaluation.scorer import Candidate, SequentialScorer
+from olmfast.search.swap import whole
+from olmfast.testing import FAMILIES, sums, tiny_model, tiny_tokenizer, write_dataset
+from olmfast.weights.methods import Sources
+from olmfast.weights.pool import Pool
+from olmfast.weights.recipe import Copy
+from olmfast.weights.writer import write_model
+
+CPU = torch.device("cpu")
+CASES = [
+    *((family, torch.float32, {}) for family in FAMILIES),
+    ("llama", torch.bfloat16, {}),
+    ("llama", torch.float16, {"tie_word_embeddings": True}),
+    ("qwen2", torch.bfloat16, {"tie_word_embeddings": False}),
+    ("gpt2", torch.bfloat16, {}),
+]
+
+
+def open_pool(folder: Path, names: list[str]) -> Pool:
+    return Pool.open(names, folder, folder)
+
+
+@pytest.mark.parametrize(("family", "dtype", "config"), CASES, ids=lambda value: str(value))
+def test_written_model_computes_the_working_models_logits(family, dtype, config, tmp_path):
+    for seed, name in enumerate(("first", "second")):
+        tiny_model(tmp_path / name, family, seed, dtype=dtype, **config)
+    pool = open_pool(tmp_path, ["first", "second"])
+    sources = Sources(pool, tmp_path)
+    model = WorkingModel(whole("first", pool.tensors), sources, CPU, torch.float32)
+    architecture = pool.architecture
+    tensors = tuple(model.in_parameter_order(pool.tensors))
+    ids = torch.randint(5, 100, (2, 24), generator=torch.Generator().manual_seed(0))
+    before = model.module(ids).logits
+
+    block = architecture.window_unit(tensors, [1])
+    module = architecture.module_units(tensors)[0]
+    assert len(block.tensors) > len(module.tensors) >= 1
+    values = {name: Copy("second", name) for name in (*block.tensors, *module.tensors)}
+    scorer = SequentialScorer(model, datasets(tmp_path), tiny_tokenizer(), [4], 4096)
+    scores = scorer.score(block, [Candidate("now"), Candidate("swapped", values)])
+    assert scores.mean("sums.json")[0] != scores.mean("sums.json")[1]
+    assert torch.equal(model.module(ids).logits, before)  # a trial leaves nothing behind
+
+    model.set_recipe(model.recipe.with_values(values))
+    logits = model.module(ids).logits
+    assert not torch.equal(logits, before)
+    out = tmp_path / "merged"
+    out.mkdir()
+    write_model(model.recipe, sources, out, pool["first"].folder, 5_000_000_000)
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    torch.testing.assert_close(loaded(ids).logits, logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_working_model_of_a_whole_donor_equals_from_pretrained(family, tmp_path):
+    folder = tiny_model(tmp_path / "donor", family, 3)
+    pool = open_pool(tmp_path, ["donor"])
+    model = WorkingModel(whole("donor", pool.tensors), Sources(pool, tmp_path), CPU, torch.float32)
+    ids = torch.randint(5, 100, (2, 40), generator=torch.Generator().manual_seed(0))
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(model.module(ids).logits, reference(ids).logits)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_units_cover_every_tensor_once(family, tmp_path):
+    tiny_model(tmp_path / "donor", family, 0)
+    pool = open_pool(tmp_path, ["donor"])
+    architecture = pool.architecture
+    blocks = [architecture.window_unit(pool.tensors, [index]) for index in range(architecture.n_blocks)]
+    parts = [architecture.boundary_unit(pool.tensors), *blocks]
+    named = sorted(name for part in parts for name in part.tensors)
+    assert named == sorted(architecture.model_unit(pool.tensors).tensors) == sorted(pool.tensors)
+    modules = architecture.module_units(pool.tensors)
+    assert sorted(n for m in modules for n in m.tensors) == sorted(n for b in blocks for n in b.tensors)
+    norms = set(modules) - set(architecture.module_units(pool.tensors, skip_norm=True))
+    assert norms
+    assert all("norm" in unit.name or "ln_" in unit.name for unit in norms)
+
+
+def test_untouched_merge_is_the_base_byte_for_byte(tmp_path):
+    tiny_model(tmp_path / "base", "llama", 0, dtype=torch.bfloat16, shard_size="20KB")
+    pool = open_pool(tmp_path, ["base"])
+    out = tmp_path / "out"
+    out.mkdir()
+    write_model(whole("base", pool.tensors), Sources(pool, tmp_path), out, tmp_path / "base", 20_000)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == pool["base"].n_bytes
+    for name, info in pool["base"].tensors.items():
+        written = load_file(out / index["weight_map"][name])[name]
+        assert torch.equal(written.view(torch.int16), pool["base"].read(name).view(torch.int16)), info
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (out / file).read_bytes() == (tmp_path / "base" / file).read_bytes()
+
+
+def datasets(folder: Path):
+    write_dataset(folder / "sums.json", sums(4))
+    entries = {"sums.json": DatasetConfig(mode="perplexity")}
+    return load_datasets(folder, entries, tiny_tokenizer(), 128)

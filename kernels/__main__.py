@@ -52,10 +52,12 @@ def _cases(device: torch.device) -> Iterator[Case]:
     labels = torch.randint(0, 1000, (50,), generator=generator).to(device)
     logits = hidden.double() @ head.double().T
     chosen = logits.gather(1, labels[:, None])[:, 0]
-    fields = (logits.amax(1), logits.argmax(1).double(), logits.logsumexp(1), chosen)
+    fields = (logits.amax(1), logits.amax(1), logits.logsumexp(1), chosen)
 
     def scores(impl: str) -> Tensor:
-        return torch.stack([field.double() for field in token_scores(hidden, head, labels, impl=impl)])
+        best, argmax, logsumexp, own = token_scores(hidden, head, labels, impl=impl)
+        at_argmax = logits.gather(1, argmax[:, None])[:, 0]
+        return torch.stack((best.double(), at_argmax, logsumexp.double(), own.double()))
 
     yield Case("token_scores", scores, torch.stack(fields), 1e-5)
 

@@ -58,7 +58,7 @@ class Checkpoint:
         self.folder = folder
         self.name = name or str(folder)
         self.config: dict[str, Any] = read_json(folder / "config.json")
-        if "quantization_config" in self.config:
+        if self.config.get("quantization_config"):
             raise InputError(f"{folder}: quantised weights cannot be merged; use the unquantised model")
         self.architecture = Architecture.from_config(self.config, f"{folder / 'config.json'}")
         stored = {info.name: info for info in _open_shards(folder)}
@@ -87,7 +87,7 @@ class Checkpoint:
         """A copy of one tensor on the CPU, in its stored dtype and shape."""
         info = self.tensors[tensor]
         out = torch.empty(info.shape, dtype=info.dtype)
-        buffer = memoryview(out.view(-1).view(torch.uint8).numpy()) if info.n_bytes else memoryview(b"")
+        buffer = out.view(-1).view(torch.uint8).numpy().data if info.n_bytes else memoryview(b"")
         position = 0
         for chunk in self._chunks(info):
             buffer[position : position + len(chunk)] = chunk
@@ -142,7 +142,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         what = "no such folder" if not path.parent.is_dir() else f"no {path.name} in this folder"
         raise InputError(f"{path.parent}: {what}; expected a Hugging Face model folder") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number without end
         raise InputError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(data, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(data).__name__}")
@@ -155,17 +157,21 @@ def missing_files(folder: Path) -> list[str]:
         return ["config.json"]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        wanted = sorted(set(read_json(index).get("weight_map", {}).values()))
-        return [name for name in wanted if not (folder / name).is_file()]
+        return [name for name in sorted(set(_weight_map(index).values())) if not (folder / name).is_file()]
     return [] if list(folder.glob("*.safetensors")) else ["model.safetensors"]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        raise InputError(f"{index}: expected 'weight_map' with tensor names and shard files")
+    return weight_map
 
 
 def _open_shards(folder: Path) -> Iterator[TensorInfo]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise InputError(f"{index}: expected 'weight_map' with tensor names and shard files")
+        weight_map = _weight_map(index)
         for name in missing_files(folder):
             raise InputError(f"{index}: names the shard {name}, which is not in the folder; download it again")
         held = {file: {i.name: i for i in read_header(folder / file)} for file in sorted(set(weight_map.values()))}
@@ -200,7 +206,7 @@ def read_header(path: Path) -> list[TensorInfo]:
             header = json.loads(file.read(length).decode("utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number without end
         raise InputError(f"{path}: header is not JSON: {error}") from None
     if not isinstance(header, dict):
         raise InputError(f"{path}: header is not a JSON object")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from olmfast.errors import InputError
 from olmfast.weights.architecture import Architecture
-from olmfast.weights.checkpoint import Checkpoint, missing_files
+from olmfast.weights.checkpoint import Checkpoint, missing_files, read_header, read_json
 
 # What two donors must share: (what a user calls it, the keys that model types spell it with).
 DIMENSIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -56,11 +57,16 @@ class Pool:
 
         Raises InputError that lists every donor that is missing or differs.
         """
-        donors = []
+        donors: list[Checkpoint] = []
+        faults: list[str] = []
         for name in names:
             progress(name)
-            path = resolve(name, models_dir, folder)
-            donors.append(Checkpoint(path, name))
+            try:
+                donors.append(Checkpoint(resolve(name, models_dir, folder), name))
+            except InputError as error:
+                faults.append(str(error))
+        if faults:
+            raise InputError("\n".join(faults))
         return cls(donors)
 
     def __getitem__(self, name: str) -> Checkpoint:
@@ -112,42 +118,74 @@ def resolve(name: str, models_dir: Path, folder: Path) -> Path:
     Raises InputError if it cannot be had.
     """
     stored = models_dir / name.replace("/", "_")
-    for candidate in (stored, models_dir / name, folder / Path(name).expanduser(), Path(name).expanduser()):
-        if candidate.is_dir() and (candidate != stored or not _is_incomplete(candidate)):
+    if stored.is_dir() and not _unfinished(stored):
+        return stored
+    for candidate in (models_dir / name, folder / os.path.expanduser(name)):
+        if candidate.is_dir() and candidate != stored:
             return candidate
-    is_path = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if is_path:
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@.+)?", name):
         if stored.is_dir():
-            return stored  # incomplete, and no hub id: opening it names what is missing
+            return stored  # unfinished, and no hub id: opening it names what is missing
         raise InputError(f"{name}: no such model folder; looked in {models_dir} and {folder}")
     return _download(name, stored)
 
 
-def _is_incomplete(folder: Path) -> bool:
+def _marker(target: Path) -> Path:
+    """A file that lies beside a folder while it is downloaded to, and says so when that was interrupted."""
+    return target.with_name(f"{target.name}.incomplete")
+
+
+def _unfinished(folder: Path) -> list[str]:
+    """Names of files that an interrupted download left out, cut off, or was busy with."""
     if list(folder.glob("*.bin")):
-        return False
-    return bool(missing_files(folder)) or any(folder.glob(".cache/huggingface/download/**/*.incomplete"))
+        return []
+    marks = [_marker(folder), *folder.glob(".cache/huggingface/download/**/*.incomplete")]
+    return [*_unusable(folder), *(mark.name for mark in marks if mark.is_file())]
+
+
+def _unusable(folder: Path) -> list[str]:
+    """Names of files that are missing or cut off."""
+    try:
+        unusable = missing_files(folder)
+    except InputError:
+        return ["model.safetensors.index.json"]
+    for path in sorted(folder.glob("model*.safetensors")):
+        try:
+            read_header(path)
+        except InputError:
+            unusable.append(path.name)
+    return unusable
 
 
 def _download(name: str, target: Path) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     repository, _, revision = name.partition("@")
+    marker, hub_notes = _marker(target), target / ".cache" / "huggingface" / "download"
     try:
+        # Asked first: without a network, the download itself would be content with what is there.
+        found = HfApi().model_info(repository, revision=revision or None)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+        for file in _unusable(target):
+            (hub_notes / f"{file}.metadata").unlink(missing_ok=True)  # else a cut file would be taken for whole
         snapshot_download(
             repository,
-            revision=revision or None,
+            revision=found.sha,
             local_dir=target,
             allow_patterns=DOWNLOADED,
-            ignore_patterns=["original/*", "*.bin.index.json"],
+            ignore_patterns=["original/*", "consolidated*", "*.bin.index.json"],
         )
     except Exception as error:  # the hub client and its transport raise many unrelated types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        missing = f" (still missing: {', '.join(missing_files(target))})" if target.is_dir() else ""
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        missing = f" (unfinished: {', '.join(_unfinished(target))})" if target.is_dir() else ""
         raise InputError(
             f"{name}: not in {target.parent} and not to be downloaded{missing}: {reason}; "
             f"check the name and the network, or put the model at {target}"
         ) from None
+    for mark in (marker, *hub_notes.glob("**/*.incomplete")):
+        mark.unlink(missing_ok=True)
     return target
 
 
@@ -219,12 +257,11 @@ def _vocabulary(folder: Path) -> dict[str, int]:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return {}
+    data = read_json(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from None
-    listed = data.get("model", {}).get("vocab", {})
-    if isinstance(listed, list):  # unigram models list (token, score) pairs in the order of the ids
-        listed = {entry[0]: index for index, entry in enumerate(listed)}
-    added = {entry["content"]: entry["id"] for entry in data.get("added_tokens", [])}
-    return {**listed, **added}
+        listed = data["model"].get("vocab", {})
+        if isinstance(listed, list):  # unigram models list (token, score) pairs in the order of the ids
+            listed = {entry[0]: index for index, entry in enumerate(listed)}
+        return {**listed, **{entry["content"]: entry["id"] for entry in data.get("added_tokens", [])}}
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise InputError(f"{path}: is not the file of a tokenizer") from None

@@ -37,8 +37,8 @@ class Budget(BaseModel):
     """How much a run may spend: seconds of wall time, or a number of candidate evaluations."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
-    evaluations: int | None = Field(None, ge=1)
+    seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    evaluations: int | None = Field(default=None, ge=1)
 
 
 def _parse_budget(value: object) -> object:
@@ -292,8 +292,8 @@ def _explain(where: str, fault: Any) -> str:
     location: list[str | int] = list(fault["loc"])
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     if fault["type"] == "extra_forbidden":
-        nested = {"dataset": DatasetConfig, "holdout": DatasetConfig, "budget": Budget}
-        model = nested[str(location[0])] if len(location) > 1 else RunConfig
+        nested: dict[str, type[BaseModel]] = {"dataset": DatasetConfig, "holdout": DatasetConfig, "budget": Budget}
+        model: type[BaseModel] = nested[str(location[0])] if len(location) > 1 else RunConfig
         return f"{where}: {name}: unknown key{did_you_mean(str(location[-1]), model.model_fields)}"
     if fault["type"] == "missing":
         return f"{where}: {name}: required key is missing"

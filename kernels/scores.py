@@ -37,8 +37,10 @@ if TYPE_CHECKING:
 
 # Block of logits on a CPU: (tokens, vocabulary).
 CPU_BLOCK = (1024, 2048)
-# Best first: Hopper and A100, then 99 KB, then 64 KB.
-TILES = (Tile(128, 256, 64, 3, 8), Tile(128, 128, 64, 3, 8), Tile(64, 128, 64, 2, 4), Tile(64, 64, 32, 2, 4))
+# Best first: 99 KB and more, then 64 KB. Wider tiles spill registers in the reductions over the vocabulary.
+TILES = (Tile(128, 128, 64, 3, 8), Tile(64, 128, 64, 2, 4), Tile(64, 64, 32, 2, 4))
+# Float32 products run on the ordinary units and need their registers.
+FLOAT32_TILES = (Tile(64, 64, 32, 2, 4),)
 MAX_SHARES = 64
 COMBINE_BLOCK = 128
 NO_LABEL = -100
@@ -271,7 +273,8 @@ def _launch(
     scale: float | None,
 ) -> TokenScores:
     (k, n_tokens, width), n_vocabulary, device = hidden.shape, head_weight.shape[1], hidden.device
-    tile = fitting(TILES, device, hidden.element_size())
+    tiles = FLOAT32_TILES if hidden.dtype == torch.float32 else TILES
+    tile = fitting(tiles, device, hidden.element_size())
     n_blocks = ceil_div(n_vocabulary, tile.block_n)
     per_share = ceil_div(n_blocks, MAX_SHARES)
     n_shares = ceil_div(n_blocks, per_share)

@@ -24,14 +24,19 @@ for module in (dare, noise, scaling, scores, spherical, summing, ties):
         if isinstance(value, LazyKernel):
             setattr(module, name, triton.jit(value.function, do_not_specialize=value.plain))
 
-STRIDES = ("w_", "u_", "vh_", "c_", "out_", "h_", "s_")
+# What a launch on real weights tells the compiler to be divisible by 16, besides all pointers.
+ALIGNED = {"rows", "cols", "k", "width", "n_vocabulary", "n_values", "w_row", "u_row", "vh_k", "c_row", "out_j",
+           "out_row", "h_head", "h_token", "w_head", "bias_head"}
 
 def compiled(name, kernel, types, constants, capability, **options):
     signature = {}
     for argument in kernel.arg_names:
-        kind = "i64" if argument.startswith(STRIDES) and not argument.endswith("_ptr") else "i32"
-        signature[argument] = "constexpr" if argument in constants else types.get(argument, kind)
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+        signature[argument] = "constexpr" if argument in constants else types.get(argument, "i32")
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (argument, kind) in enumerate(signature.items())
+        if kind.startswith("*") or argument in ALIGNED
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     print(name, capability, binary.metadata.shared, flush=True)
@@ -82,7 +87,7 @@ for precision, size in (("tf32", 4), ("bf16", 2)):
 svd_noise(capability, fit(noise.TILES[1:], 4), "ieee")
 token_scores(capability, fit(scores.TILES, 2), "*bf16")
 if "all" in sys.argv:
-    token_scores(capability, fit(scores.TILES, 4), "*fp32")
+    token_scores(capability, fit(scores.FLOAT32_TILES, 4), "*fp32")
     others(capability)
 """
 

@@ -11,7 +11,7 @@ import xxhash
 
 from olmfast.config import DatasetConfig
 from olmfast.errors import InputError
-from olmfast.evaluation.conversations import Conversation, load_conversations
+from olmfast.evaluation.conversations import Conversation, load_conversations, worked_examples
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -58,7 +58,7 @@ def _load(path: Path, name: str, config: DatasetConfig, tokenizer: Any, context:
     fitting = [s for s in encoded if len(s.prompt) + (1 if generates else len(s.response)) <= context]
     if not fitting:
         raise InputError(f"{path}: every sample is longer than the model's context of {context} tokens")
-    digest = xxhash.xxh3_128(path.read_bytes()).hexdigest()
+    digest = xxhash.xxh3_128(b"".join(file.read_bytes() for file in (path, *worked_examples(path)))).hexdigest()
     return Dataset(name, config, tuple(fitting), len(encoded) - len(fitting), digest)
 
 
@@ -80,6 +80,8 @@ class Encoder:
         if not self.config.think and self.template != "raw":
             prompt += NO_THINKING
         prompt_ids = self._ids(prompt)
+        if not prompt_ids:
+            raise InputError(f"{self.where}: a question has no tokens")
         if conversation.options:
             return self._choice(prompt, prompt_ids, conversation)
         response = self._continuation(prompt, prompt_ids, answer)

@@ -1,6 +1,7 @@
 #include "convert.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #define OLMFAST_INLINE inline __attribute__((always_inline))
@@ -151,6 +152,8 @@ Converter portable_to(Kind to) {
   }
 }
 
+std::atomic<bool> always_portable{false};
+
 Converter portable_converter(Kind from, Kind to) {
   if (from == to) {
     switch (width(from)) {
@@ -170,9 +173,11 @@ Converter portable_converter(Kind from, Kind to) {
 
 }  // namespace
 
+void use_portable(bool only) { always_portable = only; }
+
 Converter converter(Kind from, Kind to, bool portable_only) {
   Converter chosen = portable_converter(from, to);
-  if (!portable_only) use_avx2(from, to, chosen);
+  if (!portable_only && !always_portable) use_avx2(from, to, chosen);
   return chosen;
 }
 

@@ -42,6 +42,9 @@ struct Converter {
 // float32. NaN stays NaN, infinities and signed zeros stay, what is too large becomes infinity.
 Converter converter(Kind from, Kind to, bool portable_only = false);
 
+// For tests: let `converter` behave as on a machine without wide instructions.
+void use_portable(bool only);
+
 // Put AVX2 rows into `chosen` where this machine has them.
 void use_avx2(Kind from, Kind to, Converter& chosen);
 

@@ -19,6 +19,8 @@ namespace olmfast {
 
 namespace {
 
+constexpr uint64_t kPrefetchBytes = 1 << 20;
+
 void read_fully(const std::string& path, int fd, void* out, uint64_t n_bytes, uint64_t offset) {
   auto* to = static_cast<char*>(out);
   while (n_bytes) {
@@ -177,6 +179,13 @@ void Shard::advise(uint64_t offset, uint64_t n_bytes, Advice advice) const {
   int how = advice == Advice::prefetch ? MADV_WILLNEED
             : advice == Advice::load   ? MADV_POPULATE_READ
                                        : MADV_DONTNEED;
+  if (advice == Advice::prefetch) {  // the kernel starts no more than a few MiB per request
+    for (uint64_t n = end - begin, step; n; n -= step, at += step) {
+      step = std::min<uint64_t>(n, kPrefetchBytes);
+      madvise(at, step, how);
+    }
+    return;
+  }
   int result = madvise(at, end - begin, how);
   if (result != 0 && advice == Advice::load) {
     if (errno == EFAULT || errno == EHWPOISON) explain_fault(offset);

@@ -69,11 +69,11 @@ def run_command(
     from olmfast.progress import make_observer, print_plan, print_result
 
     observer = make_observer(quiet=quiet or as_json, verbose=verbose)
-    from olmfast import driver
+    from olmfast import driver, plan
 
     _quiet_libraries()
     if dry_run:
-        print_plan(driver.plan(loaded, observer), as_json)
+        print_plan(plan.plan(loaded, observer), as_json)
         return
     with _graceful_stop() as stop_requested, observer:
         result = driver.run(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +9,18 @@ from typing import Any
 
 import torch
 
-from olmfast import __version__
 from olmfast.card import write_card
 from olmfast.config import RunConfig, parse_config
-from olmfast.errors import InputError, OlmfastError
+from olmfast.errors import OlmfastError
 from olmfast.evaluation.batches import Dataset, load_datasets
 from olmfast.evaluation.model import WorkingModel, pick_device, pick_dtype
 from olmfast.evaluation.scorer import SequentialScorer
+from olmfast.inputs import Inputs, load_tokenizer
+from olmfast.plan import plan_stages
 from olmfast.report import Report
 from olmfast.run_folder import RunFolder
 from olmfast.scoreboard import AVERAGE, RESULT, Scoreboard, plain_average
-from olmfast.search.evolve import offspring_count, refine
+from olmfast.search.evolve import refine
 from olmfast.search.ranking import Rules
 from olmfast.search.stage import BudgetSpent, Observer, Search, Silent
 from olmfast.search.swap import (
@@ -29,11 +28,9 @@ from olmfast.search.swap import (
     choose_boundary,
     module_units,
     score_donors,
-    select_units,
     swap,
     whole,
 )
-from olmfast.weights.checkpoint import Checkpoint, read_json
 from olmfast.weights.methods import Sources
 from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Recipe
@@ -80,55 +77,6 @@ def run(
     return _result(config, Report.load(config.output_dir))
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Everything a run reads, opened and checked; nothing has been written yet."""
-
-    config: RunConfig
-    pool: Pool
-    tokenizer: Any
-    datasets: Mapping[str, Dataset]
-    holdout: Mapping[str, Dataset]
-    stop_tokens: tuple[int, ...]
-    device: torch.device
-    dtype: torch.dtype
-
-    @classmethod
-    def open(cls, config: RunConfig, observer: Observer) -> Inputs:
-        """Open donors and datasets. Raises InputError naming what is unusable."""
-        device = pick_device(config.device)
-        dtype = pick_dtype(config.dtype, device)
-        names = [config.base_name, *(name for name in config.models if name != config.base_name)]
-        pool = Pool.open(names, config.models_dir, config.config_dir)
-        for warning in pool.warnings:
-            observer.note(warning)
-        tokenizer, stop_tokens = load_tokenizer(pool[config.base_name])
-        context = pool.architecture.context
-        datasets = load_datasets(config.dataset_dir, config.dataset, tokenizer, context)
-        holdout = load_datasets(config.dataset_dir, config.holdout, tokenizer, context)
-        for name, dataset in {**datasets, **holdout}.items():
-            if dataset.left_out:
-                observer.note(f"{name}: {dataset.left_out} samples longer than {context} tokens are left out")
-        pool.check_finite()
-        check_space(config.output_dir, pool)
-        if config.metric_dir is not None:
-            observer.note("metric_dir: accepted for compatibility and ignored; metrics lie in the output folder")
-        return cls(config, pool, tokenizer, datasets, holdout, stop_tokens, device, dtype)
-
-    def header(self) -> dict[str, Any]:
-        """What identifies the run: a resumed run must have the same config, donors and datasets."""
-        every = {**self.datasets, **self.holdout}
-        return {
-            "version": 1,
-            "config": self.config.decisive(),
-            "donors": {donor.name: donor.fingerprint() for donor in self.pool},
-            "datasets": {name: dataset.digest for name, dataset in every.items()},
-            "samples": {name: len(dataset.samples) for name, dataset in every.items()},
-            "left_out": {name: dataset.left_out for name, dataset in every.items() if dataset.left_out},
-            "environment": environment(self.device, self.dtype),
-        }
-
-
 class Session:
     """One process's share of a run: builds the working model and walks the stages."""
 
@@ -168,6 +116,8 @@ class Session:
 
     def search_all(self) -> str:
         """Walk the stages in order; returns `finished`, or `stopped` when the budget is spent."""
+        stages = plan_stages(self.config, self.inputs.pool)
+        self.observer.planned(sum(n for _, n in stages.values()))
         self._score_holdout_of_donors()
         try:
             self._choose_base()
@@ -228,108 +178,12 @@ class Session:
             search.donors = [outcome.winner, *outcome.order][: self.config.max_models]
 
 
-def load_tokenizer(donor: Checkpoint) -> tuple[Any, tuple[int, ...]]:
-    """The donor's tokenizer and the tokens that end a generation. Raises InputError if there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(donor.folder)
-    except Exception as error:  # many types, depending on the tokenizer's class
-        raise InputError(f"{donor.folder}: the tokenizer cannot be loaded: {error}") from None
-    generation = donor.folder / "generation_config.json"
-    ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    listed = ends if isinstance(ends, list) else [ends]
-    stops = {token for token in (*listed, tokenizer.eos_token_id) if isinstance(token, int)}
-    return tokenizer, tuple(sorted(stops))
-
-
-def check_space(output_dir: Path, pool: Pool) -> None:
-    """Raise InputError when the disk cannot hold the result."""
-    parent = next(folder for folder in output_dir.absolute().parents if folder.is_dir())
-    needed = max(donor.n_bytes for donor in pool)
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise InputError(
-            f"{output_dir}: the result needs {needed / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free"
-        )
-
-
-def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What the result's bytes depend on beside config, donors and datasets."""
-    import transformers
-
-    return {
-        "olmfast": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-    }
-
-
 def _result(config: RunConfig, report: Report) -> Result:
     recipe = report.recipe
     if recipe is None:
         raise OlmfastError(f"{report.folder}: the report holds no recipe")
     boards = [Scoreboard.from_json(report.own[key]) for key in ("selection", "holdout")]
     return Result(config.output_dir, report.status, recipe, report, *boards)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run would do: stage -> (units, candidates), and what it reads and writes."""
-
-    stages: dict[str, tuple[int, int]]
-    datasets: dict[str, tuple[str, int]]
-    n_bytes: int
-    output_dir: Path
-
-    @property
-    def n_candidates(self) -> int:
-        """Candidates of all stages together."""
-        return sum(n for _, n in self.stages.values())
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            "stages": {name: {"units": u, "candidates": n} for name, (u, n) in self.stages.items()},
-            "datasets": {name: {"mode": m, "samples": n} for name, (m, n) in self.datasets.items()},
-            "result_bytes": self.n_bytes,
-            "output_dir": str(self.output_dir),
-        }
-
-
-def plan(config: RunConfig, observer: Observer | None = None) -> Plan:
-    """Check a config and everything it names, and say what a run would do. Writes nothing."""
-    inputs = Inputs.open(config, observer or Silent())
-    datasets = {name: (d.config.mode, len(d.samples)) for name, d in {**inputs.datasets, **inputs.holdout}.items()}
-    n_bytes = inputs.pool[config.base_name].n_bytes
-    return Plan(plan_stages(config, inputs.pool), datasets, n_bytes, config.output_dir)
-
-
-def plan_stages(config: RunConfig, pool: Pool) -> dict[str, tuple[int, int]]:
-    """Stage -> (units, candidates at most); a step has fewer where donors' bytes are equal."""
-    n = min(len(pool), config.max_models or len(pool))
-    stages = {"base": (1, len(pool))}
-    if config.boundary_select:
-        stages["boundary"] = (1, n)
-    if config.layer_swap:
-        size = config.markov + 1
-        full, rest = divmod(pool.architecture.n_blocks, size)
-        stages["layers"] = (full + bool(rest), full * n**size + (n**rest if rest else 0))
-    units = select_units(config, pool.architecture, pool.tensors)
-    if config.tensor_swap:
-        stages["tensors"] = (len(units), len(units) * n)
-    shapes = [pool[config.base_name].tensors[name].shape for unit in units for name in unit.tensors]
-    matrices = [shape for shape in shapes if len(shape) == 2]
-    if config.es_svd:
-        per = sum(1 + offspring_count(min(shape)) for shape in matrices)
-        stages["svd_es"] = (len(matrices), per * config.es_svd_generations)
-    if config.es_norm:
-        per = sum(1 + offspring_count(shape[0]) for shape in matrices)
-        stages["norm_es"] = (len(matrices), per * config.es_norm_generations)
-    return stages
 
 
 def evaluate(

@@ -20,7 +20,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from olmfast.driver import Plan, Result
+from olmfast.driver import Result
+from olmfast.plan import Plan
 from olmfast.report import Outcome
 from olmfast.scoreboard import Scoreboard
 from olmfast.search.stage import Silent
@@ -113,6 +114,10 @@ class Bars(Watcher):
         if outcome.changed or self.verbose:
             self.console.print(f"{outcome.stage} [bold]{outcome.unit}[/]: {outcome.winner}", highlight=False)
 
+    def recorded(self, outcome: Outcome) -> None:
+        """Advances the bar past a step of an earlier session."""
+        self.progress.update(self.task, advance=max((len(by) for by in outcome.metrics.values()), default=0))
+
     def note(self, text: str) -> None:
         """A line above the bar."""
         self.console.print(text, highlight=False, markup=False)
@@ -155,7 +160,8 @@ def print_result(result: Result, as_json: bool) -> None:
     table = Table("unit", "from", title="What was chosen", title_justify="left")
     for outcome in result.report.choices():
         if outcome.changed or outcome.stage in ("boundary", "layers"):
-            table.add_row(f"{outcome.stage} {outcome.unit}", outcome.winner + ("" if outcome.changed else " (kept)"))
+            where = outcome.unit if outcome.stage == outcome.unit else f"{outcome.stage} {outcome.unit}"
+            table.add_row(where, outcome.winner + ("" if outcome.changed else " (kept)"))
     _console().print(table)
     print_scoreboard(result.selection, "Selection scores (lower is better)", False)
     if result.holdout.rows:

@@ -29,7 +29,8 @@ PAIRS = [*sums(4, 5), ("Say x", "x"), ("Name the largest number below ten.", "ni
 def encode(folder: Path, pairs: list[tuple[str, str]], context: int = 128, template=None, **keys) -> Dataset:
     write_dataset(folder / "set.json", pairs)
     tokenizer = tiny_tokenizer() if template is None else tiny_tokenizer(template)
-    return load_datasets(folder, {"set.json": DatasetConfig(**{"mode": "exact", **keys})}, tokenizer, context)["set.json"]
+    entries = {"set.json": DatasetConfig(**{"mode": "exact", **keys})}
+    return load_datasets(folder, entries, tokenizer, context)["set.json"]
 
 
 def tokens(ids: tuple[int, ...]) -> list[str]:

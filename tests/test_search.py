@@ -118,7 +118,8 @@ def base_picks(model: Path, path: Path) -> None:
     path.write_text(json.dumps(items))
     entries = {path.name: DatasetConfig(mode="choice")}
     module = AutoModelForCausalLM.from_pretrained(model)
-    for item, sample in zip(items, load_datasets(path.parent, entries, tiny_tokenizer(), 128)[path.name].samples, strict=True):
+    samples = load_datasets(path.parent, entries, tiny_tokenizer(), 128)[path.name].samples
+    for item, sample in zip(items, samples, strict=True):
         logits = module(torch.tensor([sample.prompt])).logits[0, -1, list(sample.options)]
         item["answer"] = int(logits.argmax())
     path.write_text(json.dumps(items))

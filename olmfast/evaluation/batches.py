@@ -92,10 +92,16 @@ class Encoder:
         return Sample(prompt_ids, response)
 
     def _choice(self, prompt: str, prompt_ids: tuple[int, ...], conversation: Conversation) -> Sample:
-        """The options' letters as tokens: with a space before them after "Answer:", without one in a new turn."""
+        """The options' letters as tokens: with a space before them after "Answer:", without one in a new turn.
+
+        Where the tokenizer makes the space a token of its own, that token belongs to the prompt.
+        """
         space = " " if self.template == "raw" else ""
         letters = conversation.options
-        options = tuple(self._continuation(prompt, prompt_ids, space + letter)[0] for letter in letters)
+        spelt = [self._continuation(prompt, prompt_ids, space + letter) for letter in letters]
+        if space and len({ids[0] for ids in spelt}) == 1 and all(len(ids) == 2 for ids in spelt):
+            prompt_ids, spelt = (*prompt_ids, spelt[0][0]), [ids[1:] for ids in spelt]
+        options = tuple(ids[0] for ids in spelt)
         if len(set(options)) < len(options):
             raise InputError(f"{self.where}: the tokenizer gives two option letters the same first token")
         return Sample(prompt_ids, (options[letters.index(conversation.response)],), options)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +31,10 @@ class BudgetSpent(Exception):
 class Observer(Protocol):
     """Who watches a run: told before each step, after each candidate and after each step."""
 
+    def planned(self, n_candidates: int) -> None:
+        """How many candidates the whole run has at most."""
+        ...
+
     def step(self, stage: str, unit: str, n_candidates: int) -> None:
         """A step begins."""
         ...
@@ -42,6 +47,10 @@ class Observer(Protocol):
         """A step has been recorded."""
         ...
 
+    def recorded(self, outcome: Outcome) -> None:
+        """A step was taken in an earlier session."""
+        ...
+
     def note(self, text: str) -> None:
         """Something the user should know."""
         ...
@@ -50,6 +59,9 @@ class Observer(Protocol):
 class Silent:
     """An observer that shows nothing."""
 
+    def planned(self, n_candidates: int) -> None:
+        """Shows nothing."""
+
     def step(self, stage: str, unit: str, n_candidates: int) -> None:
         """Shows nothing."""
 
@@ -57,6 +69,9 @@ class Silent:
         """Shows nothing."""
 
     def chosen(self, outcome: Outcome) -> None:
+        """Shows nothing."""
+
+    def recorded(self, outcome: Outcome) -> None:
         """Shows nothing."""
 
     def note(self, text: str) -> None:
@@ -135,6 +150,7 @@ class Search:
         """Propose, evaluate, select, commit, record; or the recorded outcome if the step was taken before."""
         done = self.report.outcome(step.key)
         if done is not None:
+            self.observer.recorded(done)
             return done
         if self.stop_requested():
             raise Interrupted("stopped on request; everything decided so far is saved, continue with --resume")
@@ -166,10 +182,15 @@ class Search:
         twin: dict[str, int] = {}
         for candidate in candidates:
             values = {**candidate.values} or self._current_values(candidates)
-            if not all(isinstance(value, (Copy, Stored, Linear)) for value in values.values()):
-                kept.append(candidate)
+            known = [
+                value
+                for _, value in sorted(values.items(), key=itemgetter(0))
+                if isinstance(value, (Copy, Stored, Linear))
+            ]
+            if len(known) < len(values):
+                kept.append(candidate)  # offspring differ; comparing their bytes would cost making them twice
                 continue
-            digests = tuple(self.model.sources.digest(values[name]) for name in sorted(values))
+            digests = tuple(map(self.model.sources.digest, known))
             if digests in seen:
                 twin[candidate.label] = seen[digests]
             else:

@@ -102,5 +102,5 @@ def digest_tensor(tensor: torch.Tensor) -> str:
     values = tensor.detach().cpu().contiguous()
     state = xxhash.xxh3_128(f"{values.dtype} {tuple(values.shape)}".encode())
     if values.numel():
-        state.update(values.view(-1).view(torch.uint8).numpy())
+        state.update(values.view(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()

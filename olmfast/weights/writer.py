@@ -132,7 +132,7 @@ def _write_shard(file: BinaryIO, tensors: list[OutputTensor], sources: Sources) 
         value = sources.value(tensor.expression).to(tensor.dtype).contiguous()
         if tuple(value.shape) != tensor.shape:
             raise OlmfastError(f"{tensor.name}: has shape {tuple(value.shape)}, expected {tensor.shape}")
-        file.write(value.view(-1).view(torch.uint8).numpy() if value.numel() else b"")
+        file.write(value.view(-1).view(torch.uint8).numpy().data if value.numel() else b"")
 
 
 def _index(shards: dict[str, list[OutputTensor]]) -> dict[str, object]:

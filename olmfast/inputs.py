@@ -1,0 +1,110 @@
+"""Everything a run reads, opened and checked before anything is written."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from olmfast import __version__
+from olmfast.config import RunConfig
+from olmfast.errors import InputError
+from olmfast.evaluation.batches import Dataset, load_datasets
+from olmfast.evaluation.model import pick_device, pick_dtype
+from olmfast.search.stage import Observer
+from olmfast.weights.checkpoint import Checkpoint, read_json
+from olmfast.weights.pool import Pool
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a run reads, opened and checked; nothing has been written yet."""
+
+    config: RunConfig
+    pool: Pool
+    tokenizer: Any
+    datasets: Mapping[str, Dataset]
+    holdout: Mapping[str, Dataset]
+    stop_tokens: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def open(cls, config: RunConfig, observer: Observer) -> Inputs:
+        """Open donors and datasets. Raises InputError naming what is unusable."""
+        device = pick_device(config.device)
+        dtype = pick_dtype(config.dtype, device)
+        names = [config.base_name, *(name for name in config.models if name != config.base_name)]
+        pool = Pool.open(names, config.models_dir, config.config_dir)
+        for warning in pool.warnings:
+            observer.note(warning)
+        tokenizer, stop_tokens = load_tokenizer(pool[config.base_name])
+        context = pool.architecture.context
+        datasets = load_datasets(config.dataset_dir, config.dataset, tokenizer, context)
+        holdout = load_datasets(config.dataset_dir, config.holdout, tokenizer, context)
+        for name, dataset in {**datasets, **holdout}.items():
+            if dataset.left_out:
+                observer.note(f"{name}: {dataset.left_out} samples longer than {context} tokens are left out")
+        pool.check_finite()
+        check_space(config.output_dir, pool)
+        if config.metric_dir is not None:
+            observer.note("metric_dir: accepted for compatibility and ignored; metrics lie in the output folder")
+        return cls(config, pool, tokenizer, datasets, holdout, stop_tokens, device, dtype)
+
+    def header(self) -> dict[str, Any]:
+        """What identifies the run: a resumed run must have the same config, donors and datasets."""
+        every = {**self.datasets, **self.holdout}
+        return {
+            "version": 1,
+            "config": self.config.decisive(),
+            "donors": {donor.name: donor.fingerprint() for donor in self.pool},
+            "datasets": {name: dataset.digest for name, dataset in every.items()},
+            "samples": {name: len(dataset.samples) for name, dataset in every.items()},
+            "left_out": {name: dataset.left_out for name, dataset in every.items() if dataset.left_out},
+            "environment": environment(self.device, self.dtype),
+        }
+
+
+def load_tokenizer(donor: Checkpoint) -> tuple[Any, tuple[int, ...]]:
+    """The donor's tokenizer and the tokens that end a generation. Raises InputError if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(donor.folder)
+    except Exception as error:  # many types, depending on the tokenizer's class
+        raise InputError(f"{donor.folder}: the tokenizer cannot be loaded: {error}") from None
+    generation = donor.folder / "generation_config.json"
+    ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    listed = ends if isinstance(ends, list) else [ends]
+    stops = {token for token in (*listed, tokenizer.eos_token_id) if isinstance(token, int)}
+    return tokenizer, tuple(sorted(stops))
+
+
+def check_space(output_dir: Path, pool: Pool) -> None:
+    """Raise InputError when the disk cannot hold the result."""
+    parent = next(folder for folder in output_dir.absolute().parents if folder.is_dir())
+    needed = max(donor.n_bytes for donor in pool)
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise InputError(
+            f"{output_dir}: the result needs {needed / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free"
+        )
+
+
+def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What the result's bytes depend on beside config, donors and datasets."""
+    import transformers
+
+    return {
+        "olmfast": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }

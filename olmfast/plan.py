@@ -1,0 +1,72 @@
+"""What a run would do, without doing it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from olmfast.config import RunConfig
+from olmfast.inputs import Inputs
+from olmfast.search.evolve import offspring_count
+from olmfast.search.stage import Observer, Silent
+from olmfast.search.swap import select_units
+from olmfast.weights.pool import Pool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do: stage -> (units, candidates), and what it reads and writes."""
+
+    stages: dict[str, tuple[int, int]]
+    datasets: dict[str, tuple[str, int]]
+    n_bytes: int
+    output_dir: Path
+
+    @property
+    def n_candidates(self) -> int:
+        """Candidates of all stages together."""
+        return sum(n for _, n in self.stages.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "stages": {name: {"units": u, "candidates": n} for name, (u, n) in self.stages.items()},
+            "datasets": {name: {"mode": m, "samples": n} for name, (m, n) in self.datasets.items()},
+            "result_bytes": self.n_bytes,
+            "output_dir": str(self.output_dir),
+        }
+
+
+def plan(config: RunConfig, observer: Observer | None = None) -> Plan:
+    """Check a config and everything it names, and say what a run would do. Writes nothing."""
+    inputs = Inputs.open(config, observer or Silent())
+    datasets: dict[str, tuple[str, int]] = {
+        name: (d.config.mode, len(d.samples)) for name, d in {**inputs.datasets, **inputs.holdout}.items()
+    }
+    n_bytes = inputs.pool[config.base_name].n_bytes
+    return Plan(plan_stages(config, inputs.pool), datasets, n_bytes, config.output_dir)
+
+
+def plan_stages(config: RunConfig, pool: Pool) -> dict[str, tuple[int, int]]:
+    """Stage -> (units, candidates at most); a step has fewer where donors' bytes are equal."""
+    n = min(len(pool), config.max_models or len(pool))
+    stages = {"base": (1, len(pool))}
+    if config.boundary_select:
+        stages["boundary"] = (1, n)
+    if config.layer_swap:
+        size = config.markov + 1
+        full, rest = divmod(pool.architecture.n_blocks, size)
+        stages["layers"] = (full + bool(rest), full * n**size + (n**rest if rest else 0))
+    units = select_units(config, pool.architecture, pool.tensors)
+    if config.tensor_swap:
+        stages["tensors"] = (len(units), len(units) * n)
+    shapes = [pool[config.base_name].tensors[name].shape for unit in units for name in unit.tensors]
+    matrices = [shape for shape in shapes if len(shape) == 2]
+    if config.es_svd:
+        per = sum(1 + offspring_count(min(shape)) for shape in matrices)
+        stages["svd_es"] = (len(matrices), per * config.es_svd_generations)
+    if config.es_norm:
+        per = sum(1 + offspring_count(shape[0]) for shape in matrices)
+        stages["norm_es"] = (len(matrices), per * config.es_norm_generations)
+    return stages

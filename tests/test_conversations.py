@@ -1,0 +1,305 @@
+"""Dataset files in the formats people have, and the messages for files that are none of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from olmfast.config import DatasetConfig
+from olmfast.errors import InputError
+from olmfast.evaluation.batches import load_datasets
+from olmfast.evaluation.conversations import Conversation, load_conversations
+from olmfast.testing import tiny_tokenizer
+
+QUESTION = ({"role": "user", "content": "2+2="},)
+ROW = "What is it?,None,TRUE,2,3.0,B\n"
+
+
+def save(folder: Path, data: Any, name: str = "data.json") -> Path:
+    path = folder / name
+    path.write_text(data if isinstance(data, str) else json.dumps(data), encoding="utf-8")
+    return path
+
+
+def load(folder: Path, data: Any, mode: str = "exact", name: str = "data.json") -> list[Conversation]:
+    return load_conversations(save(folder, data, name), mode, 200)
+
+
+def refusal(folder: Path, data: Any, mode: str = "exact", name: str = "data.json") -> str:
+    """The message these contents are refused with; it begins with the file."""
+    with pytest.raises(InputError) as caught:
+        load(folder, data, mode, name)
+    assert str(caught.value).startswith(str(folder / name))
+    return str(caught.value).removeprefix(str(folder / name))
+
+
+@pytest.fixture
+def mmlu(tmp_path):
+    """A folder as MMLU ships it: worked examples in dev/, questions in test/."""
+    for split in ("dev", "test"):
+        (tmp_path / split).mkdir()
+    save(tmp_path / "dev", '"1, or\n2?",a,b,c,d,A\nSky?,red,blue,None,x,B\n', "college_physics_dev.csv")
+    return save(tmp_path / "test", ROW + "Again?,w,x,y,z,D\n", "college_physics_test.csv")
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"conversation": [{"from": "human", "value": "2+2="}, {"from": "gpt", "value": "4"}], "id": 7},
+        {"conversations": [{"from": "human", "value": "2+2="}, {"from": "gpt", "value": "4"}]},
+        {"messages": [{"role": "user", "content": "2+2="}, {"role": "assistant", "content": "4"}]},
+        {"prompt": "2+2=", "response": "4", "source": "a book"},
+    ],
+)
+def test_every_format_says_the_same(tmp_path, item):
+    expected = [Conversation(QUESTION, "4")]
+    assert load(tmp_path, [item]) == expected
+    assert load(tmp_path, item) == expected
+    assert load(tmp_path, json.dumps(item) + "\n\n" + json.dumps(item) + "\n") == expected * 2
+
+
+def test_roles_have_the_names_of_both_worlds(tmp_path):
+    turns = [("system", "S"), ("human", "H"), ("gpt", "G"), ("user", "U"), ("assistant", "A")]
+    (conversation,) = load(tmp_path, [{"conversation": [{"from": role, "value": text} for role, text in turns]}])
+    roles = [(message["role"], message["content"]) for message in conversation.messages]
+    assert roles == [("system", "S"), ("user", "H"), ("assistant", "G"), ("user", "U")]
+    assert conversation.response == "A"
+
+
+def test_only_the_first_conversations_are_read(tmp_path):
+    items = [{"prompt": str(n), "response": "x"} for n in range(5)] + ["beyond the limit, so never looked at"]
+    path = save(tmp_path, items)
+    assert [c.messages[0]["content"] for c in load_conversations(path, "exact", 3)] == ["0", "1", "2"]
+
+
+def test_text_stays_as_it_is(tmp_path):
+    text = " Grüße, 世界 \u2028 next\n\tline "
+    assert load(tmp_path, [{"prompt": text, "response": text}]) == [
+        Conversation(({"role": "user", "content": text},), text)
+    ]
+
+
+def test_json_lines_may_hold_line_separators_inside_a_string(tmp_path):
+    lines = '{"prompt": "a\u2028b\u0085c", "response": "1"}\r\n{"prompt": "d", "response": "2"}'
+    assert [c.messages[0]["content"] for c in load(tmp_path, lines)] == ["a\u2028b\u0085c", "d"]
+
+
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path):
+    assert load(tmp_path, '\ufeff[{"prompt": "2+2=", "response": "4"}]') == [Conversation(QUESTION, "4")]
+
+
+@pytest.mark.parametrize("answer", [1, "B"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"question": "2+2="},
+        {"prompt": "2+2=", "response": "anything"},
+        {"conversation": [{"from": "human", "value": "2+2="}, {"from": "gpt", "value": "4"}]},
+    ],
+)
+def test_a_choice_lists_its_options_and_expects_the_letter(tmp_path, asked, answer):
+    (conversation,) = load(tmp_path, [{**asked, "choices": ["3", 4, None], "answer": answer}], "choice")
+    assert conversation.messages[-1]["content"] == "2+2=\nA. 3\nB. 4\nC. None\nAnswer:"
+    assert (conversation.response, conversation.options) == ("B", ("A", "B", "C"))
+
+
+def test_mmlu_asks_after_the_worked_examples_of_the_subject(mmlu):
+    first, second = load_conversations(mmlu, "choice", 200)
+    assert first.messages == (
+        {
+            "role": "user",
+            "content": "The following are multiple choice questions (with answers) about college physics.\n\n"
+            "1, or\n2?\nA. a\nB. b\nC. c\nD. d\nAnswer: A\n\n"
+            "Sky?\nA. red\nB. blue\nC. None\nD. x\nAnswer: B\n\n"
+            "What is it?\nA. None\nB. TRUE\nC. 2\nD. 3.0\nAnswer:",
+        },
+    )
+    assert (first.response, second.response, first.options) == ("B", "D", ("A", "B", "C", "D"))
+
+
+def test_mmlu_dev_questions_have_no_examples(mmlu):
+    dev = mmlu.parent.parent / "dev" / "college_physics_dev.csv"
+    assert [c.messages[0]["content"].count("Answer:") for c in load_conversations(dev, "choice", 200)] == [1, 1]
+
+
+def test_mmlu_letters_are_scored_as_the_prompt_asks_for_them(mmlu):
+    tokenizer = tiny_tokenizer()
+    entries = {"test/college_physics_test.csv": DatasetConfig(mode="choice")}
+    (dataset,) = load_datasets(mmlu.parent.parent, entries, tokenizer, 4096).values()
+    for sample, letter in zip(dataset.samples, "BD", strict=True):
+        prompt = tokenizer.decode(sample.prompt)
+        assert prompt.startswith("The following are")
+        assert prompt.endswith("Answer: ")  # this tokenizer makes the space before the letter a token of its own
+        assert tokenizer.decode(sample.options) == "ABCD"
+        assert tokenizer.decode(sample.response) == letter
+
+
+def test_a_change_of_mmlus_worked_examples_is_a_change_of_the_dataset(mmlu):
+    def digest() -> str:
+        entries = {"test/college_physics_test.csv": DatasetConfig(mode="perplexity")}
+        (dataset,) = load_datasets(mmlu.parent.parent, entries, tiny_tokenizer(), 4096).values()
+        return dataset.digest
+
+    before = digest()
+    save(mmlu.parent.parent / "dev", ROW, "college_physics_dev.csv")
+    assert digest() != before
+
+
+TURN = {"from": "human", "value": "hello"}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("", ": neither JSON nor JSON Lines: "),
+        ("hello", ": neither JSON nor JSON Lines: "),
+        ('{"prompt": "a", "response": "b"}\n{"prompt": "a"', ":2: not JSON: "),
+        ("[" * 3000, ": neither JSON nor JSON Lines: "),
+        ("1" * 5000, ": neither JSON nor JSON Lines: "),
+        ([], ": expected a list of conversations, got an empty list"),
+        ("3", ": expected a list of conversations, got 3"),
+        (["a"], ": item 0: expected an object, got str"),
+        ([{"prompt": "a", "response": "b"}, None], ": item 1: expected an object, got NoneType"),
+        ([{"text": "a"}], "'messages' or 'prompt' and 'response', got 'text'"),
+        ([{}], "'prompt' and 'response', got 'none'"),
+        ([{"conversation": []}], ": item 0: expected 'conversation'"),
+        ([{"conversation": {}}], ": item 0: expected 'conversation'"),
+        ([{"conversation": [TURN]}], ": item 0: no response: the last message must be the expected answer"),
+        ([{"prompt": "a", "response": " \n"}], ": item 0: no response"),
+        ([{"conversation": [{"from": "gpt", "value": "b"}]}], ": item 0: no question"),
+        ([{"conversation": [{"from": "robot", "value": "b"}]}], ": item 0: expected a message with 'from'"),
+        ([{"conversation": [{"from": ["gpt"], "value": "b"}]}], ": item 0: expected a message with 'from'"),
+        ([{"conversation": [TURN, {"from": "gpt", "value": 4}]}], ": item 0: expected a message with 'from'"),
+        ([{"conversation": ["hello", "hi"]}], ": item 0: expected a message with 'from'"),
+        ([{"prompt": ["a"], "response": "b"}], ": item 0: expected a message with 'from'"),
+        ([{"prompt": "\ud800", "response": "b"}], ": item 0: holds half of a character"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named_with_the_item(tmp_path, data, message):
+    found = refusal(tmp_path, data)
+    assert message in found
+    assert len(found) < 500
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"question": "q", "answer": 0}, "mode 'choice' needs 'choices', a list of 2 to 26 options"),
+        ({"question": "q", "choices": ["a"], "answer": 0}, "mode 'choice' needs 'choices'"),
+        ({"question": "q", "choices": ["a"] * 27, "answer": 0}, "mode 'choice' needs 'choices'"),
+        ({"question": "q", "choices": "ab", "answer": 0}, "mode 'choice' needs 'choices'"),
+        ({"question": "q", "choices": ["a", "b"], "answer": 2}, "'answer' must be an index or one of A, B, got 2"),
+        ({"question": "q", "choices": ["a", "b"], "answer": -1}, "'answer' must be an index or one of A, B, got -1"),
+        ({"question": "q", "choices": ["a", "b"], "answer": "C"}, "'answer' must be an index or one of A, B, got 'C'"),
+        ({"question": "q", "choices": ["a", "b"], "answer": True}, "must be an index or one of A, B, got True"),
+        ({"question": "q", "choices": ["a", "b"]}, "'answer' must be an index or one of A, B, got None"),
+        ({"choices": ["a", "b"], "answer": 0}, "or question and choices, got 'choices, answer'"),
+        (
+            {"conversation": [{"from": "gpt", "value": "a"}], "choices": ["a", "b"], "answer": 0},
+            "no question: expected a message before the expected answer",
+        ),
+    ],
+)
+def test_a_choice_that_cannot_be_asked_is_named(tmp_path, item, message):
+    assert message in refusal(tmp_path, [item], "choice")
+
+
+def test_a_question_with_options_is_no_conversation_for_other_modes(tmp_path):
+    item = {"question": "2+2=", "choices": ["3", "4"], "answer": 1}
+    assert "item 0: expected 'conversation'" in refusal(tmp_path, [item], "perplexity")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", ": holds no questions"),
+        (ROW + "What?,a,b,c,A\n", ":2: expected question, A, B, C, D and the answer's letter, got ['What?'"),
+        (ROW.replace("B\n", "E\n"), ":1: expected question, A, B, C, D and the answer's letter"),
+        (f"{'x' * 200_000},a,b,c,d,A\n", ": not CSV in UTF-8: field larger than field limit"),
+    ],
+)
+def test_a_csv_that_is_not_mmlus_is_named_with_the_line(tmp_path, text, message):
+    assert message in refusal(tmp_path, text, "choice", "physics_dev.csv")
+
+
+def test_missing_worked_examples_are_named(mmlu):
+    dev = mmlu.parent.parent / "dev" / "college_physics_dev.csv"
+    dev.unlink()
+    with pytest.raises(InputError, match=re.escape(f"{dev}: cannot be read: No such file")):
+        load_conversations(mmlu, "choice", 200)
+
+
+def test_files_that_cannot_be_opened_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"absent\.json: no such dataset file"):
+        load_conversations(tmp_path / "absent.json", "exact", 1)
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        load_conversations(tmp_path, "exact", 1)
+    (tmp_path / "latin.json").write_bytes('["Grüße"]'.encode("latin-1"))
+    with pytest.raises(InputError, match=r"latin\.json: cannot be read: not UTF-8 text"):
+        load_conversations(tmp_path / "latin.json", "exact", 1)
+
+
+KEYS = st.sampled_from(
+    [
+        *("conversation", "conversations", "messages", "from", "value", "role", "content"),
+        *("prompt", "response", "question", "choices", "answer"),
+    ]
+)
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+WORDS = st.sampled_from(["gpt", "human", "system", "user", "assistant", "A", "B"])
+JSON = st.recursive(
+    LEAVES | WORDS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS | st.text(max_size=3), inner, max_size=4),
+    max_leaves=12,
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries({}, optional={"from": WORDS | JSON, "role": WORDS, "value": LEAVES, "content": LEAVES}),
+    max_size=3,
+)
+ITEMS = st.fixed_dictionaries(
+    {},
+    optional={
+        "conversation": MESSAGES | JSON,
+        "messages": MESSAGES,
+        "prompt": LEAVES,
+        "response": LEAVES,
+        "question": LEAVES,
+        "choices": st.lists(LEAVES, max_size=3) | JSON,
+        "answer": LEAVES | WORDS,
+    },
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(ITEMS, max_size=2) | JSON, st.sampled_from(["exact", "choice"]))
+def test_any_json_gives_conversations_that_can_be_asked_or_an_explanation(tmp_path_factory, data, mode):
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    path.write_text(json.dumps(data))
+    try:
+        found = load_conversations(path, mode, 200)
+    except InputError as error:
+        found = str(error)
+    if isinstance(found, str):
+        assert found.startswith(str(path))
+        return
+    for conversation in found:
+        assert conversation.messages
+        assert conversation.response.strip()
+        assert all(set(message) == {"role", "content"} for message in conversation.messages)
+        assert bool(conversation.options) == (mode == "choice")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=80))
+def test_any_bytes_give_conversations_or_an_explanation(tmp_path_factory, content):
+    for name in ("any_dev.csv", "any_bytes.json"):
+        path = tmp_path_factory.getbasetemp() / name
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=re.escape(str(path))):
+            load_conversations(path, "choice", 200)

@@ -22,7 +22,7 @@ from olmfast.run_folder import RunFolder
 from olmfast.scoreboard import AVERAGE, RESULT, Scoreboard, plain_average
 from olmfast.search.evolve import refine
 from olmfast.search.ranking import Rules
-from olmfast.search.stage import BudgetSpent, Observer, Search, Silent
+from olmfast.search.stage import BudgetSpent, Observer, Search
 from olmfast.search.swap import (
     choose_blocks,
     choose_boundary,
@@ -62,18 +62,24 @@ def run(
     Raises InputError before anything is written when the input is unusable, Interrupted when
     `stop_requested` said so between two steps, OlmfastError when the run failed; what was decided is kept.
     """
-    observer = observer or Silent()
+    observer = observer or Observer()
     folder = RunFolder(config.output_dir, resume=resume or config.load_merge_report, overwrite=overwrite)
     inputs = Inputs.open(config, observer)
-    with folder.locked(inputs.header(), inputs.pool) as report:
-        if report.status == "finished":
-            return _result(config, report)
-        session = Session(config, inputs, report, observer, stop_requested)
-        status = session.search_all()
-        account = session.write()
-        observer.note(account)
-        report.update(status=status)
-        folder.publish()
+    try:
+        with folder.locked(inputs.header(), inputs.pool) as report:
+            if report.status == "finished":
+                return _result(config, report)
+            session = Session(config, inputs, report, observer, stop_requested)
+            status = session.search_all()
+            account = session.write()
+            observer.note(account)
+            report.update(status=status)
+            folder.publish()
+    except OSError as error:
+        raise OlmfastError(
+            f"{error.filename or folder.partial}: {error.strerror}; what was decided before is saved, "
+            "mend it and use --resume"
+        ) from None
     return _result(config, Report.load(config.output_dir))
 
 

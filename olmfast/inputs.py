@@ -6,6 +6,7 @@ import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ class Inputs:
             if dataset.left_out:
                 observer.note(f"{name}: {dataset.left_out} samples longer than {context} tokens are left out")
         pool.check_finite()
+        check_output(config, pool)
+        check_units(config, pool)
         check_space(config.output_dir, pool)
         if config.metric_dir is not None:
             observer.note("metric_dir: accepted for compatibility and ignored; metrics lie in the output folder")
@@ -75,14 +78,36 @@ def load_tokenizer(donor: Checkpoint) -> tuple[Any, tuple[int, ...]]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(donor.folder)
+        tokenizer = AutoTokenizer.from_pretrained(donor.folder, trust_remote_code=False)
     except Exception as error:  # many types, depending on the tokenizer's class
-        raise InputError(f"{donor.folder}: the tokenizer cannot be loaded: {error}") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{donor.folder}: the tokenizer cannot be loaded: {reason}") from None
     generation = donor.folder / "generation_config.json"
     ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
     listed = ends if isinstance(ends, list) else [ends]
     stops = {token for token in (*listed, tokenizer.eos_token_id) if isinstance(token, int)}
     return tokenizer, tuple(sorted(stops))
+
+
+def check_output(config: RunConfig, pool: Pool) -> None:
+    """Raise InputError when replacing the output folder would delete what the run reads."""
+    output = config.output_dir.resolve()
+    read = {f"the donor {donor.name}": donor.folder for donor in pool}
+    read |= {f"the dataset {name}": config.dataset_dir / name for name in (*config.dataset, *config.holdout)}
+    for what, path in {**read, "the config": config.config_dir}.items():
+        if output in (path.resolve(), *path.resolve().parents):
+            raise InputError(f"output_dir: {config.output_dir} holds {what}; name a folder for the result alone")
+
+
+def check_units(config: RunConfig, pool: Pool) -> None:
+    """Raise InputError when a pattern of `units` matches nothing, as a misspelt one does."""
+    units = pool.architecture.module_units(pool.tensors)
+    names = [name for unit in units for name in (unit.name, *unit.tensors)]
+    for pattern in config.units:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise InputError(
+                f"units: {pattern!r} matches no module inside the blocks; they are named such as {units[0].name}"
+            )
 
 
 def check_space(output_dir: Path, pool: Pool) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from olmfast.config import RunConfig
 from olmfast.inputs import Inputs
 from olmfast.search.evolve import offspring_count
-from olmfast.search.stage import Observer, Silent
+from olmfast.search.stage import Observer
 from olmfast.search.swap import select_units
 from olmfast.weights.pool import Pool
 
@@ -40,7 +40,7 @@ class Plan:
 
 def plan(config: RunConfig, observer: Observer | None = None) -> Plan:
     """Check a config and everything it names, and say what a run would do. Writes nothing."""
-    inputs = Inputs.open(config, observer or Silent())
+    inputs = Inputs.open(config, observer or Observer())
     datasets: dict[str, tuple[str, int]] = {
         name: (d.config.mode, len(d.samples)) for name, d in {**inputs.datasets, **inputs.holdout}.items()
     }

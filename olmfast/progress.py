@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,10 +25,10 @@ from olmfast.driver import Result
 from olmfast.plan import Plan
 from olmfast.report import Outcome
 from olmfast.scoreboard import Scoreboard
-from olmfast.search.stage import Silent
+from olmfast.search.stage import Observer
 
 
-class Watcher(Silent):
+class Watcher(Observer):
     """An observer that can be entered and left; shows nothing by itself."""
 
     def __enter__(self) -> Watcher:
@@ -100,19 +101,21 @@ class Bars(Watcher):
 
     def step(self, stage: str, unit: str, n_candidates: int) -> None:  # noqa: ARG002
         """Shows where the run is."""
-        self.where = f"{stage} {unit}"
+        self.where = escape(f"{stage} {unit}")
         self.progress.update(self.task, description=self.where)
 
     def candidate(self, label: str) -> None:
         """Advances the bar."""
-        self.progress.update(self.task, advance=1, description=f"{self.where} · {label}")
+        self.progress.update(self.task, advance=1, description=f"{self.where} · {escape(label)}")
 
     def chosen(self, outcome: Outcome) -> None:
         """A line above the bar for what changed, or for every decision when verbose."""
         self.n_changed += outcome.changed
         self.progress.update(self.task, best=f"{self.n_changed} improvements")
         if outcome.changed or self.verbose:
-            self.console.print(f"{outcome.stage} [bold]{outcome.unit}[/]: {outcome.winner}", highlight=False)
+            self.console.print(
+                f"{outcome.stage} [bold]{escape(outcome.unit)}[/]: {escape(outcome.winner)}", highlight=False
+            )
 
     def recorded(self, outcome: Outcome) -> None:
         """Advances the bar past a step of an earlier session."""
@@ -193,7 +196,7 @@ def _cut(board: Scoreboard, label: str, dataset: str) -> str:
 
 def _console() -> Console:
     # A pipe has no width: tables must not be folded there.
-    return Console() if sys.stdout.isatty() else Console(width=200)
+    return Console(markup=False) if sys.stdout.isatty() else Console(width=200, markup=False)
 
 
 def _without_nan(value: Any) -> Any:

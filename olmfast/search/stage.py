@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -28,54 +28,26 @@ class BudgetSpent(Exception):
     """The next step does not fit the budget; the run ends with the best so far."""
 
 
-class Observer(Protocol):
-    """Who watches a run: told before each step, after each candidate and after each step."""
+class Observer:
+    """Who watches a run. This one shows nothing; others override what they want to be told."""
 
     def planned(self, n_candidates: int) -> None:
         """How many candidates the whole run has at most."""
-        ...
 
     def step(self, stage: str, unit: str, n_candidates: int) -> None:
         """A step begins."""
-        ...
 
     def candidate(self, label: str) -> None:
         """One candidate has been evaluated."""
-        ...
 
     def chosen(self, outcome: Outcome) -> None:
-        """A step has been recorded."""
-        ...
+        """A step has been taken and recorded."""
 
     def recorded(self, outcome: Outcome) -> None:
         """A step was taken in an earlier session."""
-        ...
 
     def note(self, text: str) -> None:
         """Something the user should know."""
-        ...
-
-
-class Silent:
-    """An observer that shows nothing."""
-
-    def planned(self, n_candidates: int) -> None:
-        """Shows nothing."""
-
-    def step(self, stage: str, unit: str, n_candidates: int) -> None:
-        """Shows nothing."""
-
-    def candidate(self, label: str) -> None:
-        """Shows nothing."""
-
-    def chosen(self, outcome: Outcome) -> None:
-        """Shows nothing."""
-
-    def recorded(self, outcome: Outcome) -> None:
-        """Shows nothing."""
-
-    def note(self, text: str) -> None:
-        """Shows nothing."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +73,7 @@ class Search:
     scorer: Scorer
     report: Report
     rules: Rules
-    observer: Observer = field(default_factory=Silent)
+    observer: Observer = field(default_factory=Observer)
     stop_requested: Callable[[], bool] = lambda: False
     base_means: dict[str, float] = field(default_factory=dict)
 

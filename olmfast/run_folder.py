@@ -23,8 +23,12 @@ class RunFolder:
     """
 
     def __init__(self, output: Path, *, resume: bool, overwrite: bool) -> None:
+        if output.name in ("", ".."):
+            raise InputError(f"output_dir: {output} has no name of its own; name a folder that can be replaced")
         self.output = output
         self.partial = output.with_name(output.name + ".partial")
+        if output.exists() and not output.is_dir():
+            raise InputError(f"{output}: exists and is no folder; name another output_dir")
         self.resume, self.overwrite = resume and not overwrite, overwrite
         if resume or overwrite:
             if self.resume and self._is_foreign():
@@ -34,13 +38,12 @@ class RunFolder:
             return
         if self.partial.exists():
             raise InputError(f"{self.partial}: an unfinished run; --resume continues it, --overwrite starts anew")
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if output.exists() and any(output.iterdir()):
             raise InputError(f"{output}: exists; use --overwrite to replace it or --resume to continue its run")
 
     @contextmanager
     def locked(self, header: dict[str, Any], pool: Pool) -> Iterator[Report]:
         """The run's report, begun or loaded and checked against `header`; one process at a time."""
-        self.output.parent.mkdir(parents=True, exist_ok=True)
         if self.resume and not self.partial.exists() and (self.output / REPORT).is_file():
             report = Report.load(self.output)
             if report.status == "finished":
@@ -75,14 +78,23 @@ class RunFolder:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        if self.overwrite:
-            shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(exist_ok=True)
-        with (self.partial / ".lock").open("w") as file:
+        lock = self.partial / ".lock"
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            file = lock.open("w")
+        except OSError as error:
+            raise InputError(f"{self.partial}: cannot be written: {error.strerror}") from None
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise InputError(f"{self.partial}: another process is running this merge") from None
+            if self.overwrite:  # only now: the folder of a run that goes on must not be emptied
+                for path in self.partial.iterdir():
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    elif path != lock:
+                        path.unlink()
             yield
 
     def _open(self, header: dict[str, Any], pool: Pool) -> Report:

@@ -14,7 +14,7 @@ import typer
 import yaml
 
 from olmfast import __version__
-from olmfast.errors import InputError, OlmfastError
+from olmfast.errors import InputError, Interrupted, OlmfastError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -26,9 +26,6 @@ def main() -> None:
     except OlmfastError as error:
         print(f"olmfast: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("olmfast: stopped at once; everything decided so far is saved, continue with --resume", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def _print_version(wanted: bool) -> None:
@@ -154,6 +151,8 @@ def _graceful_stop() -> Iterator[Callable[[], bool]]:
     before = signal.signal(signal.SIGINT, handler)
     try:
         yield lambda: asked
+    except KeyboardInterrupt:
+        raise Interrupted("stopped at once; everything decided so far is saved, continue with --resume") from None
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,24 @@ class Report:
         self.folder, self.data = folder, data
 
     @classmethod
-    def create(cls, folder: Path, header: dict[str, Any]) -> Report:
-        """Begin a report in a new folder; `header` says what the run is made of."""
+    def create(
+        cls,
+        folder: Path,
+        header: dict[str, Any],
+        taken: Mapping[str, Outcome] | None = None,
+        recipe: Recipe | None = None,
+    ) -> Report:
+        """Begin a report in a new folder; `header` says what the run is made of.
+
+        `taken` are steps that another tool has taken, and `recipe` what they led to.
+        """
         (folder / REFINED).mkdir(parents=True, exist_ok=True)
         own = {**header, "status": "running", "steps": {}, "recipe": None, "evaluations": 0}
         own |= {"ledger_bytes": 0, "elapsed_s": 0.0}
         report = cls(folder, {"base_model": {}, "boundary_layers": {}, "layers": {}, "tensors": {}, "olmfast": own})
+        for key, outcome in (taken or {}).items():
+            report._note_step(key, outcome)
+        own["recipe"] = recipe.to_json() if recipe else None
         (folder / LEDGER).write_bytes(b"")
         report.save()
         return report
@@ -120,12 +133,11 @@ class Report:
 
     def record(self, key: str, outcome: Outcome, recipe: Recipe, n_evaluations: int, elapsed_s: float) -> None:
         """Record a step that has been taken; from here on it is never repeated."""
-        self.own["steps"][key] = asdict(outcome)
+        self._note_step(key, outcome)
         self.own["recipe"] = recipe.to_json()
         self.own["evaluations"] = n_evaluations
         self.own["elapsed_s"] = round(elapsed_s, 3)
         self.own["ledger_bytes"] = (self.folder / LEDGER).stat().st_size
-        self._mirror_original(outcome)
         self.save()
         self._remove_superseded()
 
@@ -139,8 +151,9 @@ class Report:
         text = json.dumps(_strict(self.data), indent=1, ensure_ascii=False, allow_nan=False)
         _write_atomically(self.folder / REPORT, text.encode())
 
-    def _mirror_original(self, outcome: Outcome) -> None:
-        """Keep the keys that the original tool's readers know."""
+    def _note_step(self, key: str, outcome: Outcome) -> None:
+        """Add a step to olmfast's own part and to the keys that the original tool's readers know."""
+        self.own["steps"][key] = asdict(outcome)
         if outcome.stage == "base":
             metrics = {d: by_label.get(outcome.winner) for d, by_label in outcome.metrics.items()}
             self.data["base_model"] = {"name": outcome.winner, "metrics": metrics}

@@ -59,7 +59,12 @@ class RunFolder:
             yield report
 
     def publish(self) -> None:
-        """Rename the complete `OUT.partial` to `OUT`; what was there is removed after, or kept if not ours."""
+        """Rename the complete `OUT.partial` to `OUT`; what was there is removed after, or kept if not ours.
+
+        Nothing to do for a run that had been published before.
+        """
+        if not self.partial.exists():
+            return
         (self.partial / ".lock").unlink(missing_ok=True)
         if self.output.exists():
             keep = (self.output / REPORT).is_file() and Report.load(self.output).status == "original"
@@ -138,12 +143,11 @@ class RunFolder:
         for name, donor in choices["tensors"].items():
             tensors = tuple(t for t in pool.tensors if t.startswith(f"{name}."))
             taken.append((f"tensors/{name}", "tensors", name, donor, tensors))
-        report = Report.create(self.partial, {**header, "imported": True})
+        outcomes = {}
         for key, stage, unit_name, donor, tensors in taken:
             recipe = recipe.with_values({t: Copy(donor, t) for t in tensors})
-            outcome = Outcome(stage, unit_name, donor, changed=donor != base, metrics={})
-            report.record(key, outcome, recipe, 0, 0.0)
-        return report
+            outcomes[key] = Outcome(stage, unit_name, donor, changed=donor != base, metrics={})
+        return Report.create(self.partial, {**header, "imported": True}, outcomes, recipe)
 
 
 def _check_same(folder: Path, report: Report, header: dict[str, Any]) -> None:

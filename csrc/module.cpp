@@ -150,6 +150,7 @@ void define_shard(py::module_& module) {
            py::arg("path"))
       .def_property_readonly("path", [](const Shard& shard) { return python_path(shard.path()); })
       .def_property_readonly("size", &Shard::size)
+      .def_property_readonly("modified_ns", &Shard::modified_ns)
       .def_property_readonly("data_start", &Shard::data_start)
       .def_property_readonly("tensors", &tensors_of)
       .def_property_readonly("metadata", &metadata_of)

@@ -65,6 +65,7 @@ class Shard {
 
   const std::string& path() const { return path_; }
   uint64_t size() const { return size_; }
+  int64_t modified_ns() const { return opened_.modified_ns; }
   uint64_t data_start() const { return data_start_; }
   const Header& header() const { return header_; }
 

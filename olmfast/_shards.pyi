@@ -27,6 +27,9 @@ class Shard:
     def size(self) -> int:
         """Bytes of the file."""
     @property
+    def modified_ns(self) -> int:
+        """When the file was last changed, as `os.stat` has it, at the time it was opened."""
+    @property
     def data_start(self) -> int:
         """Offset of the first tensor's first byte."""
     @property

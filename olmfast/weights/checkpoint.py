@@ -1,24 +1,26 @@
 """A read-only view of one Hugging Face folder: which tensors its shards hold and where, never a copy unasked.
 
 Opening reads headers only. Shards are checked as the safetensors format demands (bounds, overlaps, dtype x
-shape = bytes), so that a damaged file is named before any weight is used.
+shape = bytes), so that a damaged file is named before any weight is used. Bytes come from the shard engine
+(csrc/): mapped, and copied under a guard, so that a file that shrinks or fails is an error and no crash.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
 
+from olmfast import _shards
 from olmfast.errors import InputError, OlmfastError
 from olmfast.weights.architecture import Architecture
+from olmfast.weights.digests import DigestCache
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -32,8 +34,9 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
-CHUNK_BYTES = 16 << 20
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+CHUNK_BYTES = 4 << 20  # hashed at a time: what a core's caches hold
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,23 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     n_bytes: int
+    shard: _shards.Shard = field(repr=False, compare=False)
+
+    def into(self, target: torch.Tensor) -> _shards.Transfer:
+        """The tensor on its way into a CPU tensor (or view) of the same shape, converted to its dtype.
+
+        `copy_tensors` does it. Raises OlmfastError if it does not fit.
+        """
+        if target.device.type != "cpu" or tuple(target.shape) != self.shape or target.dtype not in DTYPE_NAMES:
+            raise OlmfastError(
+                f"{self.file}: {self.name}: has shape {self.shape}, cannot be copied into {target.dtype} "
+                f"{tuple(target.shape)} on {target.device}"
+            )
+        storage = target.untyped_storage()
+        begin = target.storage_offset() * target.element_size()
+        to_dtype = DTYPE_NAMES[target.dtype]
+        place = (target.data_ptr(), max(0, int(storage.nbytes()) - begin), to_dtype, target.stride())
+        return _shards.Transfer(self.shard, self.offset, DTYPE_NAMES[self.dtype], self.shape, *place)
 
 
 class Checkpoint:
@@ -54,7 +74,7 @@ class Checkpoint:
     Raises InputError, naming the file, when the folder is not a usable safetensors checkpoint.
     """
 
-    def __init__(self, folder: Path, name: str | None = None) -> None:
+    def __init__(self, folder: Path, name: str | None = None, digests: DigestCache | None = None) -> None:
         self.folder = folder
         self.name = name or str(folder)
         self.config: dict[str, Any] = read_json(folder / "config.json")
@@ -66,7 +86,7 @@ class Checkpoint:
             canonical: stored[name] for canonical, name in sorted(self.architecture.canonical(stored).items())
         }
         self.file_names = {canonical: info.name for canonical, info in self.tensors.items()}
-        self._digests: dict[str, str] = {}
+        self.digests = digests or DigestCache()
 
     @property
     def n_bytes(self) -> int:
@@ -87,22 +107,25 @@ class Checkpoint:
         """A copy of one tensor on the CPU, in its stored dtype and shape."""
         info = self.tensors[tensor]
         out = torch.empty(info.shape, dtype=info.dtype)
-        buffer = out.view(-1).view(torch.uint8).numpy().data if info.n_bytes else memoryview(b"")
-        position = 0
-        for chunk in self._chunks(info):
-            buffer[position : position + len(chunk)] = chunk
-            position += len(chunk)
+        copy_tensors([info.into(out)])
         return out
 
     def digest(self, tensor: str) -> str:
-        """xxh3-128 of dtype, shape and bytes; computed once."""
-        if tensor not in self._digests:
+        """xxh3-128 of dtype, shape and bytes; computed once for a file that does not change."""
+        info = self.tensors[tensor]
+        file = (info.shard.path, info.shard.size, info.shard.modified_ns)
+        known = self.digests.get(*file, info.name)
+        if known is None:
+            known = _digest(info)
+            self.digests.put(*file, info.name, known)
+        return known
+
+    def prefetch(self, tensors: Sequence[str]) -> None:
+        """Start reading these tensors from disk, and return at once; an error shows when they are copied."""
+        for tensor in tensors:
             info = self.tensors[tensor]
-            state = xxhash.xxh3_128(f"{info.dtype} {info.shape}".encode())
-            for chunk in self._chunks(info):
-                state.update(chunk)
-            self._digests[tensor] = state.hexdigest()
-        return self._digests[tensor]
+            with suppress(OSError):
+                info.shard.advise(info.offset, info.n_bytes, "prefetch")
 
     def fingerprint(self) -> str:
         """xxh3-128 of all tensors (names and digests) and of config.json."""
@@ -120,19 +143,35 @@ class Checkpoint:
                     "repair it or take it out of models"
                 )
 
-    def _chunks(self, info: TensorInfo) -> Iterator[bytes]:
-        try:
-            with info.file.open("rb", buffering=0) as file:
-                file.seek(info.offset)
-                left = info.n_bytes
-                while left:
-                    chunk = file.read(min(left, CHUNK_BYTES))
-                    if not chunk:
-                        raise OlmfastError(f"{info.file}: {info.name}: the file ends early; it has changed")
-                    left -= len(chunk)
-                    yield chunk
-        except OSError as error:
-            raise OlmfastError(f"{info.file}: {info.name}: cannot be read: {error.strerror}") from None
+
+def copy_tensors(transfers: Sequence[_shards.Transfer]) -> None:
+    """Copy tensors to where `TensorInfo.into` aimed them, on all cores at once.
+
+    Raises OlmfastError naming the file and tensor that cannot be read any more.
+    """
+    with _reading():
+        _shards.copy(transfers)
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OlmfastError(
+            f"{error.filename}: {error.strerror}; put the file back as it was and use --resume"
+        ) from None
+
+
+def _digest(info: TensorInfo) -> str:
+    state = xxhash.xxh3_128(f"{info.dtype} {info.shape}".encode())
+    buffer = bytearray(min(info.n_bytes, CHUNK_BYTES))
+    with _reading():
+        for begin in range(0, info.n_bytes, CHUNK_BYTES):
+            part = memoryview(buffer)[: info.n_bytes - begin]
+            info.shard.read_into(info.offset + begin, part)
+            state.update(part)
+    return state.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -195,43 +234,17 @@ def _open_shards(folder: Path) -> Iterator[TensorInfo]:
 def read_header(path: Path) -> list[TensorInfo]:
     """The tensors of one safetensors file, in the order of their bytes. Raises InputError if it is damaged."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(8)
-            if len(head) < 8:
-                raise InputError(f"{path}: {size} bytes are too few for a safetensors file; download it again")
-            (length,) = struct.unpack("<Q", head)
-            if length > min(MAX_HEADER_BYTES, size - 8):
-                raise InputError(f"{path}: header of {length} bytes in a file of {size}; the file is truncated")
-            header = json.loads(file.read(length).decode("utf-8"))
+        shard = _shards.Shard(path)
+    except _shards.FormatError as error:
+        raise InputError(str(error)) from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number without end
-        raise InputError(f"{path}: header is not JSON: {error}") from None
-    if not isinstance(header, dict):
-        raise InputError(f"{path}: header is not a JSON object")
-    header.pop("__metadata__", None)
-    infos = [_tensor_info(path, name, entry, 8 + length) for name, entry in header.items()]
-    infos.sort(key=lambda info: (info.offset, info.n_bytes))
-    position = 8 + length
-    for info in infos:
-        if info.offset != position:
-            raise InputError(f"{path}: {info.name}: begins at byte {info.offset}, expected {position}")
-        position += info.n_bytes
-    if position != size:
-        raise InputError(f"{path}: expected {position} bytes, got {size}; the file is truncated or has extra bytes")
-    return infos
+        raise InputError(f"{path}: {error.strerror}") from None
+    return [_tensor_info(path, shard, *entry) for entry in shard.tensors]
 
 
-def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
-    try:
-        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-        begin, end = entry["data_offsets"]
-        whole = all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in (*shape, begin, end))
-    except (KeyError, TypeError, ValueError):
-        whole = False
-    if not whole:
-        raise InputError(f"{path}: {name}: damaged or unsupported header entry {entry!r}")
-    if end - begin != math.prod(shape) * dtype.itemsize:
-        raise InputError(f"{path}: {name}: {entry['dtype']} {list(shape)} does not fill {end - begin} bytes")
-    return TensorInfo(name, path, dtype, shape, start + begin, end - begin)
+def _tensor_info(
+    path: Path, shard: _shards.Shard, name: str, dtype: str, shape: tuple[int, ...], offset: int, n_bytes: int
+) -> TensorInfo:
+    if dtype not in DTYPES:
+        raise InputError(f"{path}: {name}: dtype {dtype} is not supported; supported are {', '.join(DTYPES)}")
+    return TensorInfo(name, path, DTYPES[dtype], shape, offset, n_bytes, shard)

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import torch
 
 from olmfast.errors import OlmfastError
-from olmfast.weights.checkpoint import DTYPES, Checkpoint
+from olmfast.weights.checkpoint import DTYPE_NAMES, Checkpoint
 from olmfast.weights.methods import Sources
 from olmfast.weights.recipe import Copy, Expression, Recipe
 
@@ -29,7 +29,6 @@ TOKENIZER_FILES = (
     "*.model",
     "*.jinja",
 )
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def _write_shard(file: BinaryIO, tensors: list[OutputTensor], sources: Sources) 
     position = 0
     for tensor in tensors:
         header[tensor.name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [position, position + tensor.n_bytes],
         }

@@ -67,13 +67,11 @@ def run(
     inputs = Inputs.open(config, observer)
     try:
         with folder.locked(inputs.header(), inputs.pool) as report:
-            if report.status == "finished":
-                return _result(config, report)
-            session = Session(config, inputs, report, observer, stop_requested)
-            status = session.search_all()
-            account = session.write()
-            observer.note(account)
-            report.update(status=status)
+            if report.status != "finished":
+                session = Session(config, inputs, report, observer, stop_requested)
+                status = session.search_all()
+                observer.note(session.write())
+                report.update(status=status)
             folder.publish()
     except OSError as error:
         raise OlmfastError(

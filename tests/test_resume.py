@@ -144,6 +144,14 @@ def test_a_finished_run_that_is_resumed_changes_no_byte(config):
     assert sorted(path.name for path in config.parent.iterdir()) == ["cfg.yaml", "out"]
 
 
+def test_a_kill_just_before_the_last_rename_is_made_good(config):
+    out = run(load_config(config)).output_dir
+    before = snapshot(out)
+    out.rename(out.with_name("out.partial"))
+    assert run(load_config(config), resume=True).status == "finished"
+    assert snapshot(out) == before
+
+
 def test_resume_with_nothing_to_resume_starts_the_run(config, uninterrupted):
     assert weights(run(load_config(config, {"load_merge_report": True})).output_dir) == weights(uninterrupted)
 

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from olmfast.errors import InputError
+from olmfast.evaluation.upload import Uploader
 from olmfast.weights.architecture import Architecture
+from olmfast.weights.checkpoint import FLOATS, TensorInfo, copy_tensors
 from olmfast.weights.methods import Sources, Values
-from olmfast.weights.recipe import Recipe
+from olmfast.weights.recipe import Copy, Recipe
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -42,6 +44,7 @@ class WorkingModel:
 
     def __init__(self, recipe: Recipe, sources: Sources, device: torch.device, dtype: torch.dtype) -> None:
         self.sources, self.device, self.dtype = sources, device, dtype
+        self._uploader: Uploader | None = None
         self.rebuild(recipe)
 
     def rebuild(self, recipe: Recipe) -> None:
@@ -63,10 +66,33 @@ class WorkingModel:
     def apply(self, values: Mapping[str, Values]) -> None:
         """Copy values (canonical name -> values) over the live parameters; the recipe is not changed."""
         base = self.sources.pool[self.recipe.base]
+        direct = []
         with torch.no_grad():
             for name, wanted in values.items():
-                if name in self._slots:
-                    self._slots[name].copy_(self.sources.value(wanted).to(base.tensors[name].dtype))
+                if name not in self._slots:
+                    continue
+                slot, saved = self._slots[name], base.tensors[name].dtype
+                info = self.sources.info(wanted)
+                if info is not None and _passes_unchanged(info, saved, slot):
+                    direct.append((info, slot))
+                else:
+                    slot.copy_(self.sources.value(wanted).to(saved))
+            self._copy(direct)
+
+    def prefetch(self, values: Mapping[str, Values]) -> None:
+        """Start reading from disk what `apply` will want next; returns at once."""
+        for name, wanted in values.items():
+            if name in self._slots and isinstance(wanted, Copy):
+                self.sources.pool[wanted.donor].prefetch([wanted.tensor])
+
+    def _copy(self, pairs: list[tuple[TensorInfo, torch.Tensor]]) -> None:
+        """Bytes from mapped files straight into the parameters, converted on the way."""
+        if self.device.type == "cpu":
+            copy_tensors([info.into(slot) for info, slot in pairs])
+            return
+        if self._uploader is None:
+            self._uploader = Uploader(self.device)
+        self._uploader.upload(pairs)
 
     def restore(self, names: Mapping[str, Values]) -> None:
         """Put back what the recipe says for these tensors."""
@@ -82,6 +108,14 @@ class WorkingModel:
     def context(self) -> int:
         """The longest input the model is made for, in tokens."""
         return self.sources.pool.architecture.context
+
+
+def _passes_unchanged(info: TensorInfo, saved: torch.dtype, slot: torch.Tensor) -> bool:
+    """Whether the donor's values, rounded once to the slot's dtype, are what rounding to `saved` first gives."""
+    if info.dtype == saved == slot.dtype:
+        return info.shape == tuple(slot.shape)
+    floats = info.dtype in FLOATS and saved in FLOATS and slot.dtype in FLOATS
+    return floats and torch.promote_types(info.dtype, saved) == saved and info.shape == tuple(slot.shape)
 
 
 def _build(folder: Path, tied: bool, dtype: torch.dtype) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,14 @@ class TensorInfo:
     n_bytes: int
     shard: _shards.Shard = field(repr=False, compare=False)
 
+    def rows(self, begin: int, end: int) -> TensorInfo:
+        """The part `tensor[begin:end]`; a scalar counts as one row."""
+        shape = self.shape or (1,)
+        row_bytes = self.n_bytes // shape[0]
+        n_bytes = (end - begin) * row_bytes
+        offset = self.offset + begin * row_bytes
+        return replace(self, shape=(end - begin, *shape[1:]), offset=offset, n_bytes=n_bytes)
+
     def into(self, target: torch.Tensor) -> _shards.Transfer:
         """The tensor on its way into a CPU tensor (or view) of the same shape, converted to its dtype.
 
@@ -61,11 +69,17 @@ class TensorInfo:
                 f"{self.file}: {self.name}: has shape {self.shape}, cannot be copied into {target.dtype} "
                 f"{tuple(target.shape)} on {target.device}"
             )
-        storage = target.untyped_storage()
-        begin = target.storage_offset() * target.element_size()
-        to_dtype = DTYPE_NAMES[target.dtype]
-        place = (target.data_ptr(), max(0, int(storage.nbytes()) - begin), to_dtype, target.stride())
-        return _shards.Transfer(self.shard, self.offset, DTYPE_NAMES[self.dtype], self.shape, *place)
+        begin = int(target.storage_offset()) * target.element_size()
+        return _shards.Transfer(
+            self.shard,
+            self.offset,
+            DTYPE_NAMES[self.dtype],
+            self.shape,
+            target.data_ptr(),
+            max(0, int(target.untyped_storage().nbytes() - begin)),
+            DTYPE_NAMES[target.dtype],
+            tuple(map(int, target.stride())),
+        )
 
 
 class Checkpoint:
@@ -149,12 +163,13 @@ def copy_tensors(transfers: Sequence[_shards.Transfer]) -> None:
 
     Raises OlmfastError naming the file and tensor that cannot be read any more.
     """
-    with _reading():
+    with reading():
         _shards.copy(transfers)
 
 
 @contextmanager
-def _reading() -> Iterator[None]:
+def reading() -> Iterator[None]:
+    """What the engine says of a file that cannot be read any more, as the user is to meet it."""
     try:
         yield
     except OSError as error:
@@ -166,7 +181,7 @@ def _reading() -> Iterator[None]:
 def _digest(info: TensorInfo) -> str:
     state = xxhash.xxh3_128(f"{info.dtype} {info.shape}".encode())
     buffer = bytearray(min(info.n_bytes, CHUNK_BYTES))
-    with _reading():
+    with reading():
         for begin in range(0, info.n_bytes, CHUNK_BYTES):
             part = memoryview(buffer)[: info.n_bytes - begin]
             info.shard.read_into(info.offset + begin, part)

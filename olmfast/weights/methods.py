@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from olmfast import kernels
 from olmfast.errors import OlmfastError
+from olmfast.weights.checkpoint import TensorInfo
 from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Copy, Expression, Linear, Stored, digest_tensor
 
@@ -42,6 +43,10 @@ class Sources:
             terms = [self.value(term) for term in values.terms]
             return kernels.weighted_sum(terms, list(values.weights), normalize=values.normalize)
         return values.compute(self)
+
+    def info(self, values: Values) -> TensorInfo | None:
+        """Where the bytes of `values` lie in a donor's file, if they are a donor's."""
+        return self.pool[values.donor].tensors[values.tensor] if isinstance(values, Copy) else None
 
     def digest(self, expression: Expression) -> str:
         """xxh3-128 of the bytes an expression is worth: equal bytes, equal digest."""

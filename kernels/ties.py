@@ -90,9 +90,8 @@ def _trim_ref(job: _Job, i: int, dtype: torch.dtype) -> _Trim:
     sample = torch.cat([_bits_ref(_delta_ref(job, i, start, dtype))[::SAMPLE] for start in range(0, n, N_CHUNK)])
     sample = sample.sort(descending=True).values
     middle, width = len(sample) * k // n, int(4 * len(sample) ** 0.5) // 2 + 1
-    low = int(sample[min(middle + width, len(sample) - 1)])
-    high = int(sample[max(middle - width, 0)])
-    for low, high in ((low, high), (0, torch.iinfo(sample.dtype).max)):
+    bracket = (int(sample[min(middle + width, len(sample) - 1)]), int(sample[max(middle - width, 0)]))
+    for low, high in (bracket, (0, torch.iinfo(sample.dtype).max)):
         n_above, within = 0, []
         for start in range(0, n, N_CHUNK):
             bits = _bits_ref(_delta_ref(job, i, start, dtype))

@@ -128,7 +128,7 @@ def test_stacked_linear_equals_separate_layers(shared, biased, dtype, device):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda a: weighted_sum([], []), ValueError, "weighted_sum: no tensors"),
+        (lambda _: weighted_sum([], []), ValueError, "weighted_sum: no tensors"),
         (lambda a: weighted_sum([a], [1, 2]), ValueError, "weighted_sum: 2 weights for 1 tensors"),
         (lambda a: weighted_sum([a, a[:2]], [1, 2]), ValueError, r"tensors\[1\] has shape \(2, 4\)"),
         (lambda a: weighted_sum([a, a], [1, -1], normalize=True), ValueError, "the weights sum to 0"),

@@ -1,0 +1,468 @@
+"""Bad input through the command line: exit code 2, one clear message, no traceback, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from olmfast import cli, load_config, run
+from olmfast.testing import tiny_model, tiny_run, write_dataset
+
+OLMFAST = [sys.executable, "-m", "olmfast.cli"]
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory) -> Path:
+    """A folder with donors and a config that runs; tests copy it and break the copy."""
+    folder = tmp_path_factory.mktemp("good")
+    tiny_run(folder, 2, layer_swap=True, tensor_swap=True, es_norm=True, units=["*.0.self_attn.q_proj"])
+    return folder
+
+
+@pytest.fixture
+def cfg(good, tmp_path) -> Path:
+    """The config of a fresh copy."""
+    return shutil.copytree(good, tmp_path / "run") / "cfg.yaml"
+
+
+@pytest.fixture
+def olmfast(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line in this process; returns exit code, standard output and standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["olmfast", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return (caught.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def refused(olmfast, tmp_path) -> Callable[..., str]:
+    """The message that `olmfast run` refuses its arguments with, once it is clear that nothing was written."""
+
+    def call(*arguments: object) -> str:
+        before = snapshot(tmp_path)
+        code, out, err = olmfast("run", *arguments, "-q")
+        assert code == 2, err
+        assert out == ""
+        assert err.startswith("olmfast: ")
+        assert "Traceback" not in err
+        assert snapshot(tmp_path) == before
+        return err.removeprefix("olmfast: ").rstrip("\n")
+
+    return call
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every path below a folder with its size and time of change."""
+    return {str(p): (p.lstat().st_size, p.lstat().st_mtime_ns) for p in folder.rglob("*")}
+
+
+def edit(cfg: Path, **keys: Any) -> Path:
+    """Set keys of a config."""
+    cfg.write_text(yaml.safe_dump({**yaml.safe_load(cfg.read_text()), **keys}, sort_keys=False))
+    return cfg
+
+
+def edit_json(path: Path, **keys: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+
+def edit_weights(donor: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(donor / "model.safetensors")
+    change(tensors)
+    save_file(tensors, donor / "model.safetensors", metadata={"format": "pt"})
+
+
+def donor(cfg: Path, name: str = "donor1") -> Path:
+    return cfg.parent / "models" / name
+
+
+def test_a_missing_config_is_named(refused, tmp_path):
+    assert refused(tmp_path / "absent.yaml") == f"{tmp_path / 'absent.yaml'}: cannot be read: No such file or directory"
+
+
+def test_a_config_that_cannot_be_read_is_named(refused, tmp_path):
+    assert refused(tmp_path) == f"{tmp_path}: cannot be read: Is a directory"
+    path = tmp_path / "cfg.yaml"
+    path.write_bytes(b"\xff\xfe\xfa")
+    assert refused(path) == f"{path}: cannot be read: not UTF-8 text"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"layer_swp": True}, "layer_swp: unknown key; did you mean 'layer_swap'?"),
+        ({"direction": "sideways"}, "direction: expected 'forward' or 'backward', got 'sideways'"),
+        ({"dataset": {"sums.json": {"mode": "exakt"}}}, "'perplexity' or 'choice', got 'exakt'; did you mean 'exact'?"),
+    ],
+)
+def test_an_unknown_key_mode_or_direction_is_named(refused, cfg, keys, message):
+    text = refused(edit(cfg, **keys))
+    assert text.startswith(f"{cfg}: ")
+    assert text.endswith(message)
+
+
+def test_the_real_command_refuses_without_a_traceback(cfg):
+    edit(cfg, layer_swp=True)
+    done = subprocess.run([*OLMFAST, "run", str(cfg)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == f"olmfast: {cfg}: layer_swp: unknown key; did you mean 'layer_swap'?\n"
+    assert not (cfg.parent / "out.partial").exists()
+
+
+def test_the_real_command_refuses_a_damaged_donor_without_a_traceback(cfg):
+    (donor(cfg) / "config.json").unlink()
+    done = subprocess.run([*OLMFAST, "run", str(cfg)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert (
+        done.stderr == f"olmfast: {donor(cfg)}: no config.json in this folder; expected a Hugging Face model folder\n"
+    )
+    assert not (cfg.parent / "out.partial").exists()
+
+
+def test_a_missing_donor_is_named_with_the_places_looked_in(refused, cfg):
+    shutil.rmtree(donor(cfg))
+    message = f"donor1: no such model folder; looked in {cfg.parent / 'models'} and {cfg.parent}"
+    assert refused(cfg) == message
+
+
+def test_all_unusable_donors_are_named_at_once(refused, cfg):
+    shutil.rmtree(donor(cfg, "donor0"))
+    (donor(cfg) / "model.safetensors").unlink()
+    first, second = refused(cfg).splitlines()
+    assert first.startswith("donor0: no such model folder")
+    assert second.startswith(f"{donor(cfg)}: no model.safetensors")
+
+
+def test_a_folder_without_safetensors_is_named(refused, cfg):
+    (donor(cfg) / "model.safetensors").unlink()
+    assert refused(cfg) == (f"{donor(cfg)}: no model.safetensors and no model.safetensors.index.json in this folder")
+
+
+@pytest.mark.parametrize("pickled", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth"])
+def test_pickled_weights_are_not_read_and_the_message_says_how_to_convert_them(refused, cfg, pickled):
+    (donor(cfg) / "model.safetensors").rename(donor(cfg) / pickled)
+    message = refused(cfg)
+    assert message.startswith(f"{donor(cfg)}: only pickled weights")
+    assert "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)" in message
+
+
+def test_a_pickle_under_the_name_of_safetensors_is_not_read(refused, cfg):
+    torch.save({"weight": torch.ones(3)}, donor(cfg) / "model.safetensors")
+    message = refused(cfg)
+    assert message.startswith(f"{donor(cfg) / 'model.safetensors'}: states a header of ")
+    assert message.endswith("this is no safetensors file")
+
+
+def test_quantised_weights_are_refused(refused, cfg):
+    edit_json(donor(cfg) / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    assert refused(cfg) == f"{donor(cfg)}: quantised weights cannot be merged; use the unquantised model"
+
+
+@pytest.mark.parametrize("n_bytes", [0, 7, 100, -1, -4000])
+def test_a_truncated_file_of_weights_is_named(refused, cfg, n_bytes):
+    path = donor(cfg) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:n_bytes])
+    message = refused(cfg)
+    assert message.startswith(f"{path}: ")
+    assert message.endswith("download it again")
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"[]      ", "header is "),
+        (b"{'a': 1}", "header is "),
+        (b"1" * 5000, "header is "),
+        (b"[" * 5000, "header is "),
+        (b'{"x": 3}', "x: "),
+        (b'{"x": {"dtype": "Q4", "shape": [], "data_offsets": [0, 4]}}', "x: "),
+        (b'{"x": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}', "x: "),
+        (b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', "x: "),
+        (b'{"x": {"dtype": "U8", "shape": [2], "data_offsets": [2, 4]}}', "x: "),
+        (b'{"x": {"dtype": "F32", "shape": [1, -1], "data_offsets": [0, -4]}}', "x: "),
+    ],
+)
+def test_a_damaged_or_unknown_header_is_named(refused, cfg, header, message):
+    path = donor(cfg) / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    found = refused(cfg)
+    assert found.startswith(f"{path}: ")
+    assert message in found
+
+
+@pytest.fixture
+def sharded(cfg) -> Path:
+    """The second donor, in two shards with an index."""
+    folder = donor(cfg)
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, held in parts.items():
+        save_file({name: tensors[name] for name in held}, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, held in parts.items() for name in held}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def test_an_index_that_names_a_missing_shard_is_named(refused, cfg, sharded):
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    index = sharded / "model.safetensors.index.json"
+    assert refused(cfg) == (
+        f"{index}: names the shard model-00002-of-00002.safetensors, which is not in the folder; download it again"
+    )
+
+
+def test_a_truncated_shard_is_named(refused, cfg, sharded):
+    shard = sharded / "model-00001-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    message = refused(cfg)
+    assert message.startswith(f"{shard}: expected ")
+    assert message.endswith("the file is truncated: download it again")
+
+
+def test_an_index_that_names_the_wrong_shard_for_a_tensor_is_named(refused, cfg, sharded):
+    index = sharded / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    edit_json(index, weight_map={**weight_map, "lm_head.weight": "model-00002-of-00002.safetensors"})
+    assert refused(cfg) == (
+        f"{index}: says that lm_head.weight is in model-00002-of-00002.safetensors, which does not hold it"
+    )
+
+
+@pytest.mark.parametrize("weight_map", [None, {}, ["a"], {"lm_head.weight": 3}])
+def test_an_index_without_a_map_is_named(refused, cfg, sharded, weight_map):
+    index = sharded / "model.safetensors.index.json"
+    edit_json(index, weight_map=weight_map)
+    assert refused(cfg) == f"{index}: expected 'weight_map' with tensor names and shard files"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "not readable as JSON"), ("[]", "expected a JSON object, got list")]
+)
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+def test_a_damaged_file_beside_the_weights_is_named(refused, cfg, file, text, message):
+    (donor(cfg) / file).write_text(text)
+    assert refused(cfg).startswith(f"{donor(cfg) / file}: {message}")
+
+
+@pytest.mark.parametrize("model_type", ["t5", None, ["llama"]])
+def test_an_architecture_that_is_not_supported_is_named_with_those_that_are(refused, cfg, model_type):
+    edit_json(donor(cfg) / "config.json", model_type=model_type)
+    message = refused(cfg)
+    assert message.startswith(
+        f"{donor(cfg) / 'config.json'}: model_type {model_type!r} is not supported; supported are"
+    )
+    assert "gemma2, gpt2" in message
+
+
+def test_all_differences_of_a_donor_are_listed_at_once(refused, cfg):
+    shutil.rmtree(donor(cfg))
+    sizes = {"num_hidden_layers": 3, "hidden_size": 40, "intermediate_size": 56, "vocab_size": 120}
+    tiny_model(donor(cfg), "qwen2", **sizes)
+    message = refused(cfg)
+    assert message.startswith("donor1: cannot be merged with donor0: ")
+    for difference in (
+        "architecture 'qwen2' instead of 'llama'",
+        "number of blocks 3 instead of 2",
+        "hidden size 40 instead of 32",
+        "vocabulary 120 instead of 112",
+        "MLP width 56 instead of 48",
+        "tensors too many, the first model.layers.0.self_attn.k_proj.bias",
+        "tensors of another shape, the first",
+    ):
+        assert difference in message
+    assert "\n" not in message
+
+
+def test_every_donor_that_differs_is_listed(refused, cfg):
+    tiny_model(cfg.parent / "models" / "wide", hidden_size=40)
+    tiny_model(cfg.parent / "models" / "deep", num_hidden_layers=3)
+    wide, deep = refused(edit(cfg, models=["donor0", "wide", "donor1", "deep"])).splitlines()
+    assert wide.startswith("wide: cannot be merged with donor0: hidden size 40 instead of 32; ")
+    assert deep.startswith("deep: cannot be merged with donor0: number of blocks 3 instead of 2; ")
+
+
+def test_tokens_with_other_ids_are_a_difference_of_vocabulary(refused, cfg):
+    path = donor(cfg) / "tokenizer.json"
+    data = json.loads(path.read_text())
+    vocabulary = data["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(data))
+    assert refused(cfg) == (
+        "donor1: cannot be merged with donor0: 2 tokens have another id in the tokenizer, the first 'a' "
+        f"{vocabulary['a']} instead of {vocabulary['b']}"
+    )
+
+
+def test_a_config_that_says_more_blocks_than_there_are_is_named(refused, cfg):
+    for name in ("donor0", "donor1"):
+        edit_json(donor(cfg, name) / "config.json", num_hidden_layers=4)
+    assert refused(cfg) == "donor0: config.json says 4 blocks, the weights hold 2 (named model.layers.N)"
+
+
+def test_a_missing_tensor_is_named(refused, cfg):
+    edit_weights(donor(cfg), lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    assert refused(cfg) == (
+        "donor1: cannot be merged with donor0: 1 tensors missing, the first model.layers.1.mlp.up_proj.weight"
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_donor_with_nan_or_infinity_is_refused_by_name(refused, cfg, value, dtype):
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
+        tensors["model.norm.weight"][-1] = value
+
+    edit_weights(donor(cfg), spoil)
+    assert refused(cfg) == (
+        f"{donor(cfg) / 'model.safetensors'}: model.norm.weight: holds NaN or infinity, so this donor is refused; "
+        "repair it or take it out of models"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, ": no such dataset file"),
+        ("hello", ": neither JSON nor JSON Lines: "),
+        ("", ": neither JSON nor JSON Lines: "),
+        ("[]", ": expected a list of conversations, got an empty list"),
+        ('[{"conversation": [{"from": "human", "value": "2+2="}]}]', ": item 0: no response: "),
+        ('[{"prompt": "2+2=", "response": ""}]', ": item 0: no response: "),
+    ],
+)
+@pytest.mark.parametrize("file", ["sums.json", "heldout.json"])
+def test_a_dataset_that_is_no_json_is_empty_or_has_no_response_is_named(refused, cfg, file, text, message):
+    path = cfg.parent / file
+    path.unlink() if text is None else path.write_text(text)
+    assert refused(cfg).startswith(f"{path}{message}")
+
+
+def test_a_dataset_of_which_nothing_fits_the_context_is_named(refused, cfg):
+    write_dataset(cfg.parent / "sums.json", [("x" * 200, "y")])
+    message = f"{cfg.parent / 'sums.json'}: every sample is longer than the model's context of 128 tokens"
+    assert refused(cfg) == message
+
+
+def test_a_folder_without_a_tokenizer_is_named(refused, cfg):
+    for path in donor(cfg, "donor0").glob("tokenizer*"):
+        path.unlink()
+    message = refused(cfg)
+    assert message.startswith(f"{donor(cfg, 'donor0')}: the tokenizer cannot be loaded: ")
+    assert "\n" not in message
+
+
+def test_a_device_that_is_not_there_is_named(refused, cfg):
+    assert refused(cfg, "--device", "cuda:77").startswith("device: 'cuda:77' cannot be used here: ")
+    assert refused(cfg, "--device", "gpu").startswith("device: 'gpu' cannot be used here: ")
+
+
+def test_a_pattern_that_matches_nothing_is_named(refused, cfg):
+    assert refused(edit(cfg, units=["*.q_proj", "*.qproj"])) == (
+        "units: '*.qproj' matches no module inside the blocks; they are named such as model.layers.0.input_layernorm"
+    )
+
+
+@pytest.mark.parametrize("arguments", [[], ["--dry-run"]])
+@pytest.mark.parametrize("output", [".", "models", "models/donor1"])
+def test_an_output_folder_that_holds_what_is_read_is_refused_even_to_be_overwritten(refused, cfg, output, arguments):
+    message = refused(edit(cfg, output_dir=output), "--overwrite", *arguments)
+    assert message.startswith(f"output_dir: {cfg.parent / output} holds the ")
+
+
+def test_an_output_folder_that_exists_is_left_alone(refused, cfg):
+    (cfg.parent / "out").mkdir()
+    (cfg.parent / "out" / "thesis.txt").write_text("precious")
+    out = cfg.parent / "out"
+    assert refused(cfg) == f"{out}: exists; use --overwrite to replace it or --resume to continue its run"
+    assert refused(cfg, "--resume") == (
+        f"{out}: exists and holds no merge_report.json, so there is nothing to resume; use --overwrite"
+    )
+
+
+@pytest.mark.parametrize("flag", [[], ["--resume"], ["--overwrite"]])
+def test_an_output_that_is_a_file_is_left_alone(refused, cfg, flag):
+    (cfg.parent / "out").write_text("precious")
+    assert refused(cfg, *flag) == f"{cfg.parent / 'out'}: exists and is no folder; name another output_dir"
+
+
+def test_an_output_below_a_file_is_refused(refused, cfg):
+    edit(cfg, output_dir="sums.json/out")
+    assert refused(cfg) == f"{cfg.parent / 'sums.json' / 'out.partial'}: cannot be written: Not a directory"
+
+
+def test_an_output_without_a_name_is_refused(refused, cfg):
+    assert refused(edit(cfg, output_dir="/")).startswith("output_dir: / has no name of its own")
+
+
+def test_an_unfinished_run_is_left_alone(refused, cfg):
+    (cfg.parent / "out.partial").mkdir()
+    message = f"{cfg.parent / 'out.partial'}: an unfinished run; --resume continues it, --overwrite starts anew"
+    assert refused(cfg) == message
+
+
+def test_too_little_space_is_noticed_before_the_run(refused, cfg, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**9, 10**9 - 5, 5))
+    message = refused(cfg)
+    assert message.startswith(f"{cfg.parent / 'out'}: the result needs 0.00 GB and {cfg.parent} has 0.00 GB free")
+
+
+@contextmanager
+def no_file_larger_than(n_bytes: int) -> Iterator[None]:
+    """Writing past this size fails in this process, as it does on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The files of a result that must not depend on how often the run was interrupted."""
+    wanted = [path for path in folder.iterdir() if path.is_file() and path.name != "merge_report.json"]
+    return {path.name: path.read_bytes() for path in sorted(wanted)}
+
+
+@pytest.mark.parametrize("file", ["evaluations.jsonl", "merge_report.json", "model.safetensors"])
+def test_a_disk_that_fills_up_during_the_run_costs_nothing_that_was_decided(olmfast, cfg, finished, file):
+    with no_file_larger_than((finished / file).stat().st_size * 3 // 4):
+        code, _, err = olmfast("run", cfg, "-q")
+    assert code == 1
+    assert "File too large; " in err
+    assert "--resume" in err
+    assert "Traceback" not in err
+    report = json.loads((cfg.parent / "out.partial" / "merge_report.json").read_text())
+    assert report["olmfast"]["status"] == "running"
+    assert report["olmfast"]["steps"]
+    assert not (cfg.parent / "out").exists()
+    assert olmfast("run", cfg, "-q", "--resume")[0] == 0
+    assert files(cfg.parent / "out") == files(finished)
+    assert not (cfg.parent / "out.partial").exists()
+
+
+@pytest.fixture(scope="module")
+def finished(good, tmp_path_factory) -> Path:
+    """The result of the good config, uninterrupted."""
+    cfg = shutil.copytree(good, tmp_path_factory.mktemp("whole") / "run") / "cfg.yaml"
+    return run(load_config(cfg)).output_dir

@@ -112,7 +112,7 @@ class Architecture:
     def from_config(cls, config: dict[str, Any], where: str) -> Architecture:
         """Look up a config.json's `model_type`. Raises InputError for a type that is not in the table."""
         model_type = config.get("model_type")
-        if model_type not in FAMILIES:
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
             known = ", ".join(sorted(FAMILIES))
             raise InputError(f"{where}: model_type {model_type!r} is not supported; supported are {known}")
         n_blocks = config.get("num_hidden_layers", config.get("n_layer"))

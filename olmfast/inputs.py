@@ -19,6 +19,7 @@ from olmfast.evaluation.batches import Dataset, load_datasets
 from olmfast.evaluation.model import pick_device, pick_dtype
 from olmfast.search.stage import Observer
 from olmfast.weights.checkpoint import Checkpoint, read_json
+from olmfast.weights.digests import DIGESTS, DigestCache
 from olmfast.weights.pool import Pool
 
 
@@ -41,7 +42,9 @@ class Inputs:
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
         names = [config.base_name, *(name for name in config.models if name != config.base_name)]
-        pool = Pool.open(names, config.models_dir, config.config_dir)
+        digests = DigestCache()
+        digests.load([config.output_dir.with_name(f"{config.output_dir.name}.partial") / DIGESTS])
+        pool = Pool.open(names, config.models_dir, config.config_dir, digests=digests)
         for warning in pool.warnings:
             observer.note(warning)
         tokenizer, stop_tokens = load_tokenizer(pool[config.base_name])

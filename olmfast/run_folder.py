@@ -12,6 +12,7 @@ from typing import Any
 from olmfast.errors import InputError
 from olmfast.report import LEDGER, REFINED, REPORT, Outcome, Report, original_choices
 from olmfast.search.swap import whole
+from olmfast.weights.digests import DIGESTS
 from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Copy
 
@@ -56,6 +57,7 @@ class RunFolder:
             except InputError:
                 self._forget_if_empty()
                 raise
+            pool.digests.keep_in(self.partial / DIGESTS)
             yield report
 
     def publish(self) -> None:
@@ -65,7 +67,8 @@ class RunFolder:
         """
         if not self.partial.exists():
             return
-        (self.partial / ".lock").unlink(missing_ok=True)
+        for name in (".lock", DIGESTS):
+            (self.partial / name).unlink(missing_ok=True)
         if self.output.exists():
             keep = (self.output / REPORT).is_file() and Report.load(self.output).status == "original"
             aside = self.output.with_name(self.output.name + (".original" if keep else ".replaced"))

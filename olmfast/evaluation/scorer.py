@@ -130,6 +130,8 @@ class SequentialScorer:
         for row, candidate in enumerate(candidates):
             try:
                 self.model.apply(candidate.values)
+                if row + 1 < len(candidates):
+                    self.model.prefetch(candidates[row + 1].values)
                 for name in names:
                     scores, truncated = self._score_dataset(self.datasets[name], wanted[name])
                     result.samples[name][row, wanted[name]] = scores.to(dtype)

@@ -11,6 +11,7 @@ from typing import Any
 from olmfast.errors import InputError
 from olmfast.weights.architecture import Architecture
 from olmfast.weights.checkpoint import Checkpoint, missing_files, read_header, read_json
+from olmfast.weights.digests import DigestCache
 
 # What two donors must share: (what a user calls it, the keys that model types spell it with).
 DIMENSIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -37,6 +38,7 @@ class Pool:
 
     def __init__(self, donors: Sequence[Checkpoint]) -> None:
         self.donors = {donor.name: donor for donor in donors}
+        self.digests: DigestCache = donors[0].digests
         first = donors[0]
         self.architecture: Architecture = first.architecture
         self.warnings: list[str] = []
@@ -52,17 +54,21 @@ class Pool:
         models_dir: Path,
         folder: Path,
         progress: Callable[[str], None] = lambda _: None,
+        digests: DigestCache | None = None,
     ) -> Pool:
         """Find, download where needed, open and check the named donors; `folder` resolves relative paths.
+
+        They share `digests`, which may know their tensors from an earlier run.
 
         Raises InputError that lists every donor that is missing or differs.
         """
         donors: list[Checkpoint] = []
         faults: list[str] = []
+        digests = digests or DigestCache()
         for name in names:
             progress(name)
             try:
-                donors.append(Checkpoint(resolve(name, models_dir, folder), name))
+                donors.append(Checkpoint(resolve(name, models_dir, folder), name, digests))
             except InputError as error:
                 faults.append(str(error))
         if faults:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class WorkingModel:
     def __init__(self, recipe: Recipe, sources: Sources, device: torch.device, dtype: torch.dtype) -> None:
         self.sources, self.device, self.dtype = sources, device, dtype
         self._uploader: Uploader | None = None
+        self._reader = ThreadPoolExecutor(1, "prefetch")
         self.rebuild(recipe)
 
     def rebuild(self, recipe: Recipe) -> None:
@@ -80,10 +82,13 @@ class WorkingModel:
             self._copy(direct)
 
     def prefetch(self, values: Mapping[str, Values]) -> None:
-        """Start reading from disk what `apply` will want next; returns at once."""
-        for name, wanted in values.items():
-            if name in self._slots and isinstance(wanted, Copy):
-                self.sources.pool[wanted.donor].prefetch([wanted.tensor])
+        """Let a thread read from disk what `apply` will want next; returns at once."""
+        wanted: dict[str, list[str]] = {}
+        for name, value in values.items():
+            if name in self._slots and isinstance(value, Copy):
+                wanted.setdefault(value.donor, []).append(value.tensor)
+        for donor, tensors in wanted.items():
+            self._reader.submit(self.sources.pool[donor].prefetch, tensors)
 
     def _copy(self, pairs: list[tuple[TensorInfo, torch.Tensor]]) -> None:
         """Bytes from mapped files straight into the parameters, converted on the way."""

@@ -135,11 +135,15 @@ class Checkpoint:
         return known
 
     def prefetch(self, tensors: Sequence[str]) -> None:
-        """Start reading these tensors from disk, and return at once; an error shows when they are copied."""
-        for tensor in tensors:
-            info = self.tensors[tensor]
-            with suppress(OSError):
-                info.shard.advise(info.offset, info.n_bytes, "prefetch")
+        """Read these tensors from disk and map them, so that copying them costs no more than a copy.
+
+        An error shows when they are copied.
+        """
+        for how in ("prefetch", "load"):
+            for tensor in tensors:
+                info = self.tensors[tensor]
+                with suppress(OSError):
+                    info.shard.advise(info.offset, info.n_bytes, how)
 
     def fingerprint(self) -> str:
         """xxh3-128 of all tensors (names and digests) and of config.json."""

@@ -1,0 +1,365 @@
+"""The shard engine: swapping a block, writing a merged folder, opening a pool.
+
+    pytest bench/test_shards.py --benchmark-only -s
+
+A checkpoint of 1 GB (bfloat16, 16 blocks, random weights) is made in a temporary folder, with a second donor
+beside it. Ours and the baseline run in turn in one process, medians are compared, results are checked. The
+limit of a swap is torch's own parallel copy of the same bytes from plain memory, of writing `cp` plus sync of
+the same files. Needs 12 GB of disk and 6 GB of memory, and takes about three minutes.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import re
+import statistics
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from olmfast import _shards
+from olmfast.evaluation.model import WorkingModel
+from olmfast.weights.checkpoint import Checkpoint
+from olmfast.weights.methods import Sources
+from olmfast.weights.pool import Pool
+from olmfast.weights.recipe import Copy, Linear, Recipe
+from olmfast.weights.writer import write_model
+
+N_BLOCKS = 16
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 1536,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "vocab_size": 16000,
+    "tie_word_embeddings": False,
+}
+
+
+def shapes(n_blocks: int) -> dict[str, list[int]]:
+    width, inner, words = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["vocab_size"]
+    block = {f"self_attn.{m}_proj": [width, width] for m in "qkvo"}
+    block |= {"mlp.gate_proj": [inner, width], "mlp.up_proj": [inner, width], "mlp.down_proj": [width, inner]}
+    block |= {"input_layernorm": [width], "post_attention_layernorm": [width]}
+    named = {f"model.layers.{i}.{m}.weight": shape for i in range(n_blocks) for m, shape in block.items()}
+    ends = {"model.embed_tokens.weight": [words, width], "lm_head.weight": [words, width], "model.norm.weight": [width]}
+    return dict(sorted({**named, **ends}.items()))
+
+
+def make_donor(folder: Path, n_blocks: int, seed: int | None) -> None:
+    """A Hugging Face folder of random weights; with no seed, a sparse file of zeros."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": n_blocks}))
+    header, position = {}, 0
+    for name, shape in shapes(n_blocks).items():
+        end = position + 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        if seed is None:
+            file.truncate(8 + len(text) + position)
+            return
+        dice = torch.Generator().manual_seed(seed)
+        for shape in shapes(n_blocks).values():
+            values = (torch.randn(shape, generator=dice) * 0.02).bfloat16()
+            file.write(values.view(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pool")
+    for seed, name in enumerate(("one", "two")):
+        make_donor(folder / name, N_BLOCKS, seed)
+    return folder
+
+
+@pytest.fixture
+def pool(folder) -> Pool:
+    return Pool.open(["one", "two"], folder, folder)
+
+
+def whole(donor: str, pool: Pool) -> Recipe:
+    return Recipe("one", {name: Copy(donor, name) for name in pool.tensors})
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is no file's: what a copy too many would show in."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024
+
+
+def growth_while(call: Callable[[], object]) -> int:
+    """How much anonymous memory grows at most while `call` runs, looked at every few milliseconds."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier tests freed must not hide what this one takes
+    before = peak = anonymous_bytes()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.003):
+            peak = max(peak, anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    call()
+    done.set()
+    watcher.join()
+    return max(peak, anonymous_bytes()) - before
+
+
+def timed(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def say(benchmark, case: str, **figures: object) -> None:
+    benchmark.extra_info.update(figures)
+    print(f"\n{case} | " + " | ".join(f"{name} {value}" for name, value in figures.items()))
+
+
+def block_of(pool: Pool, donor: str, index: int) -> dict[str, Copy]:
+    unit = pool.architecture.window_unit(pool.tensors, [index])
+    return {name: Copy(donor, name) for name in unit.tensors}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "bf16 to float32"])
+def test_swap_of_one_block(benchmark, pool, dtype):
+    model = WorkingModel(whole("one", pool), Sources(pool, Path()), torch.device("cpu"), dtype)
+    blocks = [block_of(pool, "two", i) for i in range(N_BLOCKS)]
+    plain = [{name: pool["two"].read(name) for name in block} for block in blocks]
+    n_bytes = sum(pool["two"].tensors[name].n_bytes for name in blocks[0])
+
+    def rival(i: int) -> None:
+        for name, value in plain[i].items():
+            model._slots[name].copy_(value)
+
+    def spoil(i: int) -> None:
+        for name in plain[i]:
+            model._slots[name].zero_()
+
+    for name in pool.tensors:  # no page of the donor is in the process's map yet, all are in the page cache
+        info = pool["two"].tensors[name]
+        info.shard.advise(info.offset, info.n_bytes, "release")
+    times: dict[str, list[float]] = {"rival": [], "first": [], "again": [], "prefetched": []}
+    ours = [lambda i=i: model.apply(blocks[i]) for i in range(N_BLOCKS)]
+    before = anonymous_bytes()
+    for i in range(N_BLOCKS):
+        times["first"].append(timed(ours[i]))
+        times["rival"].append(timed(lambda i=i: rival(i)))
+        times["again"].append(timed(ours[i]))
+    for _ in range(2):
+        for i in range(N_BLOCKS):
+            for name in blocks[i]:
+                info = pool["two"].tensors[name]
+                info.shard.advise(info.offset, info.n_bytes, "release")
+            pool["two"].prefetch(list(blocks[i]))  # in a search, while the block before is evaluated
+            times["prefetched"].append(timed(ours[i]))
+            times["rival"].append(timed(lambda i=i: rival(i)))
+            times["again"].append(timed(ours[i]))
+    growth = anonymous_bytes() - before
+    for i in range(N_BLOCKS):
+        spoil(i)
+        ours[i]()
+        for name, value in plain[i].items():
+            assert torch.equal(model._slots[name], value.to(dtype))
+    benchmark.pedantic(ours[0], rounds=5)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    say(
+        benchmark, f"swap one block of {N_BLOCKS} ({n_bytes / 1e6:.0f} MB)",
+        ours=f"{n_bytes / median['again'] / 1e9:.1f} GB/s", plain_copy=f"{n_bytes / median['rival'] / 1e9:.1f} GB/s",
+        share_mapped=f"{median['rival'] / median['again']:.0%}",
+        share_prefetched=f"{median['rival'] / median['prefetched']:.0%}",
+        share_first_touch=f"{median['rival'] / median['first']:.0%}",
+        RssAnon_growth=f"{growth / 1e6:.1f} MB",
+    )  # fmt: skip
+
+
+def test_swap_against_a_reload(benchmark, folder, pool):
+    from transformers import AutoModelForCausalLM
+
+    model = WorkingModel(whole("one", pool), Sources(pool, Path()), torch.device("cpu"), torch.bfloat16)
+    live = dict(model.module.named_parameters())
+
+    def reload() -> None:
+        loaded = AutoModelForCausalLM.from_pretrained(folder / "two", dtype=torch.bfloat16)
+        with torch.no_grad():
+            for name, value in loaded.named_parameters():
+                live[name].copy_(value)
+
+    times: list[tuple[float, float]] = []
+    for i in range(5):
+        swaps = [timed(lambda j=j: model.apply(block_of(pool, "two", j))) for j in range(i * 3, i * 3 + 3)]
+        times.append((timed(reload), statistics.median(swaps)))
+    benchmark.pedantic(lambda: model.apply(block_of(pool, "two", 0)), rounds=5)
+    reload_s, swap_s = (statistics.median(column) for column in zip(*times, strict=True))
+    say(
+        benchmark, "swap one block, against from_pretrained plus copying every parameter",
+        reload=f"{reload_s * 1e3:.0f} ms", swap_first_touch=f"{swap_s * 1e3:.1f} ms",
+        ratio=f"{reload_s / swap_s:.0f}x", blocks=N_BLOCKS,
+    )  # fmt: skip
+
+
+def mixed(pool: Pool) -> Recipe:
+    """Blocks of both donors in turn."""
+    block_of = pool.architecture.block_of
+    return Recipe("one", {n: Copy("two" if (block_of(n) or 0) % 2 else "one", n) for n in pool.tensors})
+
+
+def test_writing_a_merged_folder(benchmark, folder, pool, tmp_path):
+    source = folder / "one"
+
+    def write(target: Path) -> None:
+        target.mkdir()
+        write_model(mixed(pool), Sources(pool, Path()), target, source, 10**12)
+
+    def copy(target: Path) -> None:
+        target.mkdir()
+        files = [str(path) for path in source.iterdir()]
+        subprocess.run(["cp", "--reflink=never", *files, str(target)], check=True)
+        subprocess.run(["sync", *(str(target / Path(file).name) for file in files), str(target)], check=True)
+
+    times: list[tuple[float, float]] = []
+    for i in range(7):
+        row = {}
+        for call in ((write, copy), (copy, write))[i % 2]:
+            target = tmp_path / f"{call.__name__}{i}"
+            row[call.__name__] = timed(lambda c=call, t=target: c(t))
+            if call is write and i == 0:
+                check_written(target, pool)
+            subprocess.run(["rm", "-r", str(target)], check=True)
+            os.sync()
+        times.append((row["write"], row["copy"]))
+    ours_s, copy_s = (statistics.median(column) for column in zip(*times, strict=True))
+    ratio = statistics.median(copy_s / ours_s for ours_s, copy_s in times)
+    counter = iter(range(1000))
+    benchmark.pedantic(lambda: write(tmp_path / f"last{next(counter)}"), rounds=1)
+    n_bytes = pool["one"].n_bytes
+    say(
+        benchmark, f"write a merged folder of {n_bytes / 1e9:.2f} GB",
+        ours=f"{n_bytes / ours_s / 1e9:.2f} GB/s", cp_and_sync=f"{n_bytes / copy_s / 1e9:.2f} GB/s",
+        ratio_of_medians=f"{copy_s / ours_s:.0%}", median_of_ratios=f"{ratio:.0%}",
+    )  # fmt: skip
+
+
+def check_written(target: Path, pool: Pool) -> None:
+    written, recipe = Checkpoint(target), mixed(pool)
+    for name in list(pool.tensors)[::7]:
+        assert torch.equal(written.read(name), pool[recipe.tensors[name].donor].read(name))
+
+
+@pytest.mark.parametrize("size", [1, 4], ids=["1 GB", "4 GB"])
+def test_memory_while_writing(benchmark, folder, tmp_path, size):
+    """Copied blocks, and in each a matrix that is computed from both donors."""
+    places = [folder / "one", folder / "two"]
+    if size == 4:
+        places = [tmp_path / "one", tmp_path / "two"]
+        for place in places:
+            make_donor(place, 4 * N_BLOCKS, None)
+    pool = Pool([Checkpoint(place, place.name) for place in places])
+    recipe = mixed(pool)
+    for name in pool.tensors:
+        if name.endswith("mlp.down_proj.weight") or name == "lm_head.weight":
+            recipe.tensors[name] = Linear((Copy("one", name), Copy("two", name)), (0.5, 0.5))
+    target = tmp_path / "out"
+    target.mkdir()
+
+    def write() -> None:
+        write_model(recipe, Sources(pool, Path()), target, places[0], 10**12)
+
+    growth = growth_while(lambda: benchmark.pedantic(write, rounds=1))
+    largest = max(info.n_bytes for info in pool["one"].tensors.values())
+    say(
+        benchmark, f"memory while writing {pool['one'].n_bytes / 1e9:.2f} GB",
+        RssAnon_growth=f"{growth / 1e6:.0f} MB", largest_tensor=f"{largest / 1e6:.0f} MB",
+    )  # fmt: skip
+    assert growth < 300e6
+
+
+def test_opening_thirty_donors(benchmark, tmp_path):
+    make_donor(tmp_path / "first", 256, None)
+    folders = [tmp_path / "first"]
+    for i in range(29):
+        folders.append(tmp_path / str(i))
+        folders[-1].mkdir()
+        for path in folders[0].iterdir():
+            os.link(path, folders[-1] / path.name)
+    before = anonymous_bytes()
+    pool = benchmark.pedantic(lambda: [Checkpoint(path) for path in folders], rounds=3)
+    growth, n_bytes = anonymous_bytes() - before, sum(donor.n_bytes for donor in pool)
+    elapsed = benchmark.stats.stats.median
+    say(
+        benchmark, f"open 30 donors of {n_bytes / 30 / 1e9:.1f} GB and {len(pool[0].tensors)} tensors",
+        elapsed=f"{elapsed * 1e3:.0f} ms", RssAnon_growth=f"{growth / 1e6:.0f} MB",
+    )  # fmt: skip
+    assert elapsed < 1.0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_swap_of_a_7b_block_to_the_device(benchmark, tmp_path):
+    """Beside the rates of a pinned and a pageable copy, and how much of it a prefetch hides."""
+    device = torch.device("cuda")
+    for seed, name in enumerate(("one", "two")):
+        make_donor(tmp_path / name, 8, seed)
+    pool = Pool.open(["one", "two"], tmp_path, tmp_path)
+    model = WorkingModel(whole("one", pool), Sources(pool, Path()), device, torch.bfloat16)
+    # As many bytes as one block of a 7B model (405 MB): seven of this model's blocks.
+    block = {name: copy for i in range(7) for name, copy in block_of(pool, "two", i).items()}
+    n_bytes = sum(pool["two"].tensors[name].n_bytes for name in block)
+    pinned = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
+    pageable, target = torch.ones(n_bytes, dtype=torch.uint8), torch.empty(n_bytes, dtype=torch.uint8, device=device)
+    gemm = torch.randn(8192, 8192, dtype=torch.bfloat16, device=device)
+
+    def on_device(call: Callable[[], object]) -> float:
+        torch.cuda.synchronize()
+        return timed(lambda: (call(), torch.cuda.synchronize()))
+
+    def compute() -> None:
+        for _ in range(40):
+            gemm @ gemm
+
+    model.apply(block)
+    calls = {
+        "swap": lambda: model.apply(block),
+        "pinned": lambda: target.copy_(pinned, non_blocking=True),
+        "pageable": lambda: target.copy_(pageable),
+        "compute": compute,
+        "both": lambda: (compute(), model.apply(block)),
+    }
+    times = {name: statistics.median(on_device(call) for _ in range(7)) for name, call in calls.items()}
+    benchmark.pedantic(lambda: on_device(calls["swap"]), rounds=3)
+    for name in block:
+        assert torch.equal(model._slots[name].cpu(), pool["two"].read(name))
+    hidden = (times["swap"] + times["compute"] - times["both"]) / min(times["swap"], times["compute"])
+    rates = {name: f"{n_bytes / times[name] / 1e9:.1f} GB/s" for name in ("swap", "pinned", "pageable")}
+    share = f"{times['pinned'] / times['swap']:.0%}"
+    say(benchmark, f"swap {n_bytes / 1e6:.0f} MB to the device", **rates, share_of_pinned=share, hidden=f"{hidden:.0%}")
+
+
+def test_one_thread_is_not_enough_and_more_than_cores_do_not_hurt(benchmark, pool):
+    """The default number of threads against others: a swap of one block into float32."""
+    model = WorkingModel(whole("one", pool), Sources(pool, Path()), torch.device("cpu"), torch.float32)
+    block, usual = block_of(pool, "two", 0), _shards.threads()
+    model.apply(block)
+    times = {}
+    for n in (1, usual, 2 * usual):
+        _shards.set_threads(n)
+        times[n] = statistics.median(timed(lambda: model.apply(block)) for _ in range(9))
+    _shards.set_threads(usual)
+    benchmark.pedantic(lambda: model.apply(block), rounds=3)
+    say(benchmark, "threads", **{f"n_{n}": f"{s * 1e3:.1f} ms" for n, s in times.items()})

@@ -45,7 +45,10 @@ class Pool:
         self.tied = all(donor.is_tied for donor in donors)
         self._align_heads()
         self._check_alike()
-        self.tensors: tuple[str, ...] = tuple(first.tensors)
+        # What only some donors store is a buffer that the module computes: no part of the merge.
+        self.tensors: tuple[str, ...] = tuple(
+            name for name in first.tensors if all(name in donor.tensors for donor in donors)
+        )
 
     @classmethod
     def open(

@@ -247,7 +247,11 @@ def _account(recipe: Recipe, tensors: list[OutputTensor], sources: Sources) -> s
         source = tensor.expression
         counts[f"copied from {source.donor}" if isinstance(source, Copy) else "computed"] += 1
     parts = [f"{n} {what}" for what, n in counts.items()]
-    dropped = len(sources.pool[recipe.base].file_names) - len(tensors)
-    if dropped > 0:
-        parts.append(f"{dropped} tied to the embedding and not written twice")
+    base, written = sources.pool[recipe.base], {tensor.name for tensor in tensors}
+    left_out = [name for name, stored in base.file_names.items() if stored not in written]
+    n_buffers = sum(base.architecture.is_ignored(name) for name in left_out)
+    if len(left_out) > n_buffers:
+        parts.append(f"{len(left_out) - n_buffers} tied to the embedding and not written twice")
+    if n_buffers:
+        parts.append(f"{n_buffers} left out that the model computes itself")
     return f"{len(tensors)} tensors written: {', '.join(parts)}"

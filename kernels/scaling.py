@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 BLOCK_ROWS, BLOCK_COLS = 8, 512
 # Values handled at a time on a CPU: the float32 copy of the weight stays in the cache.
-N_CHUNK = 1 << 19
+N_CHUNK = 1 << 20
 
 
 def row_scale_ref(weight: Tensor, log_scale: Tensor, *, axis: int, out: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 BLOCK = 2048
 # Values summed at a time on a CPU: the float32 sum stays in the cache.
-N_CHUNK = 1 << 19
+N_CHUNK = 1 << 20
 
 
 def weighted_sum_ref(tensors: Sequence[Tensor], weights: Sequence[float], divisor: float, out: Tensor) -> Tensor:

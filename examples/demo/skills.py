@@ -14,6 +14,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 Question = tuple[str, str]
@@ -118,12 +119,14 @@ def draw(skill: str, split: str, seed: int) -> Iterator[Question]:
 
 
 def conversations(skill: str, split: str, seed: int, count: int) -> list[dict]:
-    """``count`` different questions of ``skill`` as ShareGPT conversations."""
+    """``count`` different questions of ``skill`` as ShareGPT conversations; ValueError if a split has fewer."""
     different: dict[str, str] = {}
-    for question, answer in draw(skill, split, seed):
+    for question, answer in islice(draw(skill, split, seed), 100 * count):
         different[question] = answer
         if len(different) == count:
             break
+    if len(different) < count:
+        raise ValueError(f"{skill}: {split} has fewer than {count} different questions")
     return [
         {"conversation": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
         for question, answer in different.items()

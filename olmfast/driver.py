@@ -144,12 +144,14 @@ class Session:
         average = {AVERAGE: plain_average(recipe.base, self.selection.donors, pool)} if len(pool) > 1 else {}
         rows: dict[str, Recipe | None] = {**average, RESULT: None}
         for board, datasets in ((self.selection, self.inputs.datasets), (self.holdout, self.inputs.holdout)):
-            if datasets and board.donors:
+            if datasets and board.rows:  # without the donors' scores there is no scale
                 board.score(self._scorer(datasets), rows, list(datasets), pool)
         tokenizer = pool[self.config.base_name].folder
         account = write_model(recipe, self.sources, self.report.folder, tokenizer, self.config.shard_size)
         boards = {"Selection": self.selection, "Held-out": self.holdout}
-        self.report.update(selection=self.selection.to_json(), holdout=self.holdout.to_json(), account=account)
+        # The recipe too: it is nowhere yet when the budget ended the run before its first step.
+        content = {"recipe": recipe.to_json(), "account": account}
+        self.report.update(selection=self.selection.to_json(), holdout=self.holdout.to_json(), **content)
         card = write_card(self.config, self.report, recipe.base, boards, account)
         (self.report.folder / "README.md").write_text(card, encoding="utf-8")
         return account

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from olmfast import cli
-from olmfast.config import MODES, Budget, DatasetConfig, RunConfig, load_config, parse_config
+from olmfast.config import FREE_TO_CHANGE, MODES, Budget, DatasetConfig, RunConfig, load_config, parse_config
 from olmfast.errors import InputError
 
 ORIGINAL = """
@@ -399,6 +399,12 @@ def test_the_documented_defaults_are_the_real_ones(fields):
             assert size == field.default, key
         elif field.is_required() and key != "dataset_dir":
             assert listed[key] == "required", key
+
+
+def test_the_documentation_says_what_is_free_to_change_on_resume():
+    text = (Path(__file__).parents[1] / "docs" / "config.md").read_text(encoding="utf-8")
+    sentence = re.search(r"Free to change are (.*)", text, re.DOTALL)[1]
+    assert set(re.findall(r"`(\w+)`", sentence)) == FREE_TO_CHANGE
 
 
 def test_the_example_of_the_documentation_loads():

@@ -145,7 +145,8 @@ def print_plan(plan: Plan, as_json: bool) -> None:
     _console().print(table)
     for name, (mode, n_samples) in plan.datasets.items():
         print(f"{name}: {mode}, {n_samples} samples")
-    print(f"result: {plan.n_bytes / 1e9:.3f} GB in {plan.output_dir}; nothing has been written")
+    there = " (exists: --overwrite or --resume will be needed)" if plan.output_dir.exists() else ""
+    print(f"result: {plan.n_bytes / 1e9:.3f} GB in {plan.output_dir}{there}; nothing has been written")
 
 
 def print_result(result: Result, as_json: bool) -> None:

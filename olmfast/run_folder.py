@@ -6,6 +6,7 @@ import fcntl
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,7 @@ class RunFolder:
             (self.partial / name).unlink(missing_ok=True)
         if self.output.exists():
             keep = (self.output / REPORT).is_file() and Report.load(self.output).status == "original"
-            aside = self.output.with_name(self.output.name + (".original" if keep else ".replaced"))
-            shutil.rmtree(aside, ignore_errors=True)
+            aside = _unused(self.output.with_name(self.output.name + (".original" if keep else ".replaced")))
             self.output.rename(aside)
             self.partial.rename(self.output)
             if not keep:
@@ -151,6 +151,12 @@ class RunFolder:
             recipe = recipe.with_values({t: Copy(donor, t) for t in tensors})
             outcomes[key] = Outcome(stage, unit_name, donor, changed=donor != base, metrics={})
         return Report.create(self.partial, {**header, "imported": True}, outcomes, recipe)
+
+
+def _unused(path: Path) -> Path:
+    """The path, or the first of path.2, path.3, ... that is not there yet."""
+    names = (path.with_name(f"{path.name}.{number}" if number > 1 else path.name) for number in count(1))
+    return next(candidate for candidate in names if not candidate.exists())
 
 
 def _check_same(folder: Path, report: Report, header: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,7 @@ def _vocabulary_differences(first: Checkpoint, other: Checkpoint) -> list[str]:
     ]
 
 
+@lru_cache(maxsize=2)  # the first donor's is compared with every other's
 def _vocabulary(folder: Path) -> dict[str, int]:
     """Token -> id from tokenizer.json, where there is one and its model lists its tokens."""
     path = folder / "tokenizer.json"

@@ -4,8 +4,9 @@
 
 A checkpoint of 1 GB (bfloat16, 16 blocks, random weights) is made in a temporary folder, with a second donor
 beside it. Ours and the baseline run in turn in one process, medians are compared, results are checked. The
-limit of a swap is torch's own parallel copy of the same bytes from plain memory, of writing `cp` plus sync of
-the same files. Needs 12 GB of disk and 6 GB of memory, and takes about three minutes.
+limit of a swap is the faster of two parallel copies of the same bytes from plain memory (torch's own, and one
+by plain threads); of writing, `cp` plus sync of the same files. Needs 12 GB of disk and 6 GB of memory, and
+takes about three minutes.
 """
 
 import ctypes
@@ -19,6 +20,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -145,9 +147,20 @@ def test_swap_of_one_block(benchmark, pool, dtype):
     plain = [{name: pool["two"].read(name) for name in block} for block in blocks]
     n_bytes = sum(pool["two"].tensors[name].n_bytes for name in blocks[0])
 
-    def rival(i: int) -> None:
+    def torch_copy(i: int) -> None:
         for name, value in plain[i].items():
             model._slots[name].copy_(value)
+
+    n_threads = torch.get_num_threads()
+    workers = ThreadPoolExecutor(n_threads)
+
+    def thread_copy(i: int) -> None:
+        """The same without torch's own threads, which suffer most on a machine that does other work as well."""
+        torch.set_num_threads(1)
+        parts = [(model._slots[n].view(-1).tensor_split(8), v.view(-1).tensor_split(8)) for n, v in plain[i].items()]
+        pairs = [pair for targets, sources in parts for pair in zip(targets, sources, strict=True)]
+        list(workers.map(lambda pair: pair[0].copy_(pair[1]), pairs))
+        torch.set_num_threads(n_threads)
 
     def spoil(i: int) -> None:
         for name in plain[i]:
@@ -156,12 +169,14 @@ def test_swap_of_one_block(benchmark, pool, dtype):
     for name in pool.tensors:  # no page of the donor is in the process's map yet, all are in the page cache
         info = pool["two"].tensors[name]
         info.shard.advise(info.offset, info.n_bytes, "release")
-    times: dict[str, list[float]] = {"rival": [], "first": [], "again": [], "prefetched": []}
+    names = ("torch", "threads", "first", "again", "prefetched")
+    times: dict[str, list[float]] = {name: [] for name in names}
     ours = [lambda i=i: model.apply(blocks[i]) for i in range(N_BLOCKS)]
     before = anonymous_bytes()
     for i in range(N_BLOCKS):
         times["first"].append(timed(ours[i]))
-        times["rival"].append(timed(lambda i=i: rival(i)))
+        times["torch"].append(timed(lambda i=i: torch_copy(i)))
+        times["threads"].append(timed(lambda i=i: thread_copy(i)))
         times["again"].append(timed(ours[i]))
     for _ in range(2):
         for i in range(N_BLOCKS):
@@ -170,7 +185,8 @@ def test_swap_of_one_block(benchmark, pool, dtype):
                 info.shard.advise(info.offset, info.n_bytes, "release")
             pool["two"].prefetch(list(blocks[i]))  # in a search, while the block before is evaluated
             times["prefetched"].append(timed(ours[i]))
-            times["rival"].append(timed(lambda i=i: rival(i)))
+            times["torch"].append(timed(lambda i=i: torch_copy(i)))
+            times["threads"].append(timed(lambda i=i: thread_copy(i)))
             times["again"].append(timed(ours[i]))
     growth = anonymous_bytes() - before
     for i in range(N_BLOCKS):
@@ -179,15 +195,14 @@ def test_swap_of_one_block(benchmark, pool, dtype):
         for name, value in plain[i].items():
             assert torch.equal(model._slots[name], value.to(dtype))
     benchmark.pedantic(ours[0], rounds=5)
-    median = {name: statistics.median(values) for name, values in times.items()}
-    say(
-        benchmark, f"swap one block of {N_BLOCKS} ({n_bytes / 1e6:.0f} MB)",
-        ours=f"{n_bytes / median['again'] / 1e9:.1f} GB/s", plain_copy=f"{n_bytes / median['rival'] / 1e9:.1f} GB/s",
-        share_mapped=f"{median['rival'] / median['again']:.0%}",
-        share_prefetched=f"{median['rival'] / median['prefetched']:.0%}",
-        share_first_touch=f"{median['rival'] / median['first']:.0%}",
-        RssAnon_growth=f"{growth / 1e6:.1f} MB",
-    )  # fmt: skip
+    workers.shutdown()
+    for kind, pick in (("median", statistics.median), ("best", min)):
+        figure = {name: pick(values) for name, values in times.items()}
+        limit = min(figure["torch"], figure["threads"])
+        rates = {name: f"{n_bytes / figure[name] / 1e9:.1f} GB/s" for name in ("torch", "threads", "again")}
+        shares = {f"share_{name}": f"{limit / figure[name]:.0%}" for name in ("again", "prefetched", "first")}
+        case = f"swap one block of {N_BLOCKS} ({n_bytes / 1e6:.0f} MB) into {dtype}, {kind}"
+        say(benchmark, case, **rates, **shares, RssAnon_growth=f"{growth / 1e6:.1f} MB")
 
 
 def test_swap_against_a_reload(benchmark, folder, pool):

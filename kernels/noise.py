@@ -50,7 +50,8 @@ def svd_noise_ref(
     rows, cols = weight.shape
     dtype = compute_dtype(weight.dtype)
     u, vh, coefficients = u.to(dtype), vh.to(dtype).contiguous(), coefficients.to(dtype)
-    n_rows = min(rows, max(128, N_CHUNK // max(cols, 1)))
+    # Stretches of about equal length: a short last one would waste a product.
+    n_rows = ceil_div(rows, max(1, ceil_div(rows, max(128, N_CHUNK // max(cols, 1))))) or 1
     for start in range(0, rows, n_rows):
         part = weight[start : start + n_rows].to(dtype)
         u_part = u[start : start + n_rows].contiguous()

@@ -366,7 +366,7 @@ def test_swap_of_a_7b_block_to_the_device(benchmark, tmp_path):
     say(benchmark, f"swap {n_bytes / 1e6:.0f} MB to the device", **rates, share_of_pinned=share, hidden=f"{hidden:.0%}")
 
 
-def test_one_thread_is_not_enough_and_more_than_cores_do_not_hurt(benchmark, pool):
+def test_number_of_threads(benchmark, pool):
     """The default number of threads against others: a swap of one block into float32."""
     model = WorkingModel(whole("one", pool), Sources(pool, Path()), torch.device("cpu"), torch.float32)
     block, usual = block_of(pool, "two", 0), _shards.threads()

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <filesystem>
 #include <system_error>
 
 #include "guard.hpp"
@@ -41,9 +42,9 @@ FileError::FileError(int number, const std::string& what, std::string name)
 
 std::string system_text(int code) { return std::generic_category().message(code); }
 
-Descriptor::Descriptor(const std::string& path, int flags, unsigned mode)
+Descriptor::Descriptor(const std::string& path, int flags, unsigned mode, const std::string& called)
     : fd_(::open(path.c_str(), flags | O_CLOEXEC, mode)) {
-  if (fd_ < 0) throw FileError(errno, "cannot be opened: " + system_text(errno), path);
+  if (fd_ < 0) throw FileError(errno, "cannot be opened: " + system_text(errno), called.empty() ? path : called);
 }
 
 Descriptor::~Descriptor() {
@@ -64,7 +65,7 @@ Mapping::Mapping(const std::string& path, int fd, uint64_t n_bytes) : size_(n_by
 
 Mapping::~Mapping() { munmap(const_cast<char*>(data_), size_); }
 
-Shard::Shard(std::string path) : path_(std::move(path)) {
+Shard::Shard(std::string path) : path_(std::move(path)), place_(std::filesystem::absolute(path_)) {
   Descriptor file(path_, O_RDONLY | O_NONBLOCK);  // a pipe is refused below, not waited for
   struct stat status;
   if (fstat(file.get(), &status) != 0) throw FileError(errno, "cannot be read: " + system_text(errno), path_);
@@ -102,7 +103,7 @@ std::string Shard::difference(const Identity& now) const {
 
 void Shard::check_unchanged() const {
   struct stat status;
-  if (stat(path_.c_str(), &status) != 0) {
+  if (stat(place_.c_str(), &status) != 0) {
     throw FileError(errno, "is no longer there: " + system_text(errno), path_);
   }
   std::string what = difference(identify(status));
@@ -120,7 +121,7 @@ void Shard::explain_fault(uint64_t offset) const {
 }
 
 std::unique_ptr<Descriptor> Shard::open_again() const {
-  auto file = std::make_unique<Descriptor>(path_, O_RDONLY);
+  auto file = std::make_unique<Descriptor>(place_, O_RDONLY, 0, path_);
   struct stat status;
   if (fstat(file->get(), &status) != 0) throw FileError(errno, "cannot be read: " + system_text(errno), path_);
   std::string what = difference(identify(status));

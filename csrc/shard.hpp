@@ -26,7 +26,8 @@ std::string system_text(int code);
 // An open file descriptor, closed at the end of its life.
 class Descriptor {
  public:
-  Descriptor(const std::string& path, int flags, unsigned mode = 0);
+  // Errors name the file `called`, if that is not empty.
+  Descriptor(const std::string& path, int flags, unsigned mode = 0, const std::string& called = {});
   ~Descriptor();
   Descriptor(const Descriptor&) = delete;
   Descriptor& operator=(const Descriptor&) = delete;
@@ -96,7 +97,8 @@ class Shard {
   static Identity identify(const struct stat& status);
   std::string difference(const Identity& now) const;  // empty if there is none
 
-  std::string path_;
+  std::string path_;    // as it was given, for messages
+  std::string place_;   // absolute: the process may change its folder
   uint64_t size_ = 0, data_start_ = 0;
   Identity opened_{};
   Header header_;

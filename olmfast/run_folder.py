@@ -10,6 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from olmfast import _shards
 from olmfast.errors import InputError
 from olmfast.report import LEDGER, REFINED, REPORT, Outcome, Report, original_choices
 from olmfast.search.swap import whole
@@ -79,6 +80,7 @@ class RunFolder:
                 shutil.rmtree(aside)
         else:
             self.partial.rename(self.output)
+        _shards.sync_folder(self.output.parent)
 
     def _is_foreign(self) -> bool:
         begun = self.partial.exists() or (self.output / REPORT).is_file()

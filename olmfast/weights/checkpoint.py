@@ -8,6 +8,7 @@ shape = bytes), so that a damaged file is named before any weight is used. Bytes
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -127,7 +128,7 @@ class Checkpoint:
     def digest(self, tensor: str) -> str:
         """xxh3-128 of dtype, shape and bytes; computed once for a file that does not change."""
         info = self.tensors[tensor]
-        file = (info.shard.path, info.shard.size, info.shard.modified_ns)
+        file = (os.path.abspath(info.shard.path), info.shard.size, info.shard.modified_ns)
         known = self.digests.get(*file, info.name)
         if known is None:
             known = _digest(info)

@@ -54,18 +54,19 @@ def same(got: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 @pytest.fixture(params=["as this machine can", "portable"])
-def _instructions(request):
+def instructions(request):
     _shards._use_portable(request.param == "portable")
-    yield
+    yield request.param
     _shards._use_portable(False)
 
 
-@pytest.mark.usefixtures("_instructions")
 @pytest.mark.parametrize("large", [False, True], ids=["small", "past the caches"])
 @pytest.mark.parametrize("target", NAMES, ids=NAMES.get)
 @pytest.mark.parametrize("source", NAMES, ids=NAMES.get)
-def test_converts_every_value_as_torch_does(tmp_path, source, target, large):
+def test_converts_every_value_as_torch_does(tmp_path, instructions, source, target, large):
     values = values_of(source)
+    if large and instructions == "portable":
+        pytest.skip("portable code has one way for all sizes")
     if large:
         values = values.repeat(-(-(9 << 20) // (values.numel() * target.itemsize)))
     elif values.numel() > 200_000:
@@ -98,7 +99,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.usefixtures("_instructions")
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("target", [torch.bfloat16, torch.float32], ids=["BF16", "F32"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fills_the_view_and_nothing_beside_it(tmp_path, layout, target):
@@ -116,7 +117,7 @@ def test_fills_the_view_and_nothing_beside_it(tmp_path, layout, target):
     assert torch.equal(whole[0], expected)
 
 
-@pytest.mark.usefixtures("_instructions")
+@pytest.mark.usefixtures("instructions")
 @settings(deadline=None, max_examples=150, database=None)
 @given(
     st.lists(st.integers(0, 70), min_size=0, max_size=4).filter(lambda shape: math.prod(shape) < 60_000),

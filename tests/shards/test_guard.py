@@ -65,6 +65,18 @@ def test_end_inside_the_last_page_is_no_row_of_zeros(path):
         _shards.copy([into(shard, target)])
 
 
+def test_a_relative_path_outlives_a_change_of_folder(path, monkeypatch):
+    monkeypatch.chdir(path.parent)
+    shard, buffer = _shards.Shard(path.name), bytearray(100)
+    monkeypatch.chdir("/")
+    shard.read_into(0, buffer)
+    assert shard.path == path.name
+    path.unlink()
+    with pytest.raises(OSError, match="is no longer there") as error:
+        shard.read_into(0, buffer)
+    assert error.value.filename == path.name
+
+
 def remove(path):
     path.unlink()
 

@@ -72,7 +72,7 @@ def run(
                 status = session.search_all()
                 observer.note(session.write())
                 report.update(status=status)
-            folder.publish()
+            folder.publish(report)
     except OSError as error:
         raise OlmfastError(
             f"{error.filename or folder.partial}: {error.strerror}; what was decided before is saved, "

@@ -59,20 +59,23 @@ class RunFolder:
             except InputError:
                 self._forget_if_empty()
                 raise
-            pool.digests.keep_in(self.partial / DIGESTS)
+            if report.folder == self.output:
+                shutil.rmtree(self.partial)
+            else:
+                pool.digests.keep_in(self.partial / DIGESTS)
             yield report
 
-    def publish(self) -> None:
+    def publish(self, report: Report) -> None:
         """Rename the complete `OUT.partial` to `OUT`; what was there is removed after, or kept if not ours.
 
         Nothing to do for a run that had been published before.
         """
-        if not self.partial.exists():
+        if report.folder == self.output:
             return
         for name in (".lock", DIGESTS):
             (self.partial / name).unlink(missing_ok=True)
         if self.output.exists():
-            keep = (self.output / REPORT).is_file() and Report.load(self.output).status == "original"
+            keep = self._is_of_the_original()
             aside = _unused(self.output.with_name(self.output.name + (".original" if keep else ".replaced")))
             self.output.rename(aside)
             self.partial.rename(self.output)
@@ -81,6 +84,12 @@ class RunFolder:
         else:
             self.partial.rename(self.output)
         _shards.sync_folder(self.output.parent)
+
+    def _is_of_the_original(self) -> bool:
+        try:
+            return (self.output / REPORT).is_file() and Report.load(self.output).status == "original"
+        except InputError:  # damaged; only --overwrite comes this far
+            return False
 
     def _is_foreign(self) -> bool:
         begun = self.partial.exists() or (self.output / REPORT).is_file()
@@ -113,6 +122,8 @@ class RunFolder:
             if before.status == "original":
                 return self._import_original(before, header, pool)
             _check_same(self.output, before, header)
+            if before.status == "finished":
+                return before  # what lies in OUT.partial is of a run that was killed before it began
             self._take_over()
         if self.resume and (self.partial / REPORT).is_file():
             report = Report.load(self.partial)
@@ -130,7 +141,9 @@ class RunFolder:
         """Go on from a run that stopped at its budget: its state is copied, the result stays until replaced."""
         shutil.copytree(self.output / REFINED, self.partial / REFINED, dirs_exist_ok=True)
         shutil.copyfile(self.output / LEDGER, self.partial / LEDGER)
-        shutil.copyfile(self.output / REPORT, self.partial / REPORT)
+        # Last and in one step: with a report in it, the folder counts as taken over.
+        copied = shutil.copyfile(self.output / REPORT, self.partial / f"{REPORT}.tmp")
+        copied.replace(self.partial / REPORT)
 
     def _import_original(self, before: Report, header: dict[str, Any], pool: Pool) -> Report:
         """Begin from the decisions of the original tool's report; they count as steps taken."""

@@ -144,6 +144,24 @@ def test_a_finished_run_that_is_resumed_changes_no_byte(config):
     assert sorted(path.name for path in config.parent.iterdir()) == ["cfg.yaml", "out"]
 
 
+def test_a_finished_run_outlives_an_overwrite_that_was_killed_before_it_began(config):
+    out = run(load_config(config)).output_dir
+    before = snapshot(out)
+    out.with_name("out.partial").mkdir()
+    (out.parent / "out.partial" / ".lock").touch()
+    assert run(load_config(config), resume=True).status == "finished"
+    assert snapshot(out) == before
+    assert sorted(path.name for path in config.parent.iterdir()) == ["cfg.yaml", "out"]
+
+
+def test_a_damaged_report_does_not_keep_its_folder_from_being_overwritten(config, uninterrupted):
+    out = config.parent / "out"
+    out.mkdir()
+    (out / "merge_report.json").write_text("{")
+    assert weights(run(load_config(config), overwrite=True).output_dir) == weights(uninterrupted)
+    assert sorted(path.name for path in config.parent.iterdir()) == ["cfg.yaml", "out"]
+
+
 def test_a_kill_just_before_the_last_rename_is_made_good(config):
     out = run(load_config(config)).output_dir
     before = snapshot(out)

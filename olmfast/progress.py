@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -171,7 +173,7 @@ def print_result(result: Result, as_json: bool) -> None:
     if result.holdout.rows:
         print_scoreboard(result.holdout, "Held-out scores (lower is better)", False)
     left = "" if result.status == "finished" else "; the budget is spent, --resume with a larger one goes on"
-    print(f"\n{result.output_dir}: {result.status}{left}")
+    print(f"\n{os.path.relpath(result.output_dir)}: {result.status}{left}")
 
 
 def print_scoreboard(board: Scoreboard, title: str, as_json: bool) -> None:
@@ -180,14 +182,24 @@ def print_scoreboard(board: Scoreboard, title: str, as_json: bool) -> None:
         print(json.dumps(_without_nan(board.to_json()), indent=2))
         return
     several = len(board.donors) > 1
-    table = Table("model", *board.datasets, *(["skill retained"] if several else []), title=title)
+    models, datasets = _short([*board.rows]), _short(board.datasets)
+    table = Table("model", *datasets.values(), *(["skill retained"] if several else []), title=title)
     table.title_justify = "left"
     for label, row in board.rows.items():
         cells = [f"{row[name]:.4f}" + _cut(board, label, name) for name in board.datasets]
-        table.add_row(label, *cells, *([f"{board.retained(label):.3f}"] if several else []))
+        table.add_row(models[label], *cells, *([f"{board.retained(label):.3f}"] if several else []))
     _console().print(table)
     if several and (alike := board.alike()):
         print(f"left out of skill retained, because all donors score alike: {', '.join(alike)}")
+
+
+def _short(names: list[str]) -> dict[str, str]:
+    """Paths by their last part where that tells them apart; everything else as it is."""
+    last = [Path(name).name for name in names]
+    return {
+        name: short if Path(name).is_absolute() and last.count(short) == 1 else name
+        for name, short in zip(names, last, strict=True)
+    }
 
 
 def _cut(board: Scoreboard, label: str, dataset: str) -> str:

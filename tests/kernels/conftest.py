@@ -1,16 +1,12 @@
 """Fixtures of the kernel tests: every implementation, the device at hand, and the rules errors are held to.
 
-Without a GPU the Triton code runs in Triton's interpreter, which has to be asked for before triton is imported.
+Without a GPU the Triton code runs in its interpreter; the root conftest.py asks for that.
 """
 
 import os
-import sys
 
 import pytest
 import torch
-
-if not torch.cuda.is_available() and "triton" not in sys.modules:
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def _interpreter_is_on() -> bool:

@@ -6,18 +6,19 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from olmfast.config import DatasetConfig
+from olmfast.config import DatasetConfig, Mode
 from olmfast.errors import InputError
 from olmfast.evaluation import metrics
 from olmfast.evaluation.batches import Dataset, load_datasets, make_batches
 from olmfast.evaluation.model import WorkingModel
-from olmfast.evaluation.scorer import Candidate, SequentialScorer
+from olmfast.evaluation.scorer import Candidate, Scores, SequentialScorer
 from olmfast.search.swap import whole
 from olmfast.testing import sums, tiny_model, tiny_tokenizer, write_dataset
 from olmfast.weights.methods import Sources
@@ -236,6 +237,25 @@ def test_generative_modes_score_the_greedy_text_up_to_the_end_token(mode, formul
         own = own[: own.index(4)] if 4 in own else own
         wanted.append(formula(tiny_tokenizer().decode(own, skip_special_tokens=True), dataset.config.forbid))
     assert score(scorer).tolist() == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("mode", get_args(Mode))
+def test_a_model_whose_logits_are_no_numbers_has_no_score_in_any_mode(mode, donor, tmp_path):
+    keys = {"question": "No. 1", "choices": ["a", "b"], "answer": 0} if mode == "choice" else None
+    dataset = encode(tmp_path, PAIRS, mode=mode if keys is None else "exact", max_new_tokens=4, strict=True)
+    if keys:
+        (tmp_path / "set.json").write_text(json.dumps([keys]))
+        dataset = load_datasets(tmp_path, {"set.json": DatasetConfig(mode=mode)}, tiny_tokenizer(), 128)["set.json"]
+    scorer = scorer_for(donor, dataset)
+    scorer.model.module.model.norm.weight.fill_(torch.nan)
+    assert np.isnan(score(scorer)).all()
+
+
+def test_one_sample_without_a_score_leaves_the_candidate_without_a_mean():
+    samples, evaluated = torch.tensor([[1.0, 3.0], [1.0, torch.nan], [1.0, torch.nan]]), torch.ones(3, 2).bool()
+    evaluated[2, 1] = False
+    mean = Scores({"a": samples}, {"a": evaluated}, {"a": torch.zeros_like(evaluated)}).mean("a")
+    np.testing.assert_equal(mean.numpy(), [2.0, np.nan, 1.0])
 
 
 def test_text_formulas():

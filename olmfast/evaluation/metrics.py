@@ -2,6 +2,9 @@
 
 p_t is the softmax of the logits that predict response token t, m_t = max p_t, c_t = p_t[expected],
 CE_t = -log c_t. Arithmetic is float32 (float64 for a float64 model).
+
+Logits that are no numbers give NaN in every metric, never the score of a wrong answer: a model that cannot be
+scored must not pass for a bad one.
 """
 
 from __future__ import annotations
@@ -50,14 +53,15 @@ def exact_match(max_prob: torch.Tensor, right: torch.Tensor, strict: bool) -> to
 
     `strict`: 1 if any token is wrong, else mean(1 - m_t).
     """
-    if strict and not bool(right.all()):
+    if strict and not bool(right.all()) and not bool(max_prob.isnan().any()):
         return torch.ones_like(max_prob[0])
     return torch.where(right, 1 - max_prob, 1 + max_prob).mean()
 
 
 def bigram_loss(scores: TokenScores) -> torch.Tensor:
     """s_t = 1 if c_t < m_t else 1 - m_t; mean over i of s_i + s_{i+1}; one token alone scores 2 s_1."""
-    single = torch.where(scores.is_top, 1 - scores.max_prob, torch.ones_like(scores.max_prob))
+    max_prob = scores.max_prob
+    single = torch.where(scores.is_top | max_prob.isnan(), 1 - max_prob, torch.ones_like(max_prob))
     return _pair_sums(single).mean()
 
 
@@ -78,8 +82,9 @@ def bigram(scores: TokenScores) -> torch.Tensor:
 
 def choice(option_logits: torch.Tensor, answer: int) -> torch.Tensor:
     """0 if the right option's letter is the likeliest of the letters, else 1. Ties go to the first letter."""
-    wrong = int(option_logits.argmax()) != answer
-    return torch.tensor(float(wrong), dtype=torch.promote_types(option_logits.dtype, torch.float32))
+    wrong = float(int(option_logits.argmax()) != answer)
+    score = wrong if bool(option_logits.max().isfinite()) else torch.nan
+    return torch.tensor(score, dtype=torch.promote_types(option_logits.dtype, torch.float32))
 
 
 def diversity(text: str, forbid: str | None) -> float:

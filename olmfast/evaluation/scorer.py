@@ -37,8 +37,9 @@ class Scores:
     truncated: dict[str, torch.Tensor]
 
     def mean(self, dataset: str) -> torch.Tensor:
-        """(candidates,): the mean over the evaluated samples; NaN for a candidate that has none."""
-        return torch.nanmean(self.samples[dataset], dim=1)
+        """(candidates,): the mean over the evaluated samples; NaN where there is none, or where one is NaN."""
+        evaluated = self.evaluated[dataset]
+        return torch.where(evaluated, self.samples[dataset], 0).sum(dim=1) / evaluated.sum(dim=1)
 
     def rows(self, rows: Sequence[int]) -> Scores:
         """The scores of some candidates."""
@@ -199,9 +200,10 @@ class SequentialScorer:
             limits = [min(longest, self.model.context - len(prompt)) for prompt in prompts]
             decoded = greedy(self.model.module, prompts, limits, self.model.context, self.stop_tokens)
             for row, index in enumerate(batch):
-                ids = decoded.tokens[row, : int(decoded.lengths[row])].tolist()
-                text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                scores[index] = formula(text, dataset.config.forbid)
+                length = int(decoded.lengths[row])
+                text = self.tokenizer.decode(decoded.tokens[row, :length].tolist(), skip_special_tokens=True)
+                failed = bool(decoded.max_prob[row, : length + 1].isnan().any())
+                scores[index] = torch.nan if failed else formula(text, dataset.config.forbid)
                 truncated[index] = not bool(decoded.stopped[row])
         return scores, truncated
 

@@ -171,12 +171,15 @@ class Session:
     def _choose_base(self) -> None:
         search, pool = self.search, self.inputs.pool
         outcome = score_donors(search)
-        scored = [name for name in pool.names if name not in outcome.dropped]
-        rows = {name: {dataset: float(by[name] or 0.0) for dataset, by in outcome.metrics.items()} for name in scored}
+        rows: dict[str, dict[str, float]] = {}
+        for name in pool.names:
+            row = {dataset: score for dataset, by in outcome.metrics.items() if (score := by[name]) is not None}
+            if len(row) == len(outcome.metrics):  # else neither it nor its twins can be an end of the scale
+                rows[name] = row
         truncated = {
-            name: {dataset: by[name] for dataset, by in outcome.truncated.items() if by.get(name)} for name in scored
+            name: {dataset: by[name] for dataset, by in outcome.truncated.items() if by.get(name)} for name in rows
         }
-        self.selection = Scoreboard(scored, rows, truncated)
+        self.selection = Scoreboard(list(rows), rows, truncated)
         search.set_scale(self.selection.spans, self.selection.rows[outcome.winner])
         if outcome.winner != self.model.recipe.base:
             search.rebase(whole(outcome.winner, pool.tensors))

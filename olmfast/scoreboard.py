@@ -31,11 +31,12 @@ class Scoreboard:
 
     @property
     def spans(self) -> dict[str, tuple[float, float]]:
-        """Dataset -> the donors' (best, worst) score."""
-        return {
-            name: (min(self.rows[d][name] for d in self.donors), max(self.rows[d][name] for d in self.donors))
+        """Dataset -> the (best, worst) score of the donors that have one; NaN if none has."""
+        finite = {
+            name: [score for donor in self.donors if math.isfinite(score := self.rows[donor][name])]
             for name in self.datasets
         }
+        return {name: (min(known), max(known)) if known else (math.nan, math.nan) for name, known in finite.items()}
 
     def retained(self, label: str) -> float:
         """Mean skill retained of one model; NaN if no dataset tells the donors apart."""
@@ -43,8 +44,7 @@ class Scoreboard:
 
     def alike(self) -> list[str]:
         """Datasets on which all donors score alike, left out of `retained`."""
-        alone = {name: skill_retained({name: self.rows[self.donors[0]][name]}, self.spans) for name in self.datasets}
-        return [name for name, value in alone.items() if math.isnan(value)]
+        return [name for name, span in self.spans.items() if math.isnan(skill_retained({name: 0.0}, {name: span}))]
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, readable back by `from_json`; `retained` is for readers."""
@@ -53,8 +53,12 @@ class Scoreboard:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Scoreboard:
-        """Read what `to_json` wrote."""
-        return cls(list(data["donors"]), dict(data["rows"]), dict(data["truncated"]))
+        """Read what `to_json` wrote, through strict JSON: NaN and infinite scores have become null there."""
+        rows = {
+            label: {name: math.nan if score is None else score for name, score in row.items()}
+            for label, row in data["rows"].items()
+        }
+        return cls(list(data["donors"]), rows, dict(data["truncated"]))
 
     def score(self, scorer: Scorer, recipes: Mapping[str, Recipe | None], names: Sequence[str], pool: Pool) -> None:
         """Add a row per recipe (None: the model as it is now)."""

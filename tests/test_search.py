@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from olmfast import load_config, run
+from olmfast.progress import print_result
 from olmfast.report import Report
 from olmfast.testing import tiny_run
 
@@ -182,6 +184,23 @@ def test_identical_donors_are_evaluated_once(tmp_path):
     metrics = result.report.outcome("layers/0").metrics["sums.json"]
     assert metrics["donor1"] == metrics["donor2"]
     assert result.report.own["evaluations"] == 2 + 2 * 2  # base and two blocks: two different donors each
+
+
+def test_a_donor_without_a_score_is_no_end_of_the_scale_and_none_of_its_twins_either(tmp_path):
+    path = tiny_run(tmp_path, n_donors=4)
+    config = load_config(path, {"dataset": {"sums.json": {"mode": "perplexity"}}})
+    first, second = (config.models_dir / name / "model.safetensors" for name in ("donor1", "donor2"))
+    tensors = load_file(first)
+    tensors["lm_head.weight"] *= 500  # exp of its cross-entropy overflows
+    for file in (first, second):
+        save_file(tensors, file, metadata={"format": "pt"})
+    result = run(config)
+    assert result.report.outcome("base").dropped == {"donor1": "scored NaN or infinity on sums.json"}
+    assert result.selection.donors == ["donor0", "donor3"]
+    assert math.isnan(result.holdout.rows["donor2"]["heldout.json"])
+    assert result.holdout.retained("merged") in (0.0, 1.0)  # donor0's, one of two that have a score
+    assert math.isnan(result.holdout.retained("donor1"))
+    print_result(result, as_json=False)
 
 
 def test_a_budget_of_evaluations_ends_cleanly_and_a_larger_one_goes_on_to_the_same_bytes(tmp_path):

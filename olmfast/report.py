@@ -182,11 +182,11 @@ def original_choices(data: dict[str, Any], tensors: list[str], known: list[str])
 
     Raises InputError naming a donor of the report that is not in the pool.
     """
-    choices: dict[str, Any] = {"base": data["base_model"].get("name")}
+    choices: dict[str, Any] = {"base": data.get("base_model", {}).get("name")}
     choices["boundary"] = data.get("boundary_layers", {}).get("name")
     choices["layers"] = {int(i): e["best_model"] for i, e in data.get("layers", {}).items() if "best_model" in e}
     choices["tensors"] = {
-        name.removesuffix(".weight"): e["best_model"]
+        name.removesuffix(".weight").removesuffix(".bias"): e["best_model"]
         for name, e in data.get("tensors", {}).items()
         if e.get("best_model") is not None
     }

@@ -165,7 +165,8 @@ class RunFolder:
         for key, stage, unit_name, donor, tensors in taken:
             recipe = recipe.with_values({t: Copy(donor, t) for t in tensors})
             outcomes[key] = Outcome(stage, unit_name, donor, changed=donor != base, metrics={})
-        return Report.create(self.partial, {**header, "imported": True}, outcomes, recipe)
+        decided = bool(choices["base"] or taken)
+        return Report.create(self.partial, {**header, "imported_base": base if decided else None}, outcomes, recipe)
 
 
 def _unused(path: Path) -> Path:

@@ -248,7 +248,7 @@ def test_a_report_of_the_original_tool_is_continued(config, pool):
         "base_model": {"name": "donor0", "metrics": {"sums.json": 1.0}},
         "boundary_layers": {"name": "donor2", "metrics": {"sums.json": 0.9}},
         "layers": {"0": {"metrics": {"sums.json": {"donor1": 0.5}}, "best_model": "donor1"}},
-        "tensors": {},
+        "tensors": {"model.layers.0.mlp.gate_proj.weight": {"best_model": "donor2"}},
     }
     (out / "merge_report.json").write_text(json.dumps(original))
     (out / "model.safetensors").write_bytes(b"the original tool's result")
@@ -257,11 +257,25 @@ def test_a_report_of_the_original_tool_is_continued(config, pool):
     merged = load_file(result.output_dir / "model.safetensors")
     assert torch.equal(merged["model.embed_tokens.weight"], donors[2]["model.embed_tokens.weight"])
     assert torch.equal(merged["model.layers.0.mlp.up_proj.weight"], donors[1]["model.layers.0.mlp.up_proj.weight"])
+    assert torch.equal(merged["model.layers.0.mlp.gate_proj.weight"], donors[2]["model.layers.0.mlp.gate_proj.weight"])
     steps = result.report.own["steps"]
     assert steps["layers/0"]["winner"] == "donor1"
     assert "layers/1" in steps
     kept = out.with_name("out.original")
     assert (kept / "model.safetensors").read_bytes() == b"the original tool's result"
+
+
+def test_the_base_in_a_report_of_the_original_stands_although_another_donor_scores_better(config):
+    out = config.parent / "out"
+    config_with_selection = load_config(config, {"base_select": True, "tensor_swap": False, "es_svd": False})
+    best = run(config_with_selection).report.outcome("base").winner
+    shutil.rmtree(out)
+    out.mkdir()
+    named = next(name for name in config_with_selection.models if name != best)
+    original = {"base_model": {"name": named}, "layers": {"0": {"best_model": named}}}
+    (out / "merge_report.json").write_text(json.dumps(original))
+    recipe = run(config_with_selection, resume=True).recipe
+    assert recipe.base == recipe.tensors["model.layers.0.mlp.up_proj.weight"].donor == named
 
 
 def test_a_report_of_the_original_that_names_an_unknown_donor_is_refused(config):

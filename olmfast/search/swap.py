@@ -36,7 +36,7 @@ def score_donors(search: Search) -> Outcome:
         means = {name: scores.mean(name)[alive] for name in scores.samples}
         spans = {name: (float(values.min()), float(values.max())) for name, values in means.items()}
         ranked = order(scores, alive, replace(search.rules, spans=spans))
-        if search.config.base_select and untouched:
+        if search.config.base_select and search.report.own.get("imported_base") is None:
             return ranked
         return [0, *(row for row in ranked if row != 0)]
 

@@ -31,6 +31,9 @@ lint: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps --target build/typecheck .
 	cd build && MYPYPATH=typecheck ../$(BIN)/mypy --config-file ../pyproject.toml
 
+sanitize: .venv/installed
+	$(BIN)/python tests/shards/sanitize.py
+
 clean:
 	rm -rf .venv build dist *.egg-info runs olmfast/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -60,6 +60,23 @@ class TensorInfo:
         offset = self.offset + begin * row_bytes
         return replace(self, shape=(end - begin, *shape[1:]), offset=offset, n_bytes=n_bytes)
 
+    def read(self) -> torch.Tensor:
+        """A copy on the CPU, in the stored dtype and shape. Raises OlmfastError if the file cannot be read any more."""
+        out = torch.empty(self.shape, dtype=self.dtype)
+        copy_tensors([self.into(out)])
+        return out
+
+    def digest(self) -> str:
+        """xxh3-128 of dtype, shape and bytes, through a small buffer."""
+        state = xxhash.xxh3_128(f"{self.dtype} {self.shape}".encode())
+        buffer = bytearray(min(self.n_bytes, CHUNK_BYTES))
+        with reading():
+            for begin in range(0, self.n_bytes, CHUNK_BYTES):
+                part = memoryview(buffer)[: self.n_bytes - begin]
+                self.shard.read_into(self.offset + begin, part)
+                state.update(part)
+        return state.hexdigest()
+
     def into(self, target: torch.Tensor) -> _shards.Transfer:
         """The tensor on its way into a CPU tensor (or view) of the same shape, converted to its dtype.
 
@@ -120,10 +137,7 @@ class Checkpoint:
 
     def read(self, tensor: str) -> torch.Tensor:
         """A copy of one tensor on the CPU, in its stored dtype and shape."""
-        info = self.tensors[tensor]
-        out = torch.empty(info.shape, dtype=info.dtype)
-        copy_tensors([info.into(out)])
-        return out
+        return self.tensors[tensor].read()
 
     def digest(self, tensor: str) -> str:
         """xxh3-128 of dtype, shape and bytes; computed once for a file that does not change."""
@@ -131,7 +145,7 @@ class Checkpoint:
         file = (os.path.abspath(info.shard.path), info.shard.size, info.shard.modified_ns)
         known = self.digests.get(*file, info.name)
         if known is None:
-            known = _digest(info)
+            known = info.digest()
             self.digests.put(*file, info.name, known)
         return known
 
@@ -181,17 +195,6 @@ def reading() -> Iterator[None]:
         raise OlmfastError(
             f"{error.filename}: {error.strerror}; put the file back as it was and use --resume"
         ) from None
-
-
-def _digest(info: TensorInfo) -> str:
-    state = xxhash.xxh3_128(f"{info.dtype} {info.shape}".encode())
-    buffer = bytearray(min(info.n_bytes, CHUNK_BYTES))
-    with reading():
-        for begin in range(0, info.n_bytes, CHUNK_BYTES):
-            part = memoryview(buffer)[: info.n_bytes - begin]
-            info.shard.read_into(info.offset + begin, part)
-            state.update(part)
-    return state.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
 
 from olmfast import kernels
 from olmfast.errors import OlmfastError
-from olmfast.weights.checkpoint import TensorInfo
+from olmfast.weights.checkpoint import TensorInfo, read_header
 from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Copy, Expression, Linear, Stored, digest_tensor
 
@@ -32,21 +31,20 @@ class Sources:
     def __init__(self, pool: Pool, folder: Path) -> None:
         self.pool = pool
         self.folder = folder
+        self._opened: dict[Stored, TensorInfo] = {}
 
     def value(self, values: Values) -> torch.Tensor:
         """The tensor that `values` describes, on the CPU, in the dtype it is or would be saved with."""
-        if isinstance(values, Copy):
-            return self.pool[values.donor].read(values.tensor)
-        if isinstance(values, Stored):
-            return self._stored(values)
+        if isinstance(values, (Copy, Stored)):
+            return self._place(values).read()
         if isinstance(values, Linear):
             terms = [self.value(term) for term in values.terms]
             return kernels.weighted_sum(terms, list(values.weights), normalize=values.normalize)
         return values.compute(self)
 
     def info(self, values: Values) -> TensorInfo | None:
-        """Where the bytes of `values` lie in a donor's file, if they are a donor's."""
-        return self.pool[values.donor].tensors[values.tensor] if isinstance(values, Copy) else None
+        """Where the bytes of `values` lie in a file of a donor or of the report; None if they are computed."""
+        return self._place(values) if isinstance(values, (Copy, Stored)) else None
 
     def digest(self, expression: Expression) -> str:
         """xxh3-128 of the bytes an expression is worth: equal bytes, equal digest."""
@@ -56,13 +54,14 @@ class Sources:
             return expression.digest
         return digest_tensor(self.value(expression))
 
-    def _stored(self, stored: Stored) -> torch.Tensor:
-        path = self.folder / stored.file
-        try:
-            with safe_open(path, "pt") as file:
-                tensor: torch.Tensor = file.get_tensor(stored.tensor).clone()
-        except Exception as error:  # the library raises its own types for damaged files
-            raise OlmfastError(f"{path}: {stored.tensor}: cannot be read: {error}") from None
-        if digest_tensor(tensor) != stored.digest:
-            raise OlmfastError(f"{path}: {stored.tensor}: the bytes have changed since the report was written")
-        return tensor
+    def _place(self, stored: Copy | Stored) -> TensorInfo:
+        """Where the bytes lie; those of a refined tensor are checked when it is first used."""
+        if isinstance(stored, Copy):
+            return self.pool[stored.donor].tensors[stored.tensor]
+        if stored not in self._opened:
+            path = self.folder / stored.file
+            info = next((info for info in read_header(path) if info.name == stored.tensor), None)
+            if info is None or info.digest() != stored.digest:
+                raise OlmfastError(f"{path}: {stored.tensor}: the bytes have changed since the report was written")
+            self._opened[stored] = info
+        return self._opened[stored]

@@ -215,7 +215,7 @@ def _config_differences(first: Checkpoint, other: Checkpoint) -> list[str]:
 def _soft_differences(first: Checkpoint, other: Checkpoint) -> list[str]:
     return [
         f"{other.name}: {key} is {other.config[key]!r}, {first.name} has {first.config[key]!r}; "
-        "its blocks were trained with another value"
+        f"its blocks were trained with another value, and are scored with {first.name}'s"
         for key in SOFT
         if key in first.config and key in other.config and first.config[key] != other.config[key]
     ]

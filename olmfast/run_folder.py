@@ -157,6 +157,8 @@ class RunFolder:
             taken.append(("boundary", "boundary", "boundary", choices["boundary"], unit.tensors))
         for block, donor in choices["layers"].items():
             unit = architecture.window_unit(pool.tensors, [block])
+            if not unit.tensors:
+                raise InputError(f"{REPORT}: names block {block}; the models have 0 to {architecture.n_blocks - 1}")
             taken.append((f"layers/{block}", "layers", str(block), donor, unit.tensors))
         for name, donor in choices["tensors"].items():
             tensors = tuple(t for t in pool.tensors if t.startswith(f"{name}."))

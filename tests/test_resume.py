@@ -278,10 +278,18 @@ def test_the_base_in_a_report_of_the_original_stands_although_another_donor_scor
     assert recipe.base == recipe.tensors["model.layers.0.mlp.up_proj.weight"].donor == named
 
 
-def test_a_report_of_the_original_that_names_an_unknown_donor_is_refused(config):
+@pytest.mark.parametrize(
+    ("original", "message"),
+    [
+        ({"base_model": {"name": "someone/else"}}, "names the donor 'someone/else', which is not in models"),
+        ({"layers": {"7": {"best_model": "donor1"}}}, "names block 7; the models have 0 to 1"),
+        ({"tensors": {"h.0.x.weight": {"best_model": "donor1"}}}, "names the tensor 'h.0.x'"),
+    ],
+)
+def test_a_report_of_the_original_that_names_what_is_not_there_is_refused(config, original, message):
     out = config.parent / "out"
     out.mkdir()
-    (out / "merge_report.json").write_text(json.dumps({"base_model": {"name": "someone/else"}}))
-    with pytest.raises(InputError, match="names the donor 'someone/else', which is not in models"):
+    (out / "merge_report.json").write_text(json.dumps(original))
+    with pytest.raises(InputError, match=message):
         run(load_config(config), resume=True)
     assert not out.with_name("out.partial").exists()

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from olmfast import load_config, run
+from olmfast.evaluation.scorer import Scores
 from olmfast.progress import print_result
 from olmfast.report import Report
+from olmfast.search.ranking import Rules, choose
 from olmfast.testing import tiny_run
 
 ALL_STAGES = {
@@ -52,6 +54,12 @@ def test_a_run_writes_a_folder_that_transformers_loads_and_that_scores_as_report
 
 
 def test_every_step_picked_a_candidate_that_none_beats_and_the_search_got_somewhere(full):
+    for outcome in full.report.choices():
+        labels = list(next(iter(outcome.metrics.values())))
+        means = {name: torch.tensor([[by[label]] for label in labels]) for name, by in outcome.metrics.items()}
+        evaluated = {name: torch.ones_like(mean, dtype=torch.bool) for name, mean in means.items()}
+        scores = Scores(means, evaluated, {name: ~mask for name, mask in evaluated.items()})
+        assert outcome.winner == labels[choose(scores, range(len(labels)), Rules("copeland", 1e-6))], outcome.unit
     changed = [outcome for outcome in full.report.choices() if outcome.changed]
     assert {outcome.stage for outcome in changed} >= {"layers", "svd_es", "norm_es"}
     assert set(full.selection.rows) == {"donor0", "donor1", "donor2", "plain average", "merged"}

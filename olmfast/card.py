@@ -38,8 +38,8 @@ def write_card(config: RunConfig, report: Report, base: str, boards: dict[str, S
 def _table(board: Scoreboard) -> str:
     lines = ["| model | " + " | ".join(board.datasets) + " | skill retained |"]
     lines.append("|---" * (len(board.datasets) + 2) + "|")
-    for label, row in board.rows.items():
-        cells = [f"{row[name]:.4f}" for name in board.datasets]
+    for label in board.rows:
+        cells = [board.cell(label, name) for name in board.datasets]
         lines.append(f"| {label} | {' | '.join(cells)} | {board.retained(label):.3f} |")
     return "\n".join(lines)
 

@@ -60,6 +60,8 @@ def run_command(
     """Search for the best merge of a pool of models and write it."""
     from olmfast.config import load_config
 
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite: one continues a run, the other starts anew; give one of them")
     overrides = _overrides(set_ or [])
     overrides |= {k: v for k, v in {"device": device, "dtype": dtype, "seed": seed}.items() if v is not None}
     loaded = load_config(config, overrides)

@@ -30,7 +30,15 @@ HAN = "[\u4e00-\u9fff]"
 MODES: tuple[str, ...] = Mode.__args__  # type: ignore[attr-defined]
 
 # Keys that a resumed run may change: where things lie and how long it may take, not what is decided.
-FREE_TO_CHANGE = {"models_dir", "output_dir", "dataset_dir", "budget", "load_merge_report", "metric_dir"}
+FREE_TO_CHANGE = {
+    "models_dir",
+    "output_dir",
+    "dataset_dir",
+    "budget",
+    "load_merge_report",
+    "metric_dir",
+    "batch_tokens",  # what does not fit the memory must not be the end of a run
+}
 
 
 class Budget(BaseModel):
@@ -166,6 +174,9 @@ class RunConfig(BaseModel):
                 f"improve_all: expected 'all', 'base', a mode in use or a dataset, got {self.improve_all!r}"
                 f"{did_you_mean(self.improve_all, allowed)}"
             )
+        joined = next((name for name in self.models if " + " in name), None)
+        if joined is not None:
+            raise ValueError(f"models: {joined!r}: ' + ' joins the names of a window's donors; rename the folder")
         both = set(self.dataset) & set(self.holdout)
         if both:
             raise ValueError(f"holdout: {sorted(both)[0]!r} is used for selection too, so it is not held out")

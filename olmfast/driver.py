@@ -73,6 +73,11 @@ def run(
                 observer.note(session.write())
                 report.update(status=status)
             folder.publish(report)
+    except torch.OutOfMemoryError as error:
+        raise OlmfastError(
+            f"out of memory: {str(error).splitlines()[0]}; what was decided before is saved, use --resume with a "
+            "smaller batch_tokens"
+        ) from None
     except OSError as error:
         raise OlmfastError(
             f"{error.filename or folder.partial}: {error.strerror}; what was decided before is saved, "

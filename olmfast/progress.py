@@ -185,8 +185,8 @@ def print_scoreboard(board: Scoreboard, title: str, as_json: bool) -> None:
     models, datasets = _short([*board.rows]), _short(board.datasets)
     table = Table("model", *datasets.values(), *(["skill retained"] if several else []), title=title)
     table.title_justify = "left"
-    for label, row in board.rows.items():
-        cells = [f"{row[name]:.4f}" + _cut(board, label, name) for name in board.datasets]
+    for label in board.rows:
+        cells = [board.cell(label, name) for name in board.datasets]
         table.add_row(models[label], *cells, *([f"{board.retained(label):.3f}"] if several else []))
     _console().print(table)
     if several and (alike := board.alike()):
@@ -200,11 +200,6 @@ def _short(names: list[str]) -> dict[str, str]:
         name: short if Path(name).is_absolute() and last.count(short) == 1 else name
         for name, short in zip(names, last, strict=True)
     }
-
-
-def _cut(board: Scoreboard, label: str, dataset: str) -> str:
-    rate = board.truncated.get(label, {}).get(dataset, 0.0)
-    return f" ({rate:.0%} cut off)" if rate else ""
 
 
 def _console() -> Console:

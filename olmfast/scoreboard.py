@@ -42,6 +42,11 @@ class Scoreboard:
         """Mean skill retained of one model; NaN if no dataset tells the donors apart."""
         return skill_retained(self.rows[label], self.spans)
 
+    def cell(self, label: str, dataset: str) -> str:
+        """A score as tables show it, with the share of generations that were cut off, if any."""
+        rate = self.truncated.get(label, {}).get(dataset, 0.0)
+        return f"{self.rows[label][dataset]:.4f}" + (f" ({rate:.0%} cut off)" if rate else "")
+
     def alike(self) -> list[str]:
         """Datasets on which all donors score alike, left out of `retained`."""
         return [name for name, span in self.spans.items() if math.isnan(skill_retained({name: 0.0}, {name: span}))]

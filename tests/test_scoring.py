@@ -63,6 +63,12 @@ def test_think_false_appends_an_empty_thinking_block_to_the_prompt(tmp_path):
     assert tokens(sample.response) == ["5"]
 
 
+def test_think_false_closes_a_block_that_the_template_opened(tmp_path):
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}"
+    (sample,) = encode(tmp_path, [("2+3=", "5")], think=False, template=template).samples
+    assert "".join(tokens(sample.prompt)) == "2+3=<think>\n\n</think>\n\n"
+
+
 def test_a_sample_longer_than_the_context_is_left_out_and_counted(tmp_path):
     short, long = ("2+3=", "5"), ("x" * 90, "5")
     dataset = encode(tmp_path, [short, long, short], context=64)

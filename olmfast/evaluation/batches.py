@@ -17,7 +17,8 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-NO_THINKING = "<think>\n\n</think>\n\n"
+THINK = "<think>"
+NO_THINKING = f"{THINK}\n\n</think>\n\n"
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,10 @@ class Encoder:
     def __call__(self, conversation: Conversation) -> Sample:
         """Prompt and response ids; the response is the answer's text, tokenised as it stands in the whole."""
         prompt, answer, end = self._render(conversation)
-        if not self.config.think and self.template != "raw":
-            prompt += NO_THINKING
+        if not self.config.think:
+            # Templates of some reasoning models open the thinking block themselves.
+            opened = prompt.rstrip().endswith(THINK)
+            prompt = (prompt.rstrip().removesuffix(THINK) if opened else prompt) + NO_THINKING
         prompt_ids = self._ids(prompt)
         if not prompt_ids:
             raise InputError(f"{self.where}: a question has no tokens")

@@ -173,7 +173,9 @@ def print_result(result: Result, as_json: bool) -> None:
     if result.holdout.rows:
         print_scoreboard(result.holdout, "Held-out scores (lower is better)", False)
     left = "" if result.status == "finished" else "; the budget is spent, --resume with a larger one goes on"
-    print(f"\n{os.path.relpath(result.output_dir)}: {result.status}{left}")
+    output = Path(os.path.normpath(result.output_dir))
+    shown = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
+    print(f"\n{shown}: {result.status}{left}")
 
 
 def print_scoreboard(board: Scoreboard, title: str, as_json: bool) -> None:

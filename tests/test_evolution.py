@@ -14,7 +14,7 @@ from olmfast import load_config, run
 from olmfast.evaluation.scorer import Scores
 from olmfast.search.evolve import Parent, SvdOffspring, _accept_any, normal, offspring_count, svd_coefficients
 from olmfast.search.ranking import Rules, choose
-from olmfast.testing import tiny_run
+from olmfast.testing import sums, tiny_run, tiny_tokenizer
 
 UNIT = "model.layers.0.self_attn.q_proj"
 TENSOR = f"{UNIT}.weight"
@@ -70,6 +70,45 @@ def test_the_accepted_offspring_is_the_formulas(method, generation, keys, tmp_pa
     # The winner stands out: no other offspring explains what was written.
     distances = sorted(np.abs(written - other).max() for other in offspring)
     assert distances[1] > 100 * distances[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "generation", "keys"),
+    [("svd_es", svd_generation, {"es_svd_sigma": 0.2}), ("norm_es", norm_generation, {"es_norm_sigma": 0.2})],
+)
+def test_every_offspring_of_a_generation_scores_as_its_formula_says(method, generation, keys, tmp_path):
+    """Weights from numpy, scores from Transformers alone, the choice from the scores: no part of the engine."""
+    from transformers import AutoModelForCausalLM
+
+    on = {"es_svd": method == "svd_es", "es_norm": method == "norm_es", "es_norm_generations": 1}
+    data = {"dataset": {"sums.json": {"mode": "perplexity"}}, "holdout": {}}
+    path = tiny_run(tmp_path, n_donors=2, units=[UNIT], seed=7, dtype="float64", **data, **on, **keys)
+    result = run(load_config(path))
+    (outcome,) = [o for o in result.report.choices() if o.stage == method]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "donor0", dtype=torch.float64)
+    weight = model.get_parameter(TENSOR)
+    start = weight.detach().numpy().copy()
+    expected = {"current": perplexity_of_sums(model)}
+    for k, offspring in enumerate(generation(start, 7, next(iter(keys.values())))):
+        with torch.no_grad():
+            weight.copy_(torch.from_numpy(offspring).float())  # rounded as it would be saved
+        expected[f"{method}/0/{k}"] = perplexity_of_sums(model)
+    measured = outcome.metrics["sums.json"]
+    assert measured == pytest.approx(expected, rel=1e-5)
+    assert outcome.winner == min(expected, key=expected.get)
+    assert max(expected.values()) > 1.01 * min(expected.values())  # the offspring do differ
+
+
+def perplexity_of_sums(model) -> float:
+    tokenizer, scores = tiny_tokenizer(), []
+    for question, answer in sums(6, 1):
+        prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer)]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[0] + ids[1]])).logits[0, len(ids[0]) - 1 : -1]
+        log_p = logits.log_softmax(-1)[range(len(ids[1])), ids[1]]
+        scores.append(math.exp(-float(log_p.mean())))
+    return sum(scores) / len(scores)
 
 
 def test_scores_of_offspring_are_those_of_the_rounded_weights(tmp_path):

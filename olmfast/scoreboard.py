@@ -69,7 +69,9 @@ class Scoreboard:
         """Add a row per recipe (None: the model as it is now)."""
         unit = pool.architecture.model_unit(pool.tensors)
         candidates = [
-            Candidate(label, {name: recipe.tensors[name] for name in unit.tensors} if recipe else {})
+            Candidate(label, {name: recipe.tensors[name] for name in unit.tensors}, settings=recipe.base)
+            if recipe
+            else Candidate(label)
             for label, recipe in recipes.items()
         ]
         scores = scorer.score(unit, candidates, list(names))

@@ -211,6 +211,28 @@ def test_a_donor_without_a_score_is_no_end_of_the_scale_and_none_of_its_twins_ei
     print_result(result, as_json=False)
 
 
+def test_a_donor_scored_whole_keeps_its_own_settings_and_a_merge_has_the_bases(tmp_path):
+    from olmfast.driver import evaluate
+
+    path = tiny_run(tmp_path, layer_swap=True)
+    config = load_config(path)
+    file = config.models_dir / "donor1" / "config.json"
+    settings = json.loads(file.read_text())
+    settings["rope_parameters"]["rope_theta"] = 50.0
+    file.write_text(json.dumps(settings))
+    (config.models_dir / "donor2" / "model.safetensors").write_bytes(
+        (config.models_dir / "donor1" / "model.safetensors").read_bytes()
+    )
+    result = run(config)
+    scores = {name: row["heldout.json"] for name, row in result.holdout.rows.items()}
+    assert scores["donor1"] != scores["donor2"]  # the same weights under other settings
+    held_out = {str(tmp_path / "heldout.json"): {"mode": "perplexity"}}
+    for name in ("donor0", "donor1", "donor2", "merged"):
+        folder = str(result.output_dir if name == "merged" else config.models_dir / name)
+        (alone,) = evaluate(folder, held_out, device="cpu").rows[folder].values()
+        assert alone == scores[name], name
+
+
 def test_a_budget_of_evaluations_ends_cleanly_and_a_larger_one_goes_on_to_the_same_bytes(tmp_path):
     whole, parts = (tiny_run(tmp_path / name, **ALL_STAGES) for name in ("whole", "parts"))
     expected = run(load_config(whole))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,15 @@ class WorkingModel:
 
     def rebuild(self, recipe: Recipe) -> None:
         """Build the module that the recipe's base configures, and fill it."""
-        sources, device, dtype = self.sources, self.device, self.dtype
-        base = sources.pool[recipe.base]
-        self.module = _build(base.folder, sources.pool.tied, dtype).to(device)
-        self._slots = _map_slots(self.module, base.architecture, recipe)
-        self._order = {name: i for i, (name, _) in enumerate(self.module.named_parameters())}
         self.recipe = recipe
+        self._build(recipe.base)
+        self._order = {name: i for i, (name, _) in enumerate(self.module.named_parameters())}
         self.apply(recipe.tensors)
+
+    def _build(self, donor: str) -> None:
+        pool = self.sources.pool
+        self.module = build_module(pool[donor].folder, pool.tied, self.dtype).to(self.device)
+        self._slots = _map_slots(self.module, pool.architecture, self.recipe)
 
     def in_parameter_order(self, tensors: tuple[str, ...]) -> list[str]:
         """Canonical names in the order in which the module declares its parameters."""
@@ -99,9 +102,27 @@ class WorkingModel:
             self._uploader = Uploader(self.device)
         self._uploader.upload(pairs)
 
-    def restore(self, names: Mapping[str, Values]) -> None:
-        """Put back what the recipe says for these tensors."""
-        self.apply({name: self.recipe.tensors[name] for name in names})
+    @contextmanager
+    def trial(self, values: Mapping[str, Values], settings: str | None = None) -> Iterator[None]:
+        """The model with other values, until the block ends.
+
+        `settings` names a donor of which `values` are all tensors. Where its config differs in what acts on the
+        values (the base of its rotary embedding, say), it is tried in a module of its own.
+        """
+        pool, kept = self.sources.pool, (self.module, self._slots)
+        if settings is not None and pool.settings_differ(self.recipe.base, settings):
+            try:
+                self._build(settings)
+                self.apply(values)
+                yield
+            finally:
+                self.module, self._slots = kept
+            return
+        try:
+            self.apply(values)
+            yield
+        finally:
+            self.apply({name: self.recipe.tensors[name] for name in values})
 
     def set_recipe(self, recipe: Recipe) -> None:
         """Make `recipe` the model's: the tensors whose expressions changed are copied, nothing else."""
@@ -123,7 +144,8 @@ def _passes_unchanged(info: TensorInfo, saved: torch.dtype, slot: torch.Tensor) 
     return floats and torch.promote_types(info.dtype, saved) == saved and info.shape == tuple(slot.shape)
 
 
-def _build(folder: Path, tied: bool, dtype: torch.dtype) -> Any:
+def build_module(folder: Path, tied: bool, dtype: torch.dtype) -> Any:
+    """An empty Transformers module. Raises InputError when its config is not one Transformers can build."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 

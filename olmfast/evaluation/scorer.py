@@ -22,10 +22,15 @@ from olmfast.weights.methods import Values
 
 @dataclass(frozen=True)
 class Candidate:
-    """A unit's proposed values: canonical name -> values. Without values it is what is there now."""
+    """A unit's proposed values: canonical name -> values. Without values it is what is there now.
+
+    `settings` names the donor whose config.json the module is built by, for a donor that is scored whole; None is
+    the base's, which every merge has.
+    """
 
     label: str
     values: Mapping[str, Values] = field(default_factory=dict)
+    settings: str | None = None
 
 
 @dataclass(frozen=True)
@@ -129,8 +134,7 @@ class SequentialScorer:
             {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()},
         )
         for row, candidate in enumerate(candidates):
-            try:
-                self.model.apply(candidate.values)
+            with self.model.trial(candidate.values, candidate.settings):
                 if row + 1 < len(candidates):
                     self.model.prefetch(candidates[row + 1].values)
                 for name in names:
@@ -138,8 +142,6 @@ class SequentialScorer:
                     result.samples[name][row, wanted[name]] = scores.to(dtype)
                     result.evaluated[name][row, wanted[name]] = True
                     result.truncated[name][row, wanted[name]] = truncated
-            finally:
-                self.model.restore(candidate.values)
             self.progress(candidate.label)
         return result
 

@@ -150,6 +150,7 @@ class Search:
     def _distinct(self, candidates: Sequence[Candidate]) -> tuple[list[Candidate], dict[str, int]]:
         """Candidates of different bytes, and for each label that is left out the row of its equal."""
         seen: dict[tuple[str, ...], int] = {}
+        base, pool = self.model.recipe.base, self.model.sources.pool
         kept: list[Candidate] = []
         twin: dict[str, int] = {}
         for candidate in candidates:
@@ -162,11 +163,12 @@ class Search:
             if len(known) < len(values):
                 kept.append(candidate)  # offspring differ; comparing their bytes would cost making them twice
                 continue
-            digests = tuple(map(self.model.sources.digest, known))
-            if digests in seen:
-                twin[candidate.label] = seen[digests]
+            own = candidate.settings is not None and pool.settings_differ(base, candidate.settings)
+            identity = (*map(self.model.sources.digest, known), candidate.label if own else "")
+            if identity in seen:
+                twin[candidate.label] = seen[identity]
             else:
-                seen[digests] = len(kept)
+                seen[identity] = len(kept)
                 kept.append(candidate)
         return kept, twin
 

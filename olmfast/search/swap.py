@@ -102,4 +102,4 @@ def owner(recipe: Recipe, unit: Unit) -> str:
 
 
 def _donor(name: str, unit: Unit) -> Candidate:
-    return Candidate(name, {tensor: Copy(name, tensor) for tensor in unit.tensors})
+    return Candidate(name, {tensor: Copy(name, tensor) for tensor in unit.tensors}, settings=name)

@@ -93,6 +93,10 @@ class Pool:
         """The donors' names in the order of the config."""
         return list(self.donors)
 
+    def settings_differ(self, name: str, other: str) -> bool:
+        """Whether two donors' configs differ in what acts on the values without changing their shapes."""
+        return bool(_soft_differences(self[name], self[other]))
+
     def check_finite(self, progress: Callable[[str], None] = lambda _: None) -> None:
         """Raise InputError naming the donor, file and tensor that holds NaN or infinity."""
         for donor in self:
@@ -215,7 +219,7 @@ def _config_differences(first: Checkpoint, other: Checkpoint) -> list[str]:
 def _soft_differences(first: Checkpoint, other: Checkpoint) -> list[str]:
     return [
         f"{other.name}: {key} is {other.config[key]!r}, {first.name} has {first.config[key]!r}; "
-        f"its blocks were trained with another value, and are scored with {first.name}'s"
+        "scored whole it keeps its own value, in a merge its tensors get the base's"
         for key in SOFT
         if key in first.config and key in other.config and first.config[key] != other.config[key]
     ]

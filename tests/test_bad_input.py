@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from olmfast import cli, load_config, run
+from olmfast import load_config, run
 from olmfast.testing import tiny_model, tiny_run, write_dataset
 
 OLMFAST = [sys.executable, "-m", "olmfast.cli"]
@@ -36,19 +36,6 @@ def good(tmp_path_factory) -> Path:
 def cfg(good, tmp_path) -> Path:
     """The config of a fresh copy."""
     return shutil.copytree(good, tmp_path / "run") / "cfg.yaml"
-
-
-@pytest.fixture
-def olmfast(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command line in this process; returns exit code, standard output and standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["olmfast", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return (caught.value.code or 0, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture

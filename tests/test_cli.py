@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,19 +34,6 @@ def pool(tmp_path_factory) -> Path:
 def cfg(pool, tmp_path) -> Path:
     """The config of a copy whose output folder is free."""
     return shutil.copytree(pool, tmp_path / "run", ignore=shutil.ignore_patterns("out*")) / "cfg.yaml"
-
-
-@pytest.fixture
-def olmfast(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command line in this process; returns exit code, standard output and standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["olmfast", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return (caught.value.code or 0, *capsys.readouterr())
-
-    return call
 
 
 def loaded_modules(code: str) -> set[str]:

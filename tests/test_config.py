@@ -67,7 +67,7 @@ def plain(**keys: Any) -> dict[str, Any]:
 
 
 def parse(**keys: Any) -> RunConfig:
-    return parse_config(plain(**keys), "cfg.yaml", Path("/home/me"))
+    return parse_config(plain(**keys), "cfg.yaml", Path("/data/me"))
 
 
 def refusal(**keys: Any) -> str:
@@ -117,11 +117,11 @@ def test_paths_are_taken_from_the_folder_of_the_config(tmp_path, monkeypatch):
 
 
 def test_absolute_paths_and_the_home_folder_stay_what_they_are(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("HOME", "/data/someone")
     config = parse(models_dir="/mnt/models", output_dir="~/merged")
     assert config.models_dir == Path("/mnt/models")
-    assert config.output_dir == Path("/home/someone/merged")
-    assert config.dataset_dir == Path("/home/me")
+    assert config.output_dir == Path("/data/someone/merged")
+    assert config.dataset_dir == Path("/data/me")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from olmfast.search.stage import BudgetSpent, Observer, Search
 from olmfast.search.swap import (
     choose_blocks,
     choose_boundary,
+    in_order,
     module_units,
     score_donors,
     swap,
@@ -134,9 +135,9 @@ class Session:
                 choose_boundary(self.search)
             if self.config.layer_swap:
                 choose_blocks(self.search)
-            for unit in module_units(self.search):
+            for unit, following in in_order(module_units(self.search)):
                 if self.config.tensor_swap:
-                    swap(self.search, "tensors", unit)
+                    swap(self.search, "tensors", unit, following)
                 refine(self.search, unit)
         except BudgetSpent:
             self.observer.note("the budget is spent; this is the best so far, --resume with a larger one goes on")

@@ -233,6 +233,27 @@ def test_a_donor_scored_whole_keeps_its_own_settings_and_a_merge_has_the_bases(t
         assert alone == scores[name], name
 
 
+def test_the_next_units_donors_are_read_while_the_present_one_is_evaluated(tmp_path, monkeypatch):
+    from olmfast.evaluation.model import WorkingModel
+    from olmfast.evaluation.scorer import SequentialScorer
+
+    events: list[str] = []
+    prefetch, score = WorkingModel.prefetch, SequentialScorer.score
+
+    def watched_prefetch(self, values):
+        events.append("read " + " ".join(sorted({name.split(".")[2] for name in values if ".layers." in name})))
+        prefetch(self, values)
+
+    def watched_score(self, unit, *rest):
+        events.append(f"evaluate {unit.name}")
+        return score(self, unit, *rest)
+
+    monkeypatch.setattr(WorkingModel, "prefetch", watched_prefetch)
+    monkeypatch.setattr(SequentialScorer, "score", watched_score)
+    run(load_config(tiny_run(tmp_path, layer_swap=True)))
+    assert events.index("read 1") < events.index("evaluate 0") < events.index("evaluate 1")
+
+
 def test_a_budget_of_evaluations_ends_cleanly_and_a_larger_one_goes_on_to_the_same_bytes(tmp_path):
     whole, parts = (tiny_run(tmp_path / name, **ALL_STAGES) for name in ("whole", "parts"))
     expected = run(load_config(whole))

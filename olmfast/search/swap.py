@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from itertools import product
+from itertools import product, zip_longest
 
 from olmfast.config import RunConfig
 from olmfast.evaluation.scorer import Candidate, Scores
@@ -54,9 +54,12 @@ def choose_blocks(search: Search) -> None:
     blocks = list(range(search.architecture.n_blocks))
     if search.config.direction == "backward":
         blocks.reverse()
-    for start in range(0, len(blocks), size):
-        window = sorted(blocks[start : start + size])
-        swap(search, "layers", search.architecture.window_unit(search.tensors, window))
+    windows = [
+        search.architecture.window_unit(search.tensors, sorted(blocks[start : start + size]))
+        for start in range(0, len(blocks), size)
+    ]
+    for window, following in in_order(windows):
+        swap(search, "layers", window, following)
 
 
 def module_units(search: Search) -> list[Unit]:
@@ -74,10 +77,24 @@ def select_units(config: RunConfig, architecture: Architecture, tensors: Sequenc
     return units[::-1] if config.direction == "backward" else units
 
 
-def swap(search: Search, stage: str, unit: Unit) -> Outcome:
-    """Try every donor's values for the unit (every combination of donors, for a window of blocks)."""
+def in_order(units: Sequence[Unit]) -> Iterator[tuple[Unit, Unit | None]]:
+    """Each unit with the one that follows it."""
+    return zip_longest(units, units[1:])
+
+
+def swap(search: Search, stage: str, unit: Unit, following: Unit | None = None) -> Outcome:
+    """Try every donor's values for the unit (every combination of donors, for a window of blocks).
+
+    While they are evaluated, the donors' values for the `following` unit are read from disk.
+    """
     key = stage if unit.kind == "boundary" else f"{stage}/{unit.name}"
-    return search.take(Step(key, stage, unit, lambda: swap_candidates(search, unit)))
+
+    def propose() -> list[Candidate]:
+        for donor in search.donors:
+            search.model.prefetch({name: Copy(donor, name) for name in (following.tensors if following else ())})
+        return swap_candidates(search, unit)
+
+    return search.take(Step(key, stage, unit, propose))
 
 
 def swap_candidates(search: Search, unit: Unit) -> list[Candidate]:

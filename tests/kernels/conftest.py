@@ -9,6 +9,12 @@ import pytest
 import torch
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    """The same inputs in every run; OLMFAST_TEST_SEED draws others."""
+    torch.manual_seed(int(os.environ.get("OLMFAST_TEST_SEED", "0")))
+
+
 def _interpreter_is_on() -> bool:
     if os.environ.get("TRITON_INTERPRET") != "1":
         return False

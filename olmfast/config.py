@@ -6,8 +6,10 @@ docs/config.md describes each key for users; this file is where they are declare
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +28,7 @@ from olmfast.errors import InputError, did_you_mean
 
 Mode = Literal["exact_match", "bigram_loss", "diversity", "exact", "bigram", "quality", "perplexity", "choice"]
 Template = Literal["auto", "tokenizer", "chatml", "raw"]
+Scale = Literal["model", "depth", "kind", "boundary", "block", "tensor"]
 HAN = "[\u4e00-\u9fff]"
 MODES: tuple[str, ...] = Mode.__args__  # type: ignore[attr-defined]
 
@@ -47,6 +50,68 @@ class Budget(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     evaluations: int | None = Field(default=None, ge=1)
+
+
+@dataclass(frozen=True)
+class Blend:
+    """One way to make candidates of a donor: what its number means, its default, and what is allowed."""
+
+    default: float
+    allowed: str
+    is_allowed: Callable[[float], bool]
+
+
+# How a unit's current values and a donor's make a candidate. `swap` takes the donor's alone and has no number.
+BLENDS: dict[str, Blend] = {
+    "linear": Blend(0.5, "shares of the donor between 0 and 1", lambda x: 0 < x < 1),
+    "slerp": Blend(0.5, "t between 0 and 1", lambda x: 0 < x < 1),
+    "ties": Blend(0.5, "densities above 0, at most 1", lambda x: 0 < x <= 1),
+    "task_arithmetic": Blend(0.5, "weights other than 0", lambda x: x != 0),
+}
+
+
+class CandidateKind(BaseModel):
+    """An entry of `candidates`: `swap`, or a blend with the numbers that it is tried with."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    method: str
+    values: tuple[float, ...] = ()
+
+
+def _parse_candidates(value: object) -> list[CandidateKind]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"expected a list such as [swap, {{linear: [0.25, 0.5]}}], got {value!r}")
+    kinds = [entry if isinstance(entry, CandidateKind) else _parse_kind(entry) for entry in value]
+    methods = [kind.method for kind in kinds]
+    twice = next((method for method in methods if methods.count(method) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice!r} is listed twice; give its numbers as one list")
+    return kinds
+
+
+def _parse_kind(entry: object) -> CandidateKind:
+    method, numbers = entry, None
+    if isinstance(entry, dict) and len(entry) == 1:
+        ((method, numbers),) = entry.items()
+    known = ["swap", *BLENDS]
+    if not isinstance(method, str) or method not in known:
+        shown = ", ".join(known)
+        raise ValueError(f"expected one of {shown}, got {entry!r}{did_you_mean(str(method), known)}")
+    if method == "swap":
+        if numbers is not None:
+            raise ValueError(f"swap takes a donor's values as they are and has no numbers, got {numbers!r}")
+        return CandidateKind(method="swap")
+    blend = BLENDS[method]
+    listed = [blend.default] if numbers is None else numbers if isinstance(numbers, list) else [numbers]
+    try:
+        values = tuple(map(float, listed))
+    except (TypeError, ValueError):
+        values = ()
+    if not values or not all(math.isfinite(x) and blend.is_allowed(x) for x in values):
+        raise ValueError(f"{method}: expected {blend.allowed}, got {numbers!r}")
+    if len(set(values)) != len(values):
+        raise ValueError(f"{method}: a number is given twice in {numbers!r}")
+    return CandidateKind(method=method, values=values)
 
 
 def _parse_budget(value: object) -> object:
@@ -120,6 +185,8 @@ class RunConfig(BaseModel):
     es_norm: bool = False
     load_merge_report: bool = False
 
+    candidates: Annotated[list[CandidateKind], BeforeValidator(_parse_candidates)] = [CandidateKind(method="swap")]
+    scales: list[Scale] = []
     direction: Literal["forward", "backward"] = "forward"
     samples: int = Field(200, ge=1)
     improve_all: str | None = None
@@ -159,6 +226,16 @@ class RunConfig(BaseModel):
         """The donor that is the base before any selection, and whose tokenizer and template are used."""
         return self.base_model_name or self.models[0]
 
+    @property
+    def walk(self) -> list[Scale]:
+        """The scales whose units are walked, in order: those listed, then those that only a switch asks for."""
+        switches: dict[Scale, bool] = {
+            "boundary": self.boundary_select,
+            "block": self.layer_swap,
+            "tensor": self.tensor_swap,
+        }
+        return [*self.scales, *(scale for scale, on in switches.items() if on and scale not in self.scales)]
+
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         if len(set(self.models)) != len(self.models):
@@ -174,6 +251,9 @@ class RunConfig(BaseModel):
                 f"improve_all: expected 'all', 'base', a mode in use or a dataset, got {self.improve_all!r}"
                 f"{did_you_mean(self.improve_all, allowed)}"
             )
+        again = next((scale for scale in self.scales if self.scales.count(scale) > 1), None)
+        if again is not None:
+            raise ValueError(f"scales: {again!r} is listed twice")
         joined = next((name for name in self.models if " + " in name), None)
         if joined is not None:
             raise ValueError(f"models: {joined!r}: ' + ' joins the names of a window's donors; rename the folder")
@@ -284,7 +364,8 @@ def _absolute(folder: Path, path: str | Path, where: str) -> Path:
     try:
         if "\0" in str(path):
             raise ValueError("it holds a null character")
-        return folder / Path(path).expanduser()
+        # Not resolved: a link in the path stays the name under which the user knows the place.
+        return Path(os.path.normpath(folder / Path(path).expanduser()))
     except (RuntimeError, ValueError) as error:  # RuntimeError: ~nobody
         raise InputError(f"{where}: {str(path)!r} is not a usable path: {error}") from None
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from olmfast.card import write_card
-from olmfast.config import RunConfig, parse_config
+from olmfast.config import RunConfig, Scale, parse_config
 from olmfast.errors import OlmfastError
 from olmfast.evaluation.batches import Dataset, load_datasets
 from olmfast.evaluation.model import WorkingModel, pick_device, pick_dtype
@@ -23,15 +23,8 @@ from olmfast.scoreboard import AVERAGE, RESULT, Scoreboard, plain_average
 from olmfast.search.evolve import refine
 from olmfast.search.ranking import Rules
 from olmfast.search.stage import BudgetSpent, Observer, Search
-from olmfast.search.swap import (
-    choose_blocks,
-    choose_boundary,
-    in_order,
-    module_units,
-    score_donors,
-    swap,
-    whole,
-)
+from olmfast.search.swap import STAGES, in_order, score_donors, swap, units_of, whole
+from olmfast.weights.architecture import Unit
 from olmfast.weights.methods import Sources
 from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Recipe
@@ -131,18 +124,24 @@ class Session:
         self._score_holdout_of_donors()
         try:
             self._choose_base()
-            if self.config.boundary_select:
-                choose_boundary(self.search)
-            if self.config.layer_swap:
-                choose_blocks(self.search)
-            for unit, following in in_order(module_units(self.search)):
-                if self.config.tensor_swap:
-                    swap(self.search, "tensors", unit, following)
-                refine(self.search, unit)
+            for scale in self.config.walk:
+                self._walk(scale)
+            if "tensor" not in self.config.walk:
+                for unit in self._units("tensor"):
+                    refine(self.search, unit)
         except BudgetSpent:
             self.observer.note("the budget is spent; this is the best so far, --resume with a larger one goes on")
             return "stopped"
         return "finished"
+
+    def _units(self, scale: Scale) -> list[Unit]:
+        return units_of(scale, self.config, self.search.architecture, self.search.tensors)
+
+    def _walk(self, scale: Scale) -> None:
+        for unit, following in in_order(self._units(scale)):
+            swap(self.search, STAGES[scale], unit, following)
+            if scale == "tensor":
+                refine(self.search, unit)
 
     def write(self) -> str:
         """Score the result beside its donors and write it; returns the line that accounts for every tensor."""

@@ -10,7 +10,7 @@ from olmfast.config import RunConfig
 from olmfast.inputs import Inputs
 from olmfast.search.evolve import offspring_count
 from olmfast.search.stage import Observer
-from olmfast.search.swap import select_units
+from olmfast.search.swap import STAGES, units_of
 from olmfast.weights.pool import Pool
 
 
@@ -50,17 +50,18 @@ def plan(config: RunConfig, observer: Observer | None = None) -> Plan:
 
 def plan_stages(config: RunConfig, pool: Pool) -> dict[str, tuple[int, int]]:
     """Stage -> (units, candidates at most); a step has fewer where donors' bytes are equal."""
+    architecture, tensors = pool.architecture, pool.tensors
     n = min(len(pool), config.max_models or len(pool))
+    n_ways = sum(max(1, len(kind.values)) for kind in config.candidates)
+    # As long as whole units are swapped, the coarser before the finer, what is there is one of the donors.
+    swaps_only = n_ways == 1 and config.candidates[0].method == "swap" and not config.scales
     stages = {"base": (1, len(pool))}
-    if config.boundary_select:
-        stages["boundary"] = (1, n)
-    if config.layer_swap:
-        size = config.markov + 1
-        full, rest = divmod(pool.architecture.n_blocks, size)
-        stages["layers"] = (full + bool(rest), full * n**size + (n**rest if rest else 0))
-    units = select_units(config, pool.architecture, pool.tensors)
-    if config.tensor_swap:
-        stages["tensors"] = (len(units), len(units) * n)
+    for index, scale in enumerate(config.walk):
+        units = units_of(scale, config, architecture, tensors)
+        per_part = 1 + (n - (swaps_only or index == 0)) * n_ways
+        parts = [len(unit.blocks) if scale == "block" else 1 for unit in units]
+        stages[STAGES[scale]] = (len(units), sum(per_part**n_parts for n_parts in parts))
+    units = units_of("tensor", config, architecture, tensors)
     shapes = [pool[config.base_name].tensors[name].shape for unit in units for name in unit.tensors]
     matrices = [shape for shape in shapes if len(shape) == 2]
     if config.es_svd:

@@ -164,7 +164,7 @@ class Report:
                 self.data["layers"][block] = {"metrics": outcome.metrics, "best_model": winner}
         elif outcome.stage == "tensors":
             self.data["tensors"][outcome.unit] = {"metrics": outcome.metrics, "best_model": outcome.winner}
-        else:
+        elif outcome.stage in ("svd_es", "norm_es"):
             entry = self.data["tensors"].setdefault(outcome.unit, {"metrics": {}, "best_model": None})
             entry.setdefault(outcome.stage, []).append({"winner": outcome.winner, "changed": outcome.changed})
 

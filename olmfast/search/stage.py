@@ -164,7 +164,7 @@ class Search:
                 kept.append(candidate)  # offspring differ; comparing their bytes would cost making them twice
                 continue
             own = candidate.settings is not None and pool.settings_differ(base, candidate.settings)
-            identity = (*map(self.model.sources.digest, known), candidate.label if own else "")
+            identity = (*map(self.model.sources.identity, known), candidate.label if own else "")
             if identity in seen:
                 twin[candidate.label] = seen[identity]
             else:

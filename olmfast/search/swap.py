@@ -1,4 +1,4 @@
-"""Stages that choose donors: the base, the boundary, blocks (in windows) and modules."""
+"""Stages that choose donors: the base, then units of every scale, as donors have them or blended with them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import product, zip_longest
 
-from olmfast.config import RunConfig
+from olmfast.config import RunConfig, Scale
 from olmfast.evaluation.scorer import Candidate, Scores
 from olmfast.report import Outcome
 from olmfast.search.ranking import order
 from olmfast.search.stage import Search, Step
 from olmfast.weights.architecture import Architecture, Unit
-from olmfast.weights.recipe import Copy, Recipe
+from olmfast.weights.recipe import Copy, Expression, Linear, Recipe
 
 
 def whole(donor: str, tensors: tuple[str, ...]) -> Recipe:
@@ -43,38 +43,44 @@ def score_donors(search: Search) -> Outcome:
     return search.take(Step("base", "base", unit, propose, accept=accept, guarded=False, commit=False))
 
 
-def choose_boundary(search: Search) -> None:
-    """Embedding, final norm and head move as one unit."""
-    swap(search, "boundary", search.architecture.boundary_unit(search.tensors))
+# What the steps of a scale are called in the report; the first keys of the original's are among them.
+STAGES: dict[Scale, str] = {
+    "model": "model",
+    "depth": "depth",
+    "kind": "kind",
+    "boundary": "boundary",
+    "block": "layers",
+    "tensor": "tensors",
+}
 
 
-def choose_blocks(search: Search) -> None:
-    """Each block, or each window of `markov` + 1 blocks in all combinations, in the config's direction."""
-    size = search.config.markov + 1
-    blocks = list(range(search.architecture.n_blocks))
-    if search.config.direction == "backward":
-        blocks.reverse()
-    windows = [
-        search.architecture.window_unit(search.tensors, sorted(blocks[start : start + size]))
-        for start in range(0, len(blocks), size)
-    ]
-    for window, following in in_order(windows):
-        swap(search, "layers", window, following)
+def units_of(scale: Scale, config: RunConfig, architecture: Architecture, tensors: Sequence[str]) -> list[Unit]:
+    """The units of one scale, in the order in which they are walked.
 
-
-def module_units(search: Search) -> list[Unit]:
-    """The units of the tensor stage: modules inside the blocks that a pattern of `units` matches, in order."""
-    return select_units(search.config, search.architecture, search.tensors)
-
-
-def select_units(config: RunConfig, architecture: Architecture, tensors: Sequence[str]) -> list[Unit]:
-    """The modules inside the blocks that a pattern of the config's `units` matches, in its direction."""
-    units = [
-        unit
-        for unit in architecture.module_units(tensors, config.skip_norm)
-        if any(fnmatchcase(name, pattern) for pattern in config.units for name in (unit.name, *unit.tensors))
-    ]
-    return units[::-1] if config.direction == "backward" else units
+    The whole model; thirds of the depth; all attention and all MLP; the boundary; each block, or each window of
+    `markov` + 1 blocks; the modules inside the blocks that a pattern of `units` matches.
+    """
+    if scale == "model":
+        return [architecture.model_unit(tensors)]
+    if scale == "kind":
+        return architecture.kind_units(tensors)
+    if scale == "boundary":
+        return [architecture.boundary_unit(tensors)]
+    backward = config.direction == "backward"
+    if scale == "block":
+        size = config.markov + 1
+        blocks = list(range(architecture.n_blocks))[:: -1 if backward else 1]
+        windows = [sorted(blocks[start : start + size]) for start in range(0, len(blocks), size)]
+        return [architecture.window_unit(tensors, window) for window in windows]
+    if scale == "depth":
+        units = architecture.depth_units(tensors)
+    else:
+        units = [
+            unit
+            for unit in architecture.module_units(tensors, config.skip_norm)
+            if any(fnmatchcase(name, pattern) for pattern in config.units for name in (unit.name, *unit.tensors))
+        ]
+    return units[::-1] if backward else units
 
 
 def in_order(units: Sequence[Unit]) -> Iterator[tuple[Unit, Unit | None]]:
@@ -83,11 +89,11 @@ def in_order(units: Sequence[Unit]) -> Iterator[tuple[Unit, Unit | None]]:
 
 
 def swap(search: Search, stage: str, unit: Unit, following: Unit | None = None) -> Outcome:
-    """Try every donor's values for the unit (every combination of donors, for a window of blocks).
+    """Try every candidate of `candidates` for the unit: each donor's values, and blends with them.
 
     While they are evaluated, the donors' values for the `following` unit are read from disk.
     """
-    key = stage if unit.kind == "boundary" else f"{stage}/{unit.name}"
+    key = stage if stage == unit.name else f"{stage}/{unit.name}"
 
     def propose() -> list[Candidate]:
         for donor in search.donors:
@@ -98,17 +104,42 @@ def swap(search: Search, stage: str, unit: Unit, following: Unit | None = None) 
 
 
 def swap_candidates(search: Search, unit: Unit) -> list[Candidate]:
-    """What is there now, then the donors in pool order."""
+    """What is there now, then the others in the order of `candidates` and of the pool.
+
+    The blocks of a window choose independently: every combination is a candidate.
+    """
     parts = [unit]
-    if len(unit.blocks) > 1:
+    if unit.kind == "block" and len(unit.blocks) > 1:
         parts = [search.architecture.window_unit(unit.tensors, [block]) for block in unit.blocks]
-    candidates = [Candidate(" + ".join(owner(search.model.recipe, part) for part in parts))]
-    for donors in product(search.donors, repeat=len(parts)):
-        values = {n: Copy(d, n) for d, part in zip(donors, parts, strict=True) for n in part.tensors}
-        label = " + ".join(donors)
-        if label != candidates[0].label:
-            candidates.append(Candidate(label, values))
-    return candidates
+    found = []
+    for chosen in product(*(_options(search, part) for part in parts)):
+        values = {name: value for option in chosen for name, value in option.values.items()}
+        found.append(Candidate(" + ".join(option.label for option in chosen), values))
+    return [Candidate(found[0].label), *found[1:]]
+
+
+def _options(search: Search, part: Unit) -> list[Candidate]:
+    """What a part may become; the first is what it is."""
+    recipe = search.model.recipe
+    options = [Candidate(owner(recipe, part), {name: recipe.tensors[name] for name in part.tensors})]
+    others = [donor for donor in search.donors if donor != options[0].label]
+    for kind in search.config.candidates:
+        if kind.method == "swap":
+            options += [Candidate(donor, {name: Copy(donor, name) for name in part.tensors}) for donor in others]
+        for value in kind.values:
+            for donor in others:
+                values = {name: _blend(search, kind.method, value, Copy(donor, name)) for name in part.tensors}
+                options.append(Candidate(f"{kind.method} {value:g} {donor}", values))
+    return options
+
+
+def _blend(search: Search, method: str, value: float, donor: Copy) -> Expression:
+    """A tensor's current values blended with a donor's; as they are where there is nothing to blend."""
+    sources, recipe = search.model.sources, search.model.recipe
+    current, info = recipe.tensors[donor.tensor], sources.pool[donor.donor].tensors[donor.tensor]
+    if not info.dtype.is_floating_point or sources.identity(current) == sources.identity(donor):
+        return current
+    return Linear((current, donor), (1 - value, value))
 
 
 def owner(recipe: Recipe, unit: Unit) -> str:

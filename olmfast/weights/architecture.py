@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ class Family:
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
     other_boundary: tuple[str, ...] = ("model.norm.weight",)
+    attention: str = "self_attn"  # what a block calls its attention
+    mlp: str = "mlp"  # and its feed-forward part, or its mixture of experts
     optional_prefix: str = ""  # left out by files saved from the bare decoder
     transposed: tuple[str, ...] = ()  # modules whose weights are stored (in, out)
     renames: tuple[tuple[str, str], ...] = ()  # canonical name -> module name, as regular expressions
@@ -35,6 +38,7 @@ _ROTARY = (r"\.rotary_emb\.inv_freq$",)
 _LLAMA = Family(ignored=_ROTARY)
 _GPT2_BUFFERS = (r"\.attn\.(bias|masked_bias)$",)
 _MIXTRAL = Family(
+    mlp="block_sparse_moe",
     renames=((r"\.block_sparse_moe\.gate\.", ".mlp.gate."),),
     ignored=_ROTARY,
 )
@@ -55,6 +59,7 @@ FAMILIES: dict[str, Family] = {
         blocks="transformer.h",
         embedding="transformer.wte.weight",
         other_boundary=("transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias"),
+        attention="attn",
         optional_prefix="transformer.",
         transposed=("c_attn", "c_proj", "c_fc"),
         ignored=_GPT2_BUFFERS,
@@ -63,6 +68,7 @@ FAMILIES: dict[str, Family] = {
         blocks="transformer.h",
         embedding="transformer.wte.weight",
         other_boundary=("transformer.ln_f.weight", "transformer.ln_f.bias", "lm_head.bias"),
+        attention="attn",
         ignored=_GPT2_BUFFERS,
     ),
     "gpt_neox": Family(
@@ -70,6 +76,7 @@ FAMILIES: dict[str, Family] = {
         embedding="gpt_neox.embed_in.weight",
         head="embed_out.weight",
         other_boundary=("gpt_neox.final_layer_norm.weight", "gpt_neox.final_layer_norm.bias"),
+        attention="attention",
         renames=((r"^embed_out\.", "lm_head."),),
         ignored=(*_ROTARY, r"\.attention\.(bias|masked_bias)$", r"\.attention\.rotary_emb\.inv_freq$"),
     ),
@@ -82,7 +89,7 @@ class Unit:
     """Tensors (canonical names) that are proposed, evaluated and committed together."""
 
     name: str
-    kind: str  # model, boundary, block, module
+    kind: str  # model, depth, kind, boundary, block, module
     tensors: tuple[str, ...]
     blocks: tuple[int, ...] = ()  # the blocks it lies in; empty for the whole model and the boundary
 
@@ -182,6 +189,26 @@ class Architecture:
     def model_unit(self, tensors: Sequence[str]) -> Unit:
         """Every tensor that the module uses."""
         return Unit("model", "model", tuple(name for name in tensors if not self.is_ignored(name)))
+
+    def depth_units(self, tensors: Sequence[str], n_parts: int = 3) -> list[Unit]:
+        """The blocks in `n_parts` stretches of as equal a length as can be; fewer where there are fewer blocks."""
+        parts = min(n_parts, self.n_blocks)
+        edges = [round(part * self.n_blocks / parts) for part in range(parts + 1)]
+        units = []
+        for first, end in pairwise(edges):
+            blocks = tuple(range(first, end))
+            name = f"{first}-{end - 1}" if end - first > 1 else str(first)
+            units.append(Unit(name, "depth", self.window_unit(tensors, blocks).tensors, blocks))
+        return units
+
+    def kind_units(self, tensors: Sequence[str]) -> list[Unit]:
+        """The attention of all blocks, and the MLP of all blocks; norms between them belong to neither."""
+        units = []
+        for name, part in (("attention", self.family.attention), ("mlp", self.family.mlp)):
+            inside = re.compile(rf"{re.escape(self.family.blocks)}\.\d+\.{re.escape(part)}\.")
+            chosen = tuple(t for t in tensors if inside.match(t) and not self.is_ignored(t))
+            units.append(Unit(name, "kind", chosen, tuple(range(self.n_blocks))))
+        return units
 
     def boundary_unit(self, tensors: Sequence[str]) -> Unit:
         """Embedding, final norm and head as one unit."""

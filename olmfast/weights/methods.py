@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import xxhash
 
 from olmfast import kernels
 from olmfast.errors import OlmfastError
@@ -53,6 +54,16 @@ class Sources:
         if isinstance(expression, Stored):
             return expression.digest
         return digest_tensor(self.value(expression))
+
+    def identity(self, expression: Expression) -> str:
+        """A digest that says, without computing anything, that two expressions are worth the same bytes.
+
+        Equal digests, equal bytes; bytes of different computations may be equal all the same.
+        """
+        if isinstance(expression, (Copy, Stored)):
+            return self.digest(expression)
+        terms = [self.identity(term) for term in expression.terms]
+        return xxhash.xxh3_128(f"{terms} {expression.weights} {expression.normalize}".encode()).hexdigest()
 
     def _place(self, stored: Copy | Stored) -> TensorInfo:
         """Where the bytes lie; those of a refined tensor are checked when it is first used."""

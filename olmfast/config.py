@@ -205,6 +205,7 @@ class RunConfig(BaseModel):
     racing: Literal[False] = False
 
     seed: int = Field(0, ge=0, lt=2**63)
+    scorer: Literal["batched", "sequential"] = "batched"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     batch_tokens: int = Field(8192, ge=1)

@@ -14,7 +14,8 @@ from olmfast.config import RunConfig, Scale, parse_config
 from olmfast.errors import OlmfastError
 from olmfast.evaluation.batches import Dataset, load_datasets
 from olmfast.evaluation.model import WorkingModel, pick_device, pick_dtype
-from olmfast.evaluation.scorer import SequentialScorer
+from olmfast.evaluation.batched import BatchedScorer
+from olmfast.evaluation.scorer import Scorer, SequentialScorer
 from olmfast.inputs import Inputs, load_tokenizer
 from olmfast.plan import plan_stages
 from olmfast.report import Report
@@ -29,6 +30,12 @@ from olmfast.weights.methods import Sources
 from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Recipe
 from olmfast.weights.writer import write_model
+
+
+SCORERS: dict[str, type[BatchedScorer] | type[SequentialScorer]] = {
+    "batched": BatchedScorer,
+    "sequential": SequentialScorer,
+}
 
 
 @dataclass(frozen=True)
@@ -107,8 +114,8 @@ class Session:
         self.selection = Scoreboard(inputs.pool.names)
         self.holdout = Scoreboard(inputs.pool.names)
 
-    def _scorer(self, datasets: Mapping[str, Dataset]) -> SequentialScorer:
-        return SequentialScorer(
+    def _scorer(self, datasets: Mapping[str, Dataset]) -> Scorer:
+        return SCORERS[self.config.scorer](
             self.model,
             datasets,
             self.inputs.tokenizer,
@@ -224,7 +231,7 @@ def evaluate(
     chosen = pick_device(device)
     recipe = whole(model, pool.tensors)
     working = WorkingModel(recipe, Sources(pool, Path()), chosen, pick_dtype(dtype, chosen))
-    scorer = SequentialScorer(working, loaded, tokenizer, stop_tokens, config.batch_tokens)
+    scorer = BatchedScorer(working, loaded, tokenizer, stop_tokens, config.batch_tokens)
     rows: dict[str, Recipe | None] = {name: whole(name, pool.tensors) for name in against}
     donors = list(against) or [model]
     if len(against) > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +15,7 @@ from olmfast.evaluation.upload import Uploader
 from olmfast.weights.architecture import Architecture
 from olmfast.weights.checkpoint import FLOATS, TensorInfo, copy_tensors
 from olmfast.weights.methods import Sources, Values
+from olmfast.weights.offspring import Offspring
 from olmfast.weights.recipe import Copy, Recipe
 
 
@@ -70,18 +71,33 @@ class WorkingModel:
 
     def apply(self, values: Mapping[str, Values]) -> None:
         """Copy values (canonical name -> values) over the live parameters; the recipe is not changed."""
+        self._fill((name, wanted, self._slots[name]) for name, wanted in values.items() if name in self._slots)
+
+    def stack(self, name: str, several: Sequence[Values]) -> torch.Tensor:
+        """K values of one tensor as they would be live: (K, *shape) in the module's dtype, on its device."""
+        first = several[0]
+        saved = self.sources.pool[self.recipe.base].tensors[name].dtype
+        if isinstance(first, Offspring):
+            siblings = [one for one in several if type(one) is type(first) and one.parent is first.parent]
+            if len(siblings) == len(several):
+                return first.stack(siblings).to(self.device, saved).to(self.dtype)
+        slot = self._slots[name]
+        result = slot.new_empty(len(several), *slot.shape)
+        self._fill((name, wanted, target) for wanted, target in zip(several, result, strict=True))
+        return result
+
+    def _fill(self, wanted: Iterable[tuple[str, Values, torch.Tensor]]) -> None:
+        """Name, values and the tensor they are copied into, rounded on the way as saving would round them."""
         base = self.sources.pool[self.recipe.base]
         direct = []
         with torch.no_grad():
-            for name, wanted in values.items():
-                if name not in self._slots:
-                    continue
-                slot, saved = self._slots[name], base.tensors[name].dtype
-                info = self.sources.info(wanted)
-                if info is not None and _passes_unchanged(info, saved, slot):
-                    direct.append((info, slot))
+            for name, values, target in wanted:
+                saved = base.tensors[name].dtype
+                info = self.sources.info(values)
+                if info is not None and _passes_unchanged(info, saved, target):
+                    direct.append((info, target))
                 else:
-                    slot.copy_(self.sources.value(wanted).to(saved))
+                    target.copy_(self.sources.value(values).to(saved))
             self._copy(direct)
 
     def prefetch(self, values: Mapping[str, Values]) -> None:
@@ -152,6 +168,8 @@ def build_module(folder: Path, tied: bool, dtype: torch.dtype) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder)
         config.tie_word_embeddings = tied
+        if dtype == torch.float64:
+            config._experts_implementation = "eager"  # torch's grouped product knows no float64
         with no_init_weights():
             module = AutoModelForCausalLM.from_config(config, dtype=dtype)
         module.tie_weights()  # part of the initialisation that was just left out

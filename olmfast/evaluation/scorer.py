@@ -52,11 +52,11 @@ class Scores:
 
     def only(self, datasets: Sequence[str]) -> Scores:
         """The scores on some datasets."""
-        return Scores(*({name: part[name] for name in datasets} for part in self._parts))
+        return Scores(*({name: part[name] for name in datasets} for part in self.parts))
 
     def stacked_on(self, below: Scores) -> Scores:
         """These candidates followed by those of `below`, on the same datasets."""
-        pairs = zip(self._parts, below._parts, strict=True)
+        pairs = zip(self.parts, below.parts, strict=True)
         return Scores(*({name: torch.cat([a[name], b[name]]) for name in a} for a, b in pairs))
 
     def spread(self, rows: Sequence[int], n: int) -> Scores:
@@ -75,16 +75,51 @@ class Scores:
         """The same candidates on the datasets of all parts."""
         merged: tuple[dict[str, torch.Tensor], ...] = ({}, {}, {})
         for part in parts:
-            for target, source in zip(merged, part._parts, strict=True):
+            for target, source in zip(merged, part.parts, strict=True):
                 target.update(source)
         return cls(*merged)
 
     @property
-    def _parts(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def parts(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         return self.samples, self.evaluated, self.truncated
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Scores:
-        return Scores(*({name: change(tensor) for name, tensor in part.items()} for part in self._parts))
+        return Scores(*({name: change(tensor) for name, tensor in part.items()} for part in self.parts))
+
+
+    def set(self, row: int, dataset: str, index: int, score: torch.Tensor, truncated: bool = False) -> None:
+        """Enter the score of one candidate on one sample."""
+        self.samples[dataset][row, index] = score
+        self.evaluated[dataset][row, index] = True
+        self.truncated[dataset][row, index] = truncated
+
+    def put(self, row: int, one: Scores) -> None:
+        """Enter all scores of the one candidate of `one`."""
+        for target, source in zip(self.parts, one.parts, strict=True):
+            for name, values in source.items():
+                target[name][row] = values[0]
+
+    @classmethod
+    def empty(cls, n: int, datasets: Mapping[str, Dataset], dtype: torch.dtype) -> Scores:
+        """Nothing evaluated of n candidates; scores in `dtype`, or float32 if that is less precise."""
+        shapes = {name: (n, len(dataset.samples)) for name, dataset in datasets.items()}
+        dtype = torch.promote_types(dtype, torch.float32)
+        return cls(
+            {name: torch.full(shape, torch.nan, dtype=dtype) for name, shape in shapes.items()},
+            {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()},
+            {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()},
+        )
+
+
+def wanted_samples(
+    all_datasets: Mapping[str, Dataset],
+    datasets: Sequence[str] | None,
+    samples: Mapping[str, Sequence[int]] | None,
+) -> dict[str, list[int]]:
+    """Dataset -> indices of the samples that `Scorer.score` is asked for."""
+    names = all_datasets if datasets is None else datasets
+    samples = samples or {}
+    return {name: list(samples.get(name, range(len(all_datasets[name].samples)))) for name in names}
 
 
 class Scorer(Protocol):
@@ -98,6 +133,10 @@ class Scorer(Protocol):
         samples: Mapping[str, Sequence[int]] | None = None,
     ) -> Scores:
         """Score all candidates of one unit; `datasets` and `samples` (indices per dataset) narrow it down."""
+        ...
+
+    def decided(self, label: str) -> None:
+        """The step is over: the model is now as the candidate of this label, out of those just scored, was."""
         ...
 
 
@@ -124,31 +163,22 @@ class SequentialScorer:
         samples: Mapping[str, Sequence[int]] | None = None,
     ) -> Scores:
         """See `Scorer.score`. Samples not asked for are NaN and marked as not evaluated."""
-        names = list(self.datasets if datasets is None else datasets)
-        wanted = {name: self._wanted(name, samples) for name in names}
-        dtype = torch.promote_types(self.model.dtype, torch.float32)
-        shapes = {name: (len(candidates), len(self.datasets[name].samples)) for name in names}
-        result = Scores(
-            {name: torch.full(shape, torch.nan, dtype=dtype) for name, shape in shapes.items()},
-            {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()},
-            {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()},
-        )
+        wanted = wanted_samples(self.datasets, datasets, samples)
+        result = Scores.empty(len(candidates), {name: self.datasets[name] for name in wanted}, self.model.dtype)
         for row, candidate in enumerate(candidates):
             with self.model.trial(candidate.values, candidate.settings):
                 if row + 1 < len(candidates):
                     self.model.prefetch(candidates[row + 1].values)
-                for name in names:
-                    scores, truncated = self._score_dataset(self.datasets[name], wanted[name])
-                    result.samples[name][row, wanted[name]] = scores.to(dtype)
-                    result.evaluated[name][row, wanted[name]] = True
-                    result.truncated[name][row, wanted[name]] = truncated
+                for name, indices in wanted.items():
+                    scores, truncated = self._score_dataset(self.datasets[name], indices)
+                    result.samples[name][row, indices] = scores.to(result.samples[name].dtype)
+                    result.evaluated[name][row, indices] = True
+                    result.truncated[name][row, indices] = truncated
             self.progress(candidate.label)
         return result
 
-    def _wanted(self, name: str, samples: Mapping[str, Sequence[int]] | None) -> list[int]:
-        if samples is not None and name in samples:
-            return list(samples[name])
-        return list(range(len(self.datasets[name].samples)))
+    def decided(self, label: str) -> None:
+        """See `Scorer.decided`. Nothing is kept from one step to the next here."""
 
     def _score_dataset(self, dataset: Dataset, wanted: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         samples = [dataset.samples[index] for index in wanted]

@@ -9,64 +9,22 @@ bit-identical.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 
 import numpy as np
 import torch
 import xxhash
 
-from olmfast import kernels
 from olmfast.evaluation.scorer import Candidate, Scores
 from olmfast.search.ranking import Comparison, choose
 from olmfast.search.stage import Search, Step
 from olmfast.weights.architecture import Unit
-from olmfast.weights.methods import Sources
+from olmfast.weights.offspring import NormOffspring, Parent, SvdOffspring
 from olmfast.weights.recipe import Expression
 
 SVD_DECAY = 0.8  # sigma's factor after a success, SVD-ES
 NORM_DECAY = 0.9  # and norm-ES
 MIN_SPREAD = 1e-10
-
-
-@dataclass
-class Parent:
-    """The weight that a generation starts from: (rows, cols) in its stored dtype, on the search's device."""
-
-    weight: torch.Tensor
-
-    @cached_property
-    def factors(self) -> kernels.SvdFactors:
-        """Singular factors of weight / max|weight|; computed once per parent."""
-        return kernels.svd_factors(self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)))
-
-
-@dataclass(frozen=True)
-class SvdOffspring:
-    """weight * exp(clamp(U diag(coefficients) Vh, -3, 3)); coefficients is (k,)."""
-
-    parent: Parent
-    coefficients: torch.Tensor
-
-    def compute(self, sources: Sources) -> torch.Tensor:  # noqa: ARG002
-        """(rows, cols) in the parent's dtype."""
-        u, _, vh = self.parent.factors
-        coefficients = self.coefficients.to(u)[None]
-        return kernels.svd_noise(self.parent.weight, u, vh, coefficients)[0]
-
-
-@dataclass(frozen=True)
-class NormOffspring:
-    """weight * exp(log_scale) per row; log_scale is (rows,), rows counted along `axis`."""
-
-    parent: Parent
-    log_scale: torch.Tensor
-    axis: int
-
-    def compute(self, sources: Sources) -> torch.Tensor:  # noqa: ARG002
-        """(rows, cols) in the parent's dtype."""
-        log_scale = self.log_scale.to(self.parent.weight.device)[None]
-        return kernels.row_scale(self.parent.weight, log_scale, axis=self.axis)[0]
 
 
 def offspring_count(dimensions: int) -> int:

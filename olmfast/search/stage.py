@@ -135,6 +135,7 @@ class Search:
         winner = ranked[0]
         if step.commit and winner != 0:
             self._commit(step, candidates[winner])
+        self.scorer.decided(candidates[winner].label)
         if step.commit or not candidates[0].values:
             self._current = scores.rows([winner if step.commit else 0])
         outcome = self._outcome(step, candidates, twin, scores, dropped, winner)

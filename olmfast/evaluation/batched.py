@@ -1,0 +1,352 @@
+"""The fast Scorer: all candidates of a unit at once, over the blocks that the unit can change.
+
+The same scores as the sequential Scorer's, but for the rounding of sums taken in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from olmfast.evaluation import metrics
+from olmfast.evaluation.batches import Dataset, make_batches
+from olmfast.evaluation.decode import Cut, resume
+from olmfast.evaluation.decoder import Decoder, Recorder
+from olmfast.evaluation.model import WorkingModel
+from olmfast.evaluation.prefix import Prefix
+from olmfast.evaluation.scorer import Candidate, Scores, SequentialScorer, wanted_samples
+from olmfast.evaluation.stacked import Leaf, ScaledLeaf, StackedLeaf, Start
+from olmfast.evaluation.tasks import Followed, Task
+from olmfast.weights.architecture import Architecture, Unit
+from olmfast.weights.methods import Values
+from olmfast.weights.offspring import NormOffspring
+
+
+@dataclass
+class Statistics:
+    """What has been computed so far."""
+
+    tokens: int = 0  # of inputs, times the blocks they went through
+    padded: int = 0  # the same with their batches' padding
+    passes: int = 0  # forward passes
+    decoded: int = 0  # tokens decoded after leaving a trajectory
+
+    @property
+    def padding(self) -> float:
+        """The share of padding in what was computed."""
+        return 1 - self.tokens / self.padded if self.padded else 0.0
+
+
+@dataclass
+class _Work:
+    """Candidates (rows of `scores`) to be evaluated together on tasks (by number)."""
+
+    scores: Scores
+    rows: Sequence[int]
+    labels: Sequence[str]
+    tasks: Sequence[int]
+    first: int | None  # the first block that differs from the current model; None: the embedding does
+    leaves: Sequence[Leaf]  # where the candidates' values are stacked; empty: they are live
+
+
+@dataclass
+class _Open:
+    """A candidate (by its place in the work) that left the trajectory of a task and is to be decoded on."""
+
+    place: int
+    task: int
+    followed: Followed
+    cut: Cut
+
+
+class BatchedScorer:
+    """Scores candidates together where their values can be stacked, and one after another where not."""
+
+    def __init__(
+        self,
+        model: WorkingModel,
+        datasets: Mapping[str, Dataset],
+        tokenizer: Any,
+        stop_tokens: Sequence[int],
+        batch_tokens: int,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.model, self.datasets, self.tokenizer = model, datasets, tokenizer
+        self.stop_tokens, self.batch_tokens, self.progress = tuple(stop_tokens), batch_tokens, progress
+        self.statistics = Statistics()
+        self._tasks = [
+            Task.of(name, index, dataset, model.context)
+            for name, dataset in datasets.items()
+            for index in range(len(dataset.samples))
+        ]
+        self._numbers = {(task.name, task.index): number for number, task in enumerate(self._tasks)}
+        self._followed: dict[str, dict[int, list[int]]] = {}  # candidate -> task -> its own greedy tokens
+        self._take_apart()
+
+    @torch.inference_mode()
+    def score(
+        self,
+        unit: Unit,
+        candidates: Sequence[Candidate],
+        datasets: Sequence[str] | None = None,
+        samples: Mapping[str, Sequence[int]] | None = None,
+    ) -> Scores:
+        """See `Scorer.score`. Samples not asked for are NaN and marked as not evaluated."""
+        wanted = wanted_samples(self.datasets, datasets, samples)
+        scores = Scores.empty(len(candidates), {name: self.datasets[name] for name in wanted}, self.model.dtype)
+        tasks = [self._numbers[name, index] for name, indices in wanted.items() for index in indices]
+        if self._decoder.module is not self.model.module:
+            self._take_apart()
+        left = list(range(len(candidates)))
+        current = next((row for row in left if not candidates[row].values), None)
+        if any(self._tasks[number].expected is None for number in tasks):
+            self._find_trajectories(unit, candidates, current, tasks, scores)
+            left = [row for row in left if row != current]
+        alone, stacks = self._together(unit, candidates, left)
+        for row in alone:
+            self._score_alone(unit, candidates[row], row, tasks, scores, wanted)
+        for rows in stacks:
+            leaves = self._leaves([candidates[row].values for row in rows])
+            labels = [candidates[row].label for row in rows]
+            self._evaluate(_Work(scores, rows, labels, tasks, unit.blocks[0], leaves))
+            for label in labels:
+                self.progress(label)
+        return scores
+
+    def decided(self, label: str) -> None:
+        """The step is over, and the model is its candidate `label`: from now on others follow its tokens."""
+        for number, tokens in self._followed.get(label, {}).items():
+            self._expect(number, tokens)
+        self._followed = {}
+
+    def _take_apart(self) -> None:
+        self._decoder = Decoder(self.model.module, self.model.sources.pool.architecture)
+        self._prefix = Prefix(self.model, self._decoder, self.batch_tokens, limit=8 << 30)
+
+    @property
+    def _architecture(self) -> Architecture:
+        return self.model.sources.pool.architecture
+
+    # Trajectories
+
+    def _find_trajectories(
+        self, unit: Unit, candidates: Sequence[Candidate], current: int | None, tasks: Sequence[int], scores: Scores
+    ) -> None:
+        """Score what is there, which finds its greedy tokens; others are verified along them."""
+        if current is not None:
+            label, row, into = candidates[current].label, current, scores
+        else:
+            tasks = [number for number in tasks if self._tasks[number].expected is None]
+            label, row = "", 0
+            into = Scores.empty(1, self.datasets, self.model.dtype)
+        self._evaluate(_Work(into, [row], [label], tasks, self._first_block(unit), []))
+        for number, tokens in self._followed.get(label, {}).items():
+            self._expect(number, tokens)
+        if current is not None:
+            self.progress(label)
+
+    def _expect(self, number: int, tokens: Sequence[int]) -> None:
+        task = self._tasks[number]
+        if task.expected != tuple(tokens):
+            task.expected = tuple(tokens)
+            self._prefix.forget([number])
+
+    # Which candidates go together, and how
+
+    def _together(
+        self, unit: Unit, candidates: Sequence[Candidate], rows: Sequence[int]
+    ) -> tuple[list[int], list[list[int]]]:
+        """Rows that are scored alone, and those whose values can be stacked."""
+        alone: list[int] = []
+        stacks: dict[tuple[str, ...], list[int]] = {}
+        for row in rows:
+            candidate = candidates[row]
+            if candidate.values and len(unit.blocks) == 1 and all(map(self._is_stackable, candidate.values)):
+                stacks.setdefault(tuple(sorted(candidate.values)), []).append(row)
+            else:
+                alone.append(row)
+        return alone, list(stacks.values())
+
+    def _is_stackable(self, name: str) -> bool:
+        """Whether a tensor is a whole parameter of a module that takes and returns one tensor."""
+        slot = self._architecture.slot(name)
+        module = slot.parameter.rsplit(".", 1)[0]
+        kind = type(self.model.module.get_submodule(module))
+        return not slot.index and (kind.__name__ in ("Linear", "Conv1D") or self._architecture.is_norm(module))
+
+    def _first_block(self, unit: Unit) -> int | None:
+        blocks = [self._architecture.block_of(name) for name in unit.tensors]
+        return None if None in blocks else min(block for block in blocks if block is not None)
+
+    def _leaves(self, values: Sequence[Mapping[str, Values]]) -> list[Leaf]:
+        """The leaves in which the candidates' values differ, with all of them stacked."""
+        modules: dict[str, dict[str, torch.Tensor]] = {}
+        for name in values[0]:
+            module, parameter = self._architecture.slot(name).parameter.rsplit(".", 1)
+            factors = self._output_factors(module, [own[name] for own in values]) if len(values[0]) == 1 else None
+            if factors is not None:
+                return [ScaledLeaf(self.model.module.get_submodule(module), factors)]
+            modules.setdefault(module, {})[parameter] = self.model.stack(name, [own[name] for own in values])
+        return [StackedLeaf(self.model.module.get_submodule(name), own) for name, own in modules.items()]
+
+    def _output_factors(self, module: str, values: Sequence[Values]) -> torch.Tensor | None:
+        """(K, out) where scaling a Linear's outputs is the same as scaling its rows: if these are not rounded more."""
+        linear = self.model.module.get_submodule(module)
+        scaled = [value for value in values if isinstance(value, NormOffspring) and value.axis == 0]
+        if len(scaled) < len(values) or not isinstance(linear, torch.nn.Linear):
+            return None
+        if not scaled[0].parent.weight.dtype == self.model.dtype in (torch.float32, torch.float64):
+            return None
+        return torch.stack([value.log_scale for value in scaled]).to(linear.weight).exp()
+
+    def _score_alone(
+        self,
+        unit: Unit,
+        candidate: Candidate,
+        row: int,
+        tasks: Sequence[int],
+        scores: Scores,
+        wanted: Mapping[str, Sequence[int]],
+    ) -> None:
+        """One candidate, whose values are made the live ones meanwhile."""
+        settings = candidate.settings
+        if settings is not None and self.model.sources.pool.settings_differ(self.model.recipe.base, settings):
+            plain = SequentialScorer(self.model, self.datasets, self.tokenizer, self.stop_tokens, self.batch_tokens)
+            scores.put(row, plain.score(unit, [candidate], list(wanted), wanted))
+        else:
+            first = self._first_block(unit)
+            if first is not None:
+                self._entering(first, tasks)  # the current model's, before other values are live
+            with self.model.trial(candidate.values):
+                self._evaluate(_Work(scores, [row], [candidate.label], tasks, first, []))
+        self.progress(candidate.label)
+
+    # Evaluation
+
+    def _entering(self, first: int | None, tasks: Sequence[int]) -> list[torch.Tensor]:
+        """What enters the first block to be run, (tokens, hidden) per task."""
+        ids = [self._tasks[number].ids for number in tasks]
+        if first is None:
+            hidden = self._decoder.enter(self._decoder.pad(ids))
+            return [one[: len(tokens)] for one, tokens in zip(hidden, ids, strict=True)]
+        runs_freely = any(self._tasks[number].runs_freely for number in tasks)
+        return self._prefix.entering(first, tasks, ids, with_states=runs_freely)
+
+    def _evaluate(self, work: _Work) -> None:
+        opened: list[_Open] = []
+        batches = make_batches([len(self._tasks[number].ids) for number in work.tasks], self.batch_tokens)
+        for batch in batches:
+            numbers = [work.tasks[i] for i in batch]
+            hidden = self._decoder.pad_hidden(self._entering(work.first, numbers))
+            start = Start(self._decoder, work.first or 0, hidden, work.leaves)
+            per_pass = max(1, self.batch_tokens // hidden.shape[:2].numel())
+            for begin in range(0, len(work.rows), per_pass):
+                places = list(range(begin, min(begin + per_pass, len(work.rows))))
+                opened += self._pass(work, places, numbers, start)
+            while self._fills_a_batch(opened):
+                opened = self._decode(work, opened)
+        while opened:
+            opened = self._decode(work, opened)
+
+    def _pass(self, work: _Work, places: list[int], numbers: list[int], start: Start) -> list[_Open]:
+        """One forward pass of some candidates on a batch of tasks; returns what it left open."""
+        decoder, tasks, k = self._decoder, [self._tasks[number] for number in numbers], len(places)
+        recorder = Recorder() if any(task.runs_freely for task in tasks) else None
+        hidden = decoder.run(start.run(places, recorder), start.block + 1, len(decoder.blocks), recorder)
+        n_blocks = len(decoder.blocks) - start.block
+        self.statistics.passes += 1
+        self.statistics.tokens += k * n_blocks * sum(len(task.ids) for task in tasks)
+        self.statistics.padded += n_blocks * hidden.shape[:2].numel()
+        hidden = hidden.unflatten(0, (k, len(tasks)))
+        for at, task in enumerate(tasks):
+            if task.sample.options:
+                options = torch.tensor(task.sample.options, device=hidden.device)
+                logits = decoder.logits(hidden[:, at, len(task.sample.prompt) - 1], options).cpu()
+                for i, place in enumerate(places):
+                    work.scores.set(work.rows[place], task.name, task.index, task.choice(logits[i]))
+        opened: list[_Open] = []
+        for at, scores, argmax in self._token_scores(hidden, tasks):
+            task = tasks[at]
+            for i, place in enumerate(places):
+                own = metrics.TokenScores(*(part[i] for part in scores))
+                if not task.runs_freely:
+                    work.scores.set(work.rows[place], task.name, task.index, task.teacher_forced(own, argmax[i]))
+                    continue
+                followed = task.follow(argmax[i], own.max_prob)
+                if task.is_over(followed, self.stop_tokens):
+                    self._finish(work, place, numbers[at], followed)
+                else:
+                    assert recorder is not None
+                    states = self._states(start, recorder, i * len(tasks) + at, numbers[at], followed)
+                    cut = Cut(place, followed.tokens[-1], states, task.limit - len(followed.tokens))
+                    opened.append(_Open(place, numbers[at], followed, cut))
+        return opened
+
+    def _token_scores(
+        self, hidden: torch.Tensor, tasks: Sequence[Task]
+    ) -> Iterator[tuple[int, metrics.TokenScores, torch.Tensor]]:
+        """Per task that is no choice: its place, the scores and the argmax at its labels, (K, labels) on the CPU."""
+        places = [at for at, task in enumerate(tasks) if not task.sample.options]
+        if not places:
+            return
+        counts = [len(tasks[at].labels) for at in places]
+        batch = torch.tensor([at for at, n in zip(places, counts, strict=True) for _ in range(n)])
+        position = torch.cat([torch.arange(n) + len(tasks[at].sample.prompt) - 1 for at, n in zip(places, counts)])
+        labels = torch.tensor([label for at in places for label in tasks[at].labels], device=hidden.device)
+        needed = hidden[:, batch.to(hidden.device), position.to(hidden.device)]
+        found = self._decoder.token_scores(needed.flatten(0, 1), labels.repeat(len(hidden)))
+        parts = [part.cpu().view(len(hidden), -1).split(counts, dim=1) for part in found]
+        for at, max_logit, argmax, logsumexp, label_logit in zip(places, *parts, strict=True):
+            yield at, metrics.TokenScores(max_logit, label_logit, logsumexp), argmax
+
+    def _states(
+        self, start: Start, recorder: Recorder, row: int, number: int, followed: Followed
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of all tokens but the last that a candidate has followed, per block."""
+        n = len(self._tasks[number].sample.prompt) + len(followed.tokens) - 1
+        below = self._prefix.states(number)[: start.block] if start.block else []
+        states = [(keys[:, :n], values[:, :n]) for keys, values in below]
+        for block in range(start.block, len(self._decoder.blocks)):
+            keys, values = recorder.states[block]
+            own = row % len(keys)  # what is shared by all candidates is recorded once
+            states.append((keys[own, :, :n].clone(), values[own, :, :n].clone()))
+        return states
+
+    def _fills_a_batch(self, opened: Sequence[_Open]) -> bool:
+        return bool(opened) and len(opened) * max(map(self._length, opened)) >= self.batch_tokens
+
+    def _length(self, one: _Open) -> int:
+        return len(self._tasks[one.task].sample.prompt) + len(one.followed.tokens) + one.cut.limit
+
+    def _decode(self, work: _Work, opened: Sequence[_Open]) -> list[_Open]:
+        """Decode as many as fit a batch, those with most tokens to go first; returns the others."""
+        ordered = sorted(opened, key=lambda one: -one.cut.limit)
+        n = max(1, self.batch_tokens // max(map(self._length, ordered)))
+        chosen, rest = ordered[:n], ordered[n:]
+        generative = [self._tasks[one.task].mode in metrics.GENERATIVE for one in chosen]
+        if any(generative) and not all(generative):  # stop tokens end a generation, and nothing else
+            kind = generative[0]
+            rest = [one for one, own in zip(chosen, generative, strict=True) if own != kind] + rest
+            chosen = [one for one, own in zip(chosen, generative, strict=True) if own == kind]
+        tails = resume(
+            self._decoder.module,
+            [one.cut for one in chosen],
+            work.leaves,
+            self._decoder.context,
+            self.stop_tokens if generative[0] else (),
+        )
+        for one, tail in zip(chosen, tails, strict=True):
+            self.statistics.decoded += len(tail.tokens)
+            tokens = [*one.followed.tokens, *tail.tokens.tolist()]
+            followed = Followed(tokens, torch.cat([one.followed.max_prob, tail.max_prob]))
+            self._finish(work, one.place, one.task, followed)
+        return rest
+
+    def _finish(self, work: _Work, place: int, number: int, followed: Followed) -> None:
+        task = self._tasks[number]
+        value, truncated = task.free_run(followed, self.tokenizer, self.stop_tokens)
+        work.scores.set(work.rows[place], task.name, task.index, value, truncated)
+        self._followed.setdefault(work.labels[place], {})[number] = followed.tokens

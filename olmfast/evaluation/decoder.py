@@ -1,0 +1,159 @@
+"""A Transformers decoder taken apart: what enters its blocks, any run of them, and what follows them.
+
+No family is known here. What a block is called with depends on the width of the input alone (inputs are padded on
+the right, positions count from 0), so it is recorded once per width and handed over again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+
+from olmfast import kernels
+from olmfast.weights.architecture import Architecture
+
+WIDTH_STEP = 8  # widths are multiples of it, so that few are recorded
+
+
+class _Entered(Exception):
+    """Carries what enters the first block out of the model's own forward."""
+
+
+class _Call(NamedTuple):
+    """What a block was called with, its hidden states taken out; `_CACHE` stands where the cache stood."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+_CACHE = object()
+
+
+class Recorder:
+    """Stands in for a KV cache while whole inputs run through blocks: keeps each block's keys and values."""
+
+    def __init__(self) -> None:
+        self.states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Called by the attention of block `layer_idx`; keys and values are (batch, heads, width, head size)."""
+        self.states[layer_idx] = (key, value)
+        return key, value
+
+
+class Decoder:
+    """The parts of a causal language model, run on right-padded inputs of positions 0, 1, 2, ..."""
+
+    def __init__(self, module: Any, architecture: Architecture) -> None:
+        family = architecture.family
+        self.module, self.context = module, architecture.context
+        self.blocks = list(module.get_submodule(family.blocks))
+        norm = next(name for name in family.other_boundary if architecture.is_norm(name.rsplit(".", 1)[0]))
+        self.final_norm = module.get_submodule(norm.rsplit(".", 1)[0])
+        self.head = module.get_output_embeddings()
+        self.softcap: float | None = getattr(module.config, "final_logit_softcapping", None)
+        self.device: torch.device = self.head.weight.device
+        self._calls: dict[int, list[_Call]] = {}
+
+    def pad(self, inputs: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Token ids (batch, width) on the model's device, zeros after each input."""
+        ids = torch.zeros(len(inputs), self._width([len(ids) for ids in inputs]), dtype=torch.long)
+        for row, tokens in enumerate(inputs):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+        return ids.to(self.device)
+
+    def pad_hidden(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Activations (tokens, hidden) of several inputs as one batch (batch, width, hidden), zeros after each."""
+        width = self._width([len(x) for x in inputs])
+        hidden = inputs[0].new_zeros(len(inputs), width, inputs[0].shape[1])
+        for row, x in enumerate(inputs):
+            hidden[row, : len(x)] = x
+        return hidden
+
+    def _width(self, lengths: Sequence[int]) -> int:
+        longest = max(lengths)
+        return max(longest, min(-(-longest // WIDTH_STEP) * WIDTH_STEP, self.context))
+
+    def enter(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids (batch, width) -> what enters the first block, (batch, width, hidden)."""
+
+        def stop(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Entered(_take_hidden(args, kwargs)[0])
+
+        hook = self.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.module.base_model(input_ids=ids, use_cache=False)
+        except _Entered as entered:
+            hidden: torch.Tensor = entered.args[0]
+            return hidden
+        finally:
+            hook.remove()
+        raise AssertionError("the model never called its first block")
+
+    def run(self, hidden: torch.Tensor, first: int, last: int, recorder: Recorder | None = None) -> torch.Tensor:
+        """Activations entering block `first` -> those leaving block `last` - 1; both (batch, width, hidden)."""
+        calls = self._recorded(hidden.shape[1]) if last > first else []
+        for index in range(first, last):
+            call = calls[index]
+            args = tuple(recorder if arg is _CACHE else arg for arg in call.args)
+            kwargs = {key: recorder if arg is _CACHE else arg for key, arg in call.kwargs.items()}
+            out = self.blocks[index](hidden, *args, **kwargs)
+            hidden = out[0] if isinstance(out, tuple) else out
+        return hidden
+
+    def token_scores(self, hidden: torch.Tensor, labels: torch.Tensor) -> kernels.TokenScores:
+        """Scores of labels (tokens,) from what leaves the last block, (tokens, hidden)."""
+        return kernels.token_scores(
+            self.final_norm(hidden),
+            self.head.weight,
+            labels,
+            bias=getattr(self.head, "bias", None),
+            softcap=self.softcap,
+            check=False,
+        )
+
+    def logits(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits of a few `tokens` (n,), before any cap, from what leaves the last block: (..., n)."""
+        bias = getattr(self.head, "bias", None)
+        rows = torch.nn.functional.linear(
+            self.final_norm(hidden), self.head.weight[tokens], bias[tokens] if bias is not None else None
+        )
+        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+    def _recorded(self, width: int) -> list[_Call]:
+        """What each block is called with for inputs of this width; batch dimensions are 1 and broadcast."""
+        if width not in self._calls:
+            from transformers import DynamicCache
+
+            cache = DynamicCache(config=self.module.config)
+            calls: list[_Call] = []
+
+            def record(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                _, args, kwargs = _take_hidden(args, kwargs)
+                calls.append(
+                    _Call(
+                        tuple(_CACHE if arg is cache else arg for arg in args),
+                        {key: _CACHE if arg is cache else arg for key, arg in kwargs.items()},
+                    )
+                )
+
+            with ExitStack() as hooks:
+                for block in self.blocks:
+                    hooks.callback(block.register_forward_pre_hook(record, with_kwargs=True).remove)
+                ids = torch.zeros(1, width, dtype=torch.long, device=self.device)
+                self.module.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+            self._calls[width] = calls
+        return self._calls[width]
+
+
+def _take_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return args[0], args[1:], kwargs
+    return kwargs["hidden_states"], args, {key: arg for key, arg in kwargs.items() if key != "hidden_states"}

@@ -1,0 +1,206 @@
+"""Several candidates' values in one forward pass: only the leaf modules of a unit know that there are several.
+
+Rows of K candidates lie one candidate after another in the batch. The unit's leaves multiply each candidate's rows
+by its own weights; everything else sees an ordinary batch of K times the rows. What a block computes before its
+first such leaf is the same for all candidates, and is computed once.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch.nn.functional import linear
+
+from olmfast import kernels
+from olmfast.evaluation.decoder import Decoder, Recorder
+
+
+class Leaf(Protocol):
+    """A leaf module in which candidates differ. Candidates are given by their rows in the stack."""
+
+    module: Any
+
+    def each(self, x: torch.Tensor, candidates: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+        """x (rows, ..., in), of which `counts[i]` rows are candidate `candidates[i]`'s -> (rows, ..., out)."""
+        ...
+
+    def shared(self, x: torch.Tensor, candidates: Sequence[int]) -> torch.Tensor:
+        """x (batch, ..., in), the same for all candidates -> (K * batch, ..., out)."""
+        ...
+
+
+class StackedLeaf:
+    """A module that takes and returns one tensor, with K values (name -> (K, *shape)) of some parameters."""
+
+    def __init__(self, module: Any, values: Mapping[str, torch.Tensor]) -> None:
+        self.module, self.values = module, dict(values)
+        self._plain = copy.copy(module)  # goes on computing by its own forward while the module's is replaced
+
+    def each(self, x: torch.Tensor, candidates: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+        """See `Leaf.each`."""
+        k = len(candidates)
+        if k > 1 and len(set(counts)) == 1:
+            values = self._of(candidates)
+            if isinstance(self.module, torch.nn.Linear):
+                return self._linear(x.reshape(k, -1, x.shape[-1]), values, k).reshape(*x.shape[:-1], -1)
+            return torch.vmap(self._call)(values, x.reshape(k, -1, *x.shape[1:])).flatten(0, 1)
+        parts = zip(candidates, x.split(list(counts)), strict=True)
+        out = [self._call({name: value[c] for name, value in self.values.items()}, part) for c, part in parts]
+        return torch.cat(out) if k > 1 else out[0]
+
+    def shared(self, x: torch.Tensor, candidates: Sequence[int]) -> torch.Tensor:
+        """See `Leaf.shared`."""
+        k, batch = len(candidates), x.shape[0]
+        if k > 1 and isinstance(self.module, torch.nn.Linear):
+            out = self._linear(x.reshape(-1, x.shape[-1]), self._of(candidates), k)
+            return out.reshape(k * batch, *x.shape[1:-1], -1)
+        return self.each(tile(x, k), candidates, [batch] * k)
+
+    def _of(self, candidates: Sequence[int]) -> dict[str, torch.Tensor]:
+        first, last = candidates[0], candidates[-1]
+        if list(candidates) == list(range(first, last + 1)):  # a view: stacks are large
+            return {name: value[first : last + 1] for name, value in self.values.items()}
+        return {name: value[list(candidates)] for name, value in self.values.items()}
+
+    def _linear(self, x: torch.Tensor, values: dict[str, torch.Tensor], k: int) -> torch.Tensor:
+        weight, bias = self.module.weight, self.module.bias
+        weights = values.get("weight", weight.expand(k, *weight.shape))
+        biases = values.get("bias", bias.expand(k, *bias.shape) if bias is not None else None)
+        return kernels.stacked_linear(x, weights, biases)
+
+    def _call(self, values: dict[str, torch.Tensor], x: torch.Tensor) -> Any:
+        return torch.func.functional_call(self._plain, values, (x,))
+
+
+class ScaledLeaf:
+    """A Linear whose rows each candidate scales by factors (K, out): its output scaled instead, in one product."""
+
+    def __init__(self, module: Any, factors: torch.Tensor) -> None:
+        self.module, self.factors = module, factors
+
+    def each(self, x: torch.Tensor, candidates: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+        """See `Leaf.each`."""
+        index = torch.tensor(candidates, device=x.device)
+        factors = self.factors[index.repeat_interleave(torch.tensor(counts, device=x.device))]
+        return self._shift(linear(x, self.module.weight) * factors.view(len(x), *[1] * (x.dim() - 2), -1))
+
+    def shared(self, x: torch.Tensor, candidates: Sequence[int]) -> torch.Tensor:
+        """See `Leaf.shared`."""
+        factors = self.factors[list(candidates)].view(len(candidates), *[1] * (x.dim() - 1), -1)
+        return self._shift((linear(x, self.module.weight) * factors).flatten(0, 1))
+
+    def _shift(self, out: torch.Tensor) -> torch.Tensor:
+        return out if self.module.bias is None else out.add_(self.module.bias)
+
+
+@contextmanager
+def stacked(leaves: Sequence[Leaf], candidates: Sequence[int], counts: Sequence[int]) -> Iterator[None]:
+    """Let the leaves' modules compute for candidates of different numbers of rows, until the block ends."""
+    forwards = {leaf.module: lambda x, leaf=leaf: leaf.each(x, candidates, counts) for leaf in leaves}
+    with _replaced(forwards):
+        yield
+
+
+class Start:
+    """The first block of a suffix: what it computes before its first leaf, once for any number of candidates."""
+
+    def __init__(self, decoder: Decoder, block: int, hidden: torch.Tensor, leaves: Sequence[Leaf]) -> None:
+        self.decoder, self.block, self.hidden, self.leaves = decoder, block, hidden, leaves
+        self._recorder = Recorder()
+        self._outputs: dict[Any, list[Any]] = {}  # module -> what it returned, call by call
+        self._first: Leaf | None = None
+        self._input = hidden
+        if leaves:
+            self._run_to_first_leaf()
+
+    def run(self, candidates: Sequence[int], recorder: Recorder | None) -> torch.Tensor:
+        """What leaves the block, (K * batch, width, hidden); keys and values shared by all are recorded once."""
+        k, batch = len(candidates), len(self.hidden)
+        forwards: dict[Any, Callable[..., Any]] = {
+            module: _replay(module, [_tile_all(out, k, batch) for out in outputs])
+            for module, outputs in self._outputs.items()
+        }
+        for leaf in self.leaves:
+            if leaf is self._first:
+                forwards[leaf.module] = lambda _, leaf=leaf: leaf.shared(self._input, candidates)
+            else:
+                forwards[leaf.module] = lambda x, leaf=leaf: leaf.each(x, candidates, [batch] * k)
+        with _replaced(forwards):
+            out = self.decoder.run(tile(self.hidden, k), self.block, self.block + 1, recorder)
+        if recorder is not None:
+            recorder.states = {**self._recorder.states, **recorder.states}
+        return out
+
+    def _run_to_first_leaf(self) -> None:
+        """Run the block on one batch until a leaf is reached; keep what modules returned on the way."""
+        block, leaves = self.decoder.blocks[self.block], {leaf.module: leaf for leaf in self.leaves}
+        outputs: dict[Any, list[Any]] = {}
+
+        def reach(module: Any, args: tuple[Any, ...]) -> None:
+            self._first, self._input = leaves[module], args[0]
+            raise _Reached
+
+        def keep(module: Any, _: Any, out: Any) -> None:
+            outputs.setdefault(module, []).append(out)
+
+        hooks = [module.register_forward_pre_hook(reach) for module in leaves]
+        hooks += [module.register_forward_hook(keep) for module in block.modules() if module not in leaves]
+        try:
+            self.decoder.run(self.hidden, self.block, self.block + 1, self._recorder)
+        except _Reached:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._outputs = dict(_outermost(block, outputs))
+
+
+class _Reached(Exception):
+    pass
+
+
+def tile(x: torch.Tensor, k: int) -> torch.Tensor:
+    """x (batch, ...) -> (k * batch, ...), one copy after another; x itself for k = 1."""
+    return x if k == 1 else x.expand(k, *x.shape).flatten(0, 1)
+
+
+def _tile_all(out: Any, k: int, batch: int) -> Any:
+    if isinstance(out, tuple):
+        return tuple(_tile_all(part, k, batch) for part in out)
+    return tile(out, k) if isinstance(out, torch.Tensor) and out.dim() and len(out) == batch else out
+
+
+def _replay(module: Any, outputs: list[Any]) -> Callable[..., Any]:
+    """A forward that returns these outputs, and computes again once they are used up (a dropout called twice)."""
+    left = iter(outputs)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        for out in left:
+            return out
+        return type(module).forward(module, *args, **kwargs)
+
+    return forward
+
+
+def _outermost(module: Any, finished: Mapping[Any, list[Any]]) -> Iterator[tuple[Any, list[Any]]]:
+    """The finished modules below `module` that lie in no other finished one, with their outputs."""
+    for child in module.children():
+        if child in finished:
+            yield child, finished[child]
+        else:
+            yield from _outermost(child, finished)
+
+
+@contextmanager
+def _replaced(forwards: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module in forwards:
+            module.__dict__.pop("forward", None)

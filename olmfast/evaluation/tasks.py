@@ -1,0 +1,110 @@
+"""One sample of one dataset as the fast Scorer sees it: an input, the positions that matter, and what they score.
+
+Whatever the mode, an input is a prompt and the tokens that are expected to follow it. Where a mode lets the model
+run freely, these are a *trajectory*: the greedy tokens of the current model. A candidate that agrees with all of
+them has been followed in one pass; one that does not has to be decoded from its first other token on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from olmfast.evaluation import metrics
+from olmfast.evaluation.batches import Dataset, Sample
+
+NO_LABEL = -100
+
+
+@dataclass
+class Followed:
+    """A candidate's own greedy tokens, as far as they are known, and their probabilities (tokens,)."""
+
+    tokens: list[int]
+    max_prob: torch.Tensor
+
+
+@dataclass
+class Task:
+    """One sample of one dataset, and the tokens that a candidate is verified along."""
+
+    name: str
+    index: int
+    dataset: Dataset
+    context: int
+    expected: tuple[int, ...] | None  # None: the trajectory is not known yet
+
+    @classmethod
+    def of(cls, name: str, index: int, dataset: Dataset, context: int) -> Task:
+        """The task of a dataset's sample. What is teacher-forced expects the response."""
+        task = cls(name, index, dataset, context, None)
+        if not task.runs_freely:
+            task.expected = task.sample.response
+        return task
+
+    @property
+    def sample(self) -> Sample:
+        """The tokens of prompt and response."""
+        return self.dataset.samples[self.index]
+
+    @property
+    def mode(self) -> str:
+        """The dataset's mode."""
+        return self.dataset.config.mode
+
+    @property
+    def runs_freely(self) -> bool:
+        """Whether the candidate's own tokens are fed back. `strict` asks only whether all are the response's."""
+        return self.mode in metrics.GENERATIVE or (self.mode == "exact_match" and not self.dataset.config.strict)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The input: the prompt and all but the last of the expected tokens."""
+        return self.sample.prompt + (self.expected or ())[:-1]
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """One per position that matters; these begin with the prompt's last."""
+        return self.expected or (NO_LABEL,)
+
+    @property
+    def limit(self) -> int:
+        """How many tokens a free run has at most."""
+        if self.mode in metrics.GENERATIVE:
+            return min(self.dataset.config.max_new_tokens, self.context - len(self.sample.prompt))
+        return len(self.sample.response)
+
+    def teacher_forced(self, scores: metrics.TokenScores, argmax: torch.Tensor) -> torch.Tensor:
+        """The score of a task that does not run freely; all fields are (labels,)."""
+        if self.mode == "exact_match":
+            return metrics.exact_match(scores.max_prob, argmax == torch.tensor(self.labels), strict=True)
+        return metrics.TEACHER_FORCED[self.mode](scores)
+
+    def choice(self, option_logits: torch.Tensor) -> torch.Tensor:
+        """The score of a multiple choice from the logits of its options (options,)."""
+        return metrics.choice(option_logits, self.sample.options.index(self.sample.response[0]))
+
+    def follow(self, argmax: torch.Tensor, max_prob: torch.Tensor) -> Followed:
+        """The candidate's own tokens up to where it first leaves the trajectory; both are (labels,)."""
+        agrees = argmax == torch.tensor(self.labels)
+        n = len(agrees) if bool(agrees.all()) else int(agrees.int().argmin()) + 1
+        return Followed(argmax[:n].tolist(), max_prob[:n])
+
+    def is_over(self, followed: Followed, stop: Collection[int]) -> bool:
+        """Whether a free run ends with these tokens: by a stop token, its limit, or a score that is no number."""
+        stopped = self.mode in metrics.GENERATIVE and followed.tokens[-1] in stop
+        return stopped or len(followed.tokens) >= self.limit or bool(followed.max_prob.isnan().any())
+
+    def free_run(self, followed: Followed, tokenizer: Any, stop: Collection[int]) -> tuple[torch.Tensor, bool]:
+        """The score of a free run that is over, and whether it was cut off by its limit."""
+        failed = bool(followed.max_prob.isnan().any())
+        if self.mode == "exact_match":
+            right = torch.tensor(followed.tokens) == torch.tensor(self.sample.response[: len(followed.tokens)])
+            return metrics.exact_match(followed.max_prob, right, strict=False), False
+        stopped = followed.tokens[-1] in stop
+        text = tokenizer.decode(followed.tokens[:-1] if stopped else followed.tokens, skip_special_tokens=True)
+        score = metrics.GENERATIVE[self.mode](text, self.dataset.config.forbid)
+        return torch.tensor(torch.nan if failed else score, dtype=torch.float64), not stopped

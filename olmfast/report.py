@@ -131,12 +131,18 @@ class Report:
         _write_atomically(self.folder / file, save({tensor: value}, metadata={"format": "pt"}))
         return Stored(file, tensor, digest_tensor(value))
 
-    def record(self, key: str, outcome: Outcome, recipe: Recipe, n_evaluations: int, elapsed_s: float) -> None:
-        """Record a step that has been taken; from here on it is never repeated."""
+    def record(
+        self, key: str, outcome: Outcome, recipe: Recipe, n_evaluations: int, elapsed_s: float, standing: str
+    ) -> None:
+        """Record a step that has been taken; from here on it is never repeated.
+
+        `standing` is what the next step stands on beside the recipe: JSON that only the search reads.
+        """
         self._note_step(key, outcome)
         self.own["recipe"] = recipe.to_json()
         self.own["evaluations"] = n_evaluations
         self.own["elapsed_s"] = round(elapsed_s, 3)
+        self.own["standing"] = standing
         self.own["ledger_bytes"] = (self.folder / LEDGER).stat().st_size
         self.save()
         self._remove_superseded()

@@ -93,7 +93,7 @@ def test_killed_ten_times_at_random_moments_and_resumed_it_gives_the_same_bytes(
     for _ in range(10):
         process = command(config, "--resume")
         wait_for_changes(report, dice.randint(0, 2), process)
-        time.sleep(dice.uniform(0, 0.2))
+        time.sleep(dice.uniform(0, 0.05))
         assert process.poll() is None, "the run ended before it was killed"
         process.send_signal(signal.SIGKILL)
         process.communicate()

@@ -235,10 +235,10 @@ def test_a_donor_scored_whole_keeps_its_own_settings_and_a_merge_has_the_bases(t
 
 def test_the_next_units_donors_are_read_while_the_present_one_is_evaluated(tmp_path, monkeypatch):
     from olmfast.evaluation.model import WorkingModel
-    from olmfast.evaluation.scorer import SequentialScorer
+    from olmfast.evaluation.batched import BatchedScorer
 
     events: list[str] = []
-    prefetch, score = WorkingModel.prefetch, SequentialScorer.score
+    prefetch, score = WorkingModel.prefetch, BatchedScorer.score
 
     def watched_prefetch(self, values):
         events.append("read " + " ".join(sorted({name.split(".")[2] for name in values if ".layers." in name})))
@@ -249,7 +249,7 @@ def test_the_next_units_donors_are_read_while_the_present_one_is_evaluated(tmp_p
         return score(self, unit, *rest)
 
     monkeypatch.setattr(WorkingModel, "prefetch", watched_prefetch)
-    monkeypatch.setattr(SequentialScorer, "score", watched_score)
+    monkeypatch.setattr(BatchedScorer, "score", watched_score)
     run(load_config(tiny_run(tmp_path, layer_swap=True)))
     assert events.index("read 1") < events.index("evaluate 0") < events.index("evaluate 1")
 

@@ -5,7 +5,7 @@ The same scores as the sequential Scorer's, but for the rounding of sums taken i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from olmfast.evaluation.batches import Dataset, make_batches
 from olmfast.evaluation.decode import Cut, resume
 from olmfast.evaluation.decoder import Decoder, Recorder
 from olmfast.evaluation.model import WorkingModel
-from olmfast.evaluation.prefix import Prefix
+from olmfast.evaluation.prefix import Batch, Prefix
 from olmfast.evaluation.scorer import Candidate, Scores, SequentialScorer, wanted_samples
 from olmfast.evaluation.stacked import Leaf, ScaledLeaf, StackedLeaf, Start
 from olmfast.evaluation.tasks import Followed, Task
@@ -105,26 +105,57 @@ class BatchedScorer:
         if any(self._tasks[number].expected is None for number in tasks):
             self._find_trajectories(unit, candidates, current, tasks, scores)
             left = [row for row in left if row != current]
+        self._expect_latest_where_it_pays(len(left), self._first_block(unit) or 0)
         alone, stacks = self._together(unit, candidates, left)
         for row in alone:
             self._score_alone(unit, candidates[row], row, tasks, scores, wanted)
         for rows in stacks:
             leaves = self._leaves([candidates[row].values for row in rows])
             labels = [candidates[row].label for row in rows]
+            self._bring_to(unit.blocks[0], tasks)
             self._evaluate(_Work(scores, rows, labels, tasks, unit.blocks[0], leaves))
             for label in labels:
                 self.progress(label)
         return scores
 
     def decided(self, label: str) -> None:
-        """The step is over, and the model is its candidate `label`: from now on others follow its tokens."""
+        """See `Scorer.decided`. What the candidate generated is what the next ones are expected to."""
         for number, tokens in self._followed.get(label, {}).items():
-            self._expect(number, tokens)
+            self._tasks[number].latest = tuple(tokens)
         self._followed = {}
+
+    @property
+    def state(self) -> list[list[list[int] | None]]:
+        """Per task that runs freely, the tokens that are expected and those of the current model."""
+        pairs = [(task.expected, task.latest) for task in self._tasks if task.runs_freely]
+        return [[list(tokens) if tokens is not None else None for tokens in pair] for pair in pairs]
+
+    @state.setter
+    def state(self, state: Sequence[Sequence[Sequence[int] | None]]) -> None:
+        free = [task for task in self._tasks if task.runs_freely]
+        for task, pair in zip(free, state, strict=True):
+            task.expected, task.latest = (tuple(tokens) if tokens is not None else None for tokens in pair)
+        self._arrange({task.name for task in free})
 
     def _take_apart(self) -> None:
         self._decoder = Decoder(self.model.module, self.model.sources.pool.architecture)
-        self._prefix = Prefix(self.model, self._decoder, self.batch_tokens, limit=8 << 30)
+        self._prefix = Prefix(self.model, self._decoder, limit=8 << 30)
+        self._places: dict[int, tuple[Batch, int]] = {}  # task -> its batch, and its row there
+        self._arrange(set(self.datasets))
+
+    def _arrange(self, names: Collection[str]) -> None:
+        """Put the tasks of these datasets into new batches."""
+        old = {id(batch) for number, (batch, _) in self._places.items() if self._tasks[number].name in names}
+        self._prefix.batches = [batch for batch in self._prefix.batches if id(batch) not in old]
+        for name in self.datasets:
+            if name not in names:
+                continue
+            numbers = [number for number, task in enumerate(self._tasks) if task.name == name]
+            for rows in make_batches([len(self._tasks[number].ids) for number in numbers], self.batch_tokens):
+                tasks = [self._tasks[numbers[row]] for row in rows]
+                batch = Batch([task.ids for task in tasks], wants_states=any(task.runs_freely for task in tasks))
+                self._prefix.batches.append(batch)
+                self._places.update({numbers[row]: (batch, place) for place, row in enumerate(rows)})
 
     @property
     def _architecture(self) -> Architecture:
@@ -142,17 +173,44 @@ class BatchedScorer:
             tasks = [number for number in tasks if self._tasks[number].expected is None]
             label, row = "", 0
             into = Scores.empty(1, self.datasets, self.model.dtype)
-        self._evaluate(_Work(into, [row], [label], tasks, self._first_block(unit), []))
+        first = self._first_block(unit)
+        if first is not None:
+            self._bring_to(first, tasks)
+        self._evaluate(_Work(into, [row], [label], tasks, first, []))
         for number, tokens in self._followed.get(label, {}).items():
-            self._expect(number, tokens)
+            self._tasks[number].latest = tuple(tokens)
+        self._expect_latest({number for number, task in enumerate(self._tasks) if task.latest is not None})
         if current is not None:
             self.progress(label)
 
-    def _expect(self, number: int, tokens: Sequence[int]) -> None:
-        task = self._tasks[number]
-        if task.expected != tuple(tokens):
-            task.expected = tuple(tokens)
-            self._prefix.forget([number])
+    def _expect_latest_where_it_pays(self, n_candidates: int, first: int) -> None:
+        """Follow the current model's tokens where decoding what leaves the old ones would cost more.
+
+        A batch in which tokens change goes through the blocks below `first` again; one in which they do not
+        change has its inputs decoded for every candidate.
+        """
+        n_blocks = len(self._decoder.blocks)
+        chosen: set[int] = set()
+        for batch in self._prefix.batches:
+            numbers = [number for number, (own, _) in self._places.items() if own is batch]
+            changed = [n for n in numbers if self._tasks[n].latest not in (None, self._tasks[n].expected)]
+            decoding = n_candidates * n_blocks * sum(len(self._tasks[number].labels) for number in changed)
+            if changed and decoding >= first * sum(map(len, batch.ids)):
+                chosen.update(changed)
+        self._expect_latest(chosen)
+
+    def _expect_latest(self, numbers: Collection[int]) -> None:
+        longer: set[str] = set()
+        for number in numbers:
+            task, (batch, row) = self._tasks[number], self._places[number]
+            if task.expected == task.latest:
+                continue
+            before, task.expected = task.ids, task.latest
+            if len(task.ids) != len(before):
+                longer.add(task.name)
+            batch.ids[row] = task.ids
+            batch.forget()
+        self._arrange(longer)
 
     # Which candidates go together, and how
 
@@ -219,28 +277,30 @@ class BatchedScorer:
         else:
             first = self._first_block(unit)
             if first is not None:
-                self._entering(first, tasks)  # the current model's, before other values are live
+                self._bring_to(first, tasks)  # while the current model's values are live
             with self.model.trial(candidate.values):
                 self._evaluate(_Work(scores, [row], [candidate.label], tasks, first, []))
         self.progress(candidate.label)
 
     # Evaluation
 
-    def _entering(self, first: int | None, tasks: Sequence[int]) -> list[torch.Tensor]:
-        """What enters the first block to be run, (tokens, hidden) per task."""
-        ids = [self._tasks[number].ids for number in tasks]
+    def _bring_to(self, first: int, tasks: Sequence[int]) -> None:
+        wanted = {id(self._places[number][0]) for number in tasks}
+        self._prefix.bring_to(first, [batch for batch in self._prefix.batches if id(batch) in wanted])
+
+    def _entering(self, first: int | None, tasks: Sequence[int]) -> torch.Tensor:
+        """What enters the first block to be run: (tasks, width, hidden)."""
         if first is None:
-            hidden = self._decoder.enter(self._decoder.pad(ids))
-            return [one[: len(tokens)] for one, tokens in zip(hidden, ids, strict=True)]
-        runs_freely = any(self._tasks[number].runs_freely for number in tasks)
-        return self._prefix.entering(first, tasks, ids, with_states=runs_freely)
+            return self._decoder.enter(self._decoder.pad([self._tasks[number].ids for number in tasks]))
+        kept = [(*self._places[number], len(self._tasks[number].ids)) for number in tasks]
+        return self._decoder.pad_hidden([batch.hidden[first][row, :length] for batch, row, length in kept])
 
     def _evaluate(self, work: _Work) -> None:
         opened: list[_Open] = []
         batches = make_batches([len(self._tasks[number].ids) for number in work.tasks], self.batch_tokens)
         for batch in batches:
             numbers = [work.tasks[i] for i in batch]
-            hidden = self._decoder.pad_hidden(self._entering(work.first, numbers))
+            hidden = self._entering(work.first, numbers)
             start = Start(self._decoder, work.first or 0, hidden, work.leaves)
             per_pass = max(1, self.batch_tokens // hidden.shape[:2].numel())
             for begin in range(0, len(work.rows), per_pass):
@@ -307,8 +367,8 @@ class BatchedScorer:
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of all tokens but the last that a candidate has followed, per block."""
         n = len(self._tasks[number].sample.prompt) + len(followed.tokens) - 1
-        below = self._prefix.states(number)[: start.block] if start.block else []
-        states = [(keys[:, :n], values[:, :n]) for keys, values in below]
+        batch, place = self._places[number]
+        states = [(keys[place, :, :n], values[place, :, :n]) for keys, values in batch.states[: start.block]]
         for block in range(start.block, len(self._decoder.blocks)):
             keys, values = recorder.states[block]
             own = row % len(keys)  # what is shared by all candidates is recorded once

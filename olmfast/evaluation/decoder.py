@@ -97,7 +97,7 @@ class Decoder:
 
     def run(self, hidden: torch.Tensor, first: int, last: int, recorder: Recorder | None = None) -> torch.Tensor:
         """Activations entering block `first` -> those leaving block `last` - 1; both (batch, width, hidden)."""
-        calls = self._recorded(hidden.shape[1]) if last > first else []
+        calls = self.calls(hidden.shape[1]) if last > first else []
         for index in range(first, last):
             call = calls[index]
             args = tuple(recorder if arg is _CACHE else arg for arg in call.args)
@@ -125,7 +125,7 @@ class Decoder:
         )
         return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
-    def _recorded(self, width: int) -> list[_Call]:
+    def calls(self, width: int) -> list[_Call]:
         """What each block is called with for inputs of this width; batch dimensions are 1 and broadcast."""
         if width not in self._calls:
             from transformers import DynamicCache

@@ -99,6 +99,18 @@ class Scores:
             for name, values in source.items():
                 target[name][row] = values[0]
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values that `from_json` reads back exactly."""
+        return {name: [values.tolist(), self.truncated[name].int().tolist()] for name, values in self.samples.items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], dtype: torch.dtype) -> Scores:
+        """Scores of samples that have all been evaluated, as `to_json` wrote them."""
+        dtype = torch.promote_types(dtype, torch.float32)
+        samples = {name: torch.tensor(values, dtype=dtype) for name, (values, _) in data.items()}
+        evaluated = {name: torch.ones_like(values, dtype=torch.bool) for name, values in samples.items()}
+        return cls(samples, evaluated, {name: torch.tensor(cut, dtype=torch.bool) for name, (_, cut) in data.items()})
+
     @classmethod
     def empty(cls, n: int, datasets: Mapping[str, Dataset], dtype: torch.dtype) -> Scores:
         """Nothing evaluated of n candidates; scores in `dtype`, or float32 if that is less precise."""
@@ -138,6 +150,14 @@ class Scorer(Protocol):
     def decided(self, label: str) -> None:
         """The step is over: the model is now as the candidate of this label, out of those just scored, was."""
         ...
+
+    @property
+    def state(self) -> Any:
+        """What a scorer of a resumed run has to know to go on in the same way: plain JSON values."""
+        ...
+
+    @state.setter
+    def state(self, state: Any) -> None: ...
 
 
 class SequentialScorer:
@@ -179,6 +199,8 @@ class SequentialScorer:
 
     def decided(self, label: str) -> None:
         """See `Scorer.decided`. Nothing is kept from one step to the next here."""
+
+    state: None = None
 
     def _score_dataset(self, dataset: Dataset, wanted: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         samples = [dataset.samples[index] for index in wanted]

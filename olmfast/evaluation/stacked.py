@@ -114,6 +114,7 @@ class Start:
         self._outputs: dict[Any, list[Any]] = {}  # module -> what it returned, call by call
         self._first: Leaf | None = None
         self._input = hidden
+        decoder.calls(hidden.shape[1])  # recorded now, while every module has its own forward and no hook
         if leaves:
             self._run_to_first_leaf()
 

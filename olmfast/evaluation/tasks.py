@@ -36,6 +36,7 @@ class Task:
     dataset: Dataset
     context: int
     expected: tuple[int, ...] | None  # None: the trajectory is not known yet
+    latest: tuple[int, ...] | None = None  # the current model's own tokens, which are to be expected next
 
     @classmethod
     def of(cls, name: str, index: int, dataset: Dataset, context: int) -> Task:

@@ -6,6 +6,7 @@ step is never taken twice: a resumed run walks the same steps and gets their out
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -83,6 +84,7 @@ class Search:
         self._started = time.monotonic()
         self._evaluations = int(self.report.own["evaluations"])
         self._current: Scores | None = None  # scores of what is there now, if they are known
+        self._recall()
 
     @property
     def elapsed_s(self) -> float:
@@ -141,9 +143,20 @@ class Search:
         outcome = self._outcome(step, candidates, twin, scores, dropped, winner)
         outcome.order = [candidates[row].label for row in ranked[1:]]
         self._evaluations += len(candidates)
-        self.report.record(step.key, outcome, self.model.recipe, self._evaluations, self.elapsed_s)
+        now = self._current.to_json() if self._current is not None else None
+        standing = json.dumps({"scores": now, "scorer": self.scorer.state})
+        self.report.record(step.key, outcome, self.model.recipe, self._evaluations, self.elapsed_s, standing)
         self.observer.chosen(outcome)
         return outcome
+
+    def _recall(self) -> None:
+        """Take up what an earlier session's last step left: a resumed run compares with the very same numbers."""
+        if "standing" not in self.report.own:
+            return
+        standing = json.loads(self.report.own["standing"])
+        self.scorer.state = standing["scorer"]
+        if standing["scores"] is not None:
+            self._current = Scores.from_json(standing["scores"], self.model.dtype)
 
     def _choose(self, scores: Scores, alive: list[int]) -> list[int]:
         return [choose(scores, alive, self.rules)]

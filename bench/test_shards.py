@@ -31,7 +31,7 @@ from olmfast.evaluation.model import WorkingModel
 from olmfast.weights.checkpoint import Checkpoint
 from olmfast.weights.methods import Sources
 from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import Copy, Linear, Recipe
+from olmfast.weights.recipe import Copy, Recipe, merge
 from olmfast.weights.writer import write_model
 
 N_BLOCKS = 16
@@ -290,7 +290,7 @@ def test_memory_while_writing(benchmark, folder, tmp_path, size):
     recipe = mixed(pool)
     for name in pool.tensors:
         if name.endswith("mlp.down_proj.weight") or name == "lm_head.weight":
-            recipe.tensors[name] = Linear((Copy("one", name), Copy("two", name)), (0.5, 0.5))
+            recipe.tensors[name] = merge("linear", [Copy("one", name), Copy("two", name)])
     target = tmp_path / "out"
     target.mkdir()
 

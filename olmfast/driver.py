@@ -99,7 +99,7 @@ class Session:
         stop_requested: Callable[[], bool],
     ) -> None:
         self.config, self.inputs, self.report, self.observer = config, inputs, report, observer
-        self.sources = Sources(inputs.pool, report.folder)
+        self.sources = Sources(inputs.pool, report.folder, memory=1 << 30)
         recipe = report.recipe or whole(config.base_name, inputs.pool.tensors)
         self.model = WorkingModel(recipe, self.sources, inputs.device, inputs.dtype)
         tolerance = 1e-6 if inputs.dtype in (torch.float32, torch.float64) else 1e-3

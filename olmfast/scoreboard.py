@@ -10,7 +10,7 @@ from typing import Any
 from olmfast.evaluation.scorer import Candidate, Scorer
 from olmfast.search.ranking import skill_retained
 from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import Copy, Linear, Recipe
+from olmfast.weights.recipe import Copy, Recipe, merge
 
 AVERAGE = "plain average"
 RESULT = "merged"
@@ -83,11 +83,10 @@ class Scoreboard:
 
 def plain_average(base: str, donors: Sequence[str], pool: Pool) -> Recipe:
     """The recipe that averages every tensor of the donors with equal weights."""
-    weights = (1.0,) * len(donors)
     return Recipe(
         base,
         {
-            name: Linear(tuple(Copy(donor, name) for donor in donors), weights, normalize=True)
+            name: merge("linear", [Copy(donor, name) for donor in donors])
             if pool[base].tensors[name].dtype.is_floating_point
             else Copy(base, name)
             for name in pool.tensors

@@ -109,6 +109,25 @@ def sums(n: int, seed: int = 0) -> list[tuple[str, str]]:
     return [(f"{a}+{b}=", str(a + b)) for a, b in rows]
 
 
+def write_choices(path: Path, model: Path, n: int = 24) -> Path:
+    """Write multiple-choice questions whose right answers are what `model` itself picks."""
+    from transformers import AutoModelForCausalLM
+
+    from olmfast.config import DatasetConfig
+    from olmfast.evaluation.batches import load_datasets
+
+    items = [{"question": f"No. {i}", "choices": ["w", "x", "y", "z"], "answer": 0} for i in range(n)]
+    path.write_text(json.dumps(items), encoding="utf-8")
+    entries = {path.name: DatasetConfig(mode="choice")}
+    module = AutoModelForCausalLM.from_pretrained(model)
+    samples = load_datasets(path.parent, entries, tiny_tokenizer(), 128)[path.name].samples
+    for item, sample in zip(items, samples, strict=True):
+        logits = module(torch.tensor([sample.prompt])).logits[0, -1, list(sample.options)]
+        item["answer"] = int(logits.argmax())
+    path.write_text(json.dumps(items), encoding="utf-8")
+    return path
+
+
 def tiny_run(folder: Path, n_donors: int = 3, family: str = "llama", **keys: Any) -> Path:
     """A folder with donors, datasets and `cfg.yaml`, ready for `olmfast run`; returns the config's path.
 

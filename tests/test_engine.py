@@ -21,7 +21,7 @@ from olmfast.weights.checkpoint import Checkpoint, copy_tensors, read_header
 from olmfast.weights.digests import DIGESTS, DigestCache
 from olmfast.weights.methods import Sources
 from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import Copy, Linear, Recipe
+from olmfast.weights.recipe import Copy, Recipe, merge
 from olmfast.weights.writer import PAGE_BYTES, write_model
 
 
@@ -36,7 +36,7 @@ def recipe_of(pool: Pool) -> Recipe:
     """Half of the tensors from each donor, one of them computed."""
     names = list(pool.tensors)
     tensors = {name: Copy("one" if i % 2 else "two", name) for i, name in enumerate(names)}
-    tensors[names[3]] = Linear((Copy("one", names[3]), Copy("two", names[3])), (0.5, 0.5))
+    tensors[names[3]] = merge("linear", [Copy("one", names[3]), Copy("two", names[3])])
     return Recipe("one", tensors)
 
 

@@ -22,7 +22,7 @@ from olmfast.evaluation.scorer import Candidate, Scorer, Scores
 from olmfast.report import Outcome, Report
 from olmfast.search.ranking import Rules, choose, is_degraded
 from olmfast.weights.architecture import Architecture, Unit
-from olmfast.weights.recipe import Copy, Expression, Linear, Recipe, Stored
+from olmfast.weights.recipe import Copy, Expression, Merge, Recipe, Stored
 
 
 class BudgetSpent(Exception):
@@ -172,7 +172,7 @@ class Search:
             known = [
                 value
                 for _, value in sorted(values.items(), key=itemgetter(0))
-                if isinstance(value, (Copy, Stored, Linear))
+                if isinstance(value, (Copy, Stored, Merge))
             ]
             if len(known) < len(values):
                 kept.append(candidate)  # offspring differ; comparing their bytes would cost making them twice
@@ -263,7 +263,7 @@ class Search:
         """Make the winner's values the model's: donors by name, computed tensors stored beside the report."""
         values: dict[str, Expression] = {}
         for name, value in winner.values.items():
-            if isinstance(value, (Copy, Stored, Linear)):
+            if isinstance(value, (Copy, Stored, Merge)):
                 values[name] = value
             else:
                 tensor = self.model.sources.value(value)

@@ -13,7 +13,7 @@ from olmfast.report import Outcome
 from olmfast.search.ranking import order
 from olmfast.search.stage import Search, Step
 from olmfast.weights.architecture import Architecture, Unit
-from olmfast.weights.recipe import Copy, Expression, Linear, Recipe
+from olmfast.weights.recipe import Copy, Expression, Recipe, merge
 
 
 def whole(donor: str, tensors: tuple[str, ...]) -> Recipe:
@@ -139,7 +139,14 @@ def _blend(search: Search, method: str, value: float, donor: Copy) -> Expression
     current, info = recipe.tensors[donor.tensor], sources.pool[donor.donor].tensors[donor.tensor]
     if not info.dtype.is_floating_point or sources.identity(current) == sources.identity(donor):
         return current
-    return Linear((current, donor), (1 - value, value))
+    base, pair = Copy(recipe.base, donor.tensor), (current, donor)
+    if method == "task_arithmetic":
+        return merge(method, pair, base, weight=(1.0, value))
+    if len(info.shape) < 2:  # nothing to turn, little to trim
+        return merge("linear", pair, weight=(0.5, 0.5) if method == "ties" else (1 - value, value))
+    if method == "ties":
+        return merge(method, pair, base, density=value)
+    return merge(method, pair, weight=(1 - value, value)) if method == "linear" else merge(method, pair, t=value)
 
 
 def owner(recipe: Recipe, unit: Unit) -> str:

@@ -7,7 +7,7 @@ made on except for refined tensors, which lie beside the report that names them.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,16 +34,29 @@ class Stored:
     digest: str
 
 
+Setting = bool | int | float | str | tuple[float, ...]
+
+
 @dataclass(frozen=True)
-class Linear:
-    """sum_i weight_i * term_i in float32 (divided by sum_i weight_i if `normalize`), rounded once."""
+class Merge:
+    """What a method of `weights/methods.py` makes of its terms, which may be merges themselves.
 
+    Its value is computed in float32 and rounded once, to the terms' dtype. `base` is what task vectors are
+    taken from; `settings` are sorted by name.
+    """
+
+    method: str
     terms: tuple[Expression, ...]
-    weights: tuple[float, ...]
-    normalize: bool = False
+    base: Expression | None = None
+    settings: tuple[tuple[str, Setting], ...] = ()
 
 
-Expression = Copy | Stored | Linear
+Expression = Copy | Stored | Merge
+
+
+def merge(method: str, terms: Iterable[Expression], base: Expression | None = None, **settings: Setting) -> Merge:
+    """A Merge with its settings in order."""
+    return Merge(method, tuple(terms), base, tuple(sorted(settings.items())))
 
 
 @dataclass(frozen=True)
@@ -79,11 +92,10 @@ def _to_json(expression: Expression) -> dict[str, Any]:
         return {"copy": expression.donor, "tensor": expression.tensor}
     if isinstance(expression, Stored):
         return {"stored": expression.file, "tensor": expression.tensor, "digest": expression.digest}
-    return {
-        "linear": [_to_json(term) for term in expression.terms],
-        "weights": list(expression.weights),
-        "normalize": expression.normalize,
-    }
+    entry: dict[str, Any] = {"merge": expression.method, "terms": [_to_json(term) for term in expression.terms]}
+    if expression.base is not None:
+        entry["base"] = _to_json(expression.base)
+    return {**entry, "settings": dict(expression.settings)}
 
 
 def _from_json(entry: dict[str, Any]) -> Expression:
@@ -91,9 +103,10 @@ def _from_json(entry: dict[str, Any]) -> Expression:
         return Copy(entry["copy"], entry["tensor"])
     if "stored" in entry:
         return Stored(entry["stored"], entry["tensor"], entry["digest"])
-    if "linear" in entry:
-        terms = tuple(_from_json(term) for term in entry["linear"])
-        return Linear(terms, tuple(entry["weights"]), entry["normalize"])
+    if "merge" in entry:
+        base = _from_json(entry["base"]) if "base" in entry else None
+        settings = {key: tuple(x) if isinstance(x, list) else x for key, x in entry["settings"].items()}
+        return merge(entry["merge"], map(_from_json, entry["terms"]), base, **settings)
     raise InputError(f"recipe: unknown expression {entry!r}; it was written by a newer version")
 
 

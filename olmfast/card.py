@@ -7,10 +7,12 @@ import yaml
 from olmfast.config import RunConfig
 from olmfast.report import Report
 from olmfast.scoreboard import Scoreboard
+from olmfast.weights.recipe import Recipe
 
 
-def write_card(config: RunConfig, report: Report, base: str, boards: dict[str, Scoreboard], account: str) -> str:
+def write_card(config: RunConfig, report: Report, recipe: Recipe, boards: dict[str, Scoreboard], account: str) -> str:
     """README.md of the result. Never needs the network: it names models, it does not look them up."""
+    base = recipe.base
     donors = [base, *(name for name in report.own["donors"] if name != base)]
     front = {
         "base_model": donors,
@@ -31,7 +33,7 @@ def write_card(config: RunConfig, report: Report, base: str, boards: dict[str, S
                 f"{name}: {entry.mode}, {report.own['samples'][name]} samples" for name, entry in entries.items()
             )
             parts.append(f"{settings}; seed {config.seed}.\n")
-    parts.append(f"## Choices\n\n{_choices(report)}\n\n{account}.\n")
+    parts.append(f"## Choices\n\n{_choices(report)}\n\n{account}.\n\nRecipe {recipe.digest()}.\n")
     return "\n".join(parts)
 
 

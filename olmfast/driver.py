@@ -162,9 +162,9 @@ class Session:
         account = write_model(recipe, self.sources, self.report.folder, tokenizer, self.config.shard_size)
         boards = {"Selection": self.selection, "Held-out": self.holdout}
         # The recipe too: it is nowhere yet when the budget ended the run before its first step.
-        content = {"recipe": recipe.to_json(), "account": account}
+        content = {"recipe": recipe.to_json(), "recipe_digest": recipe.digest(), "account": account}
         self.report.update(selection=self.selection.to_json(), holdout=self.holdout.to_json(), **content)
-        card = write_card(self.config, self.report, recipe.base, boards, account)
+        card = write_card(self.config, self.report, recipe, boards, account)
         (self.report.folder / "README.md").write_text(card, encoding="utf-8")
         return account
 

@@ -103,6 +103,15 @@ def test_the_model_card_names_base_and_donors(full):
     assert front["tags"] == ["merge", "olmfast"]
 
 
+def test_the_recipes_digest_stands_in_report_and_card_and_tells_two_results_apart(full, tmp_path):
+    other = run(load_config(tiny_run(tmp_path, layer_swap=True)))
+    digests = [result.recipe.digest() for result in (full, other)]
+    assert digests[0] != digests[1]
+    for result, digest in zip((full, other), digests, strict=True):
+        assert result.report.own["recipe_digest"] == digest
+        assert f"Recipe {digest}." in (result.output_dir / "README.md").read_text()
+
+
 def test_when_every_candidate_is_worse_the_output_is_the_base_byte_for_byte(tmp_path):
     path = tiny_run(tmp_path, **{**ALL_STAGES, "es_svd_sigma": 3.0, "es_norm_sigma": 2.0})
     donor = load_config(path).models_dir / "donor0"

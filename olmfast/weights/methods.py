@@ -18,7 +18,7 @@ from olmfast import kernels
 from olmfast.errors import OlmfastError
 from olmfast.weights.checkpoint import TensorInfo, read_header
 from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import Copy, Expression, Merge, Setting, Stored, digest_tensor
+from olmfast.weights.recipe import Copy, Expression, Merge, Setting, Stored
 
 
 class Computed(Protocol):
@@ -139,21 +139,16 @@ class Sources:
         """Where the bytes of `values` lie in a file of a donor or of the report; None if they are computed."""
         return self._place(values) if isinstance(values, (Copy, Stored)) else None
 
-    def digest(self, expression: Expression) -> str:
-        """xxh3-128 of the bytes an expression is worth: equal bytes, equal digest."""
+    def identity(self, expression: Expression) -> str:
+        """A digest that says, without computing anything, whether two expressions are worth the same bytes.
+
+        Equal digests, equal bytes. The other way round it holds for tensors that lie in a file; bytes that were
+        computed in different ways may be equal all the same.
+        """
         if isinstance(expression, Copy):
             return self.pool[expression.donor].digest(expression.tensor)
         if isinstance(expression, Stored):
             return expression.digest
-        return digest_tensor(self.value(expression))
-
-    def identity(self, expression: Expression) -> str:
-        """A digest that says, without computing anything, that two expressions are worth the same bytes.
-
-        Equal digests, equal bytes; bytes of different computations may be equal all the same.
-        """
-        if isinstance(expression, (Copy, Stored)):
-            return self.digest(expression)
         terms = [self.identity(term) for term in expression.terms]
         base = self.identity(expression.base) if expression.base is not None else None
         return xxhash.xxh3_128(f"{expression.method} {terms} {base} {expression.settings}".encode()).hexdigest()

@@ -83,7 +83,7 @@ class Recipe:
         return cls(data["base"], {name: _from_json(entry) for name, entry in data["tensors"].items()})
 
     def digest(self) -> str:
-        """xxh3-128 of the recipe's JSON."""
+        """xxh3-128 of the recipe's JSON: of one pool, equal digests make equal models."""
         return xxhash.xxh3_128(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
 

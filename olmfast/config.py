@@ -80,7 +80,7 @@ class CandidateKind(BaseModel):
 
 def _parse_candidates(value: object) -> list[CandidateKind]:
     if not isinstance(value, list) or not value:
-        raise ValueError(f"expected a list such as [swap, {{linear: [0.25, 0.5]}}], got {value!r}")
+        raise ValueError(f"expected a list such as [swap, {{linear: [0.25, 0.5]}}], got {_show(value)}")
     kinds = [entry if isinstance(entry, CandidateKind) else _parse_kind(entry) for entry in value]
     methods = [kind.method for kind in kinds]
     twice = next((method for method in methods if methods.count(method) > 1), None)
@@ -95,20 +95,20 @@ def _parse_kind(entry: object) -> CandidateKind:
         ((method, numbers),) = entry.items()
     known = ["swap", *BLENDS]
     if not isinstance(method, str) or method not in known:
-        shown = ", ".join(known)
-        raise ValueError(f"expected one of {shown}, got {entry!r}{did_you_mean(str(method), known)}")
+        hint = did_you_mean(method, known) if isinstance(method, str) else ""
+        raise ValueError(f"expected one of {', '.join(known)}, got {_show(entry)}{hint}")
     if method == "swap":
         if numbers is not None:
-            raise ValueError(f"swap takes a donor's values as they are and has no numbers, got {numbers!r}")
+            raise ValueError(f"swap takes a donor's values as they are and has no numbers, got {_show(numbers)}")
         return CandidateKind(method="swap")
     blend = BLENDS[method]
     listed = [blend.default] if numbers is None else numbers if isinstance(numbers, list) else [numbers]
     try:
-        values = tuple(map(float, listed))
-    except (TypeError, ValueError):
+        values = tuple(float(x) for x in listed if not isinstance(x, bool))
+    except (TypeError, ValueError, OverflowError):
         values = ()
-    if not values or not all(math.isfinite(x) and blend.is_allowed(x) for x in values):
-        raise ValueError(f"{method}: expected {blend.allowed}, got {numbers!r}")
+    if not len(values) == len(listed) > 0 or not all(math.isfinite(x) and blend.is_allowed(x) for x in values):
+        raise ValueError(f"{method}: expected {blend.allowed}, got {_show(numbers)}")
     if len(set(values)) != len(values):
         raise ValueError(f"{method}: a number is given twice in {numbers!r}")
     return CandidateKind(method=method, values=values)

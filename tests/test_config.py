@@ -171,6 +171,23 @@ def test_an_unknown_key_is_an_error_with_a_suggestion(keys, message):
         ({"significance": 5}, "significance: expected less than 1, got 5"),
         ({"tie_tolerance": float("nan")}, "tie_tolerance: expected a finite number, got nan"),
         ({"markov": -1}, "markov: expected greater than or equal to 0, got -1"),
+        ({"candidates": "swap"}, "candidates: expected a list such as [swap, {linear: [0.25, 0.5]}], got 'swap'"),
+        ({"candidates": []}, "candidates: expected a list such as"),
+        ({"candidates": ["swop"]}, "candidates: expected one of swap, linear, slerp, ties, task_arithmetic, got"),
+        ({"candidates": ["swop"]}, "did you mean 'swap'?"),
+        ({"candidates": [{"linear": 0.5, "slerp": 0.5}]}, "candidates: expected one of swap, linear, "),
+        ({"candidates": [{"linear": [0.5, 1]}]}, "linear: expected shares of the donor between 0 and 1, got"),
+        ({"candidates": [{"slerp": []}]}, "candidates: slerp: expected t between 0 and 1, got []"),
+        ({"candidates": [{"ties": [0]}]}, "candidates: ties: expected densities above 0, at most 1, got [0]"),
+        ({"candidates": [{"ties": True}]}, "candidates: ties: expected densities above 0, at most 1, got True"),
+        ({"candidates": [{"linear": "half"}]}, "linear: expected shares of the donor between 0 and 1, got"),
+        ({"candidates": [{"linear": 10**5000}]}, "got a number of thousands of digits"),
+        ({"candidates": [{"swap": 0.5}]}, "candidates: swap takes a donor's values as they are and has no numbers"),
+        ({"candidates": ["slerp", {"slerp": 0.2}]}, "candidates: 'slerp' is listed twice; give its numbers as one"),
+        ({"candidates": [{"linear": [0.5, 0.5]}]}, "candidates: linear: a number is given twice in [0.5, 0.5]"),
+        ({"scales": ["blok"]}, "scales[0]: expected 'model', 'depth', 'kind', 'boundary', 'block' or 'tensor', got"),
+        ({"scales": ["blok"]}, "did you mean 'block'?"),
+        ({"scales": ["model", "model"]}, "scales: 'model' is listed twice"),
         ({"layer_swap": "perhaps"}, "layer_swap: expected a valid boolean"),
         ({"dtype": "int8"}, "dtype: expected 'auto', 'float32', 'bfloat16', 'float16' or 'float64', got 'int8'"),
         ({"shard_size": "big"}, "shard_size: expected a size in bytes such as '5GB', got 'big'"),
@@ -182,6 +199,38 @@ def test_an_unknown_key_is_an_error_with_a_suggestion(keys, message):
 def test_a_wrong_value_is_named_with_what_was_wanted(keys, message):
     assert refusal(**keys).startswith("cfg.yaml: ")
     assert message in refusal(**keys)
+
+
+def test_paths_are_shown_without_detours(tmp_path):
+    inner = tmp_path / "configs" / "demo"
+    config = parse_config(plain(models_dir="./m/../models", output_dir="../../out"), "cfg.yaml", inner)
+    assert (str(config.models_dir), str(config.output_dir)) == (f"{inner}/models", f"{tmp_path}/out")
+
+
+def test_candidates_may_be_named_alone_or_with_one_or_several_numbers():
+    config = parse(candidates=["swap", {"linear": [0.25, 0.75]}, "slerp", {"ties": 0.2}, {"task_arithmetic": ["1e-1"]}])
+    assert [(kind.method, kind.values) for kind in config.candidates] == [
+        ("swap", ()),
+        ("linear", (0.25, 0.75)),
+        ("slerp", (0.5,)),
+        ("ties", (0.2,)),
+        ("task_arithmetic", (0.1,)),
+    ]
+    assert [kind.method for kind in parse().candidates] == ["swap"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "walk"),
+    [
+        ({}, []),
+        ({"tensor_swap": True, "boundary_select": True, "layer_swap": True}, ["boundary", "block", "tensor"]),
+        ({"scales": ["model", "depth"], "layer_swap": True}, ["model", "depth", "block"]),
+        ({"scales": ["block", "model"], "layer_swap": True, "boundary_select": True}, ["block", "model", "boundary"]),
+        ({"scales": ["tensor", "kind"]}, ["tensor", "kind"]),
+    ],
+)
+def test_scales_are_walked_as_listed_and_then_what_switches_ask_for(keys, walk):
+    assert parse(**keys).walk == walk
 
 
 def test_every_fault_is_listed_at_once():

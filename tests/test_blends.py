@@ -14,9 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from olmfast import load_config, run
 from olmfast.driver import Result
+from olmfast.evaluation.model import WorkingModel
+from olmfast.inputs import Inputs
 from olmfast.plan import plan
+from olmfast.search.stage import Observer
+from olmfast.search.swap import whole
 from olmfast.testing import FAMILIES, tiny_model, tiny_run, write_choices
+from olmfast.weights.methods import METHODS, Sources
 from olmfast.weights.pool import Pool
+from olmfast.weights.recipe import Copy, Expression, merge
 
 EVERYTHING = {
     "candidates": ["swap", {"linear": [0.3, 0.6]}, "slerp", {"ties": [0.4]}, "task_arithmetic"],
@@ -186,6 +192,39 @@ def test_a_run_with_blends_is_resumed_to_the_same_bytes_after_every_step(everyth
     assert budget > 120
     for file in ("model.safetensors", "evaluations.jsonl"):
         assert (result.output_dir / file).read_bytes() == (everything.output_dir / file).read_bytes()
+
+
+def test_both_scorers_choose_the_same_and_measure_the_same(tmp_path):
+    keys = {**EVERYTHING, "dtype": "float64"}
+    batched, sequential = (
+        run(load_config(tiny_run(tmp_path / scorer, **keys, scorer=scorer))) for scorer in ("batched", "sequential")
+    )
+    assert batched.recipe == sequential.recipe
+    for ours, plain in zip(batched.report.choices(), sequential.report.choices(), strict=True):
+        for dataset, by in plain.metrics.items():
+            assert ours.metrics[dataset] == pytest.approx(by, rel=1e-9), (ours.stage, ours.unit)
+
+
+def test_neither_a_trial_nor_what_follows_it_computes_what_is_there_again(tmp_path, monkeypatch):
+    config = load_config(tiny_run(tmp_path))
+    inputs = Inputs.open(config, Observer())
+    name = "model.layers.0.mlp.up_proj.weight"
+    donors = [Copy(donor, name) for donor in inputs.pool.names]
+    nest: Expression = donors[0]
+    for share in (0.2, 0.3, 0.4, 0.6):
+        nest = merge("linear", [nest, donors[1]], weight=(1 - share, share))
+    sources = Sources(inputs.pool, tmp_path, memory=1 << 20)
+    recipe = whole("donor0", inputs.pool.tensors).with_values({name: nest})
+    model = WorkingModel(recipe, sources, inputs.device, inputs.dtype)
+    there = model.module.get_parameter(name).clone()
+    computed = []
+    plain = METHODS["linear"]
+    monkeypatch.setitem(METHODS, "linear", lambda *arguments: computed.append(1) or plain(*arguments))
+    for share in (0.1, 0.7):
+        with model.trial({name: merge("linear", [nest, donors[2]], weight=(1 - share, share))}):
+            assert not torch.equal(model.module.get_parameter(name), there)
+    assert torch.equal(model.module.get_parameter(name), there)
+    assert len(computed) == 2  # one per trial
 
 
 def test_blends_of_equal_donors_and_of_equal_tensors_cost_nothing(tmp_path):

@@ -15,7 +15,7 @@ from olmfast.evaluation.scorer import Scores
 from olmfast.progress import print_result
 from olmfast.report import Report
 from olmfast.search.ranking import Rules, choose
-from olmfast.testing import tiny_run
+from olmfast.testing import tiny_run, write_choices
 
 ALL_STAGES = {
     "boundary_select": True,
@@ -115,7 +115,7 @@ def test_the_recipes_digest_stands_in_report_and_card_and_tells_two_results_apar
 def test_when_every_candidate_is_worse_the_output_is_the_base_byte_for_byte(tmp_path):
     path = tiny_run(tmp_path, **{**ALL_STAGES, "es_svd_sigma": 3.0, "es_norm_sigma": 2.0})
     donor = load_config(path).models_dir / "donor0"
-    base_picks(donor, tmp_path / "own.json")
+    write_choices(tmp_path / "own.json", donor)
     keys = {"dataset": {"own.json": {"mode": "choice"}}, "holdout": {}}
     result = run(load_config(path, keys))
     tried = [by for o in result.report.choices() for by in o.metrics["own.json"].values()]
@@ -123,25 +123,6 @@ def test_when_every_candidate_is_worse_the_output_is_the_base_byte_for_byte(tmp_
     assert sum(score > 0 for score in tried) > len(tried) / 2
     assert not any(outcome.changed for outcome in result.report.choices())
     assert (result.output_dir / "model.safetensors").read_bytes() == (donor / "model.safetensors").read_bytes()
-
-
-def base_picks(model: Path, path: Path) -> None:
-    """Multiple-choice questions whose right answers are whatever the model itself picks."""
-    from transformers import AutoModelForCausalLM
-
-    from olmfast.config import DatasetConfig
-    from olmfast.evaluation.batches import load_datasets
-    from olmfast.testing import tiny_tokenizer
-
-    items = [{"question": f"No. {i}", "choices": ["w", "x", "y", "z"], "answer": 0} for i in range(24)]
-    path.write_text(json.dumps(items))
-    entries = {path.name: DatasetConfig(mode="choice")}
-    module = AutoModelForCausalLM.from_pretrained(model)
-    samples = load_datasets(path.parent, entries, tiny_tokenizer(), 128)[path.name].samples
-    for item, sample in zip(items, samples, strict=True):
-        logits = module(torch.tensor([sample.prompt])).logits[0, -1, list(sample.options)]
-        item["answer"] = int(logits.argmax())
-    path.write_text(json.dumps(items))
 
 
 def test_base_select_starts_from_the_best_donor_and_max_models_keeps_the_best(tmp_path):
@@ -243,8 +224,8 @@ def test_a_donor_scored_whole_keeps_its_own_settings_and_a_merge_has_the_bases(t
 
 
 def test_the_next_units_donors_are_read_while_the_present_one_is_evaluated(tmp_path, monkeypatch):
-    from olmfast.evaluation.model import WorkingModel
     from olmfast.evaluation.batched import BatchedScorer
+    from olmfast.evaluation.model import WorkingModel
 
     events: list[str] = []
     prefetch, score = WorkingModel.prefetch, BatchedScorer.score

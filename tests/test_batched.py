@@ -47,7 +47,9 @@ class World:
         texts = [(f"{q:x>{6 + i % (ragged + 1)}}", f"{a}{'y' * (i % 3)}") for i, (q, a) in enumerate(sums(5))]
         for name in MODES:
             write_dataset(folder / name, texts)
-        items = [{"prompt": q, "response": "-", "choices": list("abc"), "answer": i % 3} for i, (q, _) in enumerate(texts)]
+        items = [
+            {"prompt": q, "response": "-", "choices": list("abc"), "answer": i % 3} for i, (q, _) in enumerate(texts)
+        ]
         (folder / "choice.json").write_text(json.dumps(items))
         entries = {name: DatasetConfig(**keys) for name, keys in MODES.items()}
         self.datasets = load_datasets(folder, entries, tiny_tokenizer(), self.pool.architecture.context)
@@ -93,7 +95,12 @@ def assert_same(fast, plain, tolerance):
         assert torch.equal(fast.evaluated[name], plain.evaluated[name])
         assert torch.equal(fast.truncated[name], plain.truncated[name]), name
         torch.testing.assert_close(
-            fast.samples[name], plain.samples[name], rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m: f"{name}: {m}"
+            fast.samples[name],
+            plain.samples[name],
+            rtol=tolerance,
+            atol=tolerance,
+            equal_nan=True,
+            msg=lambda m: f"{name}: {m}",
         )
 
 
@@ -108,7 +115,7 @@ def test_scores_equal_the_sequential_ones_for_every_family_unit_and_mode(family,
         (architecture.boundary_unit(world.tensors), world.donors(architecture.boundary_unit(world.tensors))),
         *((world.block(i), world.donors(world.block(i))) for i in range(3)),
         (world.block(0, 1), world.donors(world.block(0, 1))),
-        *((unit, [*world.donors(unit), *world.offspring(unit)]) for unit in modules[1:: max(1, len(modules) // 6)]),
+        *((unit, [*world.donors(unit), *world.offspring(unit)]) for unit in modules[1 :: max(1, len(modules) // 6)]),
         *((world.block(i), world.donors(world.block(i))) for i in (2, 0, 1)),
     ]
     for unit, candidates in steps:

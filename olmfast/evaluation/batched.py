@@ -14,7 +14,7 @@ import torch
 from olmfast.evaluation import metrics
 from olmfast.evaluation.batches import Dataset, make_batches
 from olmfast.evaluation.decode import Cut, resume
-from olmfast.evaluation.decoder import Decoder, Recorder
+from olmfast.evaluation.decoder import Decoder, Needed, Recorder
 from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.prefix import Batch, Prefix
 from olmfast.evaluation.scorer import Candidate, Scores, SequentialScorer, wanted_samples
@@ -23,6 +23,8 @@ from olmfast.evaluation.tasks import Followed, Task
 from olmfast.weights.architecture import Architecture, Unit
 from olmfast.weights.methods import Values
 from olmfast.weights.offspring import NormOffspring
+
+CPU_TOKENS = 1024  # in one pass on a CPU: the activations of more do not stay in its caches
 
 
 @dataclass
@@ -76,6 +78,7 @@ class BatchedScorer:
     ) -> None:
         self.model, self.datasets, self.tokenizer = model, datasets, tokenizer
         self.stop_tokens, self.batch_tokens, self.progress = tuple(stop_tokens), batch_tokens, progress
+        self._pass_tokens = min(batch_tokens, CPU_TOKENS) if model.device.type == "cpu" else batch_tokens
         self.statistics = Statistics()
         self._tasks = [
             Task.of(name, index, dataset, model.context)
@@ -151,7 +154,7 @@ class BatchedScorer:
             if name not in names:
                 continue
             numbers = [number for number, task in enumerate(self._tasks) if task.name == name]
-            for rows in make_batches([len(self._tasks[number].ids) for number in numbers], self.batch_tokens):
+            for rows in make_batches([len(self._tasks[number].ids) for number in numbers], self._pass_tokens):
                 tasks = [self._tasks[numbers[row]] for row in rows]
                 batch = Batch([task.ids for task in tasks], wants_states=any(task.runs_freely for task in tasks))
                 self._prefix.batches.append(batch)
@@ -297,12 +300,12 @@ class BatchedScorer:
 
     def _evaluate(self, work: _Work) -> None:
         opened: list[_Open] = []
-        batches = make_batches([len(self._tasks[number].ids) for number in work.tasks], self.batch_tokens)
+        batches = make_batches([len(self._tasks[number].ids) for number in work.tasks], self._pass_tokens)
         for batch in batches:
             numbers = [work.tasks[i] for i in batch]
             hidden = self._entering(work.first, numbers)
-            start = Start(self._decoder, work.first or 0, hidden, work.leaves)
-            per_pass = max(1, self.batch_tokens // hidden.shape[:2].numel())
+            start = Start(self._decoder, work.first or 0, hidden, work.leaves, self._needed(numbers))
+            per_pass = max(1, self._pass_tokens // hidden.shape[:2].numel())
             for begin in range(0, len(work.rows), per_pass):
                 places = list(range(begin, min(begin + per_pass, len(work.rows))))
                 opened += self._pass(work, places, numbers, start)
@@ -315,20 +318,19 @@ class BatchedScorer:
         """One forward pass of some candidates on a batch of tasks; returns what it left open."""
         decoder, tasks, k = self._decoder, [self._tasks[number] for number in numbers], len(places)
         recorder = Recorder() if any(task.runs_freely for task in tasks) else None
-        hidden = decoder.run(start.run(places, recorder), start.block + 1, len(decoder.blocks), recorder)
+        hidden = decoder.run(start.run(places, recorder), start.block + 1, len(decoder.blocks), recorder, start.needed)
         n_blocks = len(decoder.blocks) - start.block
         self.statistics.passes += 1
         self.statistics.tokens += k * n_blocks * sum(len(task.ids) for task in tasks)
         self.statistics.padded += n_blocks * hidden.shape[:2].numel()
-        hidden = hidden.unflatten(0, (k, len(tasks)))
-        for at, task in enumerate(tasks):
+        needed = start.needed.of(hidden).unflatten(0, (k, -1)).split([len(task.labels) for task in tasks], dim=1)
+        for task, own in zip(tasks, needed, strict=True):
             if task.sample.options:
-                options = torch.tensor(task.sample.options, device=hidden.device)
-                logits = decoder.logits(hidden[:, at, len(task.sample.prompt) - 1], options).cpu()
+                logits = decoder.logits(own[:, 0], torch.tensor(task.sample.options, device=own.device)).cpu()
                 for i, place in enumerate(places):
                     work.scores.set(work.rows[place], task.name, task.index, task.choice(logits[i]))
         opened: list[_Open] = []
-        for at, scores, argmax in self._token_scores(hidden, tasks):
+        for at, scores, argmax in self._token_scores(needed, tasks):
             task = tasks[at]
             for i, place in enumerate(places):
                 own = metrics.TokenScores(*(part[i] for part in scores))
@@ -345,19 +347,27 @@ class BatchedScorer:
                     opened.append(_Open(place, numbers[at], followed, cut))
         return opened
 
+    def _needed(self, numbers: Sequence[int]) -> Needed:
+        """The positions that predict the tasks' labels, task by task."""
+        tasks, device = [self._tasks[number] for number in numbers], self.model.device
+        rows = [torch.full((len(task.labels),), row) for row, task in enumerate(tasks)]
+        columns = [torch.arange(len(task.labels)) + len(task.sample.prompt) - 1 for task in tasks]
+        return Needed(len(tasks), torch.cat(rows).to(device), torch.cat(columns).to(device))
+
     def _token_scores(
-        self, hidden: torch.Tensor, tasks: Sequence[Task]
+        self, needed: Sequence[torch.Tensor], tasks: Sequence[Task]
     ) -> Iterator[tuple[int, metrics.TokenScores, torch.Tensor]]:
-        """Per task that is no choice: its place, the scores and the argmax at its labels, (K, labels) on the CPU."""
+        """Per task that is no choice: its place, the scores and the argmax at its labels, (K, labels) on the CPU.
+
+        `needed` holds for each task what leaves the last block there, (K, labels, hidden).
+        """
         places = [at for at, task in enumerate(tasks) if not task.sample.options]
         if not places:
             return
-        counts = [len(tasks[at].labels) for at in places]
-        batch = torch.tensor([at for at, n in zip(places, counts, strict=True) for _ in range(n)])
-        position = torch.cat([torch.arange(n) + len(tasks[at].sample.prompt) - 1 for at, n in zip(places, counts)])
+        hidden = torch.cat([needed[at] for at in places], dim=1)
         labels = torch.tensor([label for at in places for label in tasks[at].labels], device=hidden.device)
-        needed = hidden[:, batch.to(hidden.device), position.to(hidden.device)]
-        found = self._decoder.token_scores(needed.flatten(0, 1), labels.repeat(len(hidden)))
+        found = self._decoder.token_scores(hidden.flatten(0, 1), labels.repeat(len(hidden)))
+        counts = [len(tasks[at].labels) for at in places]
         parts = [part.cpu().view(len(hidden), -1).split(counts, dim=1) for part in found]
         for at, max_logit, argmax, logsumexp, label_logit in zip(places, *parts, strict=True):
             yield at, metrics.TokenScores(max_logit, label_logit, logsumexp), argmax

@@ -6,8 +6,8 @@ the right, positions count from 0), so it is recorded once per width and handed 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,29 @@ class _Call(NamedTuple):
 
 
 _CACHE = object()
+
+
+class Needed(NamedTuple):
+    """The positions of a batch that are looked at after the last block: rows and columns, (positions,) each."""
+
+    batch: int
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+    def of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (K * batch, width, hidden) -> (K * positions, hidden), one copy of the batch after another."""
+        return hidden[self._index(hidden)]
+
+    def spread(self, values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """The values (K * positions, out) where `of(like)` takes its own; zeros elsewhere."""
+        full = values.new_zeros(*like.shape[:2], values.shape[-1])
+        full[self._index(like)] = values
+        return full
+
+    def _index(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        k = len(hidden) // self.batch
+        copies = torch.arange(k, device=self.rows.device)[:, None] * self.batch
+        return (self.rows + copies).flatten(), self.columns.repeat(k)
 
 
 class Recorder:
@@ -95,16 +118,50 @@ class Decoder:
             hook.remove()
         raise AssertionError("the model never called its first block")
 
-    def run(self, hidden: torch.Tensor, first: int, last: int, recorder: Recorder | None = None) -> torch.Tensor:
-        """Activations entering block `first` -> those leaving block `last` - 1; both (batch, width, hidden)."""
+    def run(
+        self,
+        hidden: torch.Tensor,
+        first: int,
+        last: int,
+        recorder: Recorder | None = None,
+        needed: Needed | None = None,
+    ) -> torch.Tensor:
+        """Activations entering block `first` -> those leaving block `last` - 1; both (batch, width, hidden).
+
+        With `needed`, the last block's MLP computes nothing for other positions, whose results are then void.
+        """
         calls = self.calls(hidden.shape[1]) if last > first else []
         for index in range(first, last):
             call = calls[index]
             args = tuple(recorder if arg is _CACHE else arg for arg in call.args)
             kwargs = {key: recorder if arg is _CACHE else arg for key, arg in call.kwargs.items()}
-            out = self.blocks[index](hidden, *args, **kwargs)
+            with self._mlp_only_for(needed if index == len(self.blocks) - 1 else None):
+                out = self.blocks[index](hidden, *args, **kwargs)
             hidden = out[0] if isinstance(out, tuple) else out
         return hidden
+
+    @contextmanager
+    def _mlp_only_for(self, needed: Needed | None) -> Iterator[None]:
+        """An MLP mixes no positions, so that in the last block it can leave out those that nobody looks at."""
+        mlp = getattr(self.blocks[-1], "mlp", None)
+        if needed is None or mlp is None:
+            yield
+            return
+        replaced, compute = mlp.__dict__.get("forward"), mlp.forward
+
+        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            out = compute(needed.of(x)[:, None], *args, **kwargs)
+            if isinstance(out, tuple):
+                return needed.spread(out[0][:, 0], x), *out[1:]
+            return needed.spread(out[:, 0], x)
+
+        try:
+            mlp.forward = forward
+            yield
+        finally:
+            mlp.__dict__.pop("forward")
+            if replaced is not None:
+                mlp.forward = replaced
 
     def token_scores(self, hidden: torch.Tensor, labels: torch.Tensor) -> kernels.TokenScores:
         """Scores of labels (tokens,) from what leaves the last block, (tokens, hidden)."""
@@ -151,9 +208,7 @@ class Decoder:
         return self._calls[width]
 
 
-def _take_hidden(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
+def _take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
     if args:
         return args[0], args[1:], kwargs
     return kwargs["hidden_states"], args, {key: arg for key, arg in kwargs.items() if key != "hidden_states"}

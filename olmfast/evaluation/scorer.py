@@ -86,7 +86,6 @@ class Scores:
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Scores:
         return Scores(*({name: change(tensor) for name, tensor in part.items()} for part in self.parts))
 
-
     def set(self, row: int, dataset: str, index: int, score: torch.Tensor, truncated: bool = False) -> None:
         """Enter the score of one candidate on one sample."""
         self.samples[dataset][row, index] = score

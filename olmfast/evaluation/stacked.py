@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import linear
 
 from olmfast import kernels
-from olmfast.evaluation.decoder import Decoder, Recorder
+from olmfast.evaluation.decoder import Decoder, Needed, Recorder
 
 
 class Leaf(Protocol):
@@ -108,8 +108,10 @@ def stacked(leaves: Sequence[Leaf], candidates: Sequence[int], counts: Sequence[
 class Start:
     """The first block of a suffix: what it computes before its first leaf, once for any number of candidates."""
 
-    def __init__(self, decoder: Decoder, block: int, hidden: torch.Tensor, leaves: Sequence[Leaf]) -> None:
-        self.decoder, self.block, self.hidden, self.leaves = decoder, block, hidden, leaves
+    def __init__(
+        self, decoder: Decoder, block: int, hidden: torch.Tensor, leaves: Sequence[Leaf], needed: Needed
+    ) -> None:
+        self.decoder, self.block, self.hidden, self.leaves, self.needed = decoder, block, hidden, leaves, needed
         self._recorder = Recorder()
         self._outputs: dict[Any, list[Any]] = {}  # module -> what it returned, call by call
         self._first: Leaf | None = None
@@ -120,18 +122,21 @@ class Start:
 
     def run(self, candidates: Sequence[int], recorder: Recorder | None) -> torch.Tensor:
         """What leaves the block, (K * batch, width, hidden); keys and values shared by all are recorded once."""
-        k, batch = len(candidates), len(self.hidden)
+        k, sizes = len(candidates), (len(self.hidden), len(self.needed.rows))
         forwards: dict[Any, Callable[..., Any]] = {
-            module: _replay(module, [_tile_all(out, k, batch) for out in outputs])
+            module: _replay(module, [_tile_all(out, k, sizes) for out in outputs])
             for module, outputs in self._outputs.items()
         }
         for leaf in self.leaves:
             if leaf is self._first:
                 forwards[leaf.module] = lambda _, leaf=leaf: leaf.shared(self._input, candidates)
             else:
-                forwards[leaf.module] = lambda x, leaf=leaf: leaf.each(x, candidates, [batch] * k)
+                forwards[leaf.module] = lambda x, leaf=leaf: leaf.each(x, candidates, [len(x) // k] * k)
+        # Where the MLP's output is at hand, there is nothing of it to leave out.
+        mlp = getattr(self.decoder.blocks[self.block], "mlp", None)
+        needed = None if mlp in self._outputs else self.needed
         with _replaced(forwards):
-            out = self.decoder.run(tile(self.hidden, k), self.block, self.block + 1, recorder)
+            out = self.decoder.run(tile(self.hidden, k), self.block, self.block + 1, recorder, needed)
         if recorder is not None:
             recorder.states = {**self._recorder.states, **recorder.states}
         return out
@@ -151,7 +156,7 @@ class Start:
         hooks = [module.register_forward_pre_hook(reach) for module in leaves]
         hooks += [module.register_forward_hook(keep) for module in block.modules() if module not in leaves]
         try:
-            self.decoder.run(self.hidden, self.block, self.block + 1, self._recorder)
+            self.decoder.run(self.hidden, self.block, self.block + 1, self._recorder, self.needed)
         except _Reached:
             pass
         finally:
@@ -169,10 +174,11 @@ def tile(x: torch.Tensor, k: int) -> torch.Tensor:
     return x if k == 1 else x.expand(k, *x.shape).flatten(0, 1)
 
 
-def _tile_all(out: Any, k: int, batch: int) -> Any:
+def _tile_all(out: Any, k: int, sizes: tuple[int, ...]) -> Any:
+    """Tile the tensors whose first dimension is the batch, or the positions needed of it."""
     if isinstance(out, tuple):
-        return tuple(_tile_all(part, k, batch) for part in out)
-    return tile(out, k) if isinstance(out, torch.Tensor) and out.dim() and len(out) == batch else out
+        return tuple(_tile_all(part, k, sizes) for part in out)
+    return tile(out, k) if isinstance(out, torch.Tensor) and out.dim() and len(out) in sizes else out
 
 
 def _replay(module: Any, outputs: list[Any]) -> Callable[..., Any]:

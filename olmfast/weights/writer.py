@@ -75,7 +75,7 @@ def is_tied(recipe: Recipe, sources: Sources) -> bool:
     if not base.architecture.tied_in_config:
         return False
     head, embedding = recipe.tensors[family.head], recipe.tensors[family.embedding]
-    return sources.digest(head) == sources.digest(embedding)
+    return sources.identity(head) == sources.identity(embedding)
 
 
 def write_model(recipe: Recipe, sources: Sources, folder: Path, tokenizer: Path, shard_size: int) -> str:

@@ -61,6 +61,29 @@ def _round_ref(x: Tensor, scratch: Tensor) -> None:
             x.mul_(_signed(multiplier))
 
 
+def _hash_ref(count: Tensor, first_index: int, keys: tuple[int, int], x: Tensor, scratch: Tensor) -> None:
+    """The hash of `first_index + count` into `x`: 32 bits without a sign, in an int32."""
+    torch.add(count, _signed(first_index & MASK32), out=x)
+    for key in keys:
+        x.bitwise_xor_(_signed(key))
+        _round_ref(x, scratch)
+
+
+def uniform(n_values: int, seed: int, stream: int, start: int, device: torch.device) -> Tensor:
+    """(n_values,) float32 in 0..1: what `dare_mask` compares with the density, for the indices from `start` on."""
+    out = torch.empty(n_values, dtype=torch.float32, device=device)
+    done = 0
+    while done < n_values:
+        page, first_index = divmod(start + done, PAGE)
+        n = min(N_CHUNK, n_values - done, PAGE - first_index)
+        count = torch.arange(n, dtype=torch.int32, device=device)
+        x = torch.empty_like(count)
+        _hash_ref(count, first_index, _keys(seed, stream, page), x, torch.empty_like(count))
+        out[done : done + n] = (x.bitwise_xor_(-(1 << 31)).to(torch.float64) + (1 << 31)) / (1 << 32)
+        done += n
+    return out
+
+
 def dare_mask_ref(first_index: int, keys: tuple[int, int], limit: int, out: Tensor) -> None:
     """keep for the counters first_index.. of one page, into the flat bool `out`, a stretch at a time."""
     count = torch.arange(min(N_CHUNK, out.numel()), dtype=torch.int32, device=out.device)
@@ -68,11 +91,7 @@ def dare_mask_ref(first_index: int, keys: tuple[int, int], limit: int, out: Tens
     for start in range(0, out.numel(), N_CHUNK):
         target = out[start : start + N_CHUNK]
         x, y = buffer[: target.numel()], scratch[: target.numel()]
-        torch.add(count[: target.numel()], _signed(first_index + start & MASK32), out=x)
-        x.bitwise_xor_(_signed(keys[0]))
-        _round_ref(x, y)
-        x.bitwise_xor_(_signed(keys[1]))
-        _round_ref(x, y)
+        _hash_ref(count[: target.numel()], first_index + start, keys, x, y)
         # Unsigned comparison: both sides with the top bit turned.
         torch.lt(x.bitwise_xor_(-(1 << 31)), limit - (1 << 31), out=target)
 

@@ -6,19 +6,32 @@ Adding a method of merging is adding a function to METHODS.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import xxhash
 
 from olmfast import kernels
 from olmfast.errors import OlmfastError
+from olmfast.kernels.spherical import coefficients, products_ref
+from olmfast.weights import combining, row_wise
 from olmfast.weights.checkpoint import TensorInfo, read_header
+from olmfast.weights.operands import Held, Operands, Piece, Settings
 from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Copy, Expression, Merge, Setting, Stored
+from olmfast.weights.task_vectors import (
+    TaskVectors,
+    arcee_fusion,
+    keep_between,
+    keep_by_rank,
+    keep_largest,
+    keep_random,
+    sce,
+)
 
 
 class Computed(Protocol):
@@ -30,65 +43,225 @@ class Computed(Protocol):
 
 
 Values = Expression | Computed
-Settings = Mapping[str, Setting]
+Whole = Callable[[list[torch.Tensor], torch.Tensor | None, Settings], torch.Tensor]
 
 
-def _linear(terms: list[torch.Tensor], _: torch.Tensor | None, settings: Settings) -> torch.Tensor:
+@dataclass(frozen=True)
+class Parameter:
+    """A setting of a method: its default (None: a merge file has to give it), and what it belongs to.
+
+    `per` is `merge` for one value, `term` for one per term, `input` for one per term and one for a base among them.
+    """
+
+    name: str
+    default: bool | int | float | None
+    per: Literal["merge", "term", "input"] = "merge"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to merge.
+
+    `prepare` looks at the operands as often as it has to and returns what gives the result a stretch at a time.
+    `whole`, where there is one, is the same on tensors in memory, by a kernel.
+    `base`: whether task vectors are taken from a base; where it is `term`, the base is the first term.
+    `n_terms`: how many terms it takes at least and at most, a base that is a term included.
+    """
+
+    prepare: Callable[[Operands, Settings], Piece]
+    source: str
+    parameters: tuple[Parameter, ...] = ()
+    base: Literal["required", "optional", "term", "none"] = "none"
+    n_terms: tuple[int, int | None] = (1, None)
+    whole: Whole | None = None
+
+    def settings(self, given: Mapping[str, Setting]) -> Settings:
+        """The settings of one merge, with this method's defaults."""
+        return Settings(given, {"weight": 1.0} | {p.name: p.default for p in self.parameters if p.default is not None})
+
+    def __call__(
+        self, terms: Sequence[torch.Tensor], base: torch.Tensor | None, given: Mapping[str, Setting]
+    ) -> torch.Tensor:
+        """The merge of tensors of one dtype, in that dtype. Raises ValueError or TypeError for unfit settings."""
+        settings = self.settings(given)
+        if self.base == "required" and base is None:
+            raise ValueError("the method needs a base")
+        if self.whole is not None:
+            return self.whole(list(terms), base, settings)
+        held = Held(base) if base is not None else None
+        operands = Operands([Held(term) for term in terms], held, terms[0].device)
+        out = torch.empty(operands.n_values, dtype=terms[0].dtype, device=terms[0].device)
+        piece = self.prepare(operands, settings)
+        for start, stop in operands.stretches():
+            out[start:stop] = piece(start, stop)
+        return out.view(operands.shape)
+
+
+def _linear(operands: Operands, settings: Settings) -> Piece:
     """sum_i weight_i * term_i, divided by the sum of the weights unless `normalize` is false."""
-    weights = _per_term(settings, "weight", 1.0, len(terms))
-    return kernels.weighted_sum(terms, weights, normalize=bool(settings.get("normalize", True)))
+    weights, total = [settings.each("weight", i) for i in range(len(operands))], 1.0
+    if settings.flag("normalize", True):
+        weights, total = combining.normalised(weights)
+
+    def piece(start: int, stop: int) -> torch.Tensor:
+        merged = operands.combined(weights, 0.0, start, stop)
+        return merged.div_(total) if total != 1.0 else merged
+
+    return piece
 
 
-def _slerp(terms: list[torch.Tensor], _: torch.Tensor | None, settings: Settings) -> torch.Tensor:
-    """The point at `t` on the arc from the first term to the second."""
+def _linear_whole(terms: list[torch.Tensor], _: torch.Tensor | None, settings: Settings) -> torch.Tensor:
+    weights = [settings.each("weight", i) for i in range(len(terms))]
+    return kernels.weighted_sum(terms, weights, normalize=settings.flag("normalize", True))
+
+
+def _slerp_whole(terms: list[torch.Tensor], _: torch.Tensor | None, settings: Settings) -> torch.Tensor:
     first, second = terms
-    return kernels.slerp(first, second, _number(settings, "t", 0.5))
+    return kernels.slerp(first, second, settings.number("t", 0.5))
 
 
-def _task_arithmetic(terms: list[torch.Tensor], base: torch.Tensor | None, settings: Settings) -> torch.Tensor:
-    """base + lambda * sum_i weight_i * (term_i - base) (Ilharco et al., arXiv 2212.04089)."""
-    if base is None:
-        raise ValueError("task_arithmetic: needs a base")
-    scale = _number(settings, "lambda", 1.0)
-    weights = [scale * weight for weight in _per_term(settings, "weight", 1.0, len(terms))]
-    if settings.get("normalize", False):
-        total = sum(weights) / scale
-        weights = [weight / total for weight in weights]
-    return kernels.weighted_sum([base, *terms], [1 - sum(weights), *weights])
+def _slerp_weights(operands: Operands, settings: Settings) -> list[float]:
+    """See `kernels.slerp`."""
+    products = torch.zeros(3, dtype=torch.float64, device=operands.device)
+    for start, stop in operands.stretches():
+        products += products_ref(operands.term(0, start, stop), operands.term(1, start, stop))
+    factors: list[float] = coefficients(products, settings.number("t", 0.5)).tolist()
+    return factors
 
 
-def _ties(terms: list[torch.Tensor], base: torch.Tensor | None, settings: Settings) -> torch.Tensor:
-    """See `kernels.ties_merge`."""
+def _ties_whole(terms: list[torch.Tensor], base: torch.Tensor | None, settings: Settings) -> torch.Tensor:
     return kernels.ties_merge(
         terms,
-        _per_term(settings, "weight", 1.0, len(terms)),
-        _per_term(settings, "density", 1.0, len(terms)),
+        [settings.each("weight", i) for i in range(len(terms))],
+        [settings.each("density", i) for i in range(len(terms))],
         base=base,
-        normalize=bool(settings.get("normalize", True)),
-        scale=_number(settings, "lambda", 1.0),
+        normalize=settings.flag("normalize", True),
+        scale=settings.number("lambda", 1.0),
     )
 
 
-# Merge.method -> terms (all of one dtype), base (of the same) or None, settings -> the result in that dtype.
-METHODS: dict[str, Callable[[list[torch.Tensor], torch.Tensor | None, Settings], torch.Tensor]] = {
-    "linear": _linear,
-    "slerp": _slerp,
-    "task_arithmetic": _task_arithmetic,
-    "ties": _ties,
+def _summed(weights: Callable[[Operands, Settings], Sequence[float]]) -> Callable[[Operands, Settings], Piece]:
+    """A method that is a sum with weights of the terms, or of their differences from the base."""
+
+    def prepare(operands: Operands, settings: Settings) -> Piece:
+        found = list(weights(operands, settings))
+        of_base = 1.0 - sum(found) if operands.base is not None else 0.0
+        return lambda start, stop: operands.combined(found, of_base, start, stop)
+
+    return prepare
+
+
+def _task_arithmetic_weights(operands: Operands, settings: Settings) -> list[float]:
+    """base + lambda * sum_i weight_i * (term_i - base), divided by the sum of the weights if asked."""
+    weights, scale = [settings.each("weight", i) for i in range(len(operands))], settings.number("lambda", 1.0)
+    total = sum(weights) if settings.flag("normalize", False) else 1.0
+    return [scale * weight / (total if abs(total) >= 1e-8 else 1.0) for weight in weights]
+
+
+def _nuslerp(operands: Operands, settings: Settings) -> Piece:
+    """SLERP at t = weight_2 / (weight_1 + weight_2) of the terms or of their differences from a base."""
+    first, second = settings.each("weight", 0), settings.each("weight", 1)
+    t = second / (first + second) if abs(first + second) >= 1e-6 else 0.5
+    if not settings.flag("nuslerp_flatten", True):
+        by_column = settings.flag("nuslerp_row_wise", False) and len(operands.shape) > 1
+        return (row_wise.nuslerp_by_column if by_column else row_wise.nuslerp_by_row)(operands, t)
+    return _summed(lambda operands, _: combining.nuslerp_weights(operands.gram(), t))(operands, settings)
+
+
+def _model_stock(operands: Operands, settings: Settings) -> Piece:
+    """t * mean of the terms + (1 - t) * base, by the angle between their differences from the base."""
+    if settings.flag("filter_wise", False):
+        return row_wise.model_stock_by_row(operands, settings)
+    return _summed(lambda operands, _: combining.model_stock_weights(operands.gram()))(operands, settings)
+
+
+_WEIGHT = Parameter("weight", None, "term")
+_DENSITY, _LAMBDA = Parameter("density", 1.0, "term"), Parameter("lambda", 1.0)
+_GAMMA, _EPSILON = Parameter("gamma", 0.01, "term"), Parameter("epsilon", 0.15, "term")
+
+
+def _task_vectors(method: TaskVectors, source: str, *parameters: Parameter, whole: Whole | None = None) -> Method:
+    flags = (Parameter("normalize", method.normalize), Parameter("rescale", method.rescale))
+    return Method(method, source, (_WEIGHT, _DENSITY, _LAMBDA, *flags, *parameters), "required", whole=whole)
+
+
+# Merge.method -> how it is done. Settings beside the parameters: `seed` and `stream` of methods that draw numbers.
+METHODS: dict[str, Method] = {
+    "linear": Method(
+        _linear,
+        "arXiv 2203.05482",
+        (Parameter("weight", None, "input"), Parameter("normalize", True)),
+        whole=_linear_whole,
+    ),
+    "slerp": Method(
+        _summed(_slerp_weights),
+        "Shoemake, SIGGRAPH 1985",
+        (Parameter("t", None),),
+        "term",
+        (2, 2),
+        whole=_slerp_whole,
+    ),
+    "nuslerp": Method(
+        _nuslerp,
+        "Shoemake, SIGGRAPH 1985",
+        (_WEIGHT, Parameter("nuslerp_flatten", True), Parameter("nuslerp_row_wise", False)),
+        "optional",
+        (2, 2),
+    ),
+    "multislerp": Method(
+        _summed(
+            lambda operands, settings: combining.multislerp_weights(
+                operands.gram(), _term_weights(operands, settings), settings.number("eps", 1e-8)
+            )
+        ),
+        "`combining.multislerp_weights`",
+        (_WEIGHT, Parameter("normalize_weights", True), Parameter("eps", 1e-8)),
+        "optional",
+    ),
+    "karcher": Method(
+        _summed(
+            lambda operands, settings: combining.karcher_weights(
+                operands.gram(), settings.integer("max_iter", 10), settings.number("tol", 1e-5)
+            )
+        ),
+        "arXiv 2603.04972",
+        (Parameter("max_iter", 10), Parameter("tol", 1e-5)),
+    ),
+    "task_arithmetic": Method(
+        _summed(_task_arithmetic_weights),
+        "arXiv 2212.04089",
+        (_WEIGHT, _LAMBDA, Parameter("normalize", False)),
+        "required",
+    ),
+    "ties": _task_vectors(TaskVectors(keep_largest, signs=True, normalize=True), "arXiv 2306.01708", whole=_ties_whole),
+    "dare_linear": _task_vectors(TaskVectors(keep_random, signs=False, rescale=True), "arXiv 2311.03099"),
+    "dare_ties": _task_vectors(TaskVectors(keep_random, signs=True, rescale=True), "arXiv 2311.03099"),
+    "della": _task_vectors(
+        TaskVectors(keep_by_rank, signs=True, normalize=True, rescale=True, rows=True), "arXiv 2406.11617", _EPSILON
+    ),
+    "della_linear": _task_vectors(
+        TaskVectors(keep_by_rank, signs=False, rescale=True, rows=True), "arXiv 2406.11617", _EPSILON
+    ),
+    "breadcrumbs": _task_vectors(TaskVectors(keep_between, signs=False), "arXiv 2312.06795", _GAMMA),
+    "breadcrumbs_ties": _task_vectors(TaskVectors(keep_between, signs=True), "arXiv 2312.06795", _GAMMA),
+    "model_stock": Method(_model_stock, "arXiv 2403.19522", (Parameter("filter_wise", False),), "required", (2, None)),
+    "sce": Method(sce, "arXiv 2408.07990", (Parameter("select_topk", 1.0),), "required"),
+    "arcee_fusion": Method(arcee_fusion, "mergekit's behaviour", (), "required", (1, 1)),
+    "passthrough": Method(
+        _summed(lambda _, settings: [settings.each("scale", 0)]),
+        "the tensor, times `scale`",
+        (Parameter("scale", 1.0, "input"),),
+        n_terms=(1, 1),
+    ),
 }
 
 
-def _number(settings: Settings, name: str, default: float) -> float:
-    value = settings.get(name, default)
-    if isinstance(value, (str, tuple)):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    return float(value)
-
-
-def _per_term(settings: Settings, name: str, default: float, n: int) -> list[float]:
-    """A number per term; one number stands for all."""
-    value = settings.get(name, default)
-    return list(value) if isinstance(value, tuple) else [_number(settings, name, default)] * n
+def _term_weights(operands: Operands, settings: Settings) -> list[float]:
+    weights = [settings.each("weight", i) for i in range(len(operands))]
+    if not settings.flag("normalize_weights", True):
+        return weights
+    weights, total = combining.normalised(weights)
+    return [weight / total for weight in weights]
 
 
 class Sources:

@@ -1,0 +1,286 @@
+"""Methods on task vectors: thin out each term's difference from the base, let signs agree or not, add.
+
+    delta_i = term_i - base                                        thinned by a mask, then times w_i
+    signs:  entries whose sign is that of sum_i w_i delta_i        (TIES; + where it is 0)
+    result = base + lambda * sum_i w_i delta_i [/ sum of the w_i that count]
+
+A mask is decided by numbers found in passes before (a threshold, a norm) and by the entry's own value and place,
+so results come a stretch at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import xxhash
+
+from olmfast import kernels
+from olmfast.kernels.dare import uniform
+from olmfast.kernels.magnitudes import EVERYTHING, NOTHING, cuts, key_value, magnitude_keys, value_keys
+from olmfast.weights.operands import Operands, Piece, Settings
+
+# The factor of each entry of a stretch that begins at the given flat index: 1 kept, 0 dropped; None keeps all.
+Mask = Callable[[torch.Tensor, int], torch.Tensor | None]
+
+TINY_WEIGHT, TINY_NORM = 1e-8, 1e-7
+
+
+def keep_all(operands: Operands, i: int, settings: Settings) -> Mask:  # noqa: ARG001
+    """No entry is dropped."""
+    return lambda _delta, _start: None
+
+
+def keep_largest(operands: Operands, i: int, settings: Settings) -> Mask:
+    """The max(1, int(density * n)) entries of largest magnitude (Yadav et al., arXiv 2306.01708)."""
+    density = settings.each("density", i)
+    return _between(operands, i, 0, max(1, int(density * operands.n_values)) if density > 0 else 0)
+
+
+def keep_between(operands: Operands, i: int, settings: Settings) -> Mask:
+    """int(density * n) entries, after the int(gamma * n) largest have been left out (arXiv 2312.06795).
+
+    Fewer are left out where the density could not be met otherwise.
+    """
+    density, n = settings.each("density", i), operands.n_values
+    if density >= 1:
+        return keep_all(operands, i, settings)
+    n_kept = int(density * n)
+    n_smallest = max(0, n - n_kept - int(settings.each("gamma", i) * n))
+    return _between(operands, i, n - n_smallest - n_kept, n_kept)
+
+
+def keep_random(operands: Operands, i: int, settings: Settings) -> Mask:
+    """Each entry with probability `density` (DARE: Yu et al., arXiv 2311.03099); see `kernels.dare_mask`."""
+    density, seed, stream = settings.each("density", i), settings.integer("seed", 0), _stream(settings, i)
+    if density >= 1:
+        return keep_all(operands, i, settings)
+
+    def mask(delta: torch.Tensor, start: int) -> torch.Tensor:
+        shape = (len(delta),)
+        return kernels.dare_mask(shape, max(density, 0.0), seed, stream=stream, start=start, device=delta.device)
+
+    return mask
+
+
+def keep_by_rank(operands: Operands, i: int, settings: Settings) -> Mask:
+    """Each entry with a probability that grows with its rank in its row (DELLA's MAGPRUNE, arXiv 2406.11617).
+
+    From density - epsilon for the smallest of a row to density + epsilon for the largest. Raises ValueError where
+    these are no probabilities.
+    """
+    density, epsilon = settings.each("density", i), settings.each("epsilon", i)
+    seed, stream, row = settings.integer("seed", 0), _stream(settings, i), operands.row
+    if density >= 1:
+        return keep_all(operands, i, settings)
+    if density > 0 and not 0 < density - epsilon <= density + epsilon < 1:
+        raise ValueError(f"density {density} -/+ epsilon {epsilon}: expected both to lie between 0 and 1")
+
+    def mask(delta: torch.Tensor, start: int) -> torch.Tensor:
+        if density <= 0:
+            return torch.zeros_like(delta, dtype=torch.bool)
+        order = delta.view(-1, row).abs().argsort(dim=1, stable=True)
+        ranks = torch.arange(row, dtype=delta.dtype, device=delta.device).expand_as(order)
+        share = torch.empty_like(ranks, memory_format=torch.contiguous_format).scatter_(1, order, ranks)
+        share = share / (row - 1) if row > 1 else share + 0.5
+        probability = (density - epsilon) + share.view(-1) * (2 * epsilon)
+        return uniform(len(delta), seed, stream, start, delta.device) < probability
+
+    return mask
+
+
+@dataclass(frozen=True)
+class TaskVectors:
+    """One of these methods: how entries are dropped, whether signs must agree, and what the settings default to."""
+
+    mask: Callable[[Operands, int, Settings], Mask]
+    signs: bool
+    normalize: bool = False
+    rescale: bool = False
+    rows: bool = False  # whether a mask is decided over whole rows
+
+    def __call__(self, operands: Operands, settings: Settings) -> Piece:
+        """Raises ValueError for settings that cannot be used."""
+        masks = [self.mask(operands, i, settings) for i in range(len(operands))]
+        weights = [settings.each("weight", i) for i in range(len(operands))]
+        whole = operands.row if self.rows else 1
+        rescale = settings.flag("rescale", self.rescale)
+        scales = [_rescaling(operands, i, mask, whole) if rescale else 1.0 for i, mask in enumerate(masks)]
+        normalize, scale = settings.flag("normalize", self.normalize), settings.number("lambda", 1.0)
+
+        def piece(start: int, stop: int) -> torch.Tensor:
+            base = operands.from_base(start, stop)
+            parts = operands.scratch("parts", len(operands) * (stop - start)).view(len(operands), -1)
+            for i in range(len(operands)):
+                delta = operands.delta(i, start, stop, base)
+                mask = masks[i](delta, start)
+                # A product, not a choice: NaN stays visible.
+                thinned = delta if mask is None else delta.mul_(mask)
+                torch.mul(thinned if scales[i] == 1.0 else thinned.mul_(scales[i]), weights[i], out=parts[i])
+            return _added(base, parts, weights, self.signs, normalize, scale)
+
+        return in_rows(piece, operands, whole)
+
+
+def _added(
+    base: torch.Tensor, parts: torch.Tensor, weights: Sequence[float], signs: bool, normalize: bool, scale: float
+) -> torch.Tensor:
+    """base + scale * sum of `parts`, (n, m) weighted task vectors, into the base's memory."""
+    if signs:
+        agree = _agreeing(parts)
+        merged = parts.mul_(agree).sum(dim=0)
+        divisor = (torch.tensor(weights, dtype=parts.dtype, device=parts.device)[:, None] * agree).sum(dim=0)
+    else:
+        merged = parts.sum(dim=0)
+        divisor = torch.tensor(weights, dtype=parts.dtype, device=parts.device).sum()
+    if normalize:
+        merged.div_(divisor.masked_fill_(divisor.abs() < TINY_WEIGHT, 1.0))
+    if scale != 1.0:
+        merged.mul_(scale)
+    return base.add_(merged)
+
+
+def _agreeing(parts: torch.Tensor) -> torch.Tensor:
+    """(n, m) mask of the entries whose sign is that of their sum; + where it is 0. Entries of 0 have no sign."""
+    sign = (parts.sum(dim=0) >= 0).to(parts.dtype).mul_(2).sub_(1)
+    return (parts * sign) > 0
+
+
+def sce(operands: Operands, settings: Settings) -> Piece:
+    """Select the entries of largest variance, weigh models by their energy, erase minority signs.
+
+    The int(select_topk * number of entries that vary) entries of largest variance over the terms stay; w_i is the
+    share of term i's mean squared delta; divisors count as at least 1e-6.
+    Source: Wan et al., "FuseChat: Knowledge Fusion of Chat Models", arXiv 2408.07990.
+    """
+    n, kept = settings.number("select_topk", 1.0), EVERYTHING
+
+    def deltas(start: int, stop: int) -> torch.Tensor:
+        parts = operands.scratch("parts", len(operands) * (stop - start)).view(len(operands), -1)
+        base = operands.from_base(start, stop)
+        for i in range(len(operands)):
+            parts[i] = operands.delta(i, start, stop, base)
+        return parts
+
+    def variances() -> Iterator[torch.Tensor]:
+        for start, stop in operands.stretches():
+            yield magnitude_keys(deltas(start, stop).var(dim=0, unbiased=False))
+
+    if n < 1:
+        n_kept = int(sum(int(keys.count_nonzero()) for keys in variances()) * max(n, 0.0))
+        kept = cuts(variances, [n_kept], _key_bits(operands))[0] if n_kept else NOTHING
+
+    def selected(start: int, stop: int) -> torch.Tensor:
+        parts = deltas(start, stop)
+        if kept is not EVERYTHING:
+            parts.mul_(kept.keeps(magnitude_keys(parts.var(dim=0, unbiased=False)), start))
+        return parts
+
+    energy = torch.zeros(len(operands), dtype=torch.float64)
+    for start, stop in operands.stretches():
+        energy += selected(start, stop).square().sum(dim=1).to("cpu", torch.float64)
+    energy /= max(operands.n_values, 1)
+    total = float(energy.sum())
+    shares = energy / total if abs(total) >= 1e-6 else torch.full_like(energy, 1 / len(operands))
+
+    def piece(start: int, stop: int) -> torch.Tensor:
+        parts = selected(start, stop)
+        weights = shares.to(parts)[:, None] * _agreeing_or_zero(parts)
+        merged = (parts * weights).sum(dim=0).div_(weights.sum(dim=0).clamp_min(1e-6))
+        return operands.from_base(start, stop).add_(merged)
+
+    return piece
+
+
+def _agreeing_or_zero(parts: torch.Tensor) -> torch.Tensor:
+    return _agreeing(parts).to(parts.dtype)
+
+
+def arcee_fusion(operands: Operands, settings: Settings) -> Piece:  # noqa: ARG001
+    """Take those entries from the term that differ much from the base where its rows differ much as distributions.
+
+    Importance is |delta| * KL(softmax(term row) || softmax(base row)), probabilities raised by 1e-8; what is at
+    least median + 1.5 * (third - first quartile) is taken. Quartiles are exact, by the entries at int(q * (n - 1)).
+    Source: the behaviour of mergekit's arcee_fusion, which has no paper.
+    """
+
+    def importance(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        base, term = operands.from_base(start, stop), operands.term(0, start, stop)
+        p, q = (x.view(-1, operands.row).softmax(dim=-1).add_(1e-8) for x in (term, base))
+        divergence = (p * (p / q).log_()).sum(dim=-1, keepdim=True)
+        delta = term.sub_(base)
+        return base, delta, (delta.abs().view(-1, operands.row) * divergence).view(-1)
+
+    def keys() -> Iterator[torch.Tensor]:
+        for start, stop in operands.stretches(operands.row):
+            yield value_keys(importance(start, stop)[2])
+
+    n = operands.n_values
+    ranks = [n - int(q * (n - 1)) for q in (0.25, 0.5, 0.75)]
+    first, median, third = (key_value(cut.key) for cut in cuts(keys, ranks))
+    threshold = torch.tensor(median) + 1.5 * (torch.tensor(third) - torch.tensor(first))
+
+    def piece(start: int, stop: int) -> torch.Tensor:
+        base, delta, score = importance(start, stop)
+        return base.add_(delta.mul_(score >= threshold.to(score)))
+
+    return in_rows(piece, operands, operands.row)
+
+
+def _between(operands: Operands, i: int, n_above: int, n_kept: int) -> Mask:
+    """The `n_kept` entries that follow the `n_above` largest."""
+    n = operands.n_values
+    if n_above + n_kept >= n and not n_above:
+        return lambda _delta, _start: None
+
+    def keys() -> Iterator[torch.Tensor]:
+        for start, stop in operands.stretches():
+            yield magnitude_keys(operands.delta(i, start, stop))
+
+    found = dict.fromkeys((0,), NOTHING) | {n: EVERYTHING}
+    wanted = [k for k in (n_above, n_above + n_kept) if k not in found]
+    found |= dict(zip(wanted, cuts(keys, wanted, _key_bits(operands)), strict=True))
+    above, within = found[n_above], found[n_above + n_kept]
+
+    def mask(delta: torch.Tensor, start: int) -> torch.Tensor:
+        bits = magnitude_keys(delta)
+        kept = within.keeps(bits, start)
+        return kept & ~above.keeps(bits, start) if n_above else kept
+
+    return mask
+
+
+def _key_bits(operands: Operands) -> int:
+    return 64 if operands.dtype == torch.float64 else 32
+
+
+def _rescaling(operands: Operands, i: int, mask: Mask, whole: int) -> float:
+    """sum |delta| before / after the mask, as mergekit rescales; 1 where either is next to nothing."""
+    before = after = 0.0
+    for start, stop in operands.stretches(whole):
+        delta = operands.delta(i, start, stop)
+        factors = mask(delta, start)
+        if factors is None:
+            return 1.0
+        size = delta.abs_()
+        before += float(size.sum(dtype=torch.float64))
+        after += float(size.mul_(factors).sum(dtype=torch.float64))
+    return 1.0 if before < TINY_NORM or after < TINY_NORM else before / after
+
+
+def _stream(settings: Settings, i: int) -> int:
+    """Which random numbers term i of a tensor gets: by the tensor's name and its place among the terms."""
+    return xxhash.xxh3_64_intdigest(f"{settings.text('stream', '')} {i}".encode()) >> 1
+
+
+def in_rows(piece: Piece, operands: Operands, row: int) -> Piece:
+    """A piece that is only ever asked for whole rows, for readers that want any stretch."""
+    if row == 1:
+        return piece
+
+    def any_stretch(start: int, stop: int) -> torch.Tensor:
+        first, last = start // row * row, min(-(-stop // row) * row, operands.n_values)
+        return piece(first, last)[start - first : stop - first]
+
+    return any_stretch

@@ -105,7 +105,8 @@ def weighted_sum(
     factors = torch.as_tensor(weights, dtype=torch.float64, device="cpu").reshape(-1)
     if factors.numel() != len(tensors):
         raise ValueError(f"weighted_sum: {factors.numel()} weights for {len(tensors)} tensors")
-    divisor = float(factors.sum()) if normalize else 1.0
+    # Added up in the dtype of the sum, as whoever divides tensor by tensor does.
+    divisor = float(factors.to(compute_dtype(tensors[0].dtype)).sum()) if normalize else 1.0
     if divisor == 0.0:
         raise ValueError("weighted_sum: the weights sum to 0; use normalize=False")
     first = tensors[0]

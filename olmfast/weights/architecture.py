@@ -84,6 +84,25 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# What a family that is not in the table may call its embedding and its head.
+_EMBEDDINGS = r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$"
+_HEADS = r"^(lm_head|embed_out|output)\.weight$"
+_N_BLOCKS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+def numbered(tensor: str) -> tuple[str, int, str] | None:
+    """`model.layers`, 3, `mlp.up_proj.weight` of `model.layers.3.mlp.up_proj.weight`; None without a number."""
+    found = re.match(r"(.+?)\.(\d+)\.(.+)$", tensor)
+    return (found[1], int(found[2]), found[3]) if found else None
+
+
+def stated_blocks(config: dict[str, Any]) -> int | None:
+    """The number of decoder blocks that a config.json states, for the whole or for its text part."""
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    stated = (part.get(key) for part in parts for key in _N_BLOCKS)
+    return next((n for n in stated if isinstance(n, int) and n > 0), None)
+
+
 @dataclass(frozen=True)
 class Unit:
     """Tensors (canonical names) that are proposed, evaluated and committed together."""
@@ -126,6 +145,28 @@ class Architecture:
         if not isinstance(n_blocks, int) or n_blocks < 1:
             raise InputError(f"{where}: expected the number of layers as a positive number, got {n_blocks!r}")
         return cls(model_type, FAMILIES[model_type], n_blocks, config)
+
+    @classmethod
+    def from_names(cls, config: dict[str, Any], where: str, names: Iterable[str]) -> Architecture:
+        """The same for any model type: what the table does not know is taken from the tensors' names.
+
+        Blocks are what is numbered as often as the config has layers, else what is numbered most often.
+        """
+        if config.get("model_type") in FAMILIES:
+            return cls.from_config(config, where)
+        names, counts = list(names), dict[str, int]()
+        for prefix, index, _ in filter(None, map(numbered, names)):
+            counts[prefix] = max(counts.get(prefix, 0), index + 1)
+        stated = stated_blocks(config)
+        blocks = max(counts, key=lambda prefix: (counts[prefix] == stated, counts[prefix]), default="")
+        family = Family(
+            blocks=blocks,
+            embedding=next((name for name in names if re.search(_EMBEDDINGS, name)), ""),
+            head=next((name for name in names if re.search(_HEADS, name)), "lm_head.weight"),
+            other_boundary=(),
+            ignored=_ROTARY,
+        )
+        return cls(str(config.get("model_type")), family, counts.get(blocks, 0), config)
 
     @property
     def context(self) -> int:

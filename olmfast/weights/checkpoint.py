@@ -60,6 +60,15 @@ class TensorInfo:
         offset = self.offset + begin * row_bytes
         return replace(self, shape=(end - begin, *shape[1:]), offset=offset, n_bytes=n_bytes)
 
+    def flat(self, start: int, stop: int) -> TensorInfo:
+        """The values [start, stop) of the flattened tensor."""
+        size = self.dtype.itemsize
+        return replace(self, shape=(stop - start,), offset=self.offset + start * size, n_bytes=(stop - start) * size)
+
+    def read_into(self, out: torch.Tensor, start: int) -> None:
+        """Fill `out`, (m,) on the CPU, with the values from flat index `start` on, converted to its dtype."""
+        copy_tensors([self.flat(start, start + len(out)).into(out)])
+
     def read(self) -> torch.Tensor:
         """A copy on the CPU, in the stored dtype and shape. Raises OlmfastError if the file cannot be read any more."""
         out = torch.empty(self.shape, dtype=self.dtype)
@@ -103,17 +112,25 @@ class TensorInfo:
 class Checkpoint:
     """One model folder. `tensors` maps canonical names to where their bytes lie.
 
+    `any_family`: model types that the table of families does not know are taken by their tensors' names.
+
     Raises InputError, naming the file, when the folder is not a usable safetensors checkpoint.
     """
 
-    def __init__(self, folder: Path, name: str | None = None, digests: DigestCache | None = None) -> None:
+    def __init__(
+        self, folder: Path, name: str | None = None, digests: DigestCache | None = None, any_family: bool = False
+    ) -> None:
         self.folder = folder
         self.name = name or str(folder)
         self.config: dict[str, Any] = read_json(folder / "config.json")
         if self.config.get("quantization_config"):
             raise InputError(f"{folder}: quantised weights cannot be merged; use the unquantised model")
-        self.architecture = Architecture.from_config(self.config, f"{folder / 'config.json'}")
+        where = f"{folder / 'config.json'}"
+        if not any_family:
+            self.architecture = Architecture.from_config(self.config, where)
         stored = {info.name: info for info in _open_shards(folder)}
+        if any_family:
+            self.architecture = Architecture.from_names(self.config, where, stored)
         self.tensors: dict[str, TensorInfo] = {
             canonical: stored[name] for canonical, name in sorted(self.architecture.canonical(stored).items())
         }

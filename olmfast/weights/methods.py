@@ -6,9 +6,10 @@ Adding a method of merging is adding a function to METHODS.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from math import prod
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -20,9 +21,9 @@ from olmfast.errors import OlmfastError
 from olmfast.kernels.spherical import coefficients, products_ref
 from olmfast.weights import combining, row_wise
 from olmfast.weights.checkpoint import TensorInfo, read_header
-from olmfast.weights.operands import Held, Operands, Piece, Settings
+from olmfast.weights.operands import Held, Operands, Piece, Readable, RowsOf, Settings, Streamed
 from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import Copy, Expression, Merge, Setting, Stored
+from olmfast.weights.recipe import Copy, Expression, MeanRow, Merge, Rows, Setting, Stored
 from olmfast.weights.task_vectors import (
     TaskVectors,
     arcee_fusion,
@@ -99,15 +100,9 @@ class Method:
 
 def _linear(operands: Operands, settings: Settings) -> Piece:
     """sum_i weight_i * term_i, divided by the sum of the weights unless `normalize` is false."""
-    weights, total = [settings.each("weight", i) for i in range(len(operands))], 1.0
-    if settings.flag("normalize", True):
-        weights, total = combining.normalised(weights)
-
-    def piece(start: int, stop: int) -> torch.Tensor:
-        merged = operands.combined(weights, 0.0, start, stop)
-        return merged.div_(total) if total != 1.0 else merged
-
-    return piece
+    weights = [settings.each("weight", i) for i in range(len(operands))]
+    normalize = settings.flag("normalize", True)
+    return lambda start, stop: operands.combined(weights, 0.0, start, stop, normalize)
 
 
 def _linear_whole(terms: list[torch.Tensor], _: torch.Tensor | None, settings: Settings) -> torch.Tensor:
@@ -267,11 +262,13 @@ def _term_weights(operands: Operands, settings: Settings) -> list[float]:
 class Sources:
     """The donors and the folder of stored tensors that expressions refer to.
 
-    The values of merges that were wanted last are kept, `memory` bytes of them.
+    The values of merges that were wanted last are kept, `memory` bytes of them. `device` is where what is read a
+    stretch at a time is computed.
     """
 
-    def __init__(self, pool: Pool, folder: Path, memory: int = 0) -> None:
+    def __init__(self, pool: Pool, folder: Path, memory: int = 0, device: torch.device | str = "cpu") -> None:
         self.pool = pool
+        self.device = torch.device(device)
         self.folder = folder
         self.memory = memory
         self._opened: dict[Stored, TensorInfo] = {}
@@ -285,6 +282,8 @@ class Sources:
         """
         if isinstance(values, (Copy, Stored)):
             return self._place(values).read()
+        if isinstance(values, (Rows, MeanRow)):
+            return _read(self.readable(values))
         if not isinstance(values, Merge):
             return values.compute(self)
         if values in self._kept:
@@ -295,6 +294,8 @@ class Sources:
         return result
 
     def _merged(self, merge: Merge) -> torch.Tensor:
+        if "dtype" in dict(merge.settings):
+            return _read(self.readable(merge))
         terms = [self.value(term) for term in merge.terms]
         base = self.value(merge.base) if merge.base is not None else None
         every = terms if base is None else [*terms, base]
@@ -307,6 +308,45 @@ class Sources:
         self._n_kept += value.nbytes
         while self._n_kept > self.memory:
             self._n_kept -= self._kept.popitem(last=False)[1].nbytes
+
+    def readable(self, expression: Expression) -> Readable:
+        """The tensor an expression is worth, to be read a stretch at a time: what a writer wants.
+
+        Its values are those of `value`. Merges inside a merge are computed whole and kept.
+        Raises ValueError or TypeError for shapes or settings that do not fit.
+        """
+        if isinstance(expression, (Copy, Stored)):
+            return self._place(expression)
+        if isinstance(expression, Rows):
+            sources = [
+                (None if source is None else self._operand(source), begin, end)
+                for source, begin, end in expression.parts
+            ]
+            return RowsOf(sources)
+        if isinstance(expression, MeanRow):
+            return Held(_mean_row(self._operand(expression.of)))
+        base = self._operand(expression.base) if expression.base is not None else None
+        settings = dict(expression.settings)
+        dtype = getattr(torch, str(settings["dtype"])) if "dtype" in settings else None
+        operands = Operands([self._operand(term) for term in expression.terms], base, self.device, dtype)
+        method = METHODS[expression.method]
+        return Streamed(operands, lambda: method.prepare(operands, method.settings(settings)))
+
+    def _operand(self, expression: Expression) -> Readable:
+        return Held(self.value(expression)) if isinstance(expression, Merge) else self.readable(expression)
+
+    def places(self, expression: Expression | None) -> Iterator[TensorInfo]:
+        """Every tensor of a file that an expression is made of."""
+        if isinstance(expression, (Copy, Stored)):
+            yield self._place(expression)
+        elif isinstance(expression, Merge):
+            for term in (*expression.terms, expression.base):
+                yield from self.places(term)
+        elif isinstance(expression, Rows):
+            for source, _, _ in expression.parts:
+                yield from self.places(source)
+        elif isinstance(expression, MeanRow):
+            yield from self.places(expression.of)
 
     def info(self, values: Values) -> TensorInfo | None:
         """Where the bytes of `values` lie in a file of a donor or of the report; None if they are computed."""
@@ -322,6 +362,11 @@ class Sources:
             return self.pool[expression.donor].digest(expression.tensor)
         if isinstance(expression, Stored):
             return expression.digest
+        if isinstance(expression, Rows):
+            parts = [(source and self.identity(source), begin, end) for source, begin, end in expression.parts]
+            return xxhash.xxh3_128(f"rows {parts}".encode()).hexdigest()
+        if isinstance(expression, MeanRow):
+            return xxhash.xxh3_128(f"mean row {self.identity(expression.of)}".encode()).hexdigest()
         terms = [self.identity(term) for term in expression.terms]
         base = self.identity(expression.base) if expression.base is not None else None
         return xxhash.xxh3_128(f"{expression.method} {terms} {base} {expression.settings}".encode()).hexdigest()
@@ -337,3 +382,19 @@ class Sources:
                 raise OlmfastError(f"{path}: {stored.tensor}: the bytes have changed since the report was written")
             self._opened[stored] = info
         return self._opened[stored]
+
+
+def _read(tensor: Readable) -> torch.Tensor:
+    out = torch.empty(prod(tensor.shape), dtype=tensor.dtype)
+    tensor.read_into(out, 0)
+    return out.view(tensor.shape)
+
+
+def _mean_row(tensor: Readable) -> torch.Tensor:
+    """(1, ...) the mean over the first dimension, in the tensor's dtype, summed in float64."""
+    width = prod(tensor.shape[1:])
+    total, row = torch.zeros(width, dtype=torch.float64), torch.empty(width, dtype=torch.float64)
+    for start in range(0, prod(tensor.shape), width):
+        tensor.read_into(row, start)
+        total += row
+    return (total / tensor.shape[0]).to(tensor.dtype).view(1, *tensor.shape[1:])

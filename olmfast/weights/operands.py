@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from math import prod
 from typing import Protocol
 
@@ -47,6 +49,58 @@ class Held:
         out.copy_(self.flat[start : start + len(out)])
 
 
+class RowsOf:
+    """Rows of other tensors, one stretch under another; see `recipe.Rows`.
+
+    Raises ValueError if rows differ in shape, or are not there.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Readable | None, int, int]]) -> None:
+        self.parts = list(parts)
+        sources = [source for source, _, _ in parts if source is not None]
+        if not sources:
+            raise ValueError("rows: no tensor to take them from")
+        for source, begin, end in parts:
+            if source is not None and (source.shape[1:] != sources[0].shape[1:] or not begin <= end <= source.shape[0]):
+                raise ValueError(f"rows {begin} to {end} of a tensor of shape {list(source.shape)}")
+        self.width = prod(sources[0].shape[1:])
+        self.ends = list(accumulate((end - begin) * self.width for _, begin, end in parts))
+        self.shape = (self.ends[-1] // self.width, *sources[0].shape[1:])
+        self.dtype = common_dtype(sources)
+
+    def read_into(self, out: torch.Tensor, start: int) -> None:
+        """See `Readable`."""
+        done, part = 0, bisect_right(self.ends, start)
+        while done < len(out):
+            source, begin, end = self.parts[part]
+            first = start + done - (self.ends[part] - (end - begin) * self.width)
+            target = out[done : done + self.ends[part] - start - done]
+            if source is None:
+                target.zero_()
+            else:
+                source.read_into(target, begin * self.width + first)
+            done += len(target)
+            part += 1
+
+
+class Streamed:
+    """The result of a merge, in the dtype it is meant for; prepared when it is first read."""
+
+    def __init__(self, operands: Operands, prepare: Callable[[], Piece]) -> None:
+        self.operands = operands
+        self.shape, self.dtype = operands.shape, operands.result_dtype
+        self._prepare = prepare
+        self._piece: Piece | None = None
+
+    def read_into(self, out: torch.Tensor, start: int) -> None:
+        """See `Readable`."""
+        if self._piece is None:
+            self._piece = self._prepare()
+        for begin in range(0, len(out), STRETCH):
+            end = min(begin + STRETCH, len(out))
+            out[begin:end].copy_(self._piece(start + begin, start + end).to(self.dtype))
+
+
 def common_dtype(tensors: Sequence[Readable]) -> torch.dtype:
     """The narrowest dtype that holds the values of all of them."""
     dtype = tensors[0].dtype
@@ -58,6 +112,8 @@ def common_dtype(tensors: Sequence[Readable]) -> torch.dtype:
 class Operands:
     """The terms of one merge and the base that task vectors are taken from, all of one shape.
 
+    Results are meant for `dtype`, the common dtype of all if none is given; what is wider is rounded to it first.
+
     Stretches come as (m,) tensors of `dtype`, float32 or (if any of them is float64) float64, on `device`. They
     are the reader's to change, and are overwritten when the same term is read again.
 
@@ -65,7 +121,11 @@ class Operands:
     """
 
     def __init__(
-        self, terms: Sequence[Readable], base: Readable | None = None, device: torch.device | str = "cpu"
+        self,
+        terms: Sequence[Readable],
+        base: Readable | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.terms = list(terms)
         self.base = base
@@ -76,7 +136,7 @@ class Operands:
             if other.shape != self.shape:
                 raise ValueError(f"shapes differ: {list(self.shape)} and {list(other.shape)}")
         self.n_values = prod(self.shape)
-        self.result_dtype = common_dtype(every)
+        self.result_dtype = dtype or common_dtype(every)
         self.dtype = torch.float64 if self.result_dtype == torch.float64 else torch.float32
         self._buffers: dict[object, torch.Tensor] = {}
 
@@ -115,12 +175,15 @@ class Operands:
             return values
         return values.sub_(self.from_base(start, stop) if base is None else base)
 
-    def combined(self, weights: Sequence[float], of_base: float, start: int, stop: int) -> torch.Tensor:
-        """of_base * base + sum_i weights[i] * term_i."""
+    def combined(
+        self, weights: Sequence[float], of_base: float, start: int, stop: int, normalize: bool = False
+    ) -> torch.Tensor:
+        """of_base * base + sum_i weights[i] * term_i, divided by the sum of the weights if asked."""
         terms = [self.term(i, start, stop) for i in range(len(self))]
         if self.base is not None and of_base:
             terms, weights = [self.from_base(start, stop), *terms], [of_base, *weights]
-        return kernels.weighted_sum(terms, weights, out=self.scratch("combined", stop - start))
+        out = self.scratch("combined", stop - start)
+        return kernels.weighted_sum(terms, weights, normalize=normalize, out=out)
 
     def gram(self) -> torch.Tensor:
         """(n, n) float64 on the CPU: the scalar products of the terms, or of their differences from the base."""
@@ -137,6 +200,8 @@ class Operands:
     def _read(self, tensor: Readable, name: object, start: int, stop: int) -> torch.Tensor:
         out = self._buffer(name, stop - start, torch.device("cpu"))
         tensor.read_into(out, start)
+        if torch.promote_types(tensor.dtype, self.result_dtype) != self.result_dtype:
+            out.copy_(out.to(self.result_dtype))
         return out.to(self.device)
 
     def _buffer(self, name: object, n_values: int, device: torch.device) -> torch.Tensor:

@@ -35,17 +35,20 @@ class Pool:
 
     The head is one of those tensors if any donor has a head of its own (`tied` is False); a tied donor then
     offers its embedding as its head.
+
+    With `alike=False` nothing of this is checked or changed: the donors are of any family and shape.
     """
 
-    def __init__(self, donors: Sequence[Checkpoint]) -> None:
+    def __init__(self, donors: Sequence[Checkpoint], alike: bool = True) -> None:
         self.donors = {donor.name: donor for donor in donors}
         self.digests: DigestCache = donors[0].digests
         first = donors[0]
         self.architecture: Architecture = first.architecture
         self.warnings: list[str] = []
-        self.tied = all(donor.is_tied for donor in donors)
-        self._align_heads()
-        self._check_alike()
+        self.tied = alike and all(donor.is_tied for donor in donors)
+        if alike:
+            self._align_heads()
+            self._check_alike()
         # What only some donors store is a buffer that the module computes: no part of the merge.
         self.tensors: tuple[str, ...] = tuple(
             name for name in first.tensors if all(name in donor.tensors for donor in donors)
@@ -59,6 +62,7 @@ class Pool:
         folder: Path,
         progress: Callable[[str], None] = lambda _: None,
         digests: DigestCache | None = None,
+        alike: bool = True,
     ) -> Pool:
         """Find, download where needed, open and check the named donors; `folder` resolves relative paths.
 
@@ -72,12 +76,12 @@ class Pool:
         for name in names:
             progress(name)
             try:
-                donors.append(Checkpoint(resolve(name, models_dir, folder), name, digests))
+                donors.append(Checkpoint(resolve(name, models_dir, folder), name, digests, any_family=not alike))
             except InputError as error:
                 faults.append(str(error))
         if faults:
             raise InputError("\n".join(faults))
-        return cls(donors)
+        return cls(donors, alike)
 
     def __getitem__(self, name: str) -> Checkpoint:
         return self.donors[name]

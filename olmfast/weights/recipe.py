@@ -41,8 +41,8 @@ Setting = bool | int | float | str | tuple[float, ...]
 class Merge:
     """What a method of `weights/methods.py` makes of its terms, which may be merges themselves.
 
-    Its value is computed in float32 and rounded once, to the terms' dtype. `base` is what task vectors are
-    taken from; `settings` are sorted by name.
+    Its value is computed in float32 and rounded once, to the terms' dtype or to that of the setting `dtype`.
+    `base` is what task vectors are taken from; `settings` are sorted by name.
     """
 
     method: str
@@ -51,7 +51,24 @@ class Merge:
     settings: tuple[tuple[str, Setting], ...] = ()
 
 
-Expression = Copy | Stored | Merge
+@dataclass(frozen=True)
+class Rows:
+    """Rows of other tensors, one stretch under another: how a vocabulary is put together.
+
+    Each part is (source, begin, end): rows begin to end of it, or as many rows of zeros where it is None.
+    """
+
+    parts: tuple[tuple[Expression | None, int, int], ...]
+
+
+@dataclass(frozen=True)
+class MeanRow:
+    """The mean over all rows of a tensor, as a tensor of one row."""
+
+    of: Expression
+
+
+Expression = Copy | Stored | Merge | Rows | MeanRow
 
 
 def merge(method: str, terms: Iterable[Expression], base: Expression | None = None, **settings: Setting) -> Merge:
@@ -92,6 +109,10 @@ def _to_json(expression: Expression) -> dict[str, Any]:
         return {"copy": expression.donor, "tensor": expression.tensor}
     if isinstance(expression, Stored):
         return {"stored": expression.file, "tensor": expression.tensor, "digest": expression.digest}
+    if isinstance(expression, Rows):
+        return {"rows": [[source and _to_json(source), begin, end] for source, begin, end in expression.parts]}
+    if isinstance(expression, MeanRow):
+        return {"mean_row": _to_json(expression.of)}
     entry: dict[str, Any] = {"merge": expression.method, "terms": [_to_json(term) for term in expression.terms]}
     if expression.base is not None:
         entry["base"] = _to_json(expression.base)
@@ -107,6 +128,10 @@ def _from_json(entry: dict[str, Any]) -> Expression:
         base = _from_json(entry["base"]) if "base" in entry else None
         settings = {key: tuple(x) if isinstance(x, list) else x for key, x in entry["settings"].items()}
         return merge(entry["merge"], map(_from_json, entry["terms"]), base, **settings)
+    if "rows" in entry:
+        return Rows(tuple((source and _from_json(source), begin, end) for source, begin, end in entry["rows"]))
+    if "mean_row" in entry:
+        return MeanRow(_from_json(entry["mean_row"]))
     raise InputError(f"recipe: unknown expression {entry!r}; it was written by a newer version")
 
 

@@ -56,7 +56,8 @@ def model_stock_by_row(operands: Operands, _: Settings) -> Piece:
             for j in range(i + 1, n)
         ]
         share = model_stock_share(torch.stack(cosines).mean(0), n)[:, None]
-        return base.add_((share * rows.mean(0)).view(-1))
+        merged: torch.Tensor = base.add_((share * rows.mean(0)).view(-1))
+        return merged
 
     return in_rows(piece, operands, row)
 

@@ -7,18 +7,21 @@ import os
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
 from olmfast import _shards
-from olmfast.errors import OlmfastError
+from olmfast.errors import InputError, OlmfastError
 from olmfast.weights.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo, reading
 from olmfast.weights.methods import Sources
+from olmfast.weights.operands import STRETCH, Readable
 from olmfast.weights.recipe import Copy, Expression, Recipe
 
 TOKENIZER_FILES = (
@@ -47,10 +50,7 @@ class OutputTensor:
     @property
     def n_bytes(self) -> int:
         """Bytes in the file."""
-        n_elements = 1
-        for size in self.shape:
-            n_elements *= size
-        return n_elements * self.dtype.itemsize
+        return prod(self.shape) * self.dtype.itemsize
 
 
 def plan_tensors(recipe: Recipe, sources: Sources) -> list[OutputTensor]:
@@ -63,7 +63,7 @@ def plan_tensors(recipe: Recipe, sources: Sources) -> list[OutputTensor]:
         for name, expression in recipe.tensors.items()
         if not (skip_head and name == head and embedding in recipe.tensors)
     ]
-    return sorted(planned, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+    return in_order(planned)
 
 
 def is_tied(recipe: Recipe, sources: Sources) -> bool:
@@ -85,25 +85,53 @@ def write_model(recipe: Recipe, sources: Sources, folder: Path, tokenizer: Path,
     Raises OlmfastError when the disk is full or refuses.
     """
     tensors = plan_tensors(recipe, sources)
-    try:
-        for stale in (*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")):
-            stale.unlink()
-        shards = _split(tensors, shard_size)
-        for file_name, shard in shards.items():
-            _write_shard(folder / file_name, shard, sources)
-        if len(shards) > 1:
-            _write_json(folder / "model.safetensors.index.json", _index(shards))
+    with writing(folder, "--resume"):
+        write_weights(tensors, sources, folder, shard_size)
         _write_config(recipe, sources, folder)
-        _copy_files(sources.pool[recipe.base], tokenizer, folder)
+        copy_files(sources.pool[recipe.base], tokenizer, folder)
         _shards.sync_folder(folder)
-    except OSError as error:
-        what = str(error.strerror)
-        what = what if what.startswith("cannot ") else f"cannot be written: {what}"
-        raise OlmfastError(f"{error.filename or folder}: {what}; free some space and use --resume") from None
     return _account(recipe, tensors, sources)
 
 
-def _split(tensors: list[OutputTensor], shard_size: int) -> dict[str, list[OutputTensor]]:
+@contextmanager
+def writing(folder: Path, again: str) -> Iterator[None]:
+    """What a disk refuses, as the user is to meet it; `again` is how the work is taken up afterwards."""
+    try:
+        yield
+    except OSError as error:
+        what = str(error.strerror)
+        what = what if what.startswith("cannot ") else f"cannot be written: {what}"
+        raise OlmfastError(f"{error.filename or folder}: {what}; free some space and use {again}") from None
+
+
+def write_weights(
+    tensors: Sequence[OutputTensor],
+    sources: Sources,
+    folder: Path,
+    shard_size: int,
+    finite: bool = False,
+    written: Callable[[OutputTensor], None] = lambda _: None,
+) -> None:
+    """Write shards and index of `tensors`, in this order; what an earlier write left is replaced.
+
+    `finite`: raise InputError naming the tensor when a value that is written is NaN or infinite. `written` is told
+    of each tensor that is done.
+    """
+    for stale in (*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")):
+        stale.unlink()
+    shards = _split(tensors, shard_size)
+    for file_name, shard in shards.items():
+        _write_shard(folder / file_name, shard, sources, finite, written)
+    if len(shards) > 1:
+        write_json(folder / "model.safetensors.index.json", _index(shards))
+
+
+def in_order(tensors: Iterable[OutputTensor]) -> list[OutputTensor]:
+    """As they are written: wide dtypes first, so that all are aligned, then by name."""
+    return sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+
+
+def _split(tensors: Sequence[OutputTensor], shard_size: int) -> dict[str, list[OutputTensor]]:
     shards: list[list[OutputTensor]] = [[]]
     room = shard_size
     for tensor in tensors:
@@ -117,7 +145,13 @@ def _split(tensors: list[OutputTensor], shard_size: int) -> dict[str, list[Outpu
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def _write_shard(path: Path, tensors: list[OutputTensor], sources: Sources) -> None:
+def _write_shard(
+    path: Path,
+    tensors: list[OutputTensor],
+    sources: Sources,
+    finite: bool,
+    written: Callable[[OutputTensor], None],
+) -> None:
     """One file, reserved whole: unchanged bytes are copied inside the kernel, computed ones tensor by tensor."""
     positions = [0, *accumulate(tensor.n_bytes for tensor in tensors)]
     unchanged = {tensor.name: info for tensor in tensors if (info := _unchanged(tensor, sources))}
@@ -130,9 +164,13 @@ def _write_shard(path: Path, tensors: list[OutputTensor], sources: Sources) -> N
         place = start + positions[run.start]
         info = unchanged.get(tensors[run.start].name)
         if info is None:
-            output.write(place, _computed(tensors[run.start], sources))
+            _write_computed(output, place, tensors[run.start], sources, finite)
         else:
+            for tensor in [tensors[i] for i in run] if finite else []:
+                _check_finite(tensor, sources)
             _copy_bytes(output, place, info, positions[run.stop] - positions[run.start])
+        for i in run:
+            written(tensors[i])
     output.finish()
 
 
@@ -180,11 +218,50 @@ def _lie_alike(first: TensorInfo, here: TensorInfo, distance: int) -> bool:
     return first.shard is here.shard and here.offset - first.offset == distance
 
 
-def _computed(tensor: OutputTensor, sources: Sources) -> memoryview:
-    value = sources.value(tensor.expression).to(tensor.dtype).contiguous()
-    if tuple(value.shape) != tensor.shape:
-        raise OlmfastError(f"{tensor.name}: has shape {tuple(value.shape)}, expected {tensor.shape}")
-    return value.view(-1).view(torch.uint8).numpy().data if value.numel() else memoryview(b"")
+def _write_computed(output: _shards.Output, place: int, tensor: OutputTensor, sources: Sources, finite: bool) -> None:
+    """The tensor's values, a stretch at a time: computed, rounded, checked, written."""
+    try:
+        source = sources.readable(tensor.expression)
+        if tuple(source.shape) != tensor.shape:
+            raise ValueError(f"has shape {list(source.shape)}, expected {list(tensor.shape)}")
+        for start, values in stretches_of(source):
+            rounded = values.to(tensor.dtype)
+            if finite and not (_is_finite(values) and (tensor.dtype != torch.float16 or _is_finite(rounded))):
+                raise not_finite(tensor, sources)
+            output.write(place + start * tensor.dtype.itemsize, rounded.view(torch.uint8).numpy().data)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{tensor.name}: {error}") from None
+
+
+def _check_finite(tensor: OutputTensor, sources: Sources) -> None:
+    source = sources.readable(tensor.expression)
+    if tensor.dtype.is_floating_point and not all(_is_finite(values) for _, values in stretches_of(source)):
+        raise not_finite(tensor, sources)
+
+
+def stretches_of(source: Readable) -> Iterator[tuple[int, torch.Tensor]]:
+    """(start, values) of a floating-point tensor, flat, in float32 or float64; the memory is used again."""
+    n_values = prod(source.shape)
+    dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
+    buffer = torch.empty(min(STRETCH, n_values), dtype=dtype)
+    for start in range(0, n_values, STRETCH):
+        values = buffer[: n_values - start]
+        source.read_into(values, start)
+        yield start, values
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    # A sum tells in one pass; a sum of large numbers may overflow, and then each is looked at.
+    return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())
+
+
+def not_finite(tensor: OutputTensor, sources: Sources) -> InputError:
+    """The error that names which input holds NaN or infinity, or says that it is the result alone."""
+    advice = "repair it, or use --allow-nonfinite to go on all the same"
+    for info in sources.places(tensor.expression):
+        if info.dtype.is_floating_point and not all(bool(values.isfinite().all()) for _, values in stretches_of(info)):
+            return InputError(f"{info.file}: {info.name}: holds NaN or infinity; {advice}")
+    return InputError(f"{tensor.name}: the merge makes NaN or infinity of finite inputs; {advice}")
 
 
 def _copy_bytes(output: _shards.Output, place: int, source: TensorInfo, n_bytes: int) -> None:
@@ -208,10 +285,10 @@ def _write_config(recipe: Recipe, sources: Sources, folder: Path) -> None:
     if is_tied(recipe, sources) or not base.architecture.tied_in_config:
         _copy(base.folder / "config.json", folder / "config.json")
     else:
-        _write_json(folder / "config.json", {**base.config, "tie_word_embeddings": False})
+        write_json(folder / "config.json", {**base.config, "tie_word_embeddings": False})
 
 
-def _copy_files(base: Checkpoint, tokenizer: Path, folder: Path) -> None:
+def copy_files(base: Checkpoint, tokenizer: Path, folder: Path) -> None:
     if (base.folder / "generation_config.json").is_file():
         _copy(base.folder / "generation_config.json", folder / "generation_config.json")
     for path in tokenizer_files(tokenizer):
@@ -230,7 +307,7 @@ def _copy(source: Path, target: Path) -> None:
         _sync(file)
 
 
-def _write_json(path: Path, data: object) -> None:
+def write_json(path: Path, data: object) -> None:
     with path.open("wb") as file:
         file.write((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
         _sync(file)

@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Small models run fastest on one thread; two processes then use two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-fresh test bench lint sanitize clean
+.PHONY: demo demo-fresh demo-compare test bench lint sanitize clean
 
 .venv/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -17,6 +17,9 @@ demo: .venv/installed
 
 demo-fresh: .venv/installed
 	$(BIN)/python examples/demo/fresh.py
+
+demo-compare: .venv/installed
+	$(BIN)/python examples/demo/compare.py
 
 test: .venv/installed
 	$(BIN)/pytest tests -n 2 --dist loadfile

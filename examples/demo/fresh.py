@@ -11,13 +11,20 @@ from pathlib import Path
 
 from skills import write_datasets
 
-from olmfast.config import load_config
+from olmfast.config import DatasetConfig, RunConfig, load_config
 from olmfast.driver import evaluate
 from olmfast.progress import print_scoreboard
 
 DEMO = Path(__file__).parent
-SEEDS = (11, 12, 13)
+SEEDS = (21, 22, 23)
 COUNT = 128
+
+
+def fresh_datasets(config: RunConfig, seed: int) -> dict[str, DatasetConfig]:
+    """Write one file of fresh questions per held-out dataset; returns them with that dataset's settings."""
+    folder = config.output_dir.parent / f"fresh-{seed}"
+    write_datasets(folder, "fresh", seed, COUNT)
+    return {str(folder / name.replace("_holdout", "")): entry for name, entry in config.holdout.items()}
 
 
 def main() -> None:
@@ -25,11 +32,7 @@ def main() -> None:
     config = load_config(DEMO / "olm_config.yaml")
     donors = [str(config.models_dir / name) for name in config.models]
     for seed in SEEDS:
-        folder = config.output_dir.parent / f"fresh-{seed}"
-        write_datasets(folder, "fresh", seed, COUNT)
-        datasets = {
-            str(folder / name.replace("_holdout", "")): entry.model_dump() for name, entry in config.holdout.items()
-        }
+        datasets = {name: entry.model_dump() for name, entry in fresh_datasets(config, seed).items()}
         board = evaluate(str(config.output_dir), datasets, donors, device=config.device, dtype=config.dtype)
         print_scoreboard(board, f"Fresh questions, seed {seed} (lower is better)", as_json=False)
 

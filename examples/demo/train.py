@@ -31,7 +31,7 @@ CHAT_TEMPLATE = (
 )
 TRAINING_QUESTIONS = 5000
 """Drawn per skill; where a skill has fewer in its training split, some come twice."""
-SELECTION_QUESTIONS, HOLDOUT_QUESTIONS = 64, 160
+SELECTION_QUESTIONS, HOLDOUT_QUESTIONS = 192, 160
 """Per skill."""
 IGNORED = -100
 """Label of tokens that are not part of an answer."""

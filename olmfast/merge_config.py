@@ -1,0 +1,476 @@
+"""mergekit's merge files, read as they are: every key checked before anything is opened.
+
+docs/mergekit.md says for users what of them works here, and what differs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+from olmfast.config import read_yaml
+from olmfast.errors import InputError, did_you_mean
+from olmfast.weights.methods import METHODS, Method, Parameter
+from olmfast.weights.recipe import Setting
+
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+Scalar = bool | int | float
+# Accepted and without effect: masks of bits take no less memory here.
+IGNORED_PARAMETERS = ("int8_mask",)
+
+
+def _strip_torch(value: object) -> object:
+    return value.removeprefix("torch.") if isinstance(value, str) else value
+
+
+DtypeKey = Annotated[Dtype | None, BeforeValidator(_strip_torch)]
+
+
+def _number(value: object) -> object:
+    """YAML reads `1e-5` as text."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    return value
+
+
+@dataclass(frozen=True)
+class Varying:
+    """A parameter's value: one, or a gradient over depth, and the text that a tensor's name must hold."""
+
+    values: tuple[Scalar, ...]
+    filter: str | None = None
+
+    def at(self, depth: float) -> Scalar:
+        """The value at a depth of 0 (first layer) to 1 (last): interpolated; true or false as they stand."""
+        position = depth * (len(self.values) - 1)
+        below = int(position)
+        if any(isinstance(value, bool) for value in self.values):
+            return self.values[below]
+        above = min(below + 1, len(self.values) - 1)
+        share = position - below
+        return (1 - share) * self.values[below] + share * self.values[above] if share else self.values[below]
+
+
+def _parse_parameter(value: object) -> tuple[Varying, ...]:
+    entries = [value] if isinstance(value, dict) else value
+    if isinstance(entries, list) and entries and all(isinstance(entry, dict) for entry in entries):
+        return tuple(_parse_filtered(entry) for entry in entries)
+    return (_parse_values(value),)
+
+
+def _parse_filtered(entry: dict[str, object]) -> Varying:
+    for key in entry:
+        if key not in ("filter", "value"):
+            raise ValueError(f"unknown key {key!r}{did_you_mean(str(key), ['filter', 'value'])}")
+    if "value" not in entry:
+        raise ValueError("the key 'value' is missing")
+    wanted = entry.get("filter")
+    if wanted is not None and not isinstance(wanted, str):
+        raise ValueError(f"filter: expected a part of tensors' names, got {wanted!r}")
+    return _parse_values(entry["value"], None if wanted == "*" else wanted)
+
+
+def _parse_values(value: object, wanted: str | None = None) -> Varying:
+    listed = [_number(x) for x in (value if isinstance(value, list) else [value])]
+    for x in listed:
+        if not isinstance(x, (bool, int, float)) or x != x or x in (float("inf"), float("-inf")):
+            raise ValueError(f"expected a number, true or false, a list of them or of {{filter, value}}, got {x!r}")
+    if not listed:
+        raise ValueError("expected at least one number, got []")
+    return Varying(tuple(listed), wanted)  # type: ignore[arg-type]
+
+
+Parameters = dict[str, Annotated[tuple[Varying, ...], BeforeValidator(_parse_parameter)]]
+
+
+def _parse_model(value: object) -> object:
+    """A model's name; mergekit also writes {model: {path, revision}}."""
+    if isinstance(value, dict):
+        inner = value.get("model", value)
+        if isinstance(inner, str):
+            inner = {"path": inner}
+        if set(value) <= {"model", "lora", "override_architecture"} and value.get("lora"):
+            raise ValueError(_NO_LORA)
+        if isinstance(inner, dict) and isinstance(inner.get("path"), str):
+            revision = inner.get("revision")
+            return f"{inner['path']}@{revision}" if revision else inner["path"]
+    if isinstance(value, str) and "+" in value:
+        raise ValueError(f"{value!r}: {_NO_LORA}")
+    return value
+
+
+_NO_LORA = "a LoRA adapter ('model+adapter') cannot be merged; write the adapted model to a folder first and name that"
+Model = Annotated[str, BeforeValidator(_parse_model)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class MergedModel(_Strict):
+    """An entry of `models`."""
+
+    model: Model
+    parameters: Parameters = {}
+
+
+class SliceSource(_Strict):
+    """A model's layers that go into a slice; `layer_range` is half-open."""
+
+    model: Model
+    layer_range: tuple[int, int]
+    parameters: Parameters = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> SliceSource:
+        first, end = self.layer_range
+        if not 0 <= first < end:
+            raise ValueError(
+                f"layer_range: expected [first, end] with 0 <= first < end, got [{first}, {end}]; the end is not "
+                "included"
+            )
+        return self
+
+
+class Slice(_Strict):
+    """Consecutive layers of the result."""
+
+    sources: list[SliceSource] = Field(min_length=1)
+    base_model: Model | None = None
+    parameters: Parameters = {}
+    residual_weight: float | None = None
+
+    @property
+    def n_layers(self) -> int:
+        """How many layers it makes."""
+        first, end = self.sources[0].layer_range
+        return end - first
+
+    @model_validator(mode="after")
+    def _check(self) -> Slice:
+        lengths = [source.layer_range[1] - source.layer_range[0] for source in self.sources]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"sources: layer ranges of different lengths, {lengths}")
+        return self
+
+
+class TokenSource(_Strict):
+    """Where a token's embedding comes from: a model, another model's token, or zeros."""
+
+    kind: Literal["model", "model_token", "zero"] = "model"
+    model: Model | None = None
+    token: str | None = None
+    token_id: int | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> TokenSource:
+        if self.kind == "model_token" and (self.token is None) == (self.token_id is None):
+            raise ValueError("expected either token or token_id")
+        if self.kind != "zero" and self.model is None:
+            raise ValueError("the key 'model' is missing")
+        return self
+
+
+def _parse_token_source(value: object) -> object:
+    if isinstance(value, str) or (isinstance(value, dict) and "kind" not in value):
+        return {"model": value}
+    return value
+
+
+class TokenConfig(_Strict):
+    """An entry of `tokenizer.tokens`; `force` takes its source even for models that have the token."""
+
+    source: Annotated[TokenSource | None, BeforeValidator(_parse_token_source)] = None
+    force: bool = False
+
+
+class TokenizerConfig(_Strict):
+    """`tokenizer`: the vocabulary of the result. `source` is `union`, `base` or a model."""
+
+    source: Model = "union"
+    tokens: dict[str, TokenConfig] = {}
+    pad_to_multiple_of: int | None = Field(default=None, ge=1)
+
+
+class MergeConfig(_Strict):
+    """A merge file. Models are named as they are written there; paths are relative to its folder."""
+
+    merge_method: str
+    base_model: Model | None = None
+    models: list[MergedModel] | None = Field(None, min_length=1)
+    slices: list[Slice] | None = Field(None, min_length=1)
+    parameters: Parameters = {}
+    dtype: DtypeKey = None
+    out_dtype: DtypeKey = None
+    tokenizer_source: Model | None = None
+    tokenizer: TokenizerConfig | None = None
+    chat_template: str | None = None
+    _folder: Path = PrivateAttr(Path())
+    _text: str = PrivateAttr("")
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative paths are taken from."""
+        return self._folder
+
+    @property
+    def text(self) -> str:
+        """The file as it was written."""
+        return self._text
+
+    @property
+    def method(self) -> Method:
+        """What `merge_method` names."""
+        return METHODS[self.merge_method]
+
+    @property
+    def model_names(self) -> list[str]:
+        """Every model named, each once: the base first, then in the order of the file."""
+        named = [*([self.base_model] if self.base_model else []), *(entry.model for entry in self.models or ())]
+        for part in self.slices or ():
+            named += [source.model for source in part.sources]
+        vocabulary = self.vocabulary
+        if vocabulary and vocabulary.source not in ("union", "base"):
+            named.append(vocabulary.source)
+        return list(dict.fromkeys(named))
+
+    @property
+    def vocabulary(self) -> TokenizerConfig | None:
+        """`tokenizer`, or what the older `tokenizer_source` says; None leaves the vocabulary alone."""
+        if self.tokenizer_source is not None:
+            return TokenizerConfig(source=self.tokenizer_source)
+        return self.tokenizer
+
+    @model_validator(mode="after")
+    def _check(self) -> MergeConfig:
+        if self.merge_method not in METHODS:
+            known = ", ".join(METHODS)
+            raise ValueError(
+                f"merge_method: expected one of {known}, got {self.merge_method!r}"
+                f"{did_you_mean(self.merge_method, METHODS)}"
+            )
+        if (self.models is None) == (self.slices is None):
+            raise ValueError("expected either models or slices, got " + ("both" if self.models else "neither"))
+        if self.tokenizer is not None and self.tokenizer_source is not None:
+            raise ValueError("tokenizer and tokenizer_source: one is the newer form of the other; give one of them")
+        faults = [
+            *self._parameter_faults(),
+            *(fault for group in self.groups() for fault in _group_faults(self, group)),
+        ]
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    def groups(self) -> list[Group]:
+        """What is merged with what: one group for `models`, one per slice. Without layer ranges, all layers."""
+        if self.slices is not None:
+            groups = []
+            for i, part in enumerate(self.slices):
+                sources = [Source(s.model, s.parameters, s.layer_range) for s in part.sources]
+                groups.append(Group(f"slices[{i}]", sources, part.base_model or self.base_model, part.parameters))
+            return groups
+        sources = [Source(entry.model, entry.parameters) for entry in self.models or ()]
+        if self.base_model and self.base_model not in [source.model for source in sources]:
+            sources.append(Source(self.base_model, {}))
+        return [Group("models", sources, self.base_model, {})]
+
+    def _parameter_faults(self) -> Iterator[str]:
+        known = {p.name for p in self.method.parameters}
+        places = [("parameters", self.parameters)]
+        places += [(f"models[{i}].parameters", entry.parameters) for i, entry in enumerate(self.models or ())]
+        for i, part in enumerate(self.slices or ()):
+            places.append((f"slices[{i}].parameters", part.parameters))
+            places += [(f"slices[{i}].sources[{j}].parameters", s.parameters) for j, s in enumerate(part.sources)]
+        every = {p.name for method in METHODS.values() for p in method.parameters}
+        for place, parameters in places:
+            for name in parameters:
+                if name not in every | {*IGNORED_PARAMETERS}:
+                    yield f"{place}.{name}: unknown key{did_you_mean(name, known | every)}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model in a group, with its own parameters and, in a slice, its layers."""
+
+    model: str
+    parameters: Parameters
+    layer_range: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Models that are merged with each other."""
+
+    name: str
+    sources: list[Source]
+    base: str | None
+    parameters: Parameters
+
+    def layer_range(self, model: str) -> tuple[int, int] | None:
+        """The layers of one of its models; None for all."""
+        return next(source.layer_range for source in self.sources if source.model == model)
+
+    def terms(self, method: Method) -> list[Source]:
+        """The models that are terms of the merge, in order: all, or all but the base of task vectors."""
+        if method.base == "none":
+            return self.sources
+        others = [source for source in self.sources if source.model != self.base]
+        if method.base != "term":
+            return others
+        return [*(source for source in self.sources if source.model == self.base), *others]
+
+
+def _group_faults(config: MergeConfig, group: Group) -> Iterator[str]:
+    """What a method asks of the models it is given."""
+    method, name = config.method, config.merge_method
+    models = [source.model for source in group.sources]
+    twice = next((model for model in models if models.count(model) > 1), None)
+    if twice is not None:
+        yield f"{group.name}: {twice!r} stands twice; give its layers in slices of their own"
+        return
+    if method.base in ("required", "term") and group.base is None:
+        yield f"base_model: required by {name}"
+        return
+    if method.base != "none" and group.base is not None and group.base not in models:
+        yield f"{group.name}: the base_model {group.base!r} is not among the sources{did_you_mean(group.base, models)}"
+        return
+    terms = group.terms(method)
+    least, most = method.n_terms
+    if len(terms) < least or (most is not None and len(terms) > most):
+        wanted = f"{least}" if least == most else f"at least {least}"
+        beside = " beside base_model" if method.base in ("required", "optional") and group.base else ""
+        listed = ", ".join(source.model for source in terms) or "none"
+        yield f"{group.name}: {name} takes {wanted} model{'s' * (wanted != '1')}{beside}, got {len(terms)}: {listed}"
+        return
+    for parameter in method.parameters:
+        if parameter.default is None and not parameter_given(config, group, parameter, terms):
+            each = " of every model" if parameter.per != "merge" else ""
+            yield f"{group.name}: {name} needs the parameter {parameter.name}{each}"
+
+
+def parameter_given(config: MergeConfig, group: Group, parameter: Parameter, terms: Sequence[Source]) -> bool:
+    """Whether a required parameter has a value in some tensor at least, for all it belongs to."""
+    shared = parameter.name in group.parameters or parameter.name in config.parameters
+    return shared or (parameter.per != "merge" and all(parameter.name in source.parameters for source in terms))
+
+
+def settings_of(
+    config: MergeConfig, group: Group, terms: Sequence[Source], names: Sequence[str], output: str, depth: float
+) -> dict[str, Setting]:
+    """The settings of one tensor's merge: `names` are what the terms call it, `output` what the result does.
+
+    A value is looked for in a source's own parameters, the slice's, the file's; the first whose filter fits is
+    taken. `depth` is 0 at the first layer, 1 at the last. Raises InputError for a required one that has no value.
+    """
+    settings: dict[str, Setting] = {}
+    for parameter in config.method.parameters:
+        outer = [group.parameters, config.parameters]
+        value: Setting | None
+        if parameter.per == "merge":
+            value = _resolve(parameter, outer, output, depth)
+        else:
+            each = [
+                _resolve(parameter, [source.parameters, *outer], name, depth)
+                for source, name in zip(terms, names, strict=True)
+            ]
+            value = None if all(x is None for x in each) else tuple(_filled(x, parameter, output) for x in each)
+        if value is None and parameter.default is None:
+            raise _missing(parameter, output)
+        if value is not None:
+            settings[parameter.name] = _typed(value, parameter, output)
+    return settings
+
+
+def _filled(value: Scalar | None, parameter: Parameter, output: str) -> float:
+    if value is None and parameter.default is None:
+        raise _missing(parameter, output)
+    return float(parameter.default if value is None else value)  # type: ignore[arg-type]
+
+
+def _missing(parameter: Parameter, output: str) -> InputError:
+    return InputError(f"{output}: no value for the required parameter {parameter.name}; no filter fits this tensor")
+
+
+def _typed(value: Setting, parameter: Parameter, output: str) -> Setting:
+    """The value as the parameter's kind: true or false, a whole number, a number."""
+    if isinstance(value, (tuple, str)):
+        return value
+    if isinstance(parameter.default, bool):
+        if value not in (0, 1):
+            raise InputError(f"{output}: {parameter.name}: expected true or false, got {value!r}")
+        return bool(value)
+    if isinstance(parameter.default, int):
+        if value != int(value):
+            raise InputError(f"{output}: {parameter.name}: expected a whole number, got {value!r}")
+        return int(value)
+    return float(value)
+
+
+def _resolve(parameter: Parameter, scopes: Sequence[Parameters], tensor: str, depth: float) -> Scalar | None:
+    for scope in scopes:
+        for entry in scope.get(parameter.name, ()):
+            if entry.filter is None or entry.filter in tensor:
+                return entry.at(depth)
+    return None
+
+
+def is_merge_file(data: dict[str, Any]) -> bool:
+    """Whether a YAML file is a merge file rather than a run's configuration."""
+    return any(key in data for key in ("merge_method", "slices"))
+
+
+def load_merge_config(path: Path) -> MergeConfig:
+    """Read and check a merge file. Raises InputError that lists every fault, unknown keys with a suggestion."""
+    config = parse_merge_config(read_yaml(path), str(path), path.parent.absolute())
+    config._text = path.read_text(encoding="utf-8")
+    return config
+
+
+def parse_merge_config(data: dict[str, Any], where: str, folder: Path) -> MergeConfig:
+    """Check plain data as a merge file; relative paths are taken from `folder`."""
+    if "modules" in data:
+        raise InputError(f"{where}: modules: not supported; models or slices say the same for models of one module")
+    try:
+        config = MergeConfig.model_validate(data)
+    except ValidationError as error:
+        raise InputError("\n".join(line for fault in error.errors() for line in _explain(where, fault))) from None
+    config._folder = folder
+    config._text = json.dumps(data, indent=2)
+    return config
+
+
+_KEYS = sorted(
+    {
+        key
+        for model in (MergeConfig, MergedModel, SliceSource, Slice, TokenizerConfig, TokenConfig, TokenSource)
+        for key in model.model_fields
+    }
+)
+
+
+def _explain(where: str, fault: Any) -> list[str]:
+    location = [part for part in fault["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
+    if fault["type"] == "extra_forbidden":
+        close = get_close_matches(str(location[-1]), _KEYS, n=1)
+        message = "unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
+    elif fault["type"] == "missing":
+        message = "required key is missing"
+    elif fault["type"] == "literal_error":
+        allowed = fault["ctx"]["expected"]
+        message = f"expected {allowed}, got {fault['input']!r}"
+        message += did_you_mean(str(fault["input"]), re.findall(r"'([^']+)'", allowed))
+    elif fault["type"] != "value_error":
+        message = re.sub(r" or instance of.*", "", message) + f", got {fault['input']!r}"[:200]
+    return [f"{where}: {name}: {line}" if name else f"{where}: {line}" for line in message.split("\n")]

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 
 from olmfast.errors import InputError, OlmfastError
-from olmfast.weights.recipe import Recipe, Stored, digest_tensor
+from olmfast.weights.recipe import Recipe, Stored, digest_tensor, leaves
 
 REPORT = "merge_report.json"
 LEDGER = "evaluations.jsonl"
@@ -177,7 +177,7 @@ class Report:
     def _remove_superseded(self) -> None:
         recipe = self.recipe
         expressions = recipe.tensors.values() if recipe else ()
-        needed = {e.file for e in expressions if isinstance(e, Stored)}
+        needed = {leaf.file for e in expressions for leaf in leaves(e) if isinstance(leaf, Stored)}
         for path in (self.folder / REFINED).glob("*"):
             if f"{REFINED}/{path.name}" not in needed:
                 path.unlink()

@@ -22,7 +22,7 @@ from olmfast.search.swap import whole
 from olmfast.testing import FAMILIES, tiny_model, tiny_run, write_choices
 from olmfast.weights.methods import METHODS, Sources
 from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import Copy, Expression, merge
+from olmfast.weights.recipe import Copy, Expression, Merge, Stored, leaves, merge
 
 EVERYTHING = {
     "candidates": ["swap", {"linear": [0.3, 0.6]}, "slerp", {"ties": [0.4]}, "task_arithmetic"],
@@ -143,6 +143,27 @@ def test_what_is_there_comes_first_and_each_donor_in_every_way(everything):
     tried = list(everything.report.outcome("model").metrics["more.json"])
     ways = ["{}", "linear 0.3 {}", "linear 0.6 {}", "slerp 0.5 {}", "ties 0.4 {}", "task_arithmetic 0.5 {}"]
     assert tried == ["donor0", *(way.format(donor) for way in ways for donor in ("donor1", "donor2"))]
+
+
+def test_what_is_written_is_what_was_scored_bit_for_bit(everything):
+    config = load_config(everything.output_dir.parent / "cfg.yaml")
+    sources = Sources(Inputs.open(config, Observer()).pool, everything.output_dir)
+    written = weights(everything.output_dir)
+    assert any(isinstance(expression, Merge) for expression in everything.recipe.tensors.values())
+    for name, expression in everything.recipe.tensors.items():
+        assert torch.equal(written[name], sources.value(expression)), name
+
+
+def test_a_refined_tensor_that_was_blended_on_is_kept_as_long_as_it_is_needed(tmp_path):
+    model = {"dtype": torch.bfloat16, "noise": 0.5}
+    tiny_run(tmp_path, model=model)
+    path = prepared(tmp_path, weights(tmp_path / "models" / "donor1"), model=model)
+    keys = {"units": ["*.0.mlp.down_proj"], "es_svd": True, "es_svd_generations": 4, "es_svd_sigma": 0.5}
+    result = search(path, candidates=[{"linear": [0.9]}], scales=["tensor", "model"], **keys)
+    blended = result.recipe.tensors["model.layers.0.mlp.down_proj.weight"]
+    assert isinstance(blended, Merge)
+    (refined,) = [leaf for leaf in leaves(blended) if isinstance(leaf, Stored)]
+    assert [file.name for file in (result.output_dir / "refined").iterdir()] == [Path(refined.file).name]
 
 
 def test_the_written_model_scores_as_the_last_step_said(everything):

@@ -7,7 +7,7 @@ made on except for refined tensors, which lie beside the report that names them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,22 @@ Expression = Copy | Stored | Merge | Rows | MeanRow
 def merge(method: str, terms: Iterable[Expression], base: Expression | None = None, **settings: Setting) -> Merge:
     """A Merge with its settings in order."""
     return Merge(method, tuple(terms), base, tuple(sorted(settings.items())))
+
+
+def leaves(expression: Expression) -> Iterator[Copy | Stored]:
+    """The tensors in files that an expression is made of, however deep."""
+    if isinstance(expression, (Copy, Stored)):
+        yield expression
+        return
+    if isinstance(expression, Merge):
+        parts = [*expression.terms, expression.base]
+    elif isinstance(expression, Rows):
+        parts = [source for source, _, _ in expression.parts]
+    else:
+        parts = [expression.of]
+    for part in parts:
+        if part is not None:
+            yield from leaves(part)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from typing import Any
 
-from olmfast import _shards
 from olmfast.errors import InputError
+from olmfast.output_folder import OutputFolder
 from olmfast.report import LEDGER, REFINED, REPORT, Outcome, Report, original_choices
 from olmfast.search.swap import whole
 from olmfast.weights.digests import DIGESTS
@@ -19,20 +17,15 @@ from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Copy
 
 
-class RunFolder:
+class RunFolder(OutputFolder):
     """`OUT.partial` while a run goes on, `OUT` once it is complete.
 
     Raises InputError at once when `OUT` or `OUT.partial` is there and neither `resume` nor `overwrite` is asked.
     """
 
     def __init__(self, output: Path, *, resume: bool, overwrite: bool) -> None:
-        if output.name in ("", ".."):
-            raise InputError(f"output_dir: {output} has no name of its own; name a folder that can be replaced")
-        self.output = output
-        self.partial = output.with_name(output.name + ".partial")
-        if output.exists() and not output.is_dir():
-            raise InputError(f"{output}: exists and is no folder; name another output_dir")
-        self.resume, self.overwrite = resume and not overwrite, overwrite
+        super().__init__(output, overwrite=overwrite)
+        self.resume = resume and not overwrite
         if resume or overwrite:
             if self.resume and self._is_foreign():
                 raise InputError(
@@ -53,11 +46,11 @@ class RunFolder:
                 _check_same(self.output, report, header)
                 yield report
                 return
-        with self._lock():
+        with self.lock(empty=self.overwrite):
             try:
                 report = self._open(header, pool)
             except InputError:
-                self._forget_if_empty()
+                self.forget_if_empty()
                 raise
             if report.folder == self.output:
                 shutil.rmtree(self.partial)
@@ -70,20 +63,9 @@ class RunFolder:
 
         Nothing to do for a run that had been published before.
         """
-        if report.folder == self.output:
-            return
-        for name in (".lock", DIGESTS):
-            (self.partial / name).unlink(missing_ok=True)
-        if self.output.exists():
-            keep = self._is_of_the_original()
-            aside = _unused(self.output.with_name(self.output.name + (".original" if keep else ".replaced")))
-            self.output.rename(aside)
-            self.partial.rename(self.output)
-            if not keep:
-                shutil.rmtree(aside)
-        else:
-            self.partial.rename(self.output)
-        _shards.sync_folder(self.output.parent)
+        if report.folder != self.output:
+            (self.partial / DIGESTS).unlink(missing_ok=True)
+            self.rename(keep=self._is_of_the_original())
 
     def _is_of_the_original(self) -> bool:
         try:
@@ -94,27 +76,6 @@ class RunFolder:
     def _is_foreign(self) -> bool:
         begun = self.partial.exists() or (self.output / REPORT).is_file()
         return self.output.exists() and any(self.output.iterdir()) and not begun
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        lock = self.partial / ".lock"
-        try:
-            self.partial.mkdir(parents=True, exist_ok=True)
-            file = lock.open("w")
-        except OSError as error:
-            raise InputError(f"{self.partial}: cannot be written: {error.strerror}") from None
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise InputError(f"{self.partial}: another process is running this merge") from None
-            if self.overwrite:  # only now: the folder of a run that goes on must not be emptied
-                for path in self.partial.iterdir():
-                    if path.is_dir():
-                        shutil.rmtree(path)
-                    elif path != lock:
-                        path.unlink()
-            yield
 
     def _open(self, header: dict[str, Any], pool: Pool) -> Report:
         if self.resume and not (self.partial / REPORT).is_file() and (self.output / REPORT).is_file():
@@ -131,11 +92,6 @@ class RunFolder:
             report.discard_unrecorded()
             return report
         return Report.create(self.partial, header)
-
-    def _forget_if_empty(self) -> None:
-        """Leave no trace of a run that was refused before it began."""
-        if [path.name for path in self.partial.iterdir()] == [".lock"]:
-            shutil.rmtree(self.partial)
 
     def _take_over(self) -> None:
         """Go on from a run that stopped at its budget: its state is copied, the result stays until replaced."""
@@ -169,12 +125,6 @@ class RunFolder:
             outcomes[key] = Outcome(stage, unit_name, donor, changed=donor != base, metrics={})
         decided = bool(choices["base"] or taken)
         return Report.create(self.partial, {**header, "imported_base": base if decided else None}, outcomes, recipe)
-
-
-def _unused(path: Path) -> Path:
-    """The path, or the first of path.2, path.3, ... that is not there yet."""
-    names = (path.with_name(f"{path.name}.{number}" if number > 1 else path.name) for number in count(1))
-    return next(candidate for candidate in names if not candidate.exists())
 
 
 def _check_same(folder: Path, report: Report, header: dict[str, Any]) -> None:

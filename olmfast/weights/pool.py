@@ -259,7 +259,7 @@ def _check_blocks(donor: Checkpoint) -> list[str]:
 
 
 def _vocabulary_differences(first: Checkpoint, other: Checkpoint) -> list[str]:
-    ours, theirs = _vocabulary(first.folder), _vocabulary(other.folder)
+    ours, theirs = token_ids(first.folder), token_ids(other.folder)
     moved = [token for token, index in ours.items() if theirs.get(token, index) != index]
     if not moved:
         return []
@@ -270,8 +270,8 @@ def _vocabulary_differences(first: Checkpoint, other: Checkpoint) -> list[str]:
     ]
 
 
-@lru_cache(maxsize=2)  # the first donor's is compared with every other's
-def _vocabulary(folder: Path) -> dict[str, int]:
+@lru_cache(maxsize=16)
+def token_ids(folder: Path) -> dict[str, int]:
     """Token -> id from tokenizer.json, where there is one and its model lists its tokens."""
     path = folder / "tokenizer.json"
     if not path.is_file():

@@ -1,0 +1,194 @@
+"""The vocabulary of a merge of models whose tokenizers differ: which row of which model each token gets.
+
+Works on tokenizer.json and on the tokens' names alone; docs/mergekit.md has the rules, which are mergekit's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from olmfast.errors import InputError, did_you_mean
+from olmfast.weights.checkpoint import Checkpoint, read_json
+from olmfast.weights.pool import Pool, token_ids
+from olmfast.weights.recipe import Copy, Expression, MeanRow, Rows, merge
+
+# Where a row comes from: a model and a row of it, the same row of several models on average, or nothing (zeros).
+Origin = tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a config says of one token: its origin (None: by the rules), and whether models that have it obey."""
+
+    origin: Origin | None
+    force: bool
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The vocabulary of the result.
+
+    `source` is the model whose tokenizer files it has, with `added` tokens (entries of tokenizer.json) appended.
+    `ids` maps tokens to rows, of which there are `n_rows`; those from `n_padded_from` on are padding of mean rows.
+    """
+
+    source: str
+    ids: Mapping[str, int]
+    n_rows: int
+    n_padded_from: int
+    added: Sequence[dict[str, Any]]
+    of_models: Mapping[str, Mapping[str, int]]
+    model_rows: Mapping[str, int]
+    given: Mapping[str, Given] = field(default_factory=dict)
+
+    def rows(self, model: str, models: Sequence[str], base: str | None, place: Callable[[str], Copy]) -> Expression:
+        """One model's tensor with the rows of this vocabulary; `place` says where a model has that tensor.
+
+        `models` are those it is merged with: tokens that it lacks come from them.
+        """
+        origins = self._origins(model, models, base)
+        runs: list[tuple[Expression | None, int, int]] = []
+        for group in _runs(origins):
+            first = group[0]
+            sources = [Rows(((place(name), row, row + len(group)),)) for name, row in first]
+            if not sources:
+                runs.append((None, 0, len(group)))
+            elif len(sources) == 1:
+                runs.append((place(first[0][0]), first[0][1], first[0][1] + len(group)))
+            else:
+                runs.append((merge("linear", sources, weight=1.0), 0, len(group)))
+        if self.n_rows > self.n_padded_from:
+            mean = MeanRow(Rows(tuple(runs)))
+            runs += [(mean, 0, 1)] * (self.n_rows - self.n_padded_from)
+        source, begin, end = runs[0]
+        if len(runs) == 1 and isinstance(source, Copy) and (begin, end) == (0, self.model_rows[source.donor]):
+            return source
+        return Rows(tuple(runs))
+
+    def counts(self, model: str, models: Sequence[str], base: str | None) -> dict[str, int]:
+        """How many rows of a model are its own, come from another, are averaged, are zeros."""
+        found = {"kept": 0, "from others": 0, "averaged": 0, "zero": 0}
+        for origin in self._origins(model, models, base):
+            kinds = ("zero", "kept" if origin and origin[0][0] == model else "from others")
+            found["averaged" if len(origin) > 1 else kinds[len(origin)]] += 1
+        return found
+
+    def _origins(self, model: str, models: Sequence[str], base: str | None) -> list[Origin]:
+        """Where each row of `model`, aligned with this vocabulary, comes from."""
+        tokens = {index: token for token, index in self.ids.items()}
+        own, used = self.of_models[model], set(self.of_models[model].values())
+        origins: list[Origin] = []
+        for row in range(self.n_padded_from):
+            token = tokens.get(row)
+            if token is None:  # padding that a model was trained with
+                padded = model if row < self.model_rows[model] and row not in used else self.source
+                origins.append(((padded, row),) if row < self.model_rows[padded] else ())
+            elif token in own and not (token in self.given and self.given[token].force):
+                origins.append(((model, own[token]),))
+            else:
+                origins.append(self._from_others(token, models, base))
+        return origins
+
+    def _from_others(self, token: str, models: Sequence[str], base: str | None) -> Origin:
+        """What stands for a token that a model lacks: what the config says, the base's, or the others' mean."""
+        given = self.given.get(token)
+        if given and given.origin is not None:
+            return given.origin
+        holders = [name for name in models if token in self.of_models[name]]
+        if len(holders) > 1 and base in holders:
+            holders = [name for name in holders if name == base]
+        return tuple((name, self.of_models[name][token]) for name in holders)
+
+
+def _runs(origins: Sequence[Origin]) -> Iterator[list[Origin]]:
+    """Stretches of rows that follow each other in the same models."""
+    key = lambda pair: tuple((name, row - pair[0]) for name, row in pair[1])  # noqa: E731
+    for _, pairs in groupby(enumerate(origins), key):
+        yield [origin for _, origin in pairs]
+
+
+def plan_vocabulary(
+    pool: Pool,
+    models: Sequence[str],
+    base: str,
+    source: str,
+    tokens: Mapping[str, Given],
+    pad_to_multiple_of: int | None,
+    rows: Mapping[str, int],
+) -> Vocabulary:
+    """What `tokenizer` of a merge file asks for. `source` is `base`, `union` or a model; `rows` are embedding rows.
+
+    Raises InputError for a model without tokenizer.json, or a token that is not where it is said to be.
+    """
+    of_models = {name: _ids(pool[name], rows[name]) for name in models}
+    chosen = base if source in ("base", "union") else source
+    ids, added = dict(token_ids(pool[chosen].folder)), list[dict[str, Any]]()
+    ids = {token: index for token, index in ids.items() if index < rows[chosen]}
+    following = max(ids.values(), default=-1) + 1
+    if source == "union":
+        entries = {token: None for name in models for token in of_models[name]}
+        special = {e["content"]: e for name in reversed(models) for e in _added_tokens(pool[name])}
+        plain = [token for token in entries if token not in special]
+        wanted = [*plain, *(token for token in entries if token in special)]
+    else:
+        special, wanted = {}, []
+    for token in [*wanted, *tokens]:
+        if token not in ids:
+            ids[token] = following
+            added.append({**_PLAIN, **special.get(token, {}), "id": following, "content": token})
+            following += 1
+    n_rows = n_filled = max(following, rows[chosen])
+    if pad_to_multiple_of:
+        n_rows = -(-n_rows // pad_to_multiple_of) * pad_to_multiple_of
+    for token, given in tokens.items():
+        for model, row in given.origin or ():
+            if not 0 <= row < rows[model]:
+                raise InputError(f"tokenizer.tokens.{token}: {model} has no row {row}; it has {rows[model]}")
+    return Vocabulary(chosen, ids, n_rows, n_filled, added, of_models, rows, tokens)
+
+
+_PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+
+
+def row_of(pool: Pool, model: str, token: str, where: str) -> int:
+    """The row of a model's token. Raises InputError if it has none."""
+    ids = token_ids(pool[model].folder)
+    if token not in ids:
+        raise InputError(f"{where}: {model} has no token {token!r}{did_you_mean(token, ids)}")
+    return ids[token]
+
+
+def _ids(model: Checkpoint, n_rows: int) -> dict[str, int]:
+    if not (model.folder / "tokenizer.json").is_file():
+        raise InputError(
+            f"{model.folder}: no tokenizer.json, which the merge of vocabularies needs; make it with "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+    return {token: index for token, index in token_ids(model.folder).items() if index < n_rows}
+
+
+def _added_tokens(model: Checkpoint) -> list[dict[str, Any]]:
+    return list(read_json(model.folder / "tokenizer.json").get("added_tokens", []))
+
+
+def tokenizer_texts(vocabulary: Vocabulary, folder: Path) -> dict[str, str]:
+    """File name -> text of the tokenizer files that added tokens change; the others are copied as they are."""
+    if not vocabulary.added:
+        return {}
+    data = read_json(folder / "tokenizer.json")
+    data["added_tokens"] = [*data.get("added_tokens", []), *vocabulary.added]
+    texts = {"tokenizer.json": json.dumps(data, ensure_ascii=False, indent=2) + "\n"}
+    path = folder / "tokenizer_config.json"
+    if path.is_file() and isinstance((config := read_json(path)).get("added_tokens_decoder"), dict):
+        entries = {str(e["id"]): {k: v for k, v in e.items() if k != "id"} for e in vocabulary.added}
+        config["added_tokens_decoder"] |= entries
+        texts["tokenizer_config.json"] = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
+    if (folder / "added_tokens.json").is_file():
+        listed = {**read_json(folder / "added_tokens.json"), **{e["content"]: e["id"] for e in vocabulary.added}}
+        texts["added_tokens.json"] = json.dumps(listed, ensure_ascii=False, indent=2) + "\n"
+    return texts

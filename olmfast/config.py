@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,6 +41,8 @@ FREE_TO_CHANGE = {
     "budget",
     "load_merge_report",
     "metric_dir",
+    "max_ram",
+    "max_vram",
     "batch_tokens",  # what does not fit the memory must not be the end of a run
 }
 
@@ -141,8 +144,32 @@ def parse_size(value: object) -> int:
     return int(float(parts[1]) * base ** " KMGT".index(parts[2].upper() or " "))
 
 
+def _parse_limit(value: object) -> int | None:
+    return None if value is None else parse_size(value)
+
+
 def _parse_selection(value: object) -> object:
     return "copeland" if value == "ranks" else value  # the original's word for it
+
+
+class Racing(BaseModel):
+    """Racing: after how many samples candidates may be dropped, and how sure that must be."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    rungs: list[Annotated[int, Field(ge=2)]] = Field([25, 75], min_length=1)
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Racing:
+        if any(a >= b for a, b in pairwise(self.rungs)):
+            raise ValueError(f"rungs: expected growing numbers of samples, got {self.rungs}")
+        return self
+
+
+def _parse_racing(value: object) -> object:
+    if value is False or value is None:
+        return None
+    return Racing() if value is True else value
 
 
 class DatasetConfig(BaseModel):
@@ -202,13 +229,15 @@ class RunConfig(BaseModel):
     selection: Annotated[Literal["copeland", "mean"], BeforeValidator(_parse_selection)] = "copeland"
     significance: float | None = Field(None, gt=0, lt=1)
     tie_tolerance: float | None = Field(None, ge=0)
-    racing: Literal[False] = False
+    racing: Annotated[Racing | None, BeforeValidator(_parse_racing)] = None
 
     seed: int = Field(0, ge=0, lt=2**63)
     scorer: Literal["batched", "sequential"] = "batched"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     batch_tokens: int = Field(8192, ge=1)
+    max_ram: Annotated[int | None, BeforeValidator(_parse_limit)] = None
+    max_vram: Annotated[int | None, BeforeValidator(_parse_limit)] = None
     forbid: str | None = HAN
     template: Template = "auto"
     max_new_tokens: int = Field(1024, ge=1)
@@ -385,13 +414,12 @@ def _explain(where: str, fault: Any) -> str:
     location: list[str | int] = list(fault["loc"])
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     if fault["type"] == "extra_forbidden":
-        nested: dict[str, type[BaseModel]] = {"dataset": DatasetConfig, "holdout": DatasetConfig, "budget": Budget}
+        nested: dict[str, type[BaseModel]] = {"dataset": DatasetConfig, "holdout": DatasetConfig}
+        nested |= {"budget": Budget, "racing": Racing}
         model: type[BaseModel] = nested[str(location[0])] if len(location) > 1 else RunConfig
         return f"{where}: {name}: unknown key{did_you_mean(str(location[-1]), model.model_fields)}"
     if fault["type"] == "missing":
         return f"{where}: {name}: required key is missing"
-    if name == "racing":
-        return f"{where}: racing: reserved for a later version; only 'false' is accepted now"
     message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
     message = re.sub(r" or (instance of|object to extract fields from).*", " of keys", message)
     if fault["type"] == "path_type":

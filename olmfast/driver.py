@@ -12,9 +12,10 @@ import torch
 from olmfast.card import write_card
 from olmfast.config import RunConfig, Scale, parse_config
 from olmfast.errors import OlmfastError
-from olmfast.evaluation.batches import Dataset, load_datasets
-from olmfast.evaluation.model import WorkingModel, pick_device, pick_dtype
 from olmfast.evaluation.batched import BatchedScorer
+from olmfast.evaluation.batches import Dataset, load_datasets
+from olmfast.evaluation.memory import Memory
+from olmfast.evaluation.model import WorkingModel, pick_device, pick_dtype
 from olmfast.evaluation.scorer import Scorer, SequentialScorer
 from olmfast.inputs import Inputs, load_tokenizer
 from olmfast.plan import plan_stages
@@ -30,12 +31,6 @@ from olmfast.weights.methods import Sources
 from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Recipe
 from olmfast.weights.writer import write_model
-
-
-SCORERS: dict[str, type[BatchedScorer] | type[SequentialScorer]] = {
-    "batched": BatchedScorer,
-    "sequential": SequentialScorer,
-}
 
 
 @dataclass(frozen=True)
@@ -115,14 +110,11 @@ class Session:
         self.holdout = Scoreboard(inputs.pool.names)
 
     def _scorer(self, datasets: Mapping[str, Dataset]) -> Scorer:
-        return SCORERS[self.config.scorer](
-            self.model,
-            datasets,
-            self.inputs.tokenizer,
-            self.inputs.stop_tokens,
-            self.config.batch_tokens,
-            self.observer.candidate,
-        )
+        inputs, config = self.inputs, self.config
+        told = (datasets, inputs.tokenizer, inputs.stop_tokens, config.batch_tokens, self.observer.candidate)
+        if config.scorer == "sequential":
+            return SequentialScorer(self.model, *told)
+        return BatchedScorer(self.model, *told, Memory(self.model.device, config.max_ram, config.max_vram))
 
     def search_all(self) -> str:
         """Walk the stages in order; returns `finished`, or `stopped` when the budget is spent."""

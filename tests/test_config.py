@@ -192,7 +192,8 @@ def test_an_unknown_key_is_an_error_with_a_suggestion(keys, message):
         ({"dtype": "int8"}, "dtype: expected 'auto', 'float32', 'bfloat16', 'float16' or 'float64', got 'int8'"),
         ({"shard_size": "big"}, "shard_size: expected a size in bytes such as '5GB', got 'big'"),
         ({"shard_size": 0}, "shard_size: expected a size in bytes such as '5GB', got 0"),
-        ({"racing": True}, "racing: reserved for a later version; only 'false' is accepted now"),
+        ({"racing": {"rung": [25]}}, "racing.rung: unknown key; did you mean 'rungs'?"),
+        ({"racing": {"rungs": [75, 25]}}, "racing: rungs: expected growing numbers of samples, got [75, 25]"),
         ({"seed": 16**5000}, "seed: expected less than 9223372036854775808, got a number of thousands of digits"),
     ],
 )

@@ -15,6 +15,7 @@ from olmfast.evaluation import metrics
 from olmfast.evaluation.batches import Dataset, make_batches
 from olmfast.evaluation.decode import Cut, resume
 from olmfast.evaluation.decoder import Decoder, Needed, Recorder
+from olmfast.evaluation.memory import Memory, is_out_of_memory
 from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.prefix import Batch, Prefix
 from olmfast.evaluation.scorer import Candidate, Scores, SequentialScorer, wanted_samples
@@ -24,6 +25,9 @@ from olmfast.weights.architecture import Architecture, Unit
 from olmfast.weights.methods import Values
 from olmfast.weights.offspring import NormOffspring
 
+MEASURED_TOKENS = 512  # in the pass whose memory is measured
+# Shares of the memory left beside the model; the rest is slack for what comes and goes.
+PREFIX_SHARE, STACK_SHARE, PASS_SHARE = 0.4, 0.2, 0.25
 CPU_TOKENS = 1024  # in one pass on a CPU: the activations of more do not stay in its caches
 
 
@@ -35,6 +39,7 @@ class Statistics:
     padded: int = 0  # the same with their batches' padding
     passes: int = 0  # forward passes
     decoded: int = 0  # tokens decoded after leaving a trajectory
+    splits: int = 0  # times that something did not fit the memory and was halved
 
     @property
     def padding(self) -> float:
@@ -75,10 +80,15 @@ class BatchedScorer:
         stop_tokens: Sequence[int],
         batch_tokens: int,
         progress: Callable[[str], None] = lambda _: None,
+        memory: Memory | None = None,
     ) -> None:
         self.model, self.datasets, self.tokenizer = model, datasets, tokenizer
+        self.sizes = {name: len(dataset.samples) for name, dataset in datasets.items()}
         self.stop_tokens, self.batch_tokens, self.progress = tuple(stop_tokens), batch_tokens, progress
+        self.memory = memory or Memory(model.device)
         self._pass_tokens = min(batch_tokens, CPU_TOKENS) if model.device.type == "cpu" else batch_tokens
+        self._decode_tokens = batch_tokens
+        self._room = self.memory.room  # shared out once: what is split how must not depend on the moment
         self.statistics = Statistics()
         self._tasks = [
             Task.of(name, index, dataset, model.context)
@@ -87,6 +97,7 @@ class BatchedScorer:
         ]
         self._numbers = {(task.name, task.index): number for number, task in enumerate(self._tasks)}
         self._followed: dict[str, dict[int, list[int]]] = {}  # candidate -> task -> its own greedy tokens
+        self._keeps_states = True
         self._take_apart()
 
     @torch.inference_mode()
@@ -113,12 +124,10 @@ class BatchedScorer:
         for row in alone:
             self._score_alone(unit, candidates[row], row, tasks, scores, wanted)
         for rows in stacks:
-            leaves = self._leaves([candidates[row].values for row in rows])
-            labels = [candidates[row].label for row in rows]
             self._bring_to(unit.blocks[0], tasks)
-            self._evaluate(_Work(scores, rows, labels, tasks, unit.blocks[0], leaves))
-            for label in labels:
-                self.progress(label)
+            n = self._fitting([candidates[row].values for row in rows])
+            for begin in range(0, len(rows), n):
+                self._score_stack(unit, candidates, rows[begin : begin + n], tasks, scores)
         return scores
 
     def decided(self, label: str) -> None:
@@ -140,11 +149,28 @@ class BatchedScorer:
             task.expected, task.latest = (tuple(tokens) if tokens is not None else None for tokens in pair)
         self._arrange({task.name for task in free})
 
+    @torch.inference_mode()
     def _take_apart(self) -> None:
         self._decoder = Decoder(self.model.module, self.model.sources.pool.architecture)
-        self._prefix = Prefix(self.model, self._decoder, limit=8 << 30)
+        self._prefix = Prefix(self.model, self._decoder, limit=int(PREFIX_SHARE * self._room))
         self._places: dict[int, tuple[Batch, int]] = {}  # task -> its batch, and its row there
+        self._fit_passes()
         self._arrange(set(self.datasets))
+
+    def _fit_passes(self) -> None:
+        """Measure what a small pass takes, and keep passes and decoding within their share of the memory."""
+        decoder = self._decoder
+        shortest = min(range(len(self._tasks)), key=lambda number: len(self._tasks[number].ids))
+        rows = -(-min(self._pass_tokens, MEASURED_TOKENS) // len(self._tasks[shortest].ids))
+        ids = decoder.pad([self._tasks[shortest].ids] * rows)
+        decoder.calls(ids.shape[1])
+        needed = self._needed([shortest] * rows)
+        taken = self.memory.taken_by(
+            lambda: decoder.run(decoder.enter(ids), 0, len(decoder.blocks), Recorder(), needed)
+        )
+        fits = int(PASS_SHARE * self._room) // max(taken // ids.numel(), decoder.state_bytes, 1)
+        self._pass_tokens, self._decode_tokens = min(self._pass_tokens, fits), min(self._decode_tokens, fits)
+        self._keeps_states = decoder.state_bytes * sum(len(task.ids) for task in self._tasks) <= self._prefix.limit / 2
 
     def _arrange(self, names: Collection[str]) -> None:
         """Put the tasks of these datasets into new batches."""
@@ -156,7 +182,7 @@ class BatchedScorer:
             numbers = [number for number, task in enumerate(self._tasks) if task.name == name]
             for rows in make_batches([len(self._tasks[number].ids) for number in numbers], self._pass_tokens):
                 tasks = [self._tasks[numbers[row]] for row in rows]
-                batch = Batch([task.ids for task in tasks], wants_states=any(task.runs_freely for task in tasks))
+                batch = Batch([task.ids for task in tasks], self._keeps_states and tasks[0].runs_freely)
                 self._prefix.batches.append(batch)
                 self._places.update({numbers[row]: (batch, place) for place, row in enumerate(rows)})
 
@@ -263,6 +289,29 @@ class BatchedScorer:
             return None
         return torch.stack([value.log_scale for value in scaled]).to(linear.weight).exp()
 
+    def _fitting(self, values: Sequence[Mapping[str, Values]]) -> int:
+        """How many candidates' values are stacked at a time."""
+        one = sum(self.model.live_bytes(name) for name in values[0])
+        return max(1, int(STACK_SHARE * self._room) // max(one, 1))
+
+    def _score_stack(
+        self, unit: Unit, candidates: Sequence[Candidate], rows: Sequence[int], tasks: Sequence[int], scores: Scores
+    ) -> None:
+        try:
+            leaves = self._leaves([candidates[row].values for row in rows])
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or len(rows) == 1:
+                raise
+            self.statistics.splits += 1
+            middle = len(rows) // 2
+            self._score_stack(unit, candidates, rows[:middle], tasks, scores)
+            self._score_stack(unit, candidates, rows[middle:], tasks, scores)
+            return
+        labels = [candidates[row].label for row in rows]
+        self._evaluate(_Work(scores, rows, labels, tasks, unit.blocks[0], leaves))
+        for label in labels:
+            self.progress(label)
+
     def _score_alone(
         self,
         unit: Unit,
@@ -302,17 +351,35 @@ class BatchedScorer:
         opened: list[_Open] = []
         batches = make_batches([len(self._tasks[number].ids) for number in work.tasks], self._pass_tokens)
         for batch in batches:
-            numbers = [work.tasks[i] for i in batch]
-            hidden = self._entering(work.first, numbers)
-            start = Start(self._decoder, work.first or 0, hidden, work.leaves, self._needed(numbers))
-            per_pass = max(1, self._pass_tokens // hidden.shape[:2].numel())
-            for begin in range(0, len(work.rows), per_pass):
-                places = list(range(begin, min(begin + per_pass, len(work.rows))))
-                opened += self._pass(work, places, numbers, start)
+            opened += self._go_through(work, list(range(len(work.rows))), [work.tasks[i] for i in batch])
             while self._fills_a_batch(opened):
                 opened = self._decode(work, opened)
         while opened:
             opened = self._decode(work, opened)
+
+    def _go_through(self, work: _Work, places: Sequence[int], numbers: list[int]) -> list[_Open]:
+        """Passes of these candidates on a batch of tasks. What does not fit the memory is halved, and goes on."""
+        opened: list[_Open] = []
+        done = 0
+        try:
+            hidden = self._entering(work.first, numbers)
+            start = Start(self._decoder, work.first or 0, hidden, work.leaves, self._needed(numbers))
+            per_pass = max(1, self._pass_tokens // hidden.shape[:2].numel())
+            while done < len(places):
+                opened += self._pass(work, list(places[done : done + per_pass]), numbers, start)
+                done += per_pass
+            return opened
+        except (RuntimeError, MemoryError) as error:
+            left = places[done:]
+            if not is_out_of_memory(error) or (len(left) == len(numbers) == 1):
+                raise
+        self.statistics.splits += 1
+        self._pass_tokens = max(1, self._pass_tokens // 2)
+        if len(left) > 1:
+            halves = [(left[: len(left) // 2], numbers), (left[len(left) // 2 :], numbers)]
+        else:
+            halves = [(left, numbers[: len(numbers) // 2]), (left, numbers[len(numbers) // 2 :])]
+        return opened + [one for places, tasks in halves for one in self._go_through(work, places, tasks)]
 
     def _pass(self, work: _Work, places: list[int], numbers: list[int], start: Start) -> list[_Open]:
         """One forward pass of some candidates on a batch of tasks; returns what it left open."""
@@ -377,16 +444,24 @@ class BatchedScorer:
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of all tokens but the last that a candidate has followed, per block."""
         n = len(self._tasks[number].sample.prompt) + len(followed.tokens) - 1
-        batch, place = self._places[number]
-        states = [(keys[place, :, :n], values[place, :, :n]) for keys, values in batch.states[: start.block]]
+        states = [(keys[:, :n], values[:, :n]) for keys, values in self._states_below(number, start.block)]
         for block in range(start.block, len(self._decoder.blocks)):
             keys, values = recorder.states[block]
             own = row % len(keys)  # what is shared by all candidates is recorded once
             states.append((keys[own, :, :n].clone(), values[own, :, :n].clone()))
         return states
 
+    def _states_below(self, number: int, block: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of the blocks below `block`, (heads, tokens, head size): kept, or computed once more."""
+        batch, place = self._places[number]
+        if len(batch.states) >= block:
+            return [(keys[place], values[place]) for keys, values in batch.states[:block]]
+        recorder = Recorder()
+        self._decoder.run(self._decoder.enter(self._decoder.pad([self._tasks[number].ids])), 0, block, recorder)
+        return [(keys[0], values[0]) for keys, values in (recorder.states[index] for index in range(block))]
+
     def _fills_a_batch(self, opened: Sequence[_Open]) -> bool:
-        return bool(opened) and len(opened) * max(map(self._length, opened)) >= self.batch_tokens
+        return bool(opened) and len(opened) * max(map(self._length, opened)) >= self._decode_tokens
 
     def _length(self, one: _Open) -> int:
         return len(self._tasks[one.task].sample.prompt) + len(one.followed.tokens) + one.cut.limit
@@ -394,20 +469,22 @@ class BatchedScorer:
     def _decode(self, work: _Work, opened: Sequence[_Open]) -> list[_Open]:
         """Decode as many as fit a batch, those with most tokens to go first; returns the others."""
         ordered = sorted(opened, key=lambda one: -one.cut.limit)
-        n = max(1, self.batch_tokens // max(map(self._length, ordered)))
+        n = max(1, self._decode_tokens // max(map(self._length, ordered)))
         chosen, rest = ordered[:n], ordered[n:]
         generative = [self._tasks[one.task].mode in metrics.GENERATIVE for one in chosen]
         if any(generative) and not all(generative):  # stop tokens end a generation, and nothing else
             kind = generative[0]
             rest = [one for one, own in zip(chosen, generative, strict=True) if own != kind] + rest
             chosen = [one for one, own in zip(chosen, generative, strict=True) if own == kind]
-        tails = resume(
-            self._decoder.module,
-            [one.cut for one in chosen],
-            work.leaves,
-            self._decoder.context,
-            self.stop_tokens if generative[0] else (),
-        )
+        stop = self.stop_tokens if generative[0] else ()
+        try:
+            tails = resume(self._decoder.module, [one.cut for one in chosen], work.leaves, self._decoder.context, stop)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or len(chosen) == 1:
+                raise
+            self.statistics.splits += 1
+            self._decode_tokens = max(1, self._decode_tokens // 2)
+            return [*chosen, *rest]
         for one, tail in zip(chosen, tails, strict=True):
             self.statistics.decoded += len(tail.tokens)
             tokens = [*one.followed.tokens, *tail.tokens.tolist()]

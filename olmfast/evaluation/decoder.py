@@ -81,6 +81,7 @@ class Decoder:
         self.head = module.get_output_embeddings()
         self.softcap: float | None = getattr(module.config, "final_logit_softcapping", None)
         self.device: torch.device = self.head.weight.device
+        self.state_bytes = 0  # of a token's keys and values in all blocks; known once a call has been recorded
         self._calls: dict[int, list[_Call]] = {}
 
     def pad(self, inputs: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -205,6 +206,7 @@ class Decoder:
                 ids = torch.zeros(1, width, dtype=torch.long, device=self.device)
                 self.module.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
             self._calls[width] = calls
+            self.state_bytes = 2 * sum(layer.keys.nbytes // layer.keys.shape[2] for layer in cache.layers)
         return self._calls[width]
 
 

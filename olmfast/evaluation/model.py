@@ -86,6 +86,10 @@ class WorkingModel:
         self._fill((name, wanted, target) for wanted, target in zip(several, result, strict=True))
         return result
 
+    def live_bytes(self, name: str) -> int:
+        """Bytes of one tensor as it is live."""
+        return self._slots[name].nbytes
+
     def _fill(self, wanted: Iterable[tuple[str, Values, torch.Tensor]]) -> None:
         """Name, values and the tensor they are copied into, rounded on the way as saving would round them."""
         base = self.sources.pool[self.recipe.base]

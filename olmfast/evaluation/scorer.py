@@ -59,6 +59,24 @@ class Scores:
         pairs = zip(self.parts, below.parts, strict=True)
         return Scores(*({name: torch.cat([a[name], b[name]]) for name in a} for a, b in pairs))
 
+    def at(self, samples: Mapping[str, Sequence[int]]) -> Scores:
+        """The scores on some samples (indices per dataset)."""
+        return Scores(*({name: part[name][:, list(own)] for name, own in samples.items()} for part in self.parts))
+
+    def limited_to(self, samples: Mapping[str, Sequence[int]]) -> Scores:
+        """These scores with all samples but the given ones (indices per dataset) not evaluated."""
+        wanted = {name: torch.zeros_like(values) for name, values in self.evaluated.items()}
+        for name, own in samples.items():
+            wanted[name][:, list(own)] = True
+        samples_ = {name: torch.where(wanted[name], values, torch.nan) for name, values in self.samples.items()}
+        return Scores(samples_, wanted, {name: wanted[name] & cut for name, cut in self.truncated.items()})
+
+    def filled_by(self, other: Scores) -> Scores:
+        """These scores, and where they are not evaluated those of `other`: the same candidates and datasets."""
+        own = self.evaluated
+        pairs = zip(self.parts, other.parts, strict=True)
+        return Scores(*({name: torch.where(own[name], a[name], b[name]) for name in a} for a, b in pairs))
+
     def spread(self, rows: Sequence[int], n: int) -> Scores:
         """These candidates as the given rows of `n`; the other rows are not evaluated."""
 
@@ -134,7 +152,9 @@ def wanted_samples(
 
 
 class Scorer(Protocol):
-    """Whoever evaluates candidates: sequential, batched or distributed."""
+    """Whoever evaluates candidates: sequential, batched or distributed. `sizes`: dataset -> number of samples."""
+
+    sizes: Mapping[str, int]
 
     def score(
         self,
@@ -172,6 +192,7 @@ class SequentialScorer:
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.model, self.datasets, self.tokenizer = model, datasets, tokenizer
+        self.sizes = {name: len(dataset.samples) for name, dataset in datasets.items()}
         self.stop_tokens, self.batch_tokens, self.progress = tuple(stop_tokens), batch_tokens, progress
 
     def score(
@@ -189,6 +210,8 @@ class SequentialScorer:
                 if row + 1 < len(candidates):
                     self.model.prefetch(candidates[row + 1].values)
                 for name, indices in wanted.items():
+                    if not indices:
+                        continue
                     scores, truncated = self._score_dataset(self.datasets[name], indices)
                     result.samples[name][row, indices] = scores.to(result.samples[name].dtype)
                     result.evaluated[name][row, indices] = True

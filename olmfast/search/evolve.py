@@ -11,11 +11,10 @@ from __future__ import annotations
 import math
 from functools import partial
 
-import numpy as np
 import torch
-import xxhash
 
 from olmfast.evaluation.scorer import Candidate, Scores
+from olmfast.search.draws import normal
 from olmfast.search.ranking import Comparison, choose
 from olmfast.search.stage import Search, Step
 from olmfast.weights.architecture import Unit
@@ -30,12 +29,6 @@ MIN_SPREAD = 1e-10
 def offspring_count(dimensions: int) -> int:
     """lambda = max(4, int(4 + 3 ln n)) (Hansen, arXiv 1604.00772, table 1)."""
     return max(4, int(4 + 3 * math.log(dimensions)))
-
-
-def normal(n: int, *address: object) -> torch.Tensor:
-    """n standard normal numbers, float64, a function of `address` alone (Philox, Salmon et al. 2011)."""
-    key = xxhash.xxh3_128_intdigest("/".join(map(str, address)).encode())
-    return torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).standard_normal(n))
 
 
 def svd_coefficients(s: torch.Tensor, sigma: float, draws: torch.Tensor) -> torch.Tensor:

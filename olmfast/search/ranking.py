@@ -65,6 +65,19 @@ class Comparison:
             return False
         return self.rules.significance is None or self._p(dataset, i, j) < self.rules.significance
 
+    def cannot_beat(self, i: int, leader: int, confidence: float) -> bool:
+        """Whether i cannot come out before the leader, even if all that is open turns out in its favour.
+
+        A dataset is settled once the leader is better on it at this confidence (paired t-test, one-sided).
+        """
+        if self.rules.selection == "mean" and any(self.rules.tells_apart(name) for name in self.means):
+            return self._mean_p(leader, i) < 2 * (1 - confidence) and self._mean_gain(leader, i) > 0
+        balance = 0.0
+        for name in self.means:
+            settled = self.is_better(name, leader, i) and self._p(name, leader, i) < 2 * (1 - confidence)
+            balance += self.rules.weight(name) * (-1 if settled else 1)
+        return balance <= 0
+
     def best_by_copeland(self, candidates: Sequence[int]) -> int:
         """Most wins in pairs (i beats j when it ranks better on more, by weight, of the datasets).
 
@@ -108,19 +121,26 @@ class Comparison:
         return _paired_p(float(gain.mean()), _standard_error(gain), len(gain))
 
     def _mean_is_significant(self, i: int, j: int) -> bool:
+        return self.rules.significance is None or self._mean_p(i, j) < self.rules.significance
+
+    def _mean_gain(self, i: int, j: int) -> float:
+        """By how much the weighted mean of scaled scores is lower for i than for j."""
+        return sum(float(gain.mean()) for gain in self._scaled_gains(i, j))
+
+    def _mean_p(self, i: int, j: int) -> float:
         """A paired test of the weighted mean: the datasets' variances add, the smallest sample counts."""
-        if self.rules.significance is None:
-            return True
+        gains = self._scaled_gains(i, j)
+        variance = sum(_standard_error(gain) ** 2 for gain in gains)
+        return _paired_p(self._mean_gain(i, j), math.sqrt(variance), min(len(gain) for gain in gains))
+
+    def _scaled_gains(self, i: int, j: int) -> list[torch.Tensor]:
         used = [name for name in self.means if self.rules.tells_apart(name)]
         total = sum(self.rules.weight(name) for name in used)
-        difference, variance, smallest = 0.0, 0.0, 2**31
-        for name in used:
-            best, worst = self.rules.spans[name]
-            gain = self._gain(name, i, j) * (self.rules.weight(name) / total / (worst - best))
-            difference += float(gain.mean())
-            variance += _standard_error(gain) ** 2
-            smallest = min(smallest, len(gain))
-        return _paired_p(difference, math.sqrt(variance), smallest) < self.rules.significance
+        spans = {name: self.rules.spans[name] for name in used}
+        return [
+            self._gain(name, i, j) * (self.rules.weight(name) / total / (worst - best))
+            for name, (best, worst) in spans.items()
+        ]
 
 
 def is_degraded(value: float, base: float, now: float, improve_all: str, names: Sequence[str], rules: Rules) -> bool:

@@ -20,6 +20,7 @@ from olmfast.errors import Interrupted, OlmfastError
 from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.scorer import Candidate, Scorer, Scores
 from olmfast.report import Outcome, Report
+from olmfast.search.racing import heats, left_to_score
 from olmfast.search.ranking import Rules, choose, is_degraded
 from olmfast.weights.architecture import Architecture, Unit
 from olmfast.weights.recipe import Copy, Expression, Merge, Recipe, Stored
@@ -63,6 +64,7 @@ class Step:
     accept: Callable[[Scores, list[int]], list[int]] | None = None  # None: by the config's selection
     guarded: bool = True
     commit: bool = True
+    races: bool = True  # where racing is on
 
 
 @dataclass
@@ -208,10 +210,10 @@ class Search:
         guard = self.config.improve_all if step.guarded else None
         rounds = [[name] for name in datasets] if guard else [datasets]
         found: list[Scores] = []
-        dropped: dict[int, str] = {}
+        raced, dropped = self._race(step, candidates)
         for names in rounds:
             rows = [row for row in range(len(candidates)) if row not in dropped]
-            scores = self._score(step, candidates, rows, names).spread(rows, len(candidates))
+            scores = self._score(step, candidates, rows, names, raced).spread(rows, len(candidates))
             found.append(scores)
             self._write_ledger(step, candidates, rows, scores)
             for row in rows:
@@ -222,14 +224,42 @@ class Search:
                     dropped[row] = reason
         return Scores.joined(found), dropped
 
-    def _score(self, step: Step, candidates: list[Candidate], rows: list[int], names: list[str]) -> Scores:
-        if rows and rows[0] == 0 and not candidates[0].values and self._current is not None:
-            known = self._current.only(names)
-            self.observer.candidate(candidates[0].label)
-            if len(rows) == 1:
-                return known
-            return known.stacked_on(self.scorer.score(step.unit, [candidates[r] for r in rows[1:]], names))
-        return self.scorer.score(step.unit, [candidates[row] for row in rows], names)
+    def _race(self, step: Step, candidates: list[Candidate]) -> tuple[Scores | None, dict[int, str]]:
+        """Where racing is on: scores on a part of the samples, and who is out after it."""
+        racing = self.config.racing
+        if racing is None or not step.races or len(candidates) < 3:
+            return None, {}
+        sizes = {name: self.scorer.sizes[name] for name in self.config.dataset}
+
+        def score(rows: list[int], samples: Mapping[str, list[int]]) -> Scores:
+            return self._ask(step, candidates, rows, samples)
+
+        raced, dropped = heats(score, len(candidates), sizes, racing, self.rules, self.config.seed)
+        if raced is not None:
+            self._write_ledger(step, candidates, list(dropped), raced)
+        return raced, dropped
+
+    def _score(
+        self, step: Step, candidates: list[Candidate], rows: list[int], names: list[str], raced: Scores | None
+    ) -> Scores:
+        """All samples of these datasets; what the race has scored is not scored again."""
+        if raced is None:
+            return self._ask(step, candidates, rows, {name: list(range(self.scorer.sizes[name])) for name in names})
+        known = raced.only(names).rows(rows)
+        return known.filled_by(self._ask(step, candidates, rows, left_to_score(raced, rows, names)))
+
+    def _ask(
+        self, step: Step, candidates: list[Candidate], rows: list[int], samples: Mapping[str, list[int]]
+    ) -> Scores:
+        """Have the Scorer score some candidates on some samples; what is there may have been scored before."""
+        names = list(samples)
+        if not (rows and rows[0] == 0 and not candidates[0].values and self._current is not None):
+            return self.scorer.score(step.unit, [candidates[row] for row in rows], names, samples)
+        self.observer.candidate(candidates[0].label)
+        known = self._current.only(names).limited_to(samples)
+        if len(rows) == 1:
+            return known
+        return known.stacked_on(self.scorer.score(step.unit, [candidates[r] for r in rows[1:]], names, samples))
 
     def _fault(self, scores: Scores, row: int, guard: str | None) -> str | None:
         """Why a candidate is out: a score that is no number, or worse on a guarded dataset."""
@@ -253,7 +283,7 @@ class Search:
                         "candidate": candidates[row].label,
                         "dataset": dataset,
                         "score": float(scores.mean(dataset)[row]),
-                        "samples": [round(float(x), 7) for x in scores.samples[dataset][row]],
+                        "samples": [round(float(x), 7) for x in scores.samples[dataset][row]],  # NaN: not evaluated
                         "truncated": int(scores.truncated[dataset][row].sum()),
                     }
                 )

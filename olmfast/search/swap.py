@@ -40,7 +40,7 @@ def score_donors(search: Search) -> Outcome:
             return ranked
         return [0, *(row for row in ranked if row != 0)]
 
-    return search.take(Step("base", "base", unit, propose, accept=accept, guarded=False, commit=False))
+    return search.take(Step("base", "base", unit, propose, accept=accept, guarded=False, commit=False, races=False))
 
 
 # What the steps of a scale are called in the report; the first keys of the original's are among them.

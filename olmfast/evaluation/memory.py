@@ -1,0 +1,92 @@
+"""How much memory evaluation may take: the user's limit, what is used now, and what one pass was seen to take."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from olmfast.errors import InputError
+
+MMAP_THRESHOLD = -3  # of glibc's mallopt
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Memory:
+    """The memory of the device that the model is on: `limit` bytes for the whole process, model included.
+
+    Without a limit of the user's it is nine tenths of what the machine has.
+    """
+
+    def __init__(self, device: torch.device, max_ram: int | None = None, max_vram: int | None = None) -> None:
+        self.device = device
+        self.on_gpu = device.type == "cuda"
+        wanted = max_vram if self.on_gpu else max_ram
+        total = torch.cuda.mem_get_info(device)[1] if self.on_gpu else psutil.virtual_memory().total
+        self.limit = wanted if wanted is not None else int(0.9 * total)
+        if wanted is not None and not self.on_gpu:
+            _return_what_is_freed()
+        if self.room <= 0:
+            key = "max_vram" if self.on_gpu else "max_ram"
+            raise InputError(
+                f"{key}: {self.limit / 1e9:.2f} GB; the model and the libraries alone take {self.used / 1e9:.2f} GB"
+            )
+
+    @property
+    def used(self) -> int:
+        """Bytes in use now; on a CPU without the pages of mapped files, which the system can take back."""
+        if self.on_gpu:
+            return int(torch.cuda.memory_allocated(self.device))
+        own = psutil.Process().memory_info()
+        return int(own.rss - getattr(own, "shared", 0))
+
+    @property
+    def room(self) -> int:
+        """Bytes left under the limit."""
+        return self.limit - self.used
+
+    def taken_by(self, work: Callable[[], Any]) -> int:
+        """Bytes that `work` takes at its peak, beside what is there before; 0 where that cannot be seen."""
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = self.used
+            work()
+            return int(torch.cuda.max_memory_allocated(self.device)) - before
+        if sys.platform != "linux":
+            work()
+            return 0
+        _trim()
+        RESET.write_text("5")  # from here on VmHWM is the peak since now
+        before = _status("VmRSS")
+        work()
+        return _status("VmHWM") - before
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory could not be had, on a GPU or on a CPU."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _status(key: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def _trim() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _return_what_is_freed() -> None:
+    """Have glibc give large blocks back at once: what it keeps for later would count against the limit."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(MMAP_THRESHOLD, 1 << 20)

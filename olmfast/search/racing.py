@@ -1,0 +1,63 @@
+"""Racing: candidates that can no longer win are dropped after a part of the samples.
+
+All candidates are scored on the same few samples first; whoever cannot beat the leader any more, at the confidence
+the user states, leaves, and the others go on with more samples (Maron and Moore, Hoeffding races, NIPS 1993; here
+with the paired t-test of `significance`). Who stays to the end is scored in full and chosen as without racing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from olmfast.config import Racing
+from olmfast.evaluation.scorer import Scores
+from olmfast.search.draws import normal
+from olmfast.search.ranking import Comparison, Rules, choose
+
+Samples = Mapping[str, list[int]]
+
+
+def heats(
+    score: Callable[[list[int], Samples], Scores],
+    n_candidates: int,
+    sizes: Mapping[str, int],
+    racing: Racing,
+    rules: Rules,
+    seed: int,
+) -> tuple[Scores | None, dict[int, str]]:
+    """Score candidates 0..n-1 on growing parts of the samples; `score(rows, samples)` evaluates some of them.
+
+    Returns what was scored, a row for each candidate (None: nothing), and the reason for each that left.
+    Candidate 0, what is there, never leaves.
+    """
+    order = {name: normal(n, seed, "racing", name).argsort().tolist() for name, n in sizes.items()}
+    rows = list(range(n_candidates))
+    dropped: dict[int, str] = {}
+    found: Scores | None = None
+    done = 0
+    for rung in racing.rungs:
+        if rung >= max(sizes.values()) or len(rows) < 3:
+            break
+        new = score(rows, {name: sorted(indices[done:rung]) for name, indices in order.items()})
+        new = new.spread(rows, n_candidates)
+        found = new if found is None else found.filled_by(new)
+        done = rung
+        seen = found.at({name: sorted(indices[:rung]) for name, indices in order.items()})
+        finite = [row for row in rows if all(bool(seen.mean(name)[row].isfinite()) for name in sizes)]
+        if 0 not in finite:
+            break  # what is there cannot be scored: the full evaluation says so
+        leader = choose(seen, finite, rules)
+        comparison = Comparison(seen, rules)
+        for row in finite:
+            if row not in (0, leader) and comparison.cannot_beat(row, leader, racing.confidence):
+                counts = " and ".join(f"{min(rung, n)} of {n}" for n in dict.fromkeys(sizes.values()))
+                dropped[row] = f"behind after {counts} samples"
+        rows = [row for row in rows if row not in dropped]
+    return found, dropped
+
+
+def left_to_score(found: Scores, rows: list[int], names: list[str]) -> dict[str, list[int]]:
+    """Dataset -> the samples on which these candidates, all scored on the same, have not been scored yet."""
+    return {name: torch.nonzero(~found.evaluated[name][rows].any(dim=0))[:, 0].tolist() for name in names}

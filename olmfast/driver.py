@@ -94,7 +94,9 @@ class Session:
         stop_requested: Callable[[], bool],
     ) -> None:
         self.config, self.inputs, self.report, self.observer = config, inputs, report, observer
-        self.sources = Sources(inputs.pool, report.folder, memory=1 << 30)
+        # What blends are worth is kept, so that going back after a trial does not compute them again.
+        memory = min(1 << 30, config.max_ram // 8) if config.max_ram else 1 << 30
+        self.sources = Sources(inputs.pool, report.folder, memory)
         recipe = report.recipe or whole(config.base_name, inputs.pool.tensors)
         self.model = WorkingModel(recipe, self.sources, inputs.device, inputs.dtype)
         tolerance = 1e-6 if inputs.dtype in (torch.float32, torch.float64) else 1e-3

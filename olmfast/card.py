@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import yaml
 
-from olmfast.config import RunConfig
-from olmfast.report import Report
-from olmfast.scoreboard import Scoreboard
-from olmfast.weights.recipe import Recipe
+from olmfast import __version__
+
+if TYPE_CHECKING:
+    from olmfast.config import RunConfig
+    from olmfast.report import Report
+    from olmfast.scoreboard import Scoreboard
+    from olmfast.weights.recipe import Recipe
 
 
 def write_card(config: RunConfig, report: Report, recipe: Recipe, boards: dict[str, Scoreboard], account: str) -> str:
     """README.md of the result. Never needs the network: it names models, it does not look them up."""
     base = recipe.base
     donors = [base, *(name for name in report.own["donors"] if name != base)]
-    front = {
-        "base_model": donors,
-        "base_model_relation": "merge",
-        "library_name": "transformers",
-        "tags": ["merge", "olmfast"],
-    }
-    parts = [f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n", "# Merged model\n"]
+    parts = [front_matter(donors), "# Merged model\n"]
     parts.append(
         f"Made by olmfast {report.own['environment']['olmfast']} from {len(donors)} models; base: `{base}`. "
         "Lower scores are better. Skill retained: 1 is as good as the best donor on every dataset, 0 as the worst.\n"
@@ -34,6 +34,31 @@ def write_card(config: RunConfig, report: Report, recipe: Recipe, boards: dict[s
             )
             parts.append(f"{settings}; seed {config.seed}.\n")
     parts.append(f"## Choices\n\n{_choices(report)}\n\n{account}.\n\nRecipe {recipe.digest()}.\n")
+    return "\n".join(parts)
+
+
+def front_matter(models: Sequence[str]) -> str:
+    """What the hub reads: the models it is made of, the base first."""
+    front = {
+        "base_model": list(models),
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "tags": ["merge", "olmfast"],
+    }
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def merge_card(models: Sequence[str], method: str, recipe: str, account: str, notes: Sequence[str]) -> str:
+    """README.md of a static merge; `recipe` is the file or command that says what was merged, as it was given."""
+    listed = "\n".join(f"- `{model}`" for model in models)
+    parts = [
+        front_matter(models),
+        "# Merged model\n",
+        f"Made by olmfast {__version__} from {len(models)} models by `{method}`; config and other files are those of "
+        f"the first:\n\n{listed}\n",
+        *(f"{note}.\n" for note in notes),
+        f"## Recipe\n\n```yaml\n{recipe.rstrip()}\n```\n\n{account}.\n",
+    ]
     return "\n".join(parts)
 
 

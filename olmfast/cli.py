@@ -81,6 +81,76 @@ def run_command(
     print_result(result, as_json)
 
 
+@app.command("merge")
+def merge_command(
+    config: Annotated[Path, typer.Argument(help="A merge file in mergekit's form; docs/mergekit.md has its keys.")],
+    out: Annotated[Path, typer.Argument(help="The folder of the result.")],
+    device: Annotated[str, typer.Option(help="Where tensors are computed: cpu, cuda, cuda:1 or auto.")] = "cpu",
+    shard_size: Annotated[str, typer.Option(help="The largest file of weights.")] = "5GB",
+    max_ram: Annotated[str | None, typer.Option(help="Refuse to begin what needs more memory, such as 2GB.")] = None,
+    seed: Annotated[int, typer.Option(help="The random seed of DARE and DELLA.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Go on where weights are NaN or infinite.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Merge models as a merge file says, without evaluating them."""
+    from olmfast import static, static_output
+    from olmfast.merge_config import load_merge_config
+
+    shard_bytes, ram = _size("--shard-size", shard_size), max_ram and _size("--max-ram", max_ram)
+    plan = static.plan_merge(load_merge_config(config), seed=seed)
+    if dry_run:
+        static_output.print_plan(plan, out, as_json)
+        return
+    with static_output.watched(plan, quiet=as_json) as written:
+        done = static.write_merge(
+            plan,
+            out,
+            device=device,
+            shard_size=shard_bytes,
+            max_ram=ram or None,
+            overwrite=overwrite,
+            allow_nonfinite=allow_nonfinite,
+            written=written,
+        )
+    static_output.print_written(done, as_json)
+
+
+@app.command()
+def check(
+    config: Annotated[Path, typer.Argument(help="A merge file, or the YAML file of a run.")],
+    out: Annotated[Path, typer.Option(help="Where the result of a merge would go.")] = Path("merged"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Say what a file would do and what is wrong with it, before any weight is read."""
+    from olmfast.config import load_config, read_yaml
+    from olmfast.merge_config import is_merge_file, load_merge_config
+
+    if is_merge_file(read_yaml(config)):
+        from olmfast import static, static_output
+
+        static_output.print_plan(static.plan_merge(load_merge_config(config)), out, as_json)
+        return
+    loaded = load_config(config)
+    from olmfast import plan
+    from olmfast.progress import print_plan
+
+    _quiet_libraries()
+    print_plan(plan.plan(loaded), as_json)
+
+
+def _size(option: str, value: str) -> int:
+    from olmfast.config import parse_size
+
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise InputError(f"{option}: {error}") from None
+
+
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder or hub id.")],

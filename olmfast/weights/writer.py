@@ -283,16 +283,16 @@ def _index(shards: dict[str, list[OutputTensor]]) -> dict[str, object]:
 def _write_config(recipe: Recipe, sources: Sources, folder: Path) -> None:
     base = sources.pool[recipe.base]
     if is_tied(recipe, sources) or not base.architecture.tied_in_config:
-        _copy(base.folder / "config.json", folder / "config.json")
+        copy_file(base.folder / "config.json", folder / "config.json")
     else:
         write_json(folder / "config.json", {**base.config, "tie_word_embeddings": False})
 
 
 def copy_files(base: Checkpoint, tokenizer: Path, folder: Path) -> None:
     if (base.folder / "generation_config.json").is_file():
-        _copy(base.folder / "generation_config.json", folder / "generation_config.json")
+        copy_file(base.folder / "generation_config.json", folder / "generation_config.json")
     for path in tokenizer_files(tokenizer):
-        _copy(path, folder / path.name)
+        copy_file(path, folder / path.name)
 
 
 def tokenizer_files(folder: Path) -> Iterator[Path]:
@@ -301,15 +301,22 @@ def tokenizer_files(folder: Path) -> Iterator[Path]:
     return iter(sorted(found))
 
 
-def _copy(source: Path, target: Path) -> None:
+def copy_file(source: Path, target: Path) -> None:
+    """A copy of the content, on the disk when this returns."""
     shutil.copyfile(source, target)
     with target.open("rb+") as file:
         _sync(file)
 
 
 def write_json(path: Path, data: object) -> None:
+    """An indented JSON file, on the disk when this returns."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """A UTF-8 file, on the disk when this returns."""
     with path.open("wb") as file:
-        file.write((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
+        file.write(text.encode())
         _sync(file)
 
 

@@ -1,0 +1,76 @@
+"""What a terminal shows of a static merge: its plan, its progress, its closing line. Light: no driver, no models."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from olmfast.static import Plan, Written, copy_rate, memory_bytes
+from olmfast.weights.writer import OutputTensor
+
+
+def print_plan(plan: Plan, out: Path, as_json: bool) -> None:
+    """Tables of what moves where, or the same as JSON; the time is estimated from a copy of a few bytes."""
+    rate = copy_rate(plan, out)
+    seconds = (plan.n_bytes_read + plan.n_bytes) / rate
+    if as_json:
+        print(json.dumps({**plan.to_json(), "copy_bytes_per_s": rate, "estimated_s": seconds}, indent=2))
+        return
+    print(f"{plan.title} of {len(plan.pool)} models; config and other files from {plan.base}")
+    for donor in plan.pool:
+        kinds = Counter(str(info.dtype).removeprefix("torch.") for info in donor.tensors.values())
+        dtypes = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+        print(f"  {donor.name}: {len(donor.tensors)} tensors ({dtypes}), {donor.n_bytes / 1e9:.3f} GB")
+    print(plan.account().replace("tensors written", "tensors"))
+    for name, why in plan.left_out.items():
+        print(f"  {name}: {why}")
+    changed = [key for key, value in plan.config.items() if plan.pool[plan.base].config.get(key) != value]
+    if changed:
+        print("config.json: " + ", ".join(f"{key} becomes {plan.config[key]!r}" for key in changed))
+    print(f"tokenizer: {plan.tokenizer}'s" + (f", changed: {', '.join(plan.texts)}" if plan.texts else ", as it is"))
+    if plan.vocabulary is not None:
+        vocabulary = plan.vocabulary
+        print(
+            f"vocabulary: {vocabulary.n_rows} rows, {len(vocabulary.ids)} tokens, {len(vocabulary.added)} of them added"
+        )
+        for model in plan.pool.names:
+            counts = vocabulary.counts(model, plan.pool.names, plan.base)
+            print(f"  {model}: " + ", ".join(f"{n} rows {what}" for what, n in counts.items() if n))
+    for note in plan.notes:
+        print(note)
+    print(
+        f"reads {plan.n_bytes_read / 1e9:.3f} GB, writes {plan.n_bytes / 1e9:.3f} GB; at most "
+        f"{memory_bytes(plan) / 1e6:.0f} MB of memory beside Python and torch; about {seconds:.0f} s at the "
+        f"{rate / 1e9:.2f} GB/s that a trial copy reached (an estimate)"
+    )
+
+
+@contextmanager
+def watched(plan: Plan, quiet: bool) -> Iterator[Callable[[OutputTensor], None]]:
+    """A bar on a terminal, silence elsewhere; gives what is to be told of each tensor."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task(plan.title, total=plan.n_bytes)
+        yield lambda tensor: progress.update(task, advance=tensor.n_bytes)
+
+
+def print_written(done: Written, as_json: bool) -> None:
+    """The closing line, or JSON."""
+    if as_json:
+        print(json.dumps(done.to_json(), indent=2))
+        return
+    shown = os.path.relpath(done.output_dir)
+    rate = done.n_bytes / 1e9 / max(done.elapsed_s, 1e-9)
+    print(f"{done.account}")
+    print(f"{shown}: {done.n_bytes / 1e9:.3f} GB in {done.elapsed_s:.1f} s ({rate:.2f} GB/s)")

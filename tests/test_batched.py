@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from olmfast.config import DatasetConfig
+from olmfast import run
+from olmfast.config import DatasetConfig, load_config
+from olmfast.errors import InputError
 from olmfast.evaluation.batched import BatchedScorer
 from olmfast.evaluation.batches import load_datasets
+from olmfast.evaluation.decoder import Decoder
 from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.scorer import Candidate, SequentialScorer
+from olmfast.evaluation.stacked import ScaledLeaf, StackedLeaf
 from olmfast.search.swap import whole
-from olmfast.testing import FAMILIES, sums, tiny_model, tiny_tokenizer, write_dataset
+from olmfast.testing import FAMILIES, sums, tiny_model, tiny_run, tiny_tokenizer, write_dataset
 from olmfast.weights.methods import Sources
 from olmfast.weights.offspring import NormOffspring, Parent, SvdOffspring
 from olmfast.weights.pool import Pool
@@ -127,3 +131,132 @@ def test_scores_equal_the_sequential_ones_for_every_family_unit_and_mode(family,
         if unit.kind != "model":
             world.commit(candidates[1])
     assert world.fast.statistics.decoded > 0
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("limit", [0, 20_000, 1 << 30])
+def test_a_sweep_keeps_as_many_boundaries_as_it_may_and_scores_the_same(backward, limit, tmp_path):
+    world = World(tmp_path, "llama", torch.float64)
+    world.fast._prefix.limit = limit
+    blocks = [0, 1, 2] if not backward else [2, 1, 0]
+    kept = []
+    for block in blocks:
+        unit = world.block(block)
+        candidates = world.donors(unit)
+        assert_same(world.fast.score(unit, candidates), world.plain.score(unit, candidates), 1e-9)
+        kept.append({boundary for batch in world.fast._prefix.batches for boundary in batch.hidden})
+        world.commit(candidates[2])
+    if not backward:
+        assert kept == [{0}, {1}, {2}]
+    elif limit == 0:
+        assert kept == [{2}, {1}, {0}]
+    elif limit == 1 << 30:
+        assert kept == [{1, 2}, {1}, {0}]
+
+
+@pytest.mark.parametrize("batch_tokens", [40, 150, 8192])
+def test_candidates_may_be_split_in_any_way(batch_tokens, tmp_path):
+    world = World(tmp_path, "qwen2", torch.float64)
+    scorer = world.scorer(batch_tokens)
+    unit = world.pool.architecture.module_units(world.tensors)[9]
+    candidates = [*world.donors(unit), *world.offspring(unit)]
+    assert_same(scorer.score(unit, candidates), world.plain.score(unit, candidates), 1e-9)
+    two = {name: [3, 1] for name in MODES}
+    assert_same(
+        scorer.score(unit, candidates[1:], samples=two), world.plain.score(unit, candidates[1:], samples=two), 1e-9
+    )
+
+
+@pytest.mark.parametrize("fits", [2, 7, 20])
+def test_what_does_not_fit_the_memory_is_halved_and_scores_the_same(fits, tmp_path, monkeypatch):
+    world = World(tmp_path, "llama", torch.float64)
+    unit = world.block(1)
+    candidates = world.donors(unit)
+    run, stack = Decoder.run, WorkingModel.stack
+
+    def crowded(self, hidden, first, last, *rest):
+        if len(hidden) > fits and last == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return run(self, hidden, first, last, *rest)
+
+    def crowded_stack(self, name, several):
+        if len(several) > 1 and fits == 2:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+        return stack(self, name, several)
+
+    monkeypatch.setattr(Decoder, "run", crowded)
+    monkeypatch.setattr(WorkingModel, "stack", crowded_stack)
+    fast = world.fast.score(unit, candidates)
+    assert world.fast.statistics.splits > 0
+    assert_same(fast, world.plain.score(unit, candidates), 1e-9)
+    monkeypatch.setattr(Decoder, "run", lambda *_: (_ for _ in ()).throw(ValueError("another fault")))
+    with pytest.raises(ValueError, match="another fault"):
+        world.fast.score(unit, candidates)
+
+
+def test_a_pass_that_fits_in_no_size_is_an_error(tmp_path, monkeypatch):
+    world = World(tmp_path, "llama", torch.float64)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Decoder, "run", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        world.fast.score(world.block(1), world.donors(world.block(1)))
+
+
+@pytest.mark.parametrize(("dtype", "saved"), [(torch.float32, torch.float32), (torch.float32, torch.bfloat16)])
+def test_in_float32_scores_differ_by_rounding_alone(dtype, saved, tmp_path):
+    world = World(tmp_path, "llama", dtype, saved)
+    for unit in (world.block(1), *world.pool.architecture.module_units(world.tensors)[2:16:4]):
+        candidates = [*world.donors(unit), *world.offspring(unit)]
+        assert_same(world.fast.score(unit, candidates), world.plain.score(unit, candidates), 2e-4)
+
+
+def test_offspring_of_row_norms_scale_outputs_where_that_is_the_same(tmp_path):
+    world = World(tmp_path, "qwen2", torch.float32)
+    unit = next(u for u in world.pool.architecture.module_units(world.tensors) if u.name.endswith("1.self_attn.q_proj"))
+    norm = [candidate.values for candidate in world.offspring(unit) if candidate.label.startswith("norm")]
+    (leaf,) = world.fast._leaves(norm)
+    assert isinstance(leaf, ScaledLeaf)
+    rounded = World(tmp_path / "rounded", "qwen2", torch.float32, torch.bfloat16)
+    norm = [candidate.values for candidate in rounded.offspring(unit) if candidate.label.startswith("norm")]
+    (leaf,) = rounded.fast._leaves(norm)
+    assert isinstance(leaf, StackedLeaf)
+
+
+def test_a_candidate_of_no_numbers_scores_nan(tmp_path):
+    world = World(tmp_path, "llama", torch.float32)
+    unit = next(u for u in world.pool.architecture.module_units(world.tensors) if u.name.endswith("1.mlp.up_proj"))
+    weight = world.pool["d0"].read(unit.tensors[0])
+    none = torch.zeros(len(weight), dtype=torch.float64)
+    scaled = NormOffspring(Parent(weight), none + torch.inf, 0)
+    other = NormOffspring(Parent(torch.full_like(weight, torch.nan)), none, 0)
+    broken = [Candidate(label, {unit.tensors[0]: own}) for label, own in (("scaled", scaled), ("other", other))]
+    for candidate in broken:
+        scores = world.fast.score(unit, [Candidate("now"), candidate])
+        for name in MODES:
+            assert scores.mean(name)[0].isfinite()
+            assert scores.mean(name)[1].isnan()
+
+
+def test_a_whole_search_decides_as_with_the_sequential_scorer(tmp_path):
+    stages = {"base_select": True, "boundary_select": True, "layer_swap": True, "tensor_swap": True, "es_svd": True}
+    config = tiny_run(
+        tmp_path, dtype="float64", es_norm=True, units=["*.0.mlp.*", "*.1.self_attn.*"], direction="backward", **stages
+    )
+    results = [
+        run(load_config(config, {"scorer": scorer, "output_dir": f"out_{scorer}"}))
+        for scorer in ("batched", "sequential")
+    ]
+    steps = [result.report.own["steps"] for result in results]
+    assert [step["winner"] for step in steps[0].values()] == [step["winner"] for step in steps[1].values()]
+    assert sum(step["changed"] for step in steps[0].values()) >= 4
+    files = [(result.output_dir / "model.safetensors").read_bytes() for result in results]
+    assert files[0] == files[1]
+
+
+def test_less_memory_than_the_model_needs_is_an_error(tmp_path):
+    config = load_config(tiny_run(tmp_path, layer_swap=True), {"max_ram": "20MB"})
+    with pytest.raises(InputError, match=r"max_ram: 0\.02 GB; the model and the libraries alone take"):
+        run(config)

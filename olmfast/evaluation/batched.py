@@ -285,7 +285,10 @@ class BatchedScorer:
         scaled = [value for value in values if isinstance(value, NormOffspring) and value.axis == 0]
         if len(scaled) < len(values) or not isinstance(linear, torch.nn.Linear):
             return None
-        if not scaled[0].parent.weight.dtype == self.model.dtype in (torch.float32, torch.float64):
+        parent = scaled[0].parent.weight
+        if not (
+            parent.dtype == self.model.dtype in (torch.float32, torch.float64) and torch.equal(parent, linear.weight)
+        ):
             return None
         return torch.stack([value.log_scale for value in scaled]).to(linear.weight).exp()
 

@@ -59,20 +59,21 @@ class Prefix:
         self.model, self.decoder, self.limit = model, decoder, limit
         self.batches: list[Batch] = []
         self._recipe: Recipe | None = None
-        self._last: int | None = None
+        self._last, self._backward = -1, True
 
     def bring_to(self, block: int, batches: Sequence[Batch]) -> None:
         """Compute what enters `block` for these batches, as far as it is not kept."""
         self._drop_stale()
-        backward = self._last is None or block < self._last
+        if self._last >= 0 and block != self._last:
+            self._backward = block < self._last
         for batch in batches:
             at_most = min(block, len(batch.states)) if batch.wants_states else block
             start = max((boundary for boundary in batch.hidden if boundary <= at_most), default=-1)
             if start < block or (batch.wants_states and len(batch.states) < block):
-                self._advance(batch, start, block, self._stations(start, block) if backward else set())
+                self._advance(batch, start, block, self._stations(start, block) if self._backward else set())
         for batch in self.batches:
             for boundary in list(batch.hidden):
-                if boundary > block or (boundary < block and not backward):
+                if boundary > block or (boundary < block and not self._backward):
                     del batch.hidden[boundary]
         self._last = block
 

@@ -1,0 +1,155 @@
+"""The search that the benchmarks time: a pool of random fine-tunes of one random ancestor, and two datasets.
+
+The ancestor is a Llama whose weights are wide enough that candidates score differently; each donor differs from it by
+1 to 2 % of each tensor's spread. Answers are the ancestor's own greedy text with some tokens replaced, so that every
+donor is right at many positions and wrong at others. Words are tokens: the tokenizer splits at spaces.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from olmfast.config import RunConfig, parse_config
+from olmfast.testing import CHATML, SPECIAL
+
+WORDS = 8000  # size of the vocabulary
+ANSWER = 20  # tokens
+UNITS = {0: "self_attn.q_proj", 5: "mlp.up_proj", 11: "mlp.down_proj"}  # block -> the module refined in it
+
+
+@dataclass(frozen=True)
+class Case:
+    """Donors and datasets in one folder."""
+
+    folder: Path
+    donors: tuple[str, ...]
+
+    def config(self, samples: int, output: str = "out", **keys: Any) -> RunConfig:
+        """The config of a run over this pool, on `samples` questions of each dataset."""
+        data = {
+            "models_dir": "models",
+            "output_dir": output,
+            "models": list(self.donors),
+            "dataset": {"free.json": {"mode": "exact_match"}, "forced.json": {"mode": "bigram_loss"}},
+            "samples": samples,
+            "device": "cpu",
+            "dtype": "float32",
+            **keys,
+        }
+        return parse_config(data, where="bench", folder=self.folder)
+
+    def donor(self, name: str) -> Path:
+        """A donor's folder."""
+        return self.folder / "models" / name
+
+
+def make_case(
+    folder: Path,
+    n_blocks: int = 12,
+    n_donors: int = 4,
+    n_samples: int = 192,
+    prompt: tuple[int, int] = (80, 110),
+    spread: float = 0.04,
+    embedding: float = 3.0,
+    logits: float = 4.0,
+) -> Case:
+    """Write donors and datasets. `prompt`: shortest and longest question in words; a few tokens come with it.
+
+    `spread`, `embedding`: standard deviation of the ancestor's matrices and of its embedding; `logits`: of its logits.
+    Blocks then change the next token often, and fine-tunes of 1 to 2 % leave it for some tokens only.
+    """
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=n_blocks,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=WORDS,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        initializer_range=spread,
+        bos_token_id=1,
+        eos_token_id=4,
+    )
+    tokenizer = word_tokenizer()
+    torch.manual_seed(0)
+    ancestor = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        ancestor.get_input_embeddings().weight.mul_(embedding / spread)
+        ancestor.get_output_embeddings().weight.mul_(logits / spread / config.hidden_size**0.5)
+    for name, seed in (("free", 1), ("forced", 2)):
+        write_questions(folder / f"{name}.json", ancestor, tokenizer, n_samples, prompt, seed)
+    names = tuple(f"donor{index}" for index in range(n_donors))
+    kept = {name: value.clone() for name, value in ancestor.state_dict().items()}
+    for index, name in enumerate(names):
+        dice = torch.Generator().manual_seed(100 + index)
+        with torch.no_grad():
+            for key, parameter in ancestor.named_parameters():
+                noise = torch.randn(parameter.shape, generator=dice) * (0.01 + 0.01 * (index % 2))
+                own = kept[key].std() if kept[key].std() > 0 else 1.0
+                parameter.copy_(kept[key] + noise * own)
+        ancestor.save_pretrained(folder / "models" / name)
+        tokenizer.save_pretrained(folder / "models" / name)
+    return Case(folder, names)
+
+
+def word_tokenizer() -> Any:
+    """A tokenizer of 8,000 words, w5 and so on, with ChatML's special tokens; a space is between any two."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*SPECIAL, "user", "assistant"]
+    words += [f"w{index}" for index in range(len(words), WORDS)]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="<|im_end|>"
+    )
+    fast.chat_template = CHATML
+    return fast
+
+
+@torch.inference_mode()
+def write_questions(
+    path: Path, model: Any, tokenizer: Any, n: int, prompt: Sequence[int], seed: int, replaced: float = 0.15
+) -> None:
+    """Random questions; the answers are the model's greedy tokens, of which a share is replaced at random."""
+    dice = torch.Generator().manual_seed(seed)
+    first = len(SPECIAL) + 2
+    items = []
+    for _ in range(n):
+        length = int(torch.randint(prompt[0], prompt[1] + 1, (), generator=dice))
+        question = " ".join(f"w{i}" for i in torch.randint(first, WORDS, (length,), generator=dice).tolist())
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=ANSWER,
+            min_new_tokens=ANSWER,
+            do_sample=False,
+            suppress_tokens=list(range(first)),
+            pad_token_id=0,
+        )
+        answer = out[0, ids.shape[1] :]
+        other = torch.randint(first, WORDS, answer.shape, generator=dice)
+        answer = torch.where(torch.rand(answer.shape, generator=dice) < replaced, other, answer)
+        turns = [("human", question), ("gpt", " ".join(f"w{i}" for i in answer.tolist()))]
+        items.append({"conversation": [{"from": who, "value": value} for who, value in turns]})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(items))

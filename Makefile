@@ -37,6 +37,15 @@ lint: .venv/installed
 sanitize: .venv/installed
 	$(BIN)/python tests/shards/sanitize.py
 
+# mergekit in an environment of its own: what it needs beside torch and transformers is no business of ours.
+build/parity/installed: constraints.txt
+	test -x build/parity/bin/python || $(PYTHON) -m venv build/parity
+	build/parity/bin/python -m pip install --quiet --constraint constraints.txt mergekit==0.1.5
+	touch $@
+
+parity: .venv/installed build/parity/installed
+	OLMFAST_MERGEKIT=build/parity/bin/python $(BIN)/pytest tests/parity
+
 clean:
 	rm -rf .venv build dist *.egg-info runs olmfast/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -45,8 +45,7 @@ def weighted_sum_ref(tensors: Sequence[Tensor], weights: Sequence[float], diviso
         total = target[start:stop] if direct else buffer[: stop - start]
         torch.mul(flat[0][start:stop].to(dtype), weights[0], out=total)
         for tensor, weight in zip(flat[1:], weights[1:], strict=True):
-            # Rounded before it is added: `alpha=` would fuse the two, and not on every machine.
-            total.add_(tensor[start:stop].to(dtype) * weight)
+            total.add_(tensor[start:stop].to(dtype), alpha=weight)
         if divisor != 1.0:
             total.div_(divisor)
         if not direct:

@@ -63,7 +63,8 @@ def model_stock_by_row(operands: Operands, _: Settings) -> Piece:
 
 
 def _length(x: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-7)
+    length: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return length.clamp_min(1e-7)
 
 
 def _onto_base(operands: Operands, merged: torch.Tensor, start: int, stop: int) -> torch.Tensor:

@@ -156,8 +156,8 @@ class Racing(BaseModel):
     """Racing: after how many samples candidates may be dropped, and how sure that must be."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    rungs: list[Annotated[int, Field(ge=2)]] = Field([25, 75], min_length=1)
-    confidence: float = Field(0.95, gt=0.5, lt=1)
+    rungs: list[Annotated[int, Field(ge=2)]] = Field(default=[25, 75], min_length=1)
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
 
     @model_validator(mode="after")
     def _check(self) -> Racing:
@@ -178,13 +178,13 @@ class DatasetConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     mode: Mode
     think: bool = True
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(default=1.0, ge=0)
     strict: bool = False
     include_eos: bool = False
     forbid: str | None = HAN
     template: Template = "auto"
-    max_new_tokens: int = Field(1024, ge=1)
-    samples: int = Field(200, ge=1)
+    max_new_tokens: int = Field(default=1024, ge=1)
+    samples: int = Field(default=200, ge=1)
 
 
 # Dataset keys that may stand at the top level as the default of every dataset.

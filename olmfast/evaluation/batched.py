@@ -393,10 +393,12 @@ class BatchedScorer:
         self.statistics.passes += 1
         self.statistics.tokens += k * n_blocks * sum(len(task.ids) for task in tasks)
         self.statistics.padded += n_blocks * hidden.shape[:2].numel()
-        needed = start.needed.of(hidden).unflatten(0, (k, -1)).split([len(task.labels) for task in tasks], dim=1)
-        for task, own in zip(tasks, needed, strict=True):
+        taken = start.needed.of(hidden)
+        needed = torch.split(taken.view(k, -1, taken.shape[-1]), [len(task.labels) for task in tasks], dim=1)
+        for task, at_labels in zip(tasks, needed, strict=True):
             if task.sample.options:
-                logits = decoder.logits(own[:, 0], torch.tensor(task.sample.options, device=own.device)).cpu()
+                options = torch.tensor(task.sample.options, device=taken.device)
+                logits = decoder.logits(at_labels[:, 0], options).cpu()
                 for i, place in enumerate(places):
                     work.scores.set(work.rows[place], task.name, task.index, task.choice(logits[i]))
         opened: list[_Open] = []
@@ -438,7 +440,7 @@ class BatchedScorer:
         labels = torch.tensor([label for at in places for label in tasks[at].labels], device=hidden.device)
         found = self._decoder.token_scores(hidden.flatten(0, 1), labels.repeat(len(hidden)))
         counts = [len(tasks[at].labels) for at in places]
-        parts = [part.cpu().view(len(hidden), -1).split(counts, dim=1) for part in found]
+        parts = [torch.split(part.cpu().view(len(hidden), -1), counts, dim=1) for part in found]
         for at, max_logit, argmax, logsumexp, label_logit in zip(places, *parts, strict=True):
             yield at, metrics.TokenScores(max_logit, label_logit, logsumexp), argmax
 

@@ -187,7 +187,7 @@ def _roomy_layer(keys: torch.Tensor, values: torch.Tensor, length: int) -> Any:
     """
     from transformers.cache_utils import DynamicLayer
 
-    class RoomyLayer(DynamicLayer):
+    class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.buffers, self.length = (keys, values), length
@@ -205,7 +205,7 @@ def _roomy_layer(keys: torch.Tensor, values: torch.Tensor, length: int) -> Any:
             return self.keys, self.values
 
         def batch_select_indices(self, indices: torch.Tensor) -> None:
-            self.buffers = tuple(buffer[indices] for buffer in self.buffers)
+            self.buffers = (self.buffers[0][indices], self.buffers[1][indices])
             self._show()
 
     return RoomyLayer()

@@ -152,9 +152,12 @@ def wanted_samples(
 
 
 class Scorer(Protocol):
-    """Whoever evaluates candidates: sequential, batched or distributed. `sizes`: dataset -> number of samples."""
+    """Whoever evaluates candidates: sequential, batched or distributed."""
 
-    sizes: Mapping[str, int]
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Dataset -> number of samples."""
+        ...
 
     def score(
         self,

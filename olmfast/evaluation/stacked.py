@@ -47,10 +47,11 @@ class StackedLeaf:
             values = self._of(candidates)
             if isinstance(self.module, torch.nn.Linear):
                 return self._linear(x.reshape(k, -1, x.shape[-1]), values, k).reshape(*x.shape[:-1], -1)
-            return torch.vmap(self._call)(values, x.reshape(k, -1, *x.shape[1:])).flatten(0, 1)
-        parts = zip(candidates, x.split(list(counts)), strict=True)
-        out = [self._call({name: value[c] for name, value in self.values.items()}, part) for c, part in parts]
-        return torch.cat(out) if k > 1 else out[0]
+            out: torch.Tensor = torch.vmap(self._call)(values, x.reshape(k, -1, *x.shape[1:]))
+            return out.flatten(0, 1)
+        parts = zip(candidates, torch.split(x, list(counts)), strict=True)
+        own = [self._call({name: value[c] for name, value in self.values.items()}, part) for c, part in parts]
+        return torch.cat(own)
 
     def shared(self, x: torch.Tensor, candidates: Sequence[int]) -> torch.Tensor:
         """See `Leaf.shared`."""

@@ -119,6 +119,81 @@ def merge_command(
     static_output.print_written(done, as_json)
 
 
+@app.command("linear", context_settings={"ignore_unknown_options": True})
+def linear_command(
+    model_a: Annotated[str, typer.Option("--model_a", help="The base model A: a folder or a hub id.")],
+    model_b: Annotated[str, typer.Option("--model_b", help="The model B to merge into it.")],
+    alpha: Annotated[float, typer.Option("--alpha", help="The weight of A, from 0 to 1.")],
+    more_layers: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option("--layers", metavar="N...", help="The layers to merge; if left out, everything.")
+    ] = None,
+    qkv_only: Annotated[bool, typer.Option("--qkv_only", help="Merge Q, K and V alone; requires --layers.")] = False,
+    output_dir: Annotated[
+        Path | None, typer.Option("--output_dir", help="The result's folder; named in merged_models/ if left out.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    no_special_fixes: Annotated[
+        bool, typer.Option("--no_special_fixes", help="Merge the rows of special tokens too, keep A's end tokens.")
+    ] = False,
+    layer_alphas: Annotated[
+        Path | None, typer.Option("--layer_alphas", help="JSON or YAML: a list of alphas, or layer: alpha.")
+    ] = None,
+    method: Annotated[str, typer.Option("--method", help="linear, slerp, ties or dare.")] = "linear",
+    density: Annotated[float, typer.Option("--density", help="The share that ties and dare keep.")] = 0.5,
+    seed: Annotated[int, typer.Option("--seed", help="The random seed of dare.")] = 0,
+    sensitivity: Annotated[
+        str | None,
+        typer.Option("--sensitivity", metavar="FILE:MODE", help="Merge the layers that this dataset gains by most."),
+    ] = None,
+    top: Annotated[int | None, typer.Option("--top", min=1, help="How many layers --sensitivity picks.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Merge two models linearly, as a whole or in some layers."""
+    from dataclasses import replace
+
+    from olmfast import linear, static, static_output
+
+    # An option takes one value here: the layers after the first arrive as arguments, of which there are no others.
+    listed = [*(layers or []), *(more_layers or [])]
+    stray = next((text for text in listed if not text.lstrip("-").isdigit()), None)
+    if stray is not None or (more_layers and not layers):
+        raise InputError(f"{stray or listed[0]}: not expected here; layers are given as --layers 1 2 20")
+    wanted = linear.LinearMerge(
+        model_a,
+        model_b,
+        alpha,
+        tuple(map(int, listed)) if listed else None,
+        qkv_only,
+        not no_special_fixes,
+        method,
+        linear.read_layer_alphas(layer_alphas) if layer_alphas else {},
+        density,
+        seed,
+        " ".join(["olmfast", *sys.argv[1:]]),
+    )
+    if (sensitivity is None) != (top is None):
+        raise InputError("--sensitivity and --top: one ranks the layers, the other says how many are merged; give both")
+    if sensitivity is not None and top is not None:
+        file, separator, mode = sensitivity.rpartition(":")
+        if not separator:
+            raise InputError(f"--sensitivity {sensitivity}: expected FILE:MODE")
+        _quiet_libraries()
+        ranked = linear.rank_layers(wanted, Path(file).absolute(), mode)
+        static_output.print_ranked(ranked, top, as_json)
+        wanted = replace(wanted, layers=tuple(one.layer for one in ranked[:top]))
+    plan = linear.plan_linear(wanted)
+    out = output_dir or Path("merged_models") / wanted.folder_name
+    if dry_run:
+        static_output.print_plan(plan, out, as_json)
+        return
+    with static_output.watched(plan, quiet=as_json) as written:
+        done = static.write_merge(plan, out, device=device, overwrite=overwrite, written=written)
+    static_output.print_written(done, as_json)
+
+
 @app.command()
 def check(
     config: Annotated[Path, typer.Argument(help="A merge file, or the YAML file of a run.")],

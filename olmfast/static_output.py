@@ -6,13 +6,14 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from olmfast.linear import Ranked
 from olmfast.static import Plan, Written, copy_rate, memory_bytes
 from olmfast.weights.writer import OutputTensor
 
@@ -74,3 +75,12 @@ def print_written(done: Written, as_json: bool) -> None:
     rate = done.n_bytes / 1e9 / max(done.elapsed_s, 1e-9)
     print(f"{done.account}")
     print(f"{shown}: {done.n_bytes / 1e9:.3f} GB in {done.elapsed_s:.1f} s ({rate:.2f} GB/s)")
+
+
+def print_ranked(ranked: Sequence[Ranked], top: int, as_json: bool) -> None:
+    """The layers by what merging each alone does to the score; nothing as JSON, where only the result counts."""
+    if as_json:
+        return
+    print("layer  score alone  change (below 0 is better)")
+    for place, one in enumerate(ranked):
+        print(f"{one.layer:>5}  {one.score:>11.4f}  {one.change:>+7.4f}{'  merged' if place < top else ''}")

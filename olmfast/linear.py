@@ -1,0 +1,291 @@
+"""The adaptive linear merge: two models, some layers, a weight for each. From a command line to a plan.
+
+alpha * A + (1 - alpha) * B in float32, rounded to A's dtype; what is not selected is A's, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from olmfast.errors import InputError
+from olmfast.static import Plan
+from olmfast.weights.checkpoint import Checkpoint, read_json
+from olmfast.weights.pool import Pool
+from olmfast.weights.recipe import Copy, Expression, Rows, Setting, merge
+from olmfast.weights.writer import OutputTensor, in_order
+
+METHODS = ("linear", "slerp", "ties", "dare")
+# What is called attention's query, key and value; q_norm and k_norm are norms.
+QKV = re.compile(
+    r"\.(q_proj|k_proj|v_proj|qkv_proj|c_attn|query|key|value|query_key_value|qkv|W_?pack|wqkv|wq|wk|wv)\.(weight|bias)$"
+)
+MOST_LISTED = 10  # more layers than this are counted in the name of the output folder, not listed
+
+
+@dataclass(frozen=True)
+class LinearMerge:
+    """What a command line asks for. Raises InputError, in the words of the first tool of this kind.
+
+    `layers` are the blocks that are merged, None for all parameters; `layer_alphas` says of some blocks what A weighs
+    in them, `alpha` of everything else. `density` is the share of B's difference that `ties` and `dare` keep.
+    """
+
+    model_a: str
+    model_b: str
+    alpha: float
+    layers: tuple[int, ...] | None = None
+    qkv_only: bool = False
+    special_fixes: bool = True
+    method: str = "linear"
+    layer_alphas: Mapping[int, float] = field(default_factory=dict)
+    density: float = 0.5
+    seed: int = 0
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise InputError(f"--alpha must be in range [0, 1], got {self.alpha:g}")
+        negative = [layer for layer in self.layers or () if layer < 0]
+        if negative:
+            raise InputError(f"Layer indices must be non-negative. Got: {negative}")
+        if self.layers == ():
+            raise InputError("--layers: expected at least one layer index")
+        if self.method not in METHODS:
+            raise InputError(f"--method {self.method}: expected one of {', '.join(METHODS)}")
+        if not 0 < self.density <= 1:
+            raise InputError(f"--density must be in range (0, 1], got {self.density:g}")
+
+    @property
+    def folder_name(self) -> str:
+        """`A_B_alpha0.70`, and what else tells this merge from others."""
+        names = [Path(model).name for model in (self.model_a, self.model_b)]
+        parts = [*names, f"alpha{self.alpha:.2f}"]
+        if self.layers is not None:
+            chosen = sorted(set(self.layers))
+            if len(chosen) > MOST_LISTED:
+                parts.append(f"layerscount{len(chosen)}_range{chosen[0]}-{chosen[-1]}")
+            else:
+                parts.append("layers" + "-".join(map(str, chosen)))
+        parts += ["qkv"] * self.qkv_only + ["layeralphas"] * bool(self.layer_alphas)
+        parts += [self.method] * (self.method != "linear")
+        return "_".join(parts)
+
+    def blend(self, tensor: str, block: int | None, b: Expression, n_dims: int) -> Expression:
+        """One tensor of A merged with B's; those of one dimension are always merged linearly."""
+        a, weight = Copy(self.model_a, tensor), self.layer_alphas.get(-1 if block is None else block, self.alpha)
+        if self.method == "linear" or n_dims < 2:
+            return merge("linear", (a, b), weight=(weight, 1 - weight), normalize=False)
+        if self.method == "slerp":
+            return merge("slerp", (a, b), t=1 - weight)
+        thinned: dict[str, Setting] = {"weight": (1 - weight,), "density": (self.density,), "normalize": False}
+        if self.method == "ties":
+            return merge("ties", (b,), a, **thinned)
+        drawn: dict[str, Setting] = {"rescale": True, "seed": self.seed, "stream": tensor}
+        return merge("dare_linear", (b,), a, **thinned, **drawn)
+
+
+def read_layer_alphas(path: Path) -> dict[int, float]:
+    """Layer -> alpha from a JSON or YAML file: a list with one number per layer, or a mapping of some.
+
+    Raises InputError for anything else.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: neither JSON nor YAML: {' '.join(str(error).split())}") from None
+    entries = dict(enumerate(data)) if isinstance(data, list) else data
+    if not isinstance(entries, dict) or not entries:
+        raise InputError(f"{path}: expected a list of alphas, or a mapping of layers to alphas, got {data!r}")
+    alphas = {}
+    for key, value in entries.items():
+        if isinstance(key, bool) or not re.fullmatch(r"\d+", str(key)):
+            raise InputError(f"{path}: expected a layer index, got {key!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise InputError(f"{path}: layer {key}: alpha must be in range [0, 1], got {value!r}")
+        alphas[int(key)] = float(value)
+    return alphas
+
+
+def plan_linear(wanted: LinearMerge) -> Plan:
+    """Open both models and say for every tensor what it is made of; reads no weights.
+
+    Raises InputError if keys or shapes differ, or a layer is not there.
+    """
+    if wanted.qkv_only and wanted.layers is None:
+        raise InputError("--qkv_only requires --layers")
+    pool = Pool.open(list(dict.fromkeys([wanted.model_a, wanted.model_b])), Path.cwd(), Path.cwd(), alike=False)
+    a, b = pool[wanted.model_a], pool[wanted.model_b]
+    _check_layers(wanted, a.architecture.n_blocks)
+    theirs = _matching(a, b)
+    special = _special_rows(a, b) if wanted.special_fixes else []
+    tensors = [_tensor(wanted, a, name, theirs[name], special) for name in a.tensors]
+    texts = _generation_config(a, b) if wanted.special_fixes else {}
+    notes = [f"Rows of {len(special)} special tokens are those of {a.name}"] if special and not wanted.layers else []
+    title = f"{wanted.method} (adaptive)"
+    return Plan(
+        title,
+        pool,
+        a.name,
+        in_order(tensors),
+        a.config,
+        a.name,
+        texts,
+        recipe_text=wanted.command or wanted.folder_name,
+        notes=notes,
+    )
+
+
+def _check_layers(wanted: LinearMerge, n_blocks: int) -> None:
+    outside = [n for n in dict.fromkeys((*(wanted.layers or ()), *wanted.layer_alphas)) if n >= n_blocks]
+    if outside:
+        raise InputError(
+            f"Layer indices out of range. Model has {n_blocks} layers (0-{n_blocks - 1}), but got indices: {outside}"
+        )
+
+
+def is_selected(wanted: LinearMerge, tensor: str, block: int | None) -> bool:
+    """Whether a tensor is merged; everything else is A's."""
+    if wanted.layers is None:
+        return True
+    return block in wanted.layers and (not wanted.qkv_only or bool(QKV.search(tensor)))
+
+
+def _matching(a: Checkpoint, b: Checkpoint) -> dict[str, str]:
+    """A's tensor -> B's. Where one has a head and the other ties it to its embedding, the embedding stands for it."""
+    family = a.architecture.family
+    theirs = {name: name for name in a.tensors if name in b.tensors}
+    if family.head in a.tensors and family.head not in b.tensors and family.embedding in b.tensors:
+        theirs[family.head] = family.embedding
+    only_a = [name for name in a.tensors if name not in theirs and not a.architecture.is_ignored(name)]
+    tied = [family.head] if family.embedding in a.tensors else []
+    only_b = [name for name in b.tensors if name not in theirs.values() and name not in tied]
+    only_b = [name for name in only_b if not a.architecture.is_ignored(name)]
+    if only_a or only_b:
+        sides = [(a.name, only_a), (b.name, only_b)]
+        listed = "; ".join(f"only in {name}: {_few(names)}" for name, names in sides if names)
+        raise InputError(f"State dictionaries have mismatched keys. {listed}")
+    differing = [
+        f"{name}: {list(a.tensors[name].shape)} in {a.name}, {list(b.tensors[other].shape)} in {b.name}"
+        for name, other in theirs.items()
+        if a.tensors[name].shape != b.tensors[other].shape
+    ]
+    if differing:
+        raise InputError("\n".join(f"shapes differ: {line}" for line in differing))
+    return {name: theirs.get(name, "") for name in a.tensors}
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _tensor(wanted: LinearMerge, a: Checkpoint, name: str, other: str, special: Sequence[int]) -> OutputTensor:
+    info, block = a.tensors[name], a.architecture.block_of(name)
+    own = Copy(a.name, name)
+    expression: Expression = own
+    if other and info.dtype.is_floating_point and is_selected(wanted, name, block):
+        expression = wanted.blend(name, block, Copy(wanted.model_b, other), len(info.shape))
+        if name in (a.architecture.family.embedding, a.architecture.family.head):
+            expression = _with_rows_of(own, expression, [row for row in special if row < info.shape[0]], info.shape[0])
+    return OutputTensor(a.file_names[name], info.dtype, info.shape, expression)
+
+
+def _with_rows_of(own: Copy, merged: Expression, kept: Sequence[int], n_rows: int) -> Expression:
+    """The merged matrix with some rows of A's."""
+    if not kept:
+        return merged
+    inside = set(kept)
+    runs = [list(rows) for _, rows in groupby(range(n_rows), inside.__contains__)]
+    return Rows(tuple((own if rows[0] in inside else merged, rows[0], rows[-1] + 1) for rows in runs))
+
+
+def _special_rows(*models: Checkpoint) -> list[int]:
+    """The ids of the special tokens of both tokenizers."""
+    found: set[int] = set()
+    for model in models:
+        path = model.folder / "tokenizer.json"
+        if path.is_file():
+            added = read_json(path).get("added_tokens", [])
+            found |= {int(entry["id"]) for entry in added if entry.get("special")}
+    return sorted(found)
+
+
+def _generation_config(a: Checkpoint, b: Checkpoint) -> dict[str, str]:
+    """generation_config.json with the tokens that end either model's text, where B's are not A's already."""
+    configs = [_read_if_there(model.folder / "generation_config.json") for model in (a, b)]
+    ends = list(dict.fromkeys(token for config in configs for token in _end_tokens(config)))
+    if ends == list(_end_tokens(configs[0])):
+        return {}
+    changed = {**configs[0], "eos_token_id": ends if len(ends) > 1 else ends[0]}
+    return {"generation_config.json": json.dumps(changed, indent=2, sort_keys=True) + "\n"}
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return dict(read_json(path)) if path.is_file() else {}
+
+
+def _end_tokens(config: Mapping[str, Any]) -> Iterator[int]:
+    listed = config.get("eos_token_id")
+    yield from (token for token in (listed if isinstance(listed, list) else [listed]) if isinstance(token, int))
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A layer and what merging it alone does to the score: negative is better."""
+
+    layer: int
+    score: float
+    change: float
+
+
+def rank_layers(wanted: LinearMerge, dataset: Path, mode: str, samples: int = 200) -> list[Ranked]:
+    """Merge each layer alone and score it: the layers (all, or those of `wanted`), the best first.
+
+    Raises InputError if the models cannot be evaluated, or the dataset cannot be read.
+    """
+    from olmfast.config import parse_config
+    from olmfast.evaluation.batched import BatchedScorer
+    from olmfast.evaluation.model import WorkingModel
+    from olmfast.evaluation.scorer import Candidate
+    from olmfast.inputs import Inputs
+    from olmfast.search.stage import Observer
+    from olmfast.search.swap import whole
+    from olmfast.weights.methods import Sources
+
+    data = {
+        "models_dir": ".",
+        "output_dir": "linear",
+        "models": list(dict.fromkeys([wanted.model_a, wanted.model_b])),
+        "dataset_dir": str(dataset.parent),
+        "dataset": {dataset.name: {"mode": mode, "samples": samples}},
+    }
+    config = parse_config(data, where="--sensitivity", folder=Path.cwd())
+    inputs = Inputs.open(config, Observer())
+    architecture, pool = inputs.pool.architecture, inputs.pool
+    _check_layers(wanted, architecture.n_blocks)
+    model = WorkingModel(whole(wanted.model_a, pool.tensors), Sources(pool, Path()), inputs.device, inputs.dtype)
+    scorer = BatchedScorer(model, inputs.datasets, inputs.tokenizer, inputs.stop_tokens, config.batch_tokens)
+    name, donor = dataset.name, pool[wanted.model_a]
+    now = float(scorer.score(architecture.model_unit(pool.tensors), [Candidate("A")]).mean(name)[0])
+    ranked = []
+    for layer in sorted(set(wanted.layers or range(architecture.n_blocks))):
+        alone = replace(wanted, layers=(layer,))
+        unit = architecture.window_unit(pool.tensors, [layer])
+        values = {
+            tensor: alone.blend(tensor, layer, Copy(wanted.model_b, tensor), len(donor.tensors[tensor].shape))
+            for tensor in unit.tensors
+            if is_selected(alone, tensor, layer)
+        }
+        score = float(scorer.score(unit, [Candidate(str(layer), values)]).mean(name)[0])
+        ranked.append(Ranked(layer, score, score - now))
+    return sorted(ranked, key=lambda one: (one.score, one.layer))

@@ -8,7 +8,8 @@ donor is right at many positions and wrong at others. Words are tokens: the toke
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,18 @@ from typing import Any
 import torch
 
 from olmfast.config import RunConfig, parse_config
+from olmfast.driver import Session
+from olmfast.inputs import Inputs
+from olmfast.run_folder import RunFolder
+from olmfast.search.evolve import refine
+from olmfast.search.stage import Observer
+from olmfast.search.swap import swap
 from olmfast.testing import CHATML, SPECIAL
+from olmfast.weights.architecture import Unit
 
 WORDS = 8000  # size of the vocabulary
 ANSWER = 20  # tokens
-UNITS = {0: "self_attn.q_proj", 5: "mlp.up_proj", 11: "mlp.down_proj"}  # block -> the module refined in it
+MODULES = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")  # refined in the blocks at hand, in turn
 
 
 @dataclass(frozen=True)
@@ -44,9 +52,39 @@ class Case:
         }
         return parse_config(data, where="bench", folder=self.folder)
 
-    def donor(self, name: str) -> Path:
-        """A donor's folder."""
-        return self.folder / "models" / name
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Donor -> its folder."""
+        return {name: self.folder / "models" / name for name in self.donors}
+
+
+@contextmanager
+def session(config: RunConfig) -> Iterator[Session]:
+    """The engine, ready to walk; nothing is left of an earlier run."""
+    inputs = Inputs.open(config, Observer())
+    with RunFolder(config.output_dir, resume=False, overwrite=True).locked(inputs.header(), inputs.pool) as report:
+        yield Session(config, inputs, report, Observer(), lambda: False)
+
+
+def modules_in(blocks: Sequence[int]) -> dict[int, str]:
+    """Block -> the name of the module in it that is swapped alone and refined."""
+    return {block: f"model.layers.{block}.{MODULES[i % len(MODULES)]}" for i, block in enumerate(blocks)}
+
+
+def module_unit(block: int, name: str) -> Unit:
+    """The unit of one matrix."""
+    return Unit(name, "module", (f"{name}.weight",), (block,))
+
+
+def walk(engine: Session, blocks: Sequence[int], refined: Sequence[int]) -> None:
+    """The base; the blocks as donors have them; then one module in each of `refined`, swapped and refined."""
+    search = engine.search
+    engine._choose_base()
+    for block in blocks:
+        swap(search, "layers", search.architecture.window_unit(search.tensors, [block]))
+    for block, name in modules_in(refined).items():
+        swap(search, "tensors", module_unit(block, name))
+        refine(search, module_unit(block, name))
 
 
 def make_case(

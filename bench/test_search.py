@@ -1,0 +1,251 @@
+"""The search: olmfast's scorers against a plain driver that works as the original did, and against each other.
+
+    OMP_NUM_THREADS=1 pytest bench/test_search.py --benchmark-only -s
+
+A Llama of 12 blocks, width 512 and 8,000 words, four donors, questions of about 100 tokens with answers of 20
+(`search_case.py`); the plain driver is `baseline.py`. Times are CPU seconds of the whole process, so that other work
+on the machine counts little. The plain driver needs 22 CPU seconds for a candidate on 8 + 8 questions and scores
+candidates one after another, none faster or slower than the next: by default it is given one of each kind, and a
+search in which one module is refined. With OLMFAST_BENCH_ALL=1 it gets all of them, which takes about two hours.
+"""
+
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from baseline import Baseline
+from search_case import make_case, module_unit, modules_in, session, walk
+
+from olmfast.evaluation.scorer import Candidate, Scores
+from olmfast.search import evolve
+from olmfast.weights.architecture import Unit
+from olmfast.weights.recipe import Copy
+
+pytestmark = pytest.mark.timeout(0)
+ALL = bool(os.environ.get("OLMFAST_BENCH_ALL"))
+BLOCKS = (0, 5, 11)
+KINDS = ("block", "unit", "svd_es", "norm_es")
+PER_UNIT = 6  # candidates that are scored together, as many as the pool has donors or more
+DEMO = Path(__file__).parents[1] / "examples" / "demo" / "olm_config.yaml"
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    return make_case(tmp_path_factory.mktemp("search"))
+
+
+def cpu(call: Callable[[], object]) -> float:
+    began = time.process_time()
+    call()
+    return time.process_time() - began
+
+
+def say(benchmark, title: str, **figures: object) -> None:
+    benchmark.extra_info.update({name: str(value) for name, value in figures.items()})
+    print(f"\n{title} | " + " | ".join(f"{name} {value}" for name, value in figures.items()), flush=True)
+
+
+def candidates_of(kind: str, engine, block: int) -> tuple[Unit, list[Candidate]]:
+    """What a search would score together in a block: every donor's values, or offspring of its module."""
+    search = engine.search
+    unit = module_unit(block, modules_in(BLOCKS)[block])
+    if kind == "block":
+        unit = search.architecture.window_unit(search.tensors, [block])
+    if kind in ("block", "unit"):
+        donors = [name for name in search.donors if name != search.model.recipe.base]
+        return unit, [Candidate(donor, {name: Copy(donor, name) for name in unit.tensors}) for donor in donors]
+    tensor = unit.tensors[0]
+    parent = evolve.Parent(search.model.sources.value(search.model.recipe.tensors[tensor]))
+    return unit, evolve._offspring(search, tensor, parent, kind, 0, 0)[:PER_UNIT]
+
+
+def plain_scores(kind: str, baseline: Baseline, unit: Unit, candidates: list[Candidate]) -> list[Scores]:
+    """The same candidates by the plain driver, one after another."""
+    if kind in ("block", "unit"):
+        return [baseline.score_donor(candidate.label, unit.tensors) for candidate in candidates]
+    offspring = baseline.offspring(unit.tensors[0], kind)
+    indices = [int(candidate.label.rsplit("/", 1)[1]) for candidate in candidates]
+    return [baseline.score_child(unit.tensors[0], offspring.child(index)) for index in indices]
+
+
+def test_cpu_seconds_per_candidate(benchmark, case):
+    config = case.config(samples=32, output="candidates")
+    ours: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    plain: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    worst = 0.0
+    with session(config) as engine:
+        scorer = engine.search.scorer
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        before = resident("VmRSS")
+        current = cpu(lambda: scorer.score(engine.search.architecture.model_unit(engine.search.tensors), [NOW]))
+        scored: dict[tuple[str, int], tuple[Unit, list[Candidate], Scores]] = {}
+        for kind in KINDS:  # each kind walks up the blocks from the first, as a search does
+            for block in BLOCKS:
+                began = time.process_time()
+                unit, candidates = candidates_of(kind, engine, block)
+                scores = scorer.score(unit, candidates)
+                ours[kind].append((time.process_time() - began) / len(candidates))
+                scored[kind, block] = (unit, candidates, scores)
+        peak, statistics = resident("VmHWM") - before, scorer.statistics
+        baseline = Baseline(case.folders, engine.inputs.datasets, case.folder / "plain")
+        baseline.start(engine.search.model.recipe.base, scores)
+        for (kind, block), (unit, candidates, scores) in scored.items():
+            if block == BLOCKS[1] or ALL:
+                some = candidates[: 2 if ALL else 1]
+                began = time.process_time()
+                found = plain_scores(kind, baseline, unit, some)
+                plain[kind].append((time.process_time() - began) / len(some))
+                for row, one in enumerate(found):
+                    for name in one.samples:
+                        worst = max(worst, float((one.samples[name][0] - scores.samples[name][row]).abs().max()))
+    benchmark.pedantic(lambda: scorer.score(unit, candidates), rounds=1)
+    mean = {kind: (sum(plain[kind]) / len(plain[kind]), sum(ours[kind]) / len(ours[kind])) for kind in KINDS}
+    for kind, (slow, fast) in mean.items():
+        by_block = ", ".join(f"{s:.2f} s in block {block}" for block, s in zip(BLOCKS, ours[kind], strict=True))
+        say(benchmark, f"CPU per candidate, 32 + 32 questions, {kind}", plain=f"{slow:.1f} s", olmfast=f"{fast:.2f} s",
+            ratio=f"{slow / fast:.1f}x", of_which=by_block)  # fmt: skip
+    ratio = sum(slow for slow, _ in mean.values()) / sum(fast for _, fast in mean.values())
+    say(benchmark, "all kinds", ratio=f"{ratio:.1f}x", scoring_what_is_there=f"{current:.1f} s",
+        padding=f"{statistics.padding:.1%}", decoded_tokens=statistics.decoded, passes=statistics.passes,
+        memory_growth=f"{peak / 1e6:.0f} MB", largest_difference_of_a_score=f"{worst:.1e}")  # fmt: skip
+
+
+def test_a_search_decides_as_the_plain_driver(benchmark, case):
+    refined = BLOCKS if ALL else (5,)
+    samples = 8 if ALL else 4
+    keys = {"base_select": True, "es_svd": True, "es_norm": True, "es_norm_generations": 1}
+    with session(case.config(samples, "search", **keys)) as engine:
+        ours = cpu(lambda: benchmark.pedantic(lambda: walk(engine, BLOCKS, refined), rounds=1))
+        decisions = engine.report.choices
+        unit_of = {block: engine.search.architecture.window_unit(engine.search.tensors, [block]) for block in BLOCKS}
+        baseline = Baseline(case.folders, engine.inputs.datasets, case.folder / "plain")
+
+        def search() -> None:
+            baseline.select_base()
+            for block in BLOCKS:
+                baseline.swap(f"layers/{block}", unit_of[block].tensors)
+            for name in modules_in(refined).values():
+                baseline.swap(f"tensors/{name}", [f"{name}.weight"])
+                baseline.evolve(name, f"{name}.weight", "svd_es")
+                baseline.evolve(name, f"{name}.weight", "norm_es")
+
+        plain = cpu(search)
+    same = 0
+    for mine, theirs in zip(decisions, baseline.decisions, strict=True):
+        gap = max(abs(mine.metrics[name][k] - own) for name, by in theirs.means.items() for k, own in by.items())
+        same += mine.winner == theirs.winner
+        print(f"  {theirs.key}: plain {theirs.winner}, olmfast {mine.winner}, scores differ by {gap:.1e} at most")
+    n = sum(len(next(iter(decision.means.values()))) for decision in baseline.decisions)
+    say(benchmark, f"search of {len(decisions)} decisions, {n} candidates, {samples} + {samples} questions",
+        same=f"{same} of {len(decisions)}", plain=f"{plain:.0f} CPU s", olmfast=f"{ours:.0f} CPU s",
+        ratio=f"{plain / ours:.1f}x")  # fmt: skip
+    assert same == len(decisions)
+
+
+def test_racing(benchmark, case):
+    """On 192 questions of each dataset, in the last block, where a candidate costs least."""
+    keys = {"es_svd": True, "es_norm": True, "es_norm_generations": 1}
+    seconds, found = {}, {}
+    for name, racing in (("exact", False), ("racing", True)):
+        with session(case.config(192, name, racing=racing, **keys)) as engine:
+            engine._choose_base()
+            search = engine.search
+            call = lambda search=search: walk_last(search)  # noqa: E731
+            seconds[name] = cpu(call if name == "exact" else lambda c=call: benchmark.pedantic(c, rounds=1))
+            found[name] = engine.report.choices[1:]
+            skipped = sum(len(outcome.dropped) for outcome in found[name])
+    same = sum(a.winner == b.winner for a, b in zip(found["exact"], found["racing"], strict=True))
+    for a, b in zip(found["exact"], found["racing"], strict=True):
+        print(f"  {a.stage} {a.unit}: exact {a.winner}, racing {b.winner}, {len(b.dropped)} dropped early")
+    say(benchmark, "racing, 192 + 192 questions", exact=f"{seconds['exact']:.0f} CPU s",
+        racing=f"{seconds['racing']:.0f} CPU s", ratio=f"{seconds['exact'] / seconds['racing']:.1f}x",
+        same=f"{same} of {len(found['exact'])}", dropped_early=skipped)  # fmt: skip
+
+
+def walk_last(search) -> None:
+    unit = search.architecture.window_unit(search.tensors, [11])
+    evolve_in = module_unit(11, "model.layers.11.mlp.down_proj")
+    from olmfast.search.swap import swap
+
+    swap(search, "layers", unit)
+    swap(search, "tensors", evolve_in)
+    evolve.refine(search, evolve_in)
+
+
+MATRIX_PRODUCTS = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::baddbmm",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::mkldnn_linear",
+)
+
+
+def test_share_of_matrix_products(benchmark, case):
+    from torch.profiler import ProfilerActivity, profile
+
+    keys = {"base_select": True, "es_svd": True, "es_norm": True, "es_norm_generations": 1}
+    with session(case.config(32, "profiled", **keys)) as engine:
+        engine._choose_base()
+        scorer = engine.search.scorer
+
+        def search() -> None:
+            for kind in KINDS:
+                for block in BLOCKS:
+                    scorer.score(*candidates_of(kind, engine, block))
+
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            seconds = cpu(lambda: benchmark.pedantic(search, rounds=1))
+    rows = {row.key: row.self_cpu_time_total / 1e6 for row in recorded.key_averages()}
+    products = {key: s for key, s in rows.items() if key in MATRIX_PRODUCTS}
+    largest = sorted(((s, key) for key, s in rows.items() if key not in products), reverse=True)[:6]
+    share = sum(products.values()) / sum(rows.values())
+    say(benchmark, "matrix products in scoring, 32 + 32 questions", share=f"{share:.1%}",
+        of=f"{sum(rows.values()):.0f} s in operators, {seconds:.0f} CPU s",
+        products=", ".join(f"{key} {s:.1f} s" for key, s in products.items()),
+        others=", ".join(f"{key} {s:.1f} s" for s, key in largest),
+        padding=f"{scorer.statistics.padding:.1%}")  # fmt: skip
+
+
+@pytest.mark.skipif(not DEMO.is_file(), reason="the demo's files are not here")
+def test_the_demo(benchmark, tmp_path):
+    """The first candidates of the demo's search, by each scorer, in a process of its own."""
+    budget = 120
+    times: dict[str, tuple[float, float]] = {}
+    for name, keys in {
+        "sequential": ["scorer=sequential"], "batched": ["scorer=batched"], "racing": ["scorer=batched", "racing=true"],
+    }.items():  # fmt: skip
+        command = [sys.executable, "-m", "olmfast.cli", "run", str(DEMO), "--quiet", "--json"]
+        for key in (*keys, f"output_dir={tmp_path / name}", f"budget={budget}"):
+            command += ["--set", key]
+        before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        run = lambda command=command: subprocess.run(command, check=True, capture_output=True)  # noqa: E731
+        if name == "racing":
+            benchmark.pedantic(run, rounds=1)
+        else:
+            run()
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        times[name] = (time.perf_counter() - began, used)
+    figures = {name: f"{wall:.0f} s wall, {used:.0f} s CPU" for name, (wall, used) in times.items()}
+    say(benchmark, f"demo, the first {budget} candidates", **figures)
+
+
+NOW = Candidate("now")
+
+
+def resident(field: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at most so far."""
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+if torch.get_num_threads() != 1:
+    print("bench/test_search.py: set OMP_NUM_THREADS=1 for figures that can be compared", file=sys.stderr)

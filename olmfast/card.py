@@ -74,5 +74,5 @@ def _table(board: Scoreboard) -> str:
 def _choices(report: Report) -> str:
     lines = ["| unit | from |", "|---|---|"]
     for outcome in report.choices():
-        lines.append(f"| {outcome.unit} | {outcome.winner} |")
+        lines.append(f"| {outcome.where} | {outcome.winner} |")
     return "\n".join(lines)

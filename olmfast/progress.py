@@ -166,8 +166,7 @@ def print_result(result: Result, as_json: bool) -> None:
     table = Table("unit", "from", title="What was chosen", title_justify="left")
     for outcome in result.report.choices():
         if outcome.changed or outcome.stage not in ("tensors", "svd_es", "norm_es"):
-            where = outcome.unit if outcome.stage == outcome.unit else f"{outcome.stage} {outcome.unit}"
-            table.add_row(where, outcome.winner + ("" if outcome.changed else " (kept)"))
+            table.add_row(outcome.where, outcome.winner + ("" if outcome.changed else " (kept)"))
     _console().print(table)
     print_scoreboard(result.selection, "Selection scores (lower is better)", False)
     if result.holdout.rows:

@@ -39,6 +39,11 @@ class Outcome:
     order: list[str] = field(default_factory=list)
     truncated: dict[str, dict[str, float]] = field(default_factory=dict)
 
+    @property
+    def where(self) -> str:
+        """Stage and unit, as tables name them."""
+        return self.unit if self.stage == self.unit else f"{self.stage} {self.unit}"
+
 
 class Report:
     """The state of a run in its folder. Every change is on disk before the method returns."""

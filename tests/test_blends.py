@@ -198,7 +198,9 @@ def test_the_report_keeps_the_shape_of_the_original_and_the_card_tells_the_steps
     }
     card = (everything.output_dir / "README.md").read_text()
     for outcome in everything.report.choices():
-        assert f"| {outcome.winner} |" in card
+        assert f"| {outcome.where} | {outcome.winner} |" in card
+    assert "| depth 0 | " in card
+    assert "| layers 0 | " in card
 
 
 def test_a_run_with_blends_is_resumed_to_the_same_bytes_after_every_step(everything, tmp_path):

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,7 @@ def write_merge(
     folder = OutputFolder(output, overwrite=overwrite)
     check_output(plan, folder, max_ram)
     check_buffers(plan)
-    with folder.lock(empty=True), writing(folder.partial, "the same command"):
+    with folder.lock(empty=True), writing(folder.partial, "the same command"), _one_thread(target):
         sources = Sources(plan.pool, folder.partial, device=target)
         try:
             write_weights(plan.tensors, sources, folder.partial, shard_size, not allow_nonfinite, written)
@@ -187,6 +188,17 @@ def write_merge(
         _shards.sync_folder(folder.partial)
         folder.rename()
     return Written(output, plan.account(), plan.n_bytes, time.monotonic() - started)
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU one thread of torch: stretches are small, and threads that wait for each other burn what they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if device.type == "cpu" else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def pick_device(name: str) -> torch.device:

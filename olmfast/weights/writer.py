@@ -229,6 +229,8 @@ def _write_computed(output: _shards.Output, place: int, tensor: OutputTensor, so
             if finite and not (_is_finite(values) and (tensor.dtype != torch.float16 or _is_finite(rounded))):
                 raise not_finite(tensor, sources)
             output.write(place + start * tensor.dtype.itemsize, rounded.view(torch.uint8).numpy().data)
+        for info in sources.places(tensor.expression):  # read once more only by chance; else memory fills with it
+            info.shard.advise(info.offset, info.n_bytes, "release")
     except (TypeError, ValueError) as error:
         raise InputError(f"{tensor.name}: {error}") from None
 

@@ -1,6 +1,6 @@
 """Runs merge files through mergekit, in mergekit's own environment: one process for many of them.
 
-    python run_mergekit.py LIST.json        a list of [merge file, output folder]; LIST.done gets a list of errors
+python run_mergekit.py LIST.json        a list of [merge file, output folder]; LIST.done gets a list of errors
 """
 
 import json

@@ -1,0 +1,120 @@
+"""Merge files: what is understood, what is refused, and which value of a parameter a tensor gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from olmfast.errors import InputError
+from olmfast.merge_config import MergeConfig, load_merge_config, parse_merge_config, settings_of
+
+TWO = [{"model": "a"}, {"model": "b"}]
+
+
+def parse(**keys: Any) -> MergeConfig:
+    return parse_merge_config(
+        {"merge_method": "linear", "models": TWO, "parameters": {"weight": 1}, **keys}, "m.yml", Path("/")
+    )
+
+
+def value(config: MergeConfig, name: str, tensor: str, depth: float = 0.0) -> Any:
+    (group,) = config.groups()
+    terms = group.terms(config.method)
+    return settings_of(config, group, terms, [tensor] * len(terms), tensor, depth)[name]
+
+
+def test_a_parameter_of_a_model_goes_before_that_of_the_file():
+    config = parse(models=[{"model": "a", "parameters": {"weight": 0.25}}, {"model": "b"}], parameters={"weight": 2})
+    assert value(config, "weight", "x") == (0.25, 2.0)
+
+
+def test_the_first_filter_that_is_part_of_the_name_decides_and_else_the_next_place_does():
+    filtered = [{"filter": "mlp", "value": 0.1}, {"filter": "up_proj", "value": 0.2}]
+    config = parse(
+        models=[{"model": "a", "parameters": {"weight": filtered}}, {"model": "b"}], parameters={"weight": 3}
+    )
+    assert value(config, "weight", "layers.0.mlp.up_proj") == (0.1, 3.0)
+    assert value(config, "weight", "layers.0.up_proj") == (0.2, 3.0)
+    assert value(config, "weight", "layers.0.q_proj") == (3.0, 3.0)
+
+
+@pytest.mark.parametrize(("depth", "expected"), [(0, 0), (0.25, 0.5), (0.5, 1), (0.75, 0.5), (1, 0)])
+def test_a_list_is_a_gradient_over_the_depth(depth, expected):
+    assert value(parse(parameters={"weight": [0, 1, 0]}), "weight", "x", depth) == (expected, expected)
+
+
+def test_a_list_of_true_and_false_is_not_interpolated():
+    config = parse(parameters={"weight": 1, "normalize": [True, False]})
+    assert value(config, "normalize", "x", 0.9) is True
+    assert value(config, "normalize", "x", 1.0) is False
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers():
+    assert value(parse(parameters={"weight": "1e-3"}), "weight", "x") == (0.001, 0.001)
+
+
+def test_a_filter_that_leaves_a_tensor_without_its_weight_is_an_error_that_names_both():
+    with pytest.raises(InputError, match=r"q_proj: no value for the required parameter weight"):
+        value(parse(parameters={"weight": [{"filter": "mlp", "value": 1}]}), "weight", "q_proj")
+
+
+def test_the_base_is_merged_too_where_a_method_knows_no_task_vectors():
+    assert [s.model for s in parse(base_model="c").groups()[0].sources] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"merge_metod": "ties"}, "merge_metod: unknown key; did you mean 'merge_method'?"),
+        ({"merge_method": "tie"}, "merge_method: expected one of linear, slerp"),
+        ({"parameters": {"wieght": 1}}, "parameters.wieght: unknown key; did you mean 'weight'?"),
+        ({"models": [{"model": "a", "paramters": {}}]}, "models[0].paramters: unknown key; did you mean 'parameters'?"),
+        ({"slices": []}, "slices: "),
+        ({"models": None}, "expected either models or slices, got neither"),
+        ({"merge_method": "ties"}, "base_model: required by ties"),
+        ({"merge_method": "slerp", "base_model": "c"}, "slerp takes 2 models, got 3: c, a, b"),
+        ({"merge_method": "slerp", "base_model": "a"}, "slerp needs the parameter t"),
+        (
+            {"merge_method": "model_stock", "models": [{"model": "a"}], "base_model": "c"},
+            "takes at least 2 models beside",
+        ),
+        ({"parameters": {}}, "linear needs the parameter weight of every model"),
+        ({"models": [*TWO, {"model": "a"}]}, "models: 'a' stands twice"),
+        ({"models": [{"model": "a+lora"}]}, "a LoRA adapter"),
+        ({"dtype": "int8"}, "dtype: expected 'float32', 'bfloat16', 'float16' or 'float64', got 'int8'"),
+        ({"parameters": {"weight": "much"}}, "parameters.weight: expected a number"),
+        ({"parameters": {"weight": [{"filters": "x", "value": 1}]}}, "unknown key 'filters'; did you mean 'filter'?"),
+        ({"tokenizer": {"source": "union"}, "tokenizer_source": "base"}, "one is the newer form of the other"),
+        ({"modules": {}}, "modules: not supported"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_and_named(keys, message):
+    with pytest.raises(InputError) as caught:
+        parse(**keys)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("m.yml: ")
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"), [([4, 4], "0 <= first < end, got [4, 4]"), ([0, 2], "of different lengths")]
+)
+def test_layer_ranges_that_make_no_slice_are_refused(layers, message):
+    sources = [{"model": "a", "layer_range": layers}, {"model": "b", "layer_range": [0, 3]}]
+    with pytest.raises(InputError) as caught:
+        parse(models=None, slices=[{"sources": sources}])
+    assert message in str(caught.value)
+
+
+def test_every_fault_is_told_at_once():
+    with pytest.raises(InputError) as caught:
+        parse(dtype="x", nonsense=1, models=[{"model": "a", "weight": 1}])
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_python_objects_in_yaml_are_not_made(tmp_path):
+    path = tmp_path / "m.yml"
+    path.write_text("merge_method: !!python/object/apply:os.system ['true']\n")
+    with pytest.raises(InputError, match="not valid YAML"):
+        load_merge_config(path)

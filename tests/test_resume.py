@@ -22,6 +22,8 @@ from olmfast.errors import InputError, Interrupted
 from olmfast.testing import tiny_run
 
 STAGES = {
+    "candidates": ["swap", "linear"],
+    "scales": ["model", "kind"],
     "boundary_select": True,
     "layer_swap": True,
     "tensor_swap": True,
@@ -31,6 +33,8 @@ STAGES = {
     "units": ["*.0.self_attn.[qo]_proj", "*.1.mlp.*_proj"],
     "model": {"dtype": torch.bfloat16},
 }
+
+AS_THE_ORIGINAL = {"candidates": ["swap"], "scales": []}
 
 
 def command(config: Path, *flags: str, hash_seed: str = "0") -> subprocess.Popen[bytes]:
@@ -252,7 +256,7 @@ def test_a_report_of_the_original_tool_is_continued(config, pool):
     }
     (out / "merge_report.json").write_text(json.dumps(original))
     (out / "model.safetensors").write_bytes(b"the original tool's result")
-    result = run(load_config(config), resume=True)
+    result = run(load_config(config, AS_THE_ORIGINAL), resume=True)
     donors = [load_file(pool / "models" / name / "model.safetensors") for name in ("donor0", "donor1", "donor2")]
     merged = load_file(result.output_dir / "model.safetensors")
     assert torch.equal(merged["model.embed_tokens.weight"], donors[2]["model.embed_tokens.weight"])
@@ -267,7 +271,8 @@ def test_a_report_of_the_original_tool_is_continued(config, pool):
 
 def test_the_base_in_a_report_of_the_original_stands_although_another_donor_scores_better(config):
     out = config.parent / "out"
-    config_with_selection = load_config(config, {"base_select": True, "tensor_swap": False, "es_svd": False})
+    keys = {"base_select": True, "tensor_swap": False, "es_svd": False}
+    config_with_selection = load_config(config, AS_THE_ORIGINAL | keys)
     best = run(config_with_selection).report.outcome("base").winner
     shutil.rmtree(out)
     out.mkdir()

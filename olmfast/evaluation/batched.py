@@ -168,9 +168,85 @@ class BatchedScorer:
         taken = self.memory.taken_by(
             lambda: decoder.run(decoder.enter(ids), 0, len(decoder.blocks), Recorder(), needed)
         )
+        share = int(PASS_SHARE * self._room)
+        self._pass_tokens = max(1, min(self._pass_tokens, share * ids.numel() // max(taken, 1)))
+        # Decoding holds the states of its tokens twice: those handed over, and its cache.
+        self._decode_tokens = max(1, min(self._decode_tokens, share // (2 * decoder.state_bytes)))
+        self._keeps_states = True
+        self._take_apart()
+
+    @torch.inference_mode()
+    def score(
+        self,
+        unit: Unit,
+        candidates: Sequence[Candidate],
+        datasets: Sequence[str] | None = None,
+        samples: Mapping[str, Sequence[int]] | None = None,
+    ) -> Scores:
+        """See `Scorer.score`. Samples not asked for are NaN and marked as not evaluated."""
+        wanted = wanted_samples(self.datasets, datasets, samples)
+        scores = Scores.empty(len(candidates), {name: self.datasets[name] for name in wanted}, self.model.dtype)
+        tasks = [self._numbers[name, index] for name, indices in wanted.items() for index in indices]
+        if self._decoder.module is not self.model.module:
+            self._take_apart()
+        left = list(range(len(candidates)))
+        current = next((row for row in left if not candidates[row].values), None)
+        if any(self._tasks[number].expected is None for number in tasks):
+            self._find_trajectories(unit, candidates, current, tasks, scores)
+            left = [row for row in left if row != current]
+        self._expect_latest_where_it_pays(len(left), self._first_block(unit) or 0)
+        alone, stacks = self._together(unit, candidates, left)
+        for row in alone:
+            self._score_alone(unit, candidates[row], row, tasks, scores, wanted)
+        for rows in stacks:
+            self._bring_to(unit.blocks[0], tasks)
+            n = self._fitting([candidates[row].values for row in rows])
+            for begin in range(0, len(rows), n):
+                self._score_stack(unit, candidates, rows[begin : begin + n], tasks, scores)
+        return scores
+
+    def decided(self, label: str) -> None:
+        """See `Scorer.decided`. What the candidate generated is what the next ones are expected to."""
+        for number, tokens in self._followed.get(label, {}).items():
+            self._tasks[number].latest = tuple(tokens)
+        self._followed = {}
+
+    @property
+    def state(self) -> list[list[list[int] | None]]:
+        """Per task that runs freely, the tokens that are expected and those of the current model."""
+        pairs = [(task.expected, task.latest) for task in self._tasks if task.runs_freely]
+        return [[list(tokens) if tokens is not None else None for tokens in pair] for pair in pairs]
+
+    @state.setter
+    def state(self, state: Sequence[Sequence[Sequence[int] | None]]) -> None:
+        free = [task for task in self._tasks if task.runs_freely]
+        for task, pair in zip(free, state, strict=True):
+            task.expected, task.latest = (tuple(tokens) if tokens is not None else None for tokens in pair)
+        self._arrange({task.name for task in free})
+
+    @torch.inference_mode()
+    def _take_apart(self) -> None:
+        self._decoder = Decoder(self.model.module, self.model.sources.pool.architecture)
+        self._prefix = Prefix(self.model, self._decoder, limit=int(PREFIX_SHARE * self._room))
+        self._places: dict[int, tuple[Batch, int]] = {}  # task -> its batch, and its row there
+        self._fit_passes()
+        self._arrange(set(self.datasets))
+
+    def _fit_passes(self) -> None:
+        """Measure what a small pass takes, and keep passes and decoding within their share of the memory."""
+        decoder = self._decoder
+        shortest = min(range(len(self._tasks)), key=lambda number: len(self._tasks[number].ids))
+        rows = -(-min(self._pass_tokens, MEASURED_TOKENS) // len(self._tasks[shortest].ids))
+        ids = decoder.pad([self._tasks[shortest].ids] * rows)
+        decoder.calls(ids.shape[1])
+        needed = self._needed([shortest] * rows)
+        taken = self.memory.taken_by(
+            lambda: decoder.run(decoder.enter(ids), 0, len(decoder.blocks), Recorder(), needed)
+        )
         fits = int(PASS_SHARE * self._room) // max(taken // ids.numel(), decoder.state_bytes, 1)
         self._pass_tokens, self._decode_tokens = min(self._pass_tokens, fits), min(self._decode_tokens, fits)
-        self._keeps_states = decoder.state_bytes * sum(len(task.ids) for task in self._tasks) <= self._prefix.limit / 2
+        longest = sum(len(task.sample.prompt) + task.limit for task in self._tasks if task.runs_freely)
+        self._keeps_states = decoder.state_bytes * longest <= self._prefix.limit / 2
 
     def _arrange(self, names: Collection[str]) -> None:
         """Put the tasks of these datasets into new batches."""
@@ -300,11 +376,14 @@ class BatchedScorer:
     def _score_stack(
         self, unit: Unit, candidates: Sequence[Candidate], rows: Sequence[int], tasks: Sequence[int], scores: Scores
     ) -> None:
+        leaves: list[Leaf] | None
         try:
             leaves = self._leaves([candidates[row].values for row in rows])
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or len(rows) == 1:
                 raise
+            leaves = None
+        if leaves is None:  # out of the handler, whose traceback holds what has been stacked
             self.statistics.splits += 1
             middle = len(rows) // 2
             self._score_stack(unit, candidates, rows[:middle], tasks, scores)
@@ -340,8 +419,19 @@ class BatchedScorer:
     # Evaluation
 
     def _bring_to(self, first: int, tasks: Sequence[int]) -> None:
-        wanted = {id(self._places[number][0]) for number in tasks}
-        self._prefix.bring_to(first, [batch for batch in self._prefix.batches if id(batch) in wanted])
+        """Compute what enters a block. What does not fit the memory is halved: batches, and what is kept beside."""
+        while True:
+            wanted = {id(self._places[number][0]) for number in tasks}
+            batches = [batch for batch in self._prefix.batches if id(batch) in wanted]
+            try:
+                self._prefix.bring_to(first, batches)
+                return
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or all(len(batch.ids) == 1 for batch in batches):
+                    raise
+            self.statistics.splits += 1
+            self._pass_tokens, self._prefix.limit = self._pass_tokens // 2, self._prefix.limit // 2
+            self._arrange(set(self.datasets))
 
     def _entering(self, first: int | None, tasks: Sequence[int]) -> torch.Tensor:
         """What enters the first block to be run: (tasks, width, hidden)."""

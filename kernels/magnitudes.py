@@ -40,6 +40,12 @@ def key_value(key: int) -> float:
     return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
 
 
+def key_magnitude(key: int, dtype: torch.dtype) -> float:
+    """The magnitude in `dtype` of one of `magnitude_keys`."""
+    bits = torch.tensor(key, dtype=torch.int64 if dtype == torch.float64 else torch.int32)
+    return float(bits.view(dtype))
+
+
 @dataclass(frozen=True)
 class Cut:
     """What belongs to the k largest: keys above `key`, and those equal to it up to flat index `last`."""
@@ -47,18 +53,37 @@ class Cut:
     key: int
     last: int
 
-    def keeps(self, keys: Tensor, start: int) -> Tensor:
-        """Mask of the keys that belong, for a stretch that begins at flat index `start`."""
-        if self.last < start:
-            return keys > self.key
-        if self.last >= start + len(keys):
-            return keys >= self.key
-        kept = keys > self.key
-        kept[: self.last - start + 1] |= keys[: self.last - start + 1] == self.key
-        return kept
+
+@dataclass(frozen=True)
+class Threshold:
+    """The same for magnitudes: those above `value`, and those equal to it up to flat index `last`."""
+
+    value: float
+    last: int
+
+    def kept_(self, magnitudes: Tensor, start: int) -> Tensor:
+        """1 for what belongs and 0 for the rest, in place, for a stretch that begins at flat index `start`.
+
+        In the values' own dtype, because masks of bool are several times slower on a CPU. NaN gives 0.
+        """
+        n_equal = min(max(self.last + 1 - start, 0), len(magnitudes))
+        magnitudes[:n_equal].ge_(self.value)
+        magnitudes[n_equal:].gt_(self.value)
+        return magnitudes
 
 
-NOTHING, EVERYTHING = Cut(torch.iinfo(torch.int64).max, -1), Cut(-1, torch.iinfo(torch.int64).max)
+LAST = torch.iinfo(torch.int64).max
+NOTHING, EVERYTHING = Threshold(float("inf"), -1), Threshold(-1.0, LAST)
+
+
+def thresholds(magnitudes: Pieces, n_kept: Sequence[int], dtype: torch.dtype) -> list[Threshold]:
+    """`cuts` for magnitudes of `dtype`, float32 or float64."""
+
+    def keys() -> Iterable[Tensor]:
+        return (magnitude_keys(piece) for piece in magnitudes())
+
+    found = cuts(keys, n_kept, 64 if dtype == torch.float64 else 32)
+    return [Threshold(key_magnitude(cut.key, dtype), cut.last) for cut in found]
 
 
 def cuts(pieces: Pieces, n_kept: Sequence[int], n_bits: int = 32) -> list[Cut]:
@@ -84,16 +109,16 @@ def cuts(pieces: Pieces, n_kept: Sequence[int], n_bits: int = 32) -> list[Cut]:
             remaining[i] -= int(from_top[position]) - n_equal[i]
             prefixes[i] = prefix << DIGIT_BITS | digit
     found = zip(prefixes, remaining, n_equal, strict=True)
-    return [Cut(key, EVERYTHING.last if quota == n else _index_of(pieces, key, quota)) for key, quota, n in found]
+    return [Cut(key, LAST if quota == n else _index_of(pieces, key, quota)) for key, quota, n in found]
 
 
 def _index_of(pieces: Pieces, key: int, number: int) -> int:
     """The flat index of the `number`-th key that equals `key`, counted from 1."""
     start = 0
     for keys in pieces():
-        equal = (keys == key).nonzero()[:, 0]
-        if number <= len(equal):
-            return start + int(equal[number - 1])
-        number -= len(equal)
+        n_equal = int((keys == key).sum())
+        if number <= n_equal:
+            return start + int((keys == key).nonzero()[number - 1, 0])
+        number -= n_equal
         start += len(keys)
     return start

@@ -20,6 +20,11 @@ STRETCH, GPU_STRETCH = 1 << 18, 1 << 26
 Piece = Callable[[int, int], torch.Tensor]
 
 
+def stretch_on(device: torch.device) -> int:
+    """Values at a time on a device."""
+    return STRETCH if device.type == "cpu" else GPU_STRETCH
+
+
 class Readable(Protocol):
     """A tensor that can be read a stretch at a time."""
 
@@ -96,8 +101,9 @@ class Streamed:
         """See `Readable`."""
         if self._piece is None:
             self._piece = self._prepare()
-        for begin in range(0, len(out), STRETCH):
-            end = min(begin + STRETCH, len(out))
+        step = stretch_on(self.operands.device)
+        for begin in range(0, len(out), step):
+            end = min(begin + step, len(out))
             out[begin:end].copy_(self._piece(start + begin, start + end).to(self.dtype))
 
 
@@ -145,7 +151,7 @@ class Operands:
 
     def stretches(self, whole: int = 1) -> Iterator[tuple[int, int]]:
         """(start, stop) of consecutive stretches; none ends within `whole` consecutive values."""
-        step = (STRETCH if self.device.type == "cpu" else GPU_STRETCH) // whole * whole or whole
+        step = stretch_on(self.device) // whole * whole or whole
         for start in range(0, self.n_values, step):
             yield start, min(start + step, self.n_values)
 

@@ -18,7 +18,7 @@ import xxhash
 
 from olmfast import kernels
 from olmfast.kernels.dare import uniform
-from olmfast.kernels.magnitudes import EVERYTHING, NOTHING, cuts, key_value, magnitude_keys, value_keys
+from olmfast.kernels.magnitudes import EVERYTHING, NOTHING, cuts, key_value, thresholds, value_keys
 from olmfast.weights.operands import Operands, Piece, Settings
 
 # The factor of each entry of a stretch that begins at the given flat index: 1 kept, 0 dropped; None keeps all.
@@ -130,21 +130,21 @@ def _added(
     if signs:
         agree = _agreeing(parts)
         merged = parts.mul_(agree).sum(dim=0)
-        divisor = (torch.tensor(weights, dtype=parts.dtype, device=parts.device)[:, None] * agree).sum(dim=0)
+        divisor = agree.mul_(torch.tensor(weights, dtype=parts.dtype, device=parts.device)[:, None]).sum(dim=0)
     else:
         merged = parts.sum(dim=0)
         divisor = torch.tensor(weights, dtype=parts.dtype, device=parts.device).sum()
     if normalize:
-        merged.div_(divisor.masked_fill_(divisor.abs() < TINY_WEIGHT, 1.0))
+        merged.div_(divisor.add_(divisor.abs().lt_(TINY_WEIGHT)))  # next to nothing counts as 1
     if scale != 1.0:
         merged.mul_(scale)
     return base.add_(merged)
 
 
 def _agreeing(parts: torch.Tensor) -> torch.Tensor:
-    """(n, m) mask of the entries whose sign is that of their sum; + where it is 0. Entries of 0 have no sign."""
-    sign = (parts.sum(dim=0) >= 0).to(parts.dtype).mul_(2).sub_(1)
-    return (parts * sign) > 0
+    """(n, m) 1 for the entries whose sign is that of their sum, + where it is 0; 0 for others and for entries of 0."""
+    sign = parts.sum(dim=0).ge_(0).mul_(2).sub_(1)
+    return (parts * sign).gt_(0)
 
 
 def sce(operands: Operands, settings: Settings) -> Piece:
@@ -165,16 +165,16 @@ def sce(operands: Operands, settings: Settings) -> Piece:
 
     def variances() -> Iterator[torch.Tensor]:
         for start, stop in operands.stretches():
-            yield magnitude_keys(deltas(start, stop).var(dim=0, unbiased=False))
+            yield deltas(start, stop).var(dim=0, unbiased=False)
 
     if n < 1:
-        n_kept = int(sum(int(keys.count_nonzero()) for keys in variances()) * max(n, 0.0))
-        kept = cuts(variances, [n_kept], _key_bits(operands))[0] if n_kept else NOTHING
+        n_kept = int(sum(int(values.count_nonzero()) for values in variances()) * max(n, 0.0))
+        kept = thresholds(variances, [n_kept], operands.dtype)[0] if n_kept else NOTHING
 
     def selected(start: int, stop: int) -> torch.Tensor:
         parts = deltas(start, stop)
         if kept is not EVERYTHING:
-            parts.mul_(kept.keeps(magnitude_keys(parts.var(dim=0, unbiased=False)), start))
+            parts.mul_(kept.kept_(parts.var(dim=0, unbiased=False), start))
         return parts
 
     energy = torch.zeros(len(operands), dtype=torch.float64)
@@ -186,15 +186,11 @@ def sce(operands: Operands, settings: Settings) -> Piece:
 
     def piece(start: int, stop: int) -> torch.Tensor:
         parts = selected(start, stop)
-        weights = shares.to(parts)[:, None] * _agreeing_or_zero(parts)
+        weights = shares.to(parts)[:, None] * _agreeing(parts)
         merged = (parts * weights).sum(dim=0).div_(weights.sum(dim=0).clamp_min(1e-6))
         return operands.from_base(start, stop).add_(merged)
 
     return piece
-
-
-def _agreeing_or_zero(parts: torch.Tensor) -> torch.Tensor:
-    return _agreeing(parts).to(parts.dtype)
 
 
 def arcee_fusion(operands: Operands, settings: Settings) -> Piece:  # noqa: ARG001
@@ -234,25 +230,23 @@ def _between(operands: Operands, i: int, n_above: int, n_kept: int) -> Mask:
     if n_above + n_kept >= n and not n_above:
         return lambda _delta, _start: None
 
-    def keys() -> Iterator[torch.Tensor]:
+    def magnitudes() -> Iterator[torch.Tensor]:
         for start, stop in operands.stretches():
-            yield magnitude_keys(operands.delta(i, start, stop))
+            yield operands.delta(i, start, stop).abs_()
 
-    found = dict.fromkeys((0,), NOTHING) | {n: EVERYTHING}
-    wanted = [k for k in (n_above, n_above + n_kept) if k not in found]
-    found |= dict(zip(wanted, cuts(keys, wanted, _key_bits(operands)), strict=True))
+    wanted = [k for k in (n_above, n_above + n_kept) if 0 < k < n]
+    found = {
+        0: NOTHING,
+        n: EVERYTHING,
+        **dict(zip(wanted, thresholds(magnitudes, wanted, operands.dtype), strict=True)),
+    }
     above, within = found[n_above], found[n_above + n_kept]
 
     def mask(delta: torch.Tensor, start: int) -> torch.Tensor:
-        bits = magnitude_keys(delta)
-        kept = within.keeps(bits, start)
-        return kept & ~above.keeps(bits, start) if n_above else kept
+        kept = within.kept_(delta.abs(), start)
+        return kept.sub_(above.kept_(delta.abs(), start)) if n_above else kept
 
     return mask
-
-
-def _key_bits(operands: Operands) -> int:
-    return 64 if operands.dtype == torch.float64 else 32
 
 
 def _rescaling(operands: Operands, i: int, mask: Mask, whole: int) -> float:

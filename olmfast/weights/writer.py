@@ -21,7 +21,7 @@ from olmfast import _shards
 from olmfast.errors import InputError, OlmfastError
 from olmfast.weights.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo, reading
 from olmfast.weights.methods import Sources
-from olmfast.weights.operands import STRETCH, Readable
+from olmfast.weights.operands import STRETCH, Readable, stretch_on
 from olmfast.weights.recipe import Copy, Expression, Recipe
 
 TOKENIZER_FILES = (
@@ -36,6 +36,8 @@ TOKENIZER_FILES = (
 )
 
 PAGE_BYTES = 4096
+# Stretches that are written together: the disk is asked once for all of them.
+AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,14 @@ class OutputTensor:
     expression: Expression
 
     @property
+    def n_values(self) -> int:
+        """Values it holds."""
+        return prod(self.shape)
+
+    @property
     def n_bytes(self) -> int:
         """Bytes in the file."""
-        return prod(self.shape) * self.dtype.itemsize
+        return self.n_values * self.dtype.itemsize
 
 
 def plan_tensors(recipe: Recipe, sources: Sources) -> list[OutputTensor]:
@@ -221,14 +228,18 @@ def _lie_alike(first: TensorInfo, here: TensorInfo, distance: int) -> bool:
 def _write_computed(output: _shards.Output, place: int, tensor: OutputTensor, sources: Sources, finite: bool) -> None:
     """The tensor's values, a stretch at a time: computed, rounded, checked, written."""
     try:
-        source = sources.readable(tensor.expression)
+        source, gathered = sources.readable(tensor.expression), list[torch.Tensor]()
         if tuple(source.shape) != tensor.shape:
             raise ValueError(f"has shape {list(source.shape)}, expected {list(tensor.shape)}")
-        for start, values in stretches_of(source):
-            rounded = values.to(tensor.dtype)
+        for start, values in stretches_of(source, stretch_on(sources.device)):
+            rounded = values.to(tensor.dtype, copy=True)
             if finite and not (_is_finite(values) and (tensor.dtype != torch.float16 or _is_finite(rounded))):
                 raise not_finite(tensor, sources)
-            output.write(place + start * tensor.dtype.itemsize, rounded.view(torch.uint8).numpy().data)
+            gathered.append(rounded)
+            if len(gathered) == AT_ONCE or start + len(values) == tensor.n_values:
+                block = torch.cat(gathered).view(torch.uint8).numpy()
+                output.write(place + (start + len(values)) * tensor.dtype.itemsize - block.nbytes, block.data)
+                gathered.clear()
         for info in sources.places(tensor.expression):  # read once more only by chance; else memory fills with it
             info.shard.advise(info.offset, info.n_bytes, "release")
     except (TypeError, ValueError) as error:
@@ -241,12 +252,12 @@ def _check_finite(tensor: OutputTensor, sources: Sources) -> None:
         raise not_finite(tensor, sources)
 
 
-def stretches_of(source: Readable) -> Iterator[tuple[int, torch.Tensor]]:
+def stretches_of(source: Readable, step: int = STRETCH) -> Iterator[tuple[int, torch.Tensor]]:
     """(start, values) of a floating-point tensor, flat, in float32 or float64; the memory is used again."""
     n_values = prod(source.shape)
     dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
-    buffer = torch.empty(min(STRETCH, n_values), dtype=dtype)
-    for start in range(0, n_values, STRETCH):
+    buffer = torch.empty(min(step, n_values), dtype=dtype)
+    for start in range(0, n_values, step):
         values = buffer[: n_values - start]
         source.read_into(values, start)
         yield start, values

@@ -6,7 +6,8 @@ A Llama of 12 blocks, width 512 and 8,000 words, four donors, questions of about
 (`search_case.py`); the plain driver is `baseline.py`. Times are CPU seconds of the whole process, so that other work
 on the machine counts little. The plain driver needs 22 CPU seconds for a candidate on 8 + 8 questions and scores
 candidates one after another, none faster or slower than the next: by default it is given one of each kind, and a
-search in which one module is refined. With OLMFAST_BENCH_ALL=1 it gets all of them, which takes about two hours.
+search on 4 + 4 questions (OLMFAST_BENCH_QUESTIONS) in which one module is refined. With OLMFAST_BENCH_ALL=1 it gets two
+of each kind in three blocks, and the search has 8 + 8 questions and three modules: about two hours.
 """
 
 import os
@@ -24,7 +25,9 @@ from baseline import Baseline
 from search_case import make_case, module_unit, modules_in, session, walk
 
 from olmfast.evaluation.scorer import Candidate, Scores
+from olmfast.report import Outcome
 from olmfast.search import evolve
+from olmfast.search.swap import swap
 from olmfast.weights.architecture import Unit
 from olmfast.weights.recipe import Copy
 
@@ -38,7 +41,7 @@ DEMO = Path(__file__).parents[1] / "examples" / "demo" / "olm_config.yaml"
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    return make_case(tmp_path_factory.mktemp("search"))
+    return make_case(tmp_path_factory.mktemp("search"), n_samples=32)
 
 
 def cpu(call: Callable[[], object]) -> float:
@@ -119,11 +122,11 @@ def test_cpu_seconds_per_candidate(benchmark, case):
 
 def test_a_search_decides_as_the_plain_driver(benchmark, case):
     refined = BLOCKS if ALL else (5,)
-    samples = 8 if ALL else 4
+    samples = int(os.environ.get("OLMFAST_BENCH_QUESTIONS", 8 if ALL else 4))
     keys = {"base_select": True, "es_svd": True, "es_norm": True, "es_norm_generations": 1}
     with session(case.config(samples, "search", **keys)) as engine:
         ours = cpu(lambda: benchmark.pedantic(lambda: walk(engine, BLOCKS, refined), rounds=1))
-        decisions = engine.report.choices
+        decisions = [Outcome(**step) for step in engine.report.own["steps"].values()]
         unit_of = {block: engine.search.architecture.window_unit(engine.search.tensors, [block]) for block in BLOCKS}
         baseline = Baseline(case.folders, engine.inputs.datasets, case.folder / "plain")
 
@@ -149,17 +152,17 @@ def test_a_search_decides_as_the_plain_driver(benchmark, case):
     assert same == len(decisions)
 
 
-def test_racing(benchmark, case):
+def test_racing(benchmark, tmp_path):
     """On 192 questions of each dataset, in the last block, where a candidate costs least."""
     keys = {"es_svd": True, "es_norm": True, "es_norm_generations": 1}
+    case = make_case(tmp_path, n_samples=192)
     seconds, found = {}, {}
     for name, racing in (("exact", False), ("racing", True)):
         with session(case.config(192, name, racing=racing, **keys)) as engine:
-            engine._choose_base()
             search = engine.search
             call = lambda search=search: walk_last(search)  # noqa: E731
             seconds[name] = cpu(call if name == "exact" else lambda c=call: benchmark.pedantic(c, rounds=1))
-            found[name] = engine.report.choices[1:]
+            found[name] = engine.report.choices()
             skipped = sum(len(outcome.dropped) for outcome in found[name])
     same = sum(a.winner == b.winner for a, b in zip(found["exact"], found["racing"], strict=True))
     for a, b in zip(found["exact"], found["racing"], strict=True):
@@ -170,13 +173,10 @@ def test_racing(benchmark, case):
 
 
 def walk_last(search) -> None:
-    unit = search.architecture.window_unit(search.tensors, [11])
-    evolve_in = module_unit(11, "model.layers.11.mlp.down_proj")
-    from olmfast.search.swap import swap
-
-    swap(search, "layers", unit)
-    swap(search, "tensors", evolve_in)
-    evolve.refine(search, evolve_in)
+    module = module_unit(11, "model.layers.11.mlp.down_proj")
+    swap(search, "layers", search.architecture.window_unit(search.tensors, [11]))
+    swap(search, "tensors", module)
+    evolve.refine(search, module)
 
 
 MATRIX_PRODUCTS = (

@@ -289,7 +289,7 @@ def plan_merge(config: MergeConfig, *, seed: int = 0) -> Plan:
 
     Reads headers, configs and tokenizers, no weights. Raises InputError that lists everything that does not fit.
     """
-    pool = Pool.open(config.model_names, config.folder, config.folder, alike=False)
+    pool = Pool.open(config.model_names, config.folder, config.folder, alike=False, download=False)
     _check_families(pool)
     base = config.base_model or config.groups()[0].sources[0].model
     vocabulary = _vocabulary(config, pool, base)

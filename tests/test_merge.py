@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from olmfast.errors import InputError
 from olmfast.merge_config import load_merge_config
 from olmfast.static import Written, merge_models, plan_merge
-from olmfast.testing import FAMILIES, tiny_model
+from olmfast.testing import FAMILIES, tiny_model, tiny_run
 from olmfast.weights.methods import METHODS
 from olmfast.weights.operands import Held, Operands
 
@@ -374,3 +374,25 @@ def test_a_merge_loads_neither_transformers_nor_a_tokenizer_library(place):
     command = [sys.executable, "-c", code, str(place / "m.yml"), str(place / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1] == "[]"
+
+
+def test_a_hub_id_is_taken_from_the_local_cache_and_never_from_the_network(place, monkeypatch):
+    cache = place / "cache"
+    snapshot = cache / "models--org--far" / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(place / "b", snapshot)
+    (cache / "models--org--far" / "refs").mkdir()
+    (cache / "models--org--far" / "refs" / "main").write_text(snapshot.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("used the network"))
+    config = {"merge_method": "linear", "parameters": {"weight": 1}}
+    (place / "m.yml").write_text(yaml.safe_dump({**config, "models": [{"model": "a"}, {"model": "org/far"}]}))
+    merge_models(load_merge_config(place / "m.yml"), place / "out")
+    (place / "m.yml").write_text(yaml.safe_dump({**config, "models": [{"model": "org/nowhere"}]}))
+    with pytest.raises(InputError, match="merging uses no network; get it with: hf download org/nowhere"):
+        merge_models(load_merge_config(place / "m.yml"), place / "out2")
+
+
+def test_check_of_a_run_prints_its_plan(tmp_path, olmfast):
+    code, out, _ = olmfast("check", tiny_run(tmp_path, 2, layer_swap=True), "--json")
+    assert code == 0
+    assert json.loads(out)["stages"]["layers"]["units"] == 2

@@ -63,8 +63,9 @@ class Pool:
         progress: Callable[[str], None] = lambda _: None,
         digests: DigestCache | None = None,
         alike: bool = True,
+        download: bool = True,
     ) -> Pool:
-        """Find, download where needed, open and check the named donors; `folder` resolves relative paths.
+        """Find, download where needed (and allowed), open and check the named donors; `folder` resolves relative paths.
 
         They share `digests`, which may know their tensors from an earlier run.
 
@@ -76,7 +77,9 @@ class Pool:
         for name in names:
             progress(name)
             try:
-                donors.append(Checkpoint(resolve(name, models_dir, folder), name, digests, any_family=not alike))
+                donors.append(
+                    Checkpoint(resolve(name, models_dir, folder, download), name, digests, any_family=not alike)
+                )
             except InputError as error:
                 faults.append(str(error))
         if faults:
@@ -129,10 +132,11 @@ class Pool:
             raise InputError("\n".join(faults))
 
 
-def resolve(name: str, models_dir: Path, folder: Path) -> Path:
+def resolve(name: str, models_dir: Path, folder: Path, download: bool = True) -> Path:
     """The folder of a model named by hub id or path; hub ids lie at `models_dir/<id with "/" as "_">`.
 
-    A hub model that is not there, or whose download was interrupted, is downloaded or continued.
+    A hub model that is not there, or whose download was interrupted, is downloaded or continued; without `download`
+    it is taken from Hugging Face's cache on this machine.
     Raises InputError if it cannot be had.
     """
     stored = models_dir / name.replace("/", "_")
@@ -145,7 +149,21 @@ def resolve(name: str, models_dir: Path, folder: Path) -> Path:
         if stored.is_dir():
             return stored  # unfinished, and no hub id: opening it names what is missing
         raise InputError(f"{name}: no such model folder; looked in {models_dir} and {folder}")
-    return _download(name, stored)
+    return _download(name, stored) if download else _cached(name, stored)
+
+
+def _cached(name: str, stored: Path) -> Path:
+    """Where Hugging Face's cache has a model. Raises InputError if it has not; no network is used."""
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
+    except Exception as error:  # the hub client raises many unrelated types
+        raise InputError(
+            f"{name}: neither at {stored} nor in Hugging Face's cache ({type(error).__name__}), and merging uses no "
+            f"network; get it with: hf download {repository}{f' --revision {revision}' if revision else ''}"
+        ) from None
 
 
 def _marker(target: Path) -> Path:

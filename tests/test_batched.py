@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 from olmfast import run
 from olmfast.config import DatasetConfig, load_config
 from olmfast.errors import InputError
-from olmfast.evaluation.batched import BatchedScorer
+from olmfast.evaluation.batched import PREFIX_SHARE, BatchedScorer
 from olmfast.evaluation.batches import load_datasets
 from olmfast.evaluation.decoder import Decoder
+from olmfast.evaluation.memory import Memory
 from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.scorer import Candidate, SequentialScorer
 from olmfast.evaluation.stacked import ScaledLeaf, StackedLeaf
@@ -186,6 +188,72 @@ def test_what_does_not_fit_the_memory_is_halved_and_scores_the_same(fits, tmp_pa
     monkeypatch.setattr(Decoder, "run", lambda *_: (_ for _ in ()).throw(ValueError("another fault")))
     with pytest.raises(ValueError, match="another fault"):
         world.fast.score(unit, candidates)
+
+
+@pytest.mark.parametrize("fits", [2, 7])
+def test_a_prefix_that_does_not_fit_the_memory_is_halved_too(fits, tmp_path, monkeypatch):
+    world = World(tmp_path, "llama", torch.float64)
+    run = Decoder.run
+
+    def crowded(self, hidden, first, last, *rest):
+        if len(hidden) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return run(self, hidden, first, last, *rest)
+
+    monkeypatch.setattr(Decoder, "run", crowded)
+    for unit in (world.block(2), world.block(0, 1)):
+        candidates = world.donors(unit)
+        assert_same(world.fast.score(unit, candidates), world.plain.score(unit, candidates), 1e-9)
+    assert world.fast.statistics.splits > 0
+
+
+def test_a_stack_that_did_not_fit_is_freed_before_its_halves_are_made(tmp_path, monkeypatch):
+    world = World(tmp_path, "llama", torch.float64)
+    unit = world.block(1)
+    stack, made = WorkingModel.stack, []
+
+    def crowded(self, name, several):
+        assert len(several) > 1 or not any(len(tensor() if tensor() is not None else ()) > 1 for tensor in made)
+        if len(several) > 1 and made:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        result = stack(self, name, several)
+        made.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(WorkingModel, "stack", crowded)
+    world.fast.score(unit, world.donors(unit))
+    assert world.fast.statistics.splits == 1
+
+
+def test_a_dataset_that_is_scored_after_another_keeps_its_prefix(tmp_path, monkeypatch):
+    world = World(tmp_path, "llama", torch.float64)
+    entered, enter = [], Decoder.enter
+    monkeypatch.setattr(Decoder, "enter", lambda self, ids: (entered.append(len(ids)), enter(self, ids))[1])
+    for block in range(3):
+        unit, before = world.block(block), len(entered)
+        for name in ("pairs.json", "loss.json"):  # as the guard has them scored
+            fast, plain = (scorer.score(unit, world.donors(unit), [name]) for scorer in (world.fast, world.plain))
+            assert_same(fast, plain, 1e-9)
+        assert (len(entered) == before) == (block > 0)
+        world.commit(world.donors(unit)[1])
+
+
+def test_states_are_kept_only_where_those_of_the_longest_answers_fit(tmp_path):
+    world = World(tmp_path, "llama", torch.float64)
+    scorer = world.fast
+    free = [task for task in scorer._tasks if task.runs_freely]
+    longest = sum(len(task.sample.prompt) + task.limit for task in free)
+    for tokens, kept in ((longest - 1, False), (longest + 1, True)):
+        scorer._room = int(2 * tokens * scorer._decoder.state_bytes / PREFIX_SHARE)
+        scorer._take_apart()
+        assert scorer._keeps_states == kept
+
+
+def test_where_the_system_shows_no_peak_nothing_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("olmfast.evaluation.memory.RESET", tmp_path / "none" / "clear_refs")
+    done = []
+    assert Memory(CPU).taken_by(lambda: done.append(1)) == 0
+    assert done == [1]
 
 
 def test_a_pass_that_fits_in_no_size_is_an_error(tmp_path, monkeypatch):

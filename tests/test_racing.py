@@ -128,3 +128,26 @@ def test_a_raced_run_reports_what_it_skipped_and_scores_its_winner_in_full(tmp_p
     lines = [json.loads(line) for line in (result.output_dir / "evaluations.jsonl").read_text().splitlines()]
     assert {sum(x is not None for x in line["samples"]) for line in lines} >= {4, 24}
     assert not any("behind" in reason for reason in steps["base"]["dropped"].values())
+
+
+@pytest.mark.parametrize("selection", RULES)
+def test_who_the_guard_will_refuse_drives_nobody_out(selection):
+    table = Table([0.5, 0.1, 0.4, 0.9])
+    table.samples["a"][1] -= 0.4
+    table.samples["b"][1] += 0.55  # best of all by far on `a`, and worse than what is there on `b`
+    rules = RULES[selection] if selection == "mean" else Rules("copeland", 1e-6, weights={"a": 2.0})
+    _, dropped = heats(table, 4, table.sizes, Racing(), rules, 7)
+    assert 2 in dropped
+    _, dropped = heats(table, 4, table.sizes, Racing(), rules, 7, guarded=["b"])
+    assert set(dropped) == {3}
+
+
+def test_where_any_improvement_is_accepted_what_is_there_drives_nobody_out():
+    table = Table([0.5, 0.4, 0.45, 0.9])
+    table.samples["b"][1:3] += 0.5
+    rules = RULES["copeland"]
+    _, dropped = heats(table, 4, table.sizes, Racing(), rules, 7)
+    assert set(dropped) == {1, 2, 3}
+    _, dropped = heats(table, 4, table.sizes, Racing(), rules, 7, current_leads=False)
+    assert 1 not in dropped
+    assert 3 in dropped

@@ -132,10 +132,9 @@ def resume(module: Any, cuts: Sequence[Cut], leaves: Sequence[Leaf], context: in
         top, token = logits.max(dim=1)
         if probabilities is None:
             probabilities = logits.new_zeros(len(cuts), n_steps)
-        alive = left > 0
-        tokens[rows[alive], step] = token[alive]
-        probabilities[rows[alive], step] = torch.exp(top - torch.logsumexp(logits, dim=1))[alive]
-        lengths[rows[alive]] += 1
+        tokens[rows, step] = token  # what comes after a row's end is not read
+        probabilities[rows, step] = torch.exp(top - torch.logsumexp(logits, dim=1))
+        lengths[rows] += left > 0
         left = torch.where(torch.isin(token, stop_ids), 0, left - 1)
         alive = left > 0
         n_alive = int(alive.sum())

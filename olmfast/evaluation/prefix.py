@@ -72,8 +72,9 @@ class Prefix:
             if start < block or (batch.wants_states and len(batch.states) < block):
                 self._advance(batch, start, block, self._stations(start, block) if self._backward else set())
         for batch in self.batches:
+            moved_up = not self._backward and block in batch.hidden  # others of the same block may be asked for next
             for boundary in list(batch.hidden):
-                if boundary > block or (boundary < block and not self._backward):
+                if boundary > block or (boundary < block and moved_up):
                     del batch.hidden[boundary]
         self._last = block
 

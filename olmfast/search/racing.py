@@ -7,7 +7,7 @@ with the paired t-test of `significance`). Who stays to the end is scored in ful
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
@@ -26,11 +26,14 @@ def heats(
     racing: Racing,
     rules: Rules,
     seed: int,
+    guarded: Collection[str] = (),
+    current_leads: bool = True,
 ) -> tuple[Scores | None, dict[int, str]]:
     """Score candidates 0..n-1 on growing parts of the samples; `score(rows, samples)` evaluates some of them.
 
     Returns what was scored, a row for each candidate (None: nothing), and the reason for each that left.
-    Candidate 0, what is there, never leaves.
+    Candidate 0, what is there, never leaves. Nobody is driven out by a candidate that the guard would refuse, being
+    worse than candidate 0 on a dataset in `guarded`; nor, without `current_leads`, by candidate 0.
     """
     order = {name: normal(n, seed, "racing", name).argsort().tolist() for name, n in sizes.items()}
     rows = list(range(n_candidates))
@@ -48,8 +51,13 @@ def heats(
         finite = [row for row in rows if all(bool(seen.mean(name)[row].isfinite()) for name in sizes)]
         if 0 not in finite:
             break  # what is there cannot be scored: the full evaluation says so
-        leader = choose(seen, finite, rules)
         comparison = Comparison(seen, rules)
+        leaders = [row for row in finite if row and not any(comparison.is_worse(name, row, 0) for name in guarded)]
+        if current_leads:
+            leaders.insert(0, 0)
+        if not leaders:
+            continue
+        leader = choose(seen, leaders, rules)
         for row in finite:
             if row not in (0, leader) and comparison.cannot_beat(row, leader, racing.confidence):
                 counts = " and ".join(f"{min(rung, n)} of {n}" for n in dict.fromkeys(sizes.values()))

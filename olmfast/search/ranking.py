@@ -65,6 +65,10 @@ class Comparison:
             return False
         return self.rules.significance is None or self._p(dataset, i, j) < self.rules.significance
 
+    def is_worse(self, dataset: str, i: int, j: int) -> bool:
+        """Whether i scores higher than j by more than the tie tolerance, which is what the guard asks."""
+        return _is_less(self.means[dataset][j], self.means[dataset][i], self.rules.tie_tolerance)
+
     def cannot_beat(self, i: int, leader: int, confidence: float) -> bool:
         """Whether i cannot come out before the leader, even if all that is open turns out in its favour.
 

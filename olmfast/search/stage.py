@@ -234,7 +234,10 @@ class Search:
         def score(rows: list[int], samples: Mapping[str, list[int]]) -> Scores:
             return self._ask(step, candidates, rows, samples)
 
-        raced, dropped = heats(score, len(candidates), sizes, racing, self.rules, self.config.seed)
+        guard = self.config.improve_all if step.guarded else None
+        guarded = [name for name in sizes if guard in ("all", "base", self.config.dataset[name].mode, name)]
+        led = step.accept is None  # another rule may prefer an offspring that is worse than what is there
+        raced, dropped = heats(score, len(candidates), sizes, racing, self.rules, self.config.seed, guarded, led)
         if raced is not None:
             self._write_ledger(step, candidates, list(dropped), raced)
         return raced, dropped

@@ -34,6 +34,7 @@ from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Copy, Expression, Merge, Rows, merge
 from olmfast.weights.vocabulary import Given, Origin, Vocabulary, plan_vocabulary, row_of, tokenizer_texts
 from olmfast.weights.writer import (
+    AT_ONCE,
     OutputTensor,
     copy_file,
     in_order,
@@ -46,7 +47,6 @@ from olmfast.weights.writer import (
 
 # Methods that draw random numbers: their masks depend on the seed and the tensor's name.
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
-# Python, torch and this package, before anything is read; measured when it is asked for.
 SHARD_SIZE = 5_000_000_000
 
 
@@ -218,8 +218,9 @@ def memory_bytes(plan: Plan) -> int:
     """An upper estimate of the memory that a merge takes beside Python and torch: what is read at a time."""
     most = max((len(list(Sources(plan.pool, Path()).places(t.expression))) for t in plan.tensors), default=0)
     row = max((tensor.shape[-1] for tensor in plan.tensors if tensor.shape), default=1)
-    # Each term has a buffer, and its thinned or weighted form; half a dozen more hold masks and sums.
-    return (2 * most + 8) * max(STRETCH, row) * 8
+    # Each term has a buffer, and its thinned or weighted form; half a dozen more hold masks and sums. Then what is
+    # gathered to be written, and its copy. Pages of files are not counted: the system takes them back when it wants.
+    return (2 * most + 8) * max(STRETCH, row) * 8 + 2 * AT_ONCE * STRETCH * 4
 
 
 def check_output(plan: Plan, folder: OutputFolder, max_ram: int | None) -> None:

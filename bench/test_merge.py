@@ -21,7 +21,7 @@ import torch
 import yaml
 
 pytestmark = pytest.mark.timeout(0)
-ROUNDS = 1
+ROUNDS = 3
 BLOCKS, WIDTH, INNER, KEYS, WORDS = 24, 896, 4864, 128, 151936
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],

@@ -169,9 +169,9 @@ class BatchedScorer:
             lambda: decoder.run(decoder.enter(ids), 0, len(decoder.blocks), Recorder(), needed)
         )
         share = int(PASS_SHARE * self._room)
-        self._pass_tokens = max(1, min(self._pass_tokens, share * ids.numel() // max(taken, 1)))
+        self._pass_tokens = min(self._pass_tokens, _power_of_two(share * ids.numel() // max(taken, 1)))
         # Decoding holds the states of its tokens twice: those handed over, and its cache.
-        self._decode_tokens = max(1, min(self._decode_tokens, share // (2 * decoder.state_bytes)))
+        self._decode_tokens = min(self._decode_tokens, _power_of_two(share // (2 * decoder.state_bytes)))
         longest = sum(len(task.sample.prompt) + task.limit for task in self._tasks if task.runs_freely)
         self._keeps_states = decoder.state_bytes * longest <= self._prefix.limit / 2
 
@@ -466,21 +466,24 @@ class BatchedScorer:
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of all tokens but the last that a candidate has followed, per block."""
         n = len(self._tasks[number].sample.prompt) + len(followed.tokens) - 1
-        states = [(keys[:, :n], values[:, :n]) for keys, values in self._states_below(number, start.block)]
+        states = [(keys[:, :n], values[:, :n]) for keys, values in self._states_below(number, start)]
         for block in range(start.block, len(self._decoder.blocks)):
             keys, values = recorder.states[block]
             own = row % len(keys)  # what is shared by all candidates is recorded once
             states.append((keys[own, :, :n].clone(), values[own, :, :n].clone()))
         return states
 
-    def _states_below(self, number: int, block: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of the blocks below `block`, (heads, tokens, head size): kept, or computed once more."""
+    def _states_below(self, number: int, start: Start) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of the blocks below the start, (heads, tokens, head size): kept, or computed once more."""
         batch, place = self._places[number]
-        if len(batch.states) >= block:
-            return [(keys[place], values[place]) for keys, values in batch.states[:block]]
-        recorder = Recorder()
-        self._decoder.run(self._decoder.enter(self._decoder.pad([self._tasks[number].ids])), 0, block, recorder)
-        return [(keys[0], values[0]) for keys, values in (recorder.states[index] for index in range(block))]
+        if len(batch.states) >= start.block:
+            return [(keys[place], values[place]) for keys, values in batch.states[: start.block]]
+        if number not in start.states_below:
+            recorder = Recorder()
+            hidden = self._decoder.enter(self._decoder.pad([self._tasks[number].ids]))
+            self._decoder.run(hidden, 0, start.block, recorder)
+            start.states_below[number] = [(keys[0], values[0]) for _, (keys, values) in sorted(recorder.states.items())]
+        return start.states_below[number]
 
     def _fills_a_batch(self, opened: Sequence[_Open]) -> bool:
         return bool(opened) and len(opened) * max(map(self._length, opened)) >= self._decode_tokens
@@ -519,3 +522,8 @@ class BatchedScorer:
         value, truncated = task.free_run(followed, self.tokenizer, self.stop_tokens)
         work.scores.set(work.rows[place], task.name, task.index, value, truncated)
         self._followed.setdefault(work.labels[place], {})[number] = followed.tokens
+
+
+def _power_of_two(n: int) -> int:
+    """The largest one up to n, and at least 1: a size that does not change with every byte that is free."""
+    return 1 << (max(n, 1).bit_length() - 1)

@@ -51,8 +51,9 @@ class Batch:
 class Prefix:
     """Keeps activations of batches, in about `limit` bytes beside those of the boundary that is in use.
 
-    A sweep that goes forward needs one boundary, which moves up with it. For one that goes backward, boundaries
-    are kept evenly spaced below, as many as the limit allows; those between are computed again when needed.
+    What is valid stays as long as there is room. Then a sweep that goes forward keeps the one boundary that moves up
+    with it. For one that goes backward, boundaries are kept evenly spaced below, as many as the limit allows; those
+    between are computed again when needed.
     """
 
     def __init__(self, model: WorkingModel, decoder: Decoder, limit: int) -> None:
@@ -71,12 +72,17 @@ class Prefix:
             start = max((boundary for boundary in batch.hidden if boundary <= at_most), default=-1)
             if start < block or (batch.wants_states and len(batch.states) < block):
                 self._advance(batch, start, block, self._stations(start, block) if self._backward else set())
+        if sum(batch.n_bytes for batch in self.batches) > self.limit:
+            self._drop_passed(block)
+        self._last = block
+
+    def _drop_passed(self, block: int) -> None:
+        """Drop what the sweep has left behind."""
         for batch in self.batches:
             moved_up = not self._backward and block in batch.hidden  # others of the same block may be asked for next
             for boundary in list(batch.hidden):
                 if boundary > block or (boundary < block and moved_up):
                     del batch.hidden[boundary]
-        self._last = block
 
     def _advance(self, batch: Batch, start: int, block: int, stations: set[int]) -> None:
         if start < 0:

@@ -113,6 +113,7 @@ class Start:
         self, decoder: Decoder, block: int, hidden: torch.Tensor, leaves: Sequence[Leaf], needed: Needed
     ) -> None:
         self.decoder, self.block, self.hidden, self.leaves, self.needed = decoder, block, hidden, leaves, needed
+        self.states_below: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # per input, where not kept
         self._recorder = Recorder()
         self._outputs: dict[Any, list[Any]] = {}  # module -> what it returned, call by call
         self._first: Leaf | None = None

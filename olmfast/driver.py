@@ -99,6 +99,8 @@ class Session:
         self.sources = Sources(inputs.pool, report.folder, memory)
         recipe = report.recipe or whole(config.base_name, inputs.pool.tensors)
         self.model = WorkingModel(recipe, self.sources, inputs.device, inputs.dtype)
+        # Checked once: the scorers that come later find what the first one keeps.
+        self.memory = Memory(inputs.device, config.max_ram, config.max_vram)
         tolerance = 1e-6 if inputs.dtype in (torch.float32, torch.float64) else 1e-3
         rules = Rules(
             config.selection,
@@ -116,7 +118,7 @@ class Session:
         told = (datasets, inputs.tokenizer, inputs.stop_tokens, config.batch_tokens, self.observer.candidate)
         if config.scorer == "sequential":
             return SequentialScorer(self.model, *told)
-        return BatchedScorer(self.model, *told, Memory(self.model.device, config.max_ram, config.max_vram))
+        return BatchedScorer(self.model, *told, self.memory)
 
     def search_all(self) -> str:
         """Walk the stages in order; returns `finished`, or `stopped` when the budget is spent."""

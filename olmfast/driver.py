@@ -11,7 +11,7 @@ import torch
 
 from olmfast.card import write_card
 from olmfast.config import RunConfig, Scale, parse_config
-from olmfast.errors import OlmfastError
+from olmfast.errors import FileChanged, OlmfastError
 from olmfast.evaluation.batched import BatchedScorer
 from olmfast.evaluation.batches import Dataset, load_datasets
 from olmfast.evaluation.memory import Memory
@@ -69,6 +69,8 @@ def run(
                 observer.note(session.write())
                 report.update(status=status)
             folder.publish(report)
+    except FileChanged as error:
+        raise error.with_advice("--resume") from None
     except torch.OutOfMemoryError as error:
         raise OlmfastError(
             f"out of memory: {str(error).splitlines()[0]}; what was decided before is saved, use --resume with a "

@@ -21,6 +21,14 @@ class InputError(OlmfastError):
     exit_code = 2
 
 
+class FileChanged(OlmfastError):
+    """A model's file cannot be read any more: it was changed or went away while in use."""
+
+    def with_advice(self, again: str) -> OlmfastError:
+        """The error that says what to do; `again` is how the work is taken up afterwards."""
+        return OlmfastError(f"{self}; put the file back as it was and use {again}")
+
+
 class Interrupted(OlmfastError):
     """The user asked the run to stop; it can be resumed. Exit code 130."""
 

@@ -22,7 +22,7 @@ import torch
 
 from olmfast import _shards, chat_templates
 from olmfast.card import merge_card
-from olmfast.errors import InputError, did_you_mean
+from olmfast.errors import FileChanged, InputError, did_you_mean
 from olmfast.merge_config import Group, MergeConfig, Source, TokenSource, settings_of
 from olmfast.output_folder import OutputFolder
 from olmfast.report import REPORT
@@ -184,6 +184,8 @@ def write_merge(
         except InputError:
             shutil.rmtree(folder.partial)  # it would be refused again
             raise
+        except FileChanged as error:
+            raise error.with_advice("the same command") from None
         _write_other_files(plan, folder.partial)
         _shards.sync_folder(folder.partial)
         folder.rename()
@@ -234,15 +236,25 @@ def check_output(plan: Plan, folder: OutputFolder, max_ram: int | None) -> None:
             raise InputError(f"{folder.output}: exists; use --overwrite to replace it")
         if (folder.partial / REPORT).exists():
             raise InputError(f"{folder.partial}: holds an unfinished run; use --overwrite to replace it")
-    parent = next(place for place in folder.output.absolute().parents if place.is_dir())
-    free = shutil.disk_usage(parent).free
+    free = free_bytes(folder.output)
     if free < plan.n_bytes:
         raise InputError(
-            f"{folder.output}: the result needs {plan.n_bytes / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free"
+            f"{folder.output}: the result needs {plan.n_bytes / 1e9:.2f} GB and {_parent(folder.output)} has "
+            f"{free / 1e9:.2f} GB free"
         )
     held = psutil.Process().memory_info().rss + memory_bytes(plan)
     if max_ram is not None and held > max_ram:
         raise InputError(f"--max-ram {max_ram}: the merge needs about {held} bytes; allow as much")
+
+
+def free_bytes(output: Path) -> int:
+    """Bytes that are free on the disk that `output` would be written to."""
+    return shutil.disk_usage(_parent(output)).free
+
+
+def _parent(output: Path) -> Path:
+    """The innermost folder around `output` that is there."""
+    return next(place for place in output.absolute().parents if place.is_dir())
 
 
 def check_buffers(plan: Plan) -> None:
@@ -644,8 +656,7 @@ def copy_rate(plan: Plan, near: Path, n_bytes: int = 32 << 20) -> float:
     """Bytes per second that a model's weights are copied with to the disk of `near`, by copying a few."""
     info = max((info for donor in plan.pool for info in donor.tensors.values()), key=lambda info: info.n_bytes)
     n_bytes = min(n_bytes, info.n_bytes)
-    parent = next(place for place in near.absolute().parents if place.is_dir())
-    trial = parent / f".{near.name}.trial"
+    trial = _parent(near) / f".{near.name}.trial"
     started = time.monotonic()
     try:
         output = _shards.Output(trial, n_bytes)

@@ -19,7 +19,7 @@ import torch
 import xxhash
 
 from olmfast import _shards
-from olmfast.errors import InputError, OlmfastError
+from olmfast.errors import FileChanged, InputError, OlmfastError
 from olmfast.weights.architecture import Architecture
 from olmfast.weights.digests import DigestCache
 
@@ -70,7 +70,7 @@ class TensorInfo:
         copy_tensors([self.flat(start, start + len(out)).into(out)])
 
     def read(self) -> torch.Tensor:
-        """A copy on the CPU, in the stored dtype and shape. Raises OlmfastError if the file cannot be read any more."""
+        """A copy on the CPU, in the stored dtype and shape. Raises FileChanged if the file cannot be read any more."""
         out = torch.empty(self.shape, dtype=self.dtype)
         copy_tensors([self.into(out)])
         return out
@@ -197,7 +197,7 @@ class Checkpoint:
 def copy_tensors(transfers: Sequence[_shards.Transfer]) -> None:
     """Copy tensors to where `TensorInfo.into` aimed them, on all cores at once.
 
-    Raises OlmfastError naming the file and tensor that cannot be read any more.
+    Raises FileChanged naming the file that cannot be read any more.
     """
     with reading():
         _shards.copy(transfers)
@@ -209,9 +209,7 @@ def reading() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OlmfastError(
-            f"{error.filename}: {error.strerror}; put the file back as it was and use --resume"
-        ) from None
+        raise FileChanged(f"{error.filename}: {error.strerror}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

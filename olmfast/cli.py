@@ -12,11 +12,22 @@ from typing import Annotated, Any
 
 import typer
 import yaml
+from typer.core import TyperGroup
 
 from olmfast import __version__
 from olmfast.errors import InputError, Interrupted, OlmfastError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+class _Commands(TyperGroup):
+    """`check linear ...` is `linear --dry-run ...`: one command line, checked and printed in one place."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[:2] == ["check", "linear"]:
+            args = ["linear", "--dry-run", *args[2:]]
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def main() -> None:
@@ -155,6 +166,7 @@ def linear_command(
     from dataclasses import replace
 
     from olmfast import linear, static, static_output
+    from olmfast.output_folder import OutputFolder
 
     # An option takes one value here: the layers after the first arrive as arguments, of which there are no others.
     listed = [*(layers or []), *(more_layers or [])]
@@ -173,22 +185,23 @@ def linear_command(
         density,
         seed,
         " ".join(["olmfast", *sys.argv[1:]]),
+        linear.read_sensitivity(sensitivity) if sensitivity else None,
+        top,
     )
-    if (sensitivity is None) != (top is None):
-        raise InputError("--sensitivity and --top: one ranks the layers, the other says how many are merged; give both")
-    if sensitivity is not None and top is not None:
-        file, separator, mode = sensitivity.rpartition(":")
-        if not separator:
-            raise InputError(f"--sensitivity {sensitivity}: expected FILE:MODE")
-        _quiet_libraries()
-        ranked = linear.rank_layers(wanted, Path(file).absolute(), mode)
-        static_output.print_ranked(ranked, top, as_json)
-        wanted = replace(wanted, layers=tuple(one.layer for one in ranked[:top]))
     plan = linear.plan_linear(wanted)
     out = output_dir or Path("merged_models") / wanted.folder_name
     if dry_run:
         static_output.print_plan(plan, out, as_json)
         return
+    if top is not None:
+        if output_dir is not None:  # else it is named after the layers
+            static.check_output(plan, OutputFolder(output_dir, overwrite=overwrite), None)
+        _quiet_libraries()
+        ranked = linear.rank_layers(wanted)
+        static_output.print_ranked(ranked, top, as_json)
+        picked = tuple(one.layer for one in ranked[:top])
+        wanted = replace(wanted, layers=picked, sensitivity=None, top=None)
+        plan, out = linear.plan_linear(wanted), output_dir or Path("merged_models") / wanted.folder_name
     with static_output.watched(plan, quiet=as_json) as written:
         done = static.write_merge(plan, out, device=device, overwrite=overwrite, written=written)
     static_output.print_written(done, as_json)

@@ -37,14 +37,14 @@ class Inputs:
     dtype: torch.dtype
 
     @classmethod
-    def open(cls, config: RunConfig, observer: Observer) -> Inputs:
-        """Open donors and datasets. Raises InputError naming what is unusable."""
+    def open(cls, config: RunConfig, observer: Observer, download: bool = True) -> Inputs:
+        """Open donors (downloaded where needed and allowed) and datasets. Raises InputError naming what is unusable."""
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
         names = [config.base_name, *(name for name in config.models if name != config.base_name)]
         digests = DigestCache()
         digests.load([config.output_dir.with_name(f"{config.output_dir.name}.partial") / DIGESTS])
-        pool = Pool.open(names, config.models_dir, config.config_dir, digests=digests)
+        pool = Pool.open(names, config.models_dir, config.config_dir, digests=digests, download=download)
         for warning in pool.warnings:
             observer.note(warning)
         tokenizer, stop_tokens = load_tokenizer(pool[config.base_name])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -15,10 +15,11 @@ from typing import Any
 
 import yaml
 
-from olmfast.errors import InputError
+from olmfast.config import RunConfig, parse_config
+from olmfast.errors import InputError, did_you_mean
 from olmfast.static import Plan
 from olmfast.weights.checkpoint import Checkpoint, read_json
-from olmfast.weights.pool import Pool
+from olmfast.weights.pool import Pool, vocabulary_differences
 from olmfast.weights.recipe import Copy, Expression, Rows, Setting, merge
 from olmfast.weights.writer import OutputTensor, in_order
 
@@ -27,6 +28,7 @@ METHODS = ("linear", "slerp", "ties", "dare")
 QKV = re.compile(
     r"\.(q_proj|k_proj|v_proj|qkv_proj|c_attn|query|key|value|query_key_value|qkv|W_?pack|wqkv|wq|wk|wv)\.(weight|bias)$"
 )
+RANKED_ON = 200  # conversations of the dataset that ranks layers, at most
 MOST_LISTED = 10  # more layers than this are counted in the name of the output folder, not listed
 
 
@@ -36,6 +38,7 @@ class LinearMerge:
 
     `layers` are the blocks that are merged, None for all parameters; `layer_alphas` says of some blocks what A weighs
     in them, `alpha` of everything else. `density` is the share of B's difference that `ties` and `dare` keep.
+    `sensitivity`, a dataset and how to score it, ranks the layers; the `top` best of them are merged.
     """
 
     model_a: str
@@ -49,19 +52,28 @@ class LinearMerge:
     density: float = 0.5
     seed: int = 0
     command: str = ""
+    sensitivity: tuple[Path, str] | None = None
+    top: int | None = None
 
     def __post_init__(self) -> None:
+        _refuse(self._faults())
+
+    def _faults(self) -> Iterator[str]:
         if not 0 <= self.alpha <= 1:
-            raise InputError(f"--alpha must be in range [0, 1], got {self.alpha:g}")
+            yield f"--alpha must be in range [0, 1], got {self.alpha:g}"
         negative = [layer for layer in self.layers or () if layer < 0]
         if negative:
-            raise InputError(f"Layer indices must be non-negative. Got: {negative}")
+            yield f"Layer indices must be non-negative. Got: {negative}"
         if self.layers == ():
-            raise InputError("--layers: expected at least one layer index")
+            yield "--layers: expected at least one layer index"
+        if self.qkv_only and self.layers is None and self.sensitivity is None:
+            yield "--qkv_only requires --layers"
         if self.method not in METHODS:
-            raise InputError(f"--method {self.method}: expected one of {', '.join(METHODS)}")
+            yield f"--method {self.method}: expected one of {', '.join(METHODS)}{did_you_mean(self.method, METHODS)}"
         if not 0 < self.density <= 1:
-            raise InputError(f"--density must be in range (0, 1], got {self.density:g}")
+            yield f"--density must be in range (0, 1], got {self.density:g}"
+        if (self.sensitivity is None) != (self.top is None):
+            yield "--sensitivity and --top: one ranks the layers, the other says how many are merged; give both"
 
     @property
     def folder_name(self) -> str:
@@ -78,6 +90,10 @@ class LinearMerge:
         parts += [self.method] * (self.method != "linear")
         return "_".join(parts)
 
+    def ranked_layers(self, n_blocks: int) -> tuple[int, ...]:
+        """The layers that `sensitivity` ranks: those of `layers`, or all."""
+        return tuple(sorted(set(range(n_blocks) if self.layers is None else self.layers)))
+
     def blend(self, tensor: str, block: int | None, b: Expression, n_dims: int) -> Expression:
         """One tensor of A merged with B's; those of one dimension are always merged linearly."""
         a, weight = Copy(self.model_a, tensor), self.layer_alphas.get(-1 if block is None else block, self.alpha)
@@ -90,6 +106,21 @@ class LinearMerge:
             return merge("ties", (b,), a, **thinned)
         drawn: dict[str, Setting] = {"rescale": True, "seed": self.seed, "stream": tensor}
         return merge("dare_linear", (b,), a, **thinned, **drawn)
+
+
+def _refuse(faults: Iterable[str]) -> None:
+    """Raise InputError with all that is wrong, if anything is."""
+    listed = list(faults)
+    if listed:
+        raise InputError("\n".join(listed))
+
+
+def read_sensitivity(text: str) -> tuple[Path, str]:
+    """The dataset and the mode of `FILE:MODE`. Raises InputError for anything else."""
+    file, separator, mode = text.rpartition(":")
+    if not separator:
+        raise InputError(f"--sensitivity {text}: expected FILE:MODE")
+    return Path(file).absolute(), mode
 
 
 def read_layer_alphas(path: Path) -> dict[int, float]:
@@ -119,18 +150,32 @@ def read_layer_alphas(path: Path) -> dict[int, float]:
 def plan_linear(wanted: LinearMerge) -> Plan:
     """Open both models and say for every tensor what it is made of; reads no weights.
 
-    Raises InputError if keys or shapes differ, or a layer is not there.
+    Before layers are ranked, the plan is that of as many layers as will be picked. Raises InputError with everything
+    that does not fit: layers that are not there, keys or shapes that differ, a dataset that cannot be used.
     """
-    if wanted.qkv_only and wanted.layers is None:
-        raise InputError("--qkv_only requires --layers")
-    pool = Pool.open(list(dict.fromkeys([wanted.model_a, wanted.model_b])), Path.cwd(), Path.cwd(), alike=False)
+    names = list(dict.fromkeys([wanted.model_a, wanted.model_b]))
+    pool = Pool.open(names, Path.cwd(), Path.cwd(), alike=False, download=False)
     a, b = pool[wanted.model_a], pool[wanted.model_b]
-    _check_layers(wanted, a.architecture.n_blocks)
-    theirs = _matching(a, b)
+    theirs = _counterparts(a, b)
+    _refuse(
+        [
+            *_layer_faults(wanted, a.architecture.n_blocks),
+            *_ranking_faults(wanted, a.architecture.n_blocks),
+            *_key_faults(a, b, theirs),
+        ]
+    )
+    notes = []
+    if wanted.sensitivity is not None:
+        ranked = wanted.ranked_layers(a.architecture.n_blocks)
+        wanted = replace(wanted, layers=ranked[: wanted.top])
+        listed = ", ".join(map(str, ranked))
+        notes.append(f"The ranking decides which {wanted.top} of the layers {listed} are merged, and stand in the name")
     special = _special_rows(a, b) if wanted.special_fixes else []
-    tensors = [_tensor(wanted, a, name, theirs[name], special) for name in a.tensors]
+    tensors = [_tensor(wanted, a, name, theirs.get(name, ""), special) for name in a.tensors]
     texts = _generation_config(a, b) if wanted.special_fixes else {}
-    notes = [f"Rows of {len(special)} special tokens are those of {a.name}"] if special and not wanted.layers else []
+    if special and wanted.layers is None:
+        notes.append(f"Rows of {len(special)} special tokens are those of {a.name}")
+    notes += [f"{b.name}: {difference}; rows are merged by id" for difference in vocabulary_differences(a, b)]
     title = f"{wanted.method} (adaptive)"
     return Plan(
         title,
@@ -145,12 +190,24 @@ def plan_linear(wanted: LinearMerge) -> Plan:
     )
 
 
-def _check_layers(wanted: LinearMerge, n_blocks: int) -> None:
+def _layer_faults(wanted: LinearMerge, n_blocks: int) -> Iterator[str]:
     outside = [n for n in dict.fromkeys((*(wanted.layers or ()), *wanted.layer_alphas)) if n >= n_blocks]
     if outside:
-        raise InputError(
-            f"Layer indices out of range. Model has {n_blocks} layers (0-{n_blocks - 1}), but got indices: {outside}"
-        )
+        yield f"Layer indices out of range. Model has {n_blocks} layers (0-{n_blocks - 1}), but got indices: {outside}"
+
+
+def _ranking_faults(wanted: LinearMerge, n_blocks: int) -> Iterator[str]:
+    if wanted.sensitivity is None or wanted.top is None:
+        return
+    if not wanted.sensitivity[0].is_file():
+        yield f"--sensitivity: {wanted.sensitivity[0]}: no such file"
+    try:
+        _ranking_config(wanted)
+    except InputError as error:
+        yield str(error)
+    ranked = wanted.ranked_layers(n_blocks)
+    if wanted.top > len(ranked):
+        yield f"--top {wanted.top}: expected at most {len(ranked)}, the number of layers that are ranked"
 
 
 def is_selected(wanted: LinearMerge, tensor: str, block: int | None) -> bool:
@@ -160,12 +217,17 @@ def is_selected(wanted: LinearMerge, tensor: str, block: int | None) -> bool:
     return block in wanted.layers and (not wanted.qkv_only or bool(QKV.search(tensor)))
 
 
-def _matching(a: Checkpoint, b: Checkpoint) -> dict[str, str]:
+def _counterparts(a: Checkpoint, b: Checkpoint) -> dict[str, str]:
     """A's tensor -> B's. Where one has a head and the other ties it to its embedding, the embedding stands for it."""
     family = a.architecture.family
     theirs = {name: name for name in a.tensors if name in b.tensors}
     if family.head in a.tensors and family.head not in b.tensors and family.embedding in b.tensors:
         theirs[family.head] = family.embedding
+    return theirs
+
+
+def _key_faults(a: Checkpoint, b: Checkpoint, theirs: Mapping[str, str]) -> Iterator[str]:
+    family = a.architecture.family
     only_a = [name for name in a.tensors if name not in theirs and not a.architecture.is_ignored(name)]
     tied = [family.head] if family.embedding in a.tensors else []
     only_b = [name for name in b.tensors if name not in theirs.values() and name not in tied]
@@ -173,15 +235,11 @@ def _matching(a: Checkpoint, b: Checkpoint) -> dict[str, str]:
     if only_a or only_b:
         sides = [(a.name, only_a), (b.name, only_b)]
         listed = "; ".join(f"only in {name}: {_few(names)}" for name, names in sides if names)
-        raise InputError(f"State dictionaries have mismatched keys. {listed}")
-    differing = [
-        f"{name}: {list(a.tensors[name].shape)} in {a.name}, {list(b.tensors[other].shape)} in {b.name}"
-        for name, other in theirs.items()
-        if a.tensors[name].shape != b.tensors[other].shape
-    ]
-    if differing:
-        raise InputError("\n".join(f"shapes differ: {line}" for line in differing))
-    return {name: theirs.get(name, "") for name in a.tensors}
+        yield f"State dictionaries have mismatched keys. {listed}"
+    for name, other in theirs.items():
+        ours, its = a.tensors[name].shape, b.tensors[other].shape
+        if ours != its:
+            yield f"shapes differ: {name}: {list(ours)} in {a.name}, {list(its)} in {b.name}"
 
 
 def _few(names: Sequence[str]) -> str:
@@ -248,12 +306,24 @@ class Ranked:
     change: float
 
 
-def rank_layers(wanted: LinearMerge, dataset: Path, mode: str, samples: int = 200) -> list[Ranked]:
+def _ranking_config(wanted: LinearMerge) -> RunConfig:
+    """What the run is told whose scorer ranks the layers. Raises InputError for a mode that is none."""
+    dataset, mode = wanted.sensitivity or (Path(), "")
+    data = {
+        "models_dir": ".",
+        "output_dir": str(Path("merged_models") / wanted.folder_name),
+        "models": list(dict.fromkeys([wanted.model_a, wanted.model_b])),
+        "dataset_dir": str(dataset.parent),
+        "dataset": {dataset.name: {"mode": mode, "samples": RANKED_ON}},
+    }
+    return parse_config(data, where="--sensitivity", folder=Path.cwd())
+
+
+def rank_layers(wanted: LinearMerge) -> list[Ranked]:
     """Merge each layer alone and score it: the layers (all, or those of `wanted`), the best first.
 
     Raises InputError if the models cannot be evaluated, or the dataset cannot be read.
     """
-    from olmfast.config import parse_config
     from olmfast.evaluation.batched import BatchedScorer
     from olmfast.evaluation.model import WorkingModel
     from olmfast.evaluation.scorer import Candidate
@@ -262,23 +332,16 @@ def rank_layers(wanted: LinearMerge, dataset: Path, mode: str, samples: int = 20
     from olmfast.search.swap import whole
     from olmfast.weights.methods import Sources
 
-    data = {
-        "models_dir": ".",
-        "output_dir": "linear",
-        "models": list(dict.fromkeys([wanted.model_a, wanted.model_b])),
-        "dataset_dir": str(dataset.parent),
-        "dataset": {dataset.name: {"mode": mode, "samples": samples}},
-    }
-    config = parse_config(data, where="--sensitivity", folder=Path.cwd())
-    inputs = Inputs.open(config, Observer())
+    config = _ranking_config(wanted)
+    (name,) = config.dataset
+    inputs = Inputs.open(config, Observer(), download=False)
     architecture, pool = inputs.pool.architecture, inputs.pool
-    _check_layers(wanted, architecture.n_blocks)
     model = WorkingModel(whole(wanted.model_a, pool.tensors), Sources(pool, Path()), inputs.device, inputs.dtype)
     scorer = BatchedScorer(model, inputs.datasets, inputs.tokenizer, inputs.stop_tokens, config.batch_tokens)
-    name, donor = dataset.name, pool[wanted.model_a]
+    donor = pool[wanted.model_a]
     now = float(scorer.score(architecture.model_unit(pool.tensors), [Candidate("A")]).mean(name)[0])
     ranked = []
-    for layer in sorted(set(wanted.layers or range(architecture.n_blocks))):
+    for layer in wanted.ranked_layers(architecture.n_blocks):
         alone = replace(wanted, layers=(layer,))
         unit = architecture.window_unit(pool.tensors, [layer])
         values = {

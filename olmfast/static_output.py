@@ -14,16 +14,17 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from olmfast.linear import Ranked
-from olmfast.static import Plan, Written, copy_rate, memory_bytes
+from olmfast.static import Plan, Written, copy_rate, free_bytes, memory_bytes
 from olmfast.weights.writer import OutputTensor
 
 
 def print_plan(plan: Plan, out: Path, as_json: bool) -> None:
     """Tables of what moves where, or the same as JSON; the time is estimated from a copy of a few bytes."""
-    rate = copy_rate(plan, out)
+    rate, free = copy_rate(plan, out), free_bytes(out)
     seconds = (plan.n_bytes_read + plan.n_bytes) / rate
     if as_json:
-        print(json.dumps({**plan.to_json(), "copy_bytes_per_s": rate, "estimated_s": seconds}, indent=2))
+        measured = {"copy_bytes_per_s": rate, "estimated_s": seconds, "free_bytes": free}
+        print(json.dumps({**plan.to_json(), "output_dir": str(out), **measured}, indent=2))
         return
     print(f"{plan.title} of {len(plan.pool)} models; config and other files from {plan.base}")
     for donor in plan.pool:
@@ -52,6 +53,9 @@ def print_plan(plan: Plan, out: Path, as_json: bool) -> None:
         f"{memory_bytes(plan) / 1e6:.0f} MB of memory beside Python and torch; about {seconds:.0f} s at the "
         f"{rate / 1e9:.2f} GB/s that a trial copy reached (an estimate)"
     )
+    there = " (exists: --overwrite will be needed)" if out.exists() and any(out.iterdir()) else ""
+    little = ", which is too little" if free < plan.n_bytes else ""
+    print(f"result: {out}{there}; {free / 1e9:.3f} GB free there{little}; nothing has been written")
 
 
 @contextmanager

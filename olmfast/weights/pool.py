@@ -123,7 +123,7 @@ class Pool:
         faults = _check_blocks(first)
         for donor in others:
             differences = [*_config_differences(first, donor), *_tensor_differences(first, donor)]
-            differences += _vocabulary_differences(first, donor)
+            differences += vocabulary_differences(first, donor)
             if differences:
                 listed = "; ".join(differences)
                 faults.append(f"{donor.name}: cannot be merged with {first.name}: {listed}")
@@ -276,7 +276,8 @@ def _check_blocks(donor: Checkpoint) -> list[str]:
     ]
 
 
-def _vocabulary_differences(first: Checkpoint, other: Checkpoint) -> list[str]:
+def vocabulary_differences(first: Checkpoint, other: Checkpoint) -> list[str]:
+    """One line if tokens of the first model's tokenizer have another id in the other's, none if they have not."""
     ours, theirs = token_ids(first.folder), token_ids(other.folder)
     moved = [token for token, index in ours.items() if theirs.get(token, index) != index]
     if not moved:

@@ -13,11 +13,15 @@ from olmfast import _shards
 from olmfast.errors import InputError
 
 LOCK = ".lock"
+# In OUT.partial, then in OUT, while one takes the other's place: the name that the old result has meanwhile. It tells
+# our folder from one that happens to be called so.
+REPLACING = ".replacing"
 
 
 class OutputFolder:
     """`OUT.partial` while it is written, `OUT` once it is complete.
 
+    An `OUT` that a killed process had moved out of the way is put back; one that it had replaced is removed.
     Raises InputError for a name that no folder can have.
     """
 
@@ -29,6 +33,7 @@ class OutputFolder:
         self.overwrite = overwrite
         if output.exists() and not output.is_dir():
             raise InputError(f"{output}: exists and is no folder; name another output_dir")
+        self._heal()
 
     @contextmanager
     def lock(self, *, empty: bool) -> Iterator[None]:
@@ -59,16 +64,43 @@ class OutputFolder:
 
     def rename(self, *, keep: bool = False) -> None:
         """Rename the complete `OUT.partial` to `OUT`; what was there is removed after, or set aside with `keep`."""
-        (self.partial / LOCK).unlink(missing_ok=True)
-        if self.output.exists():
+        lock, note = self.partial / LOCK, self.partial / REPLACING
+        if not self.output.exists():
+            lock.unlink(missing_ok=True)
+            self.partial.rename(self.output)
+        else:
             aside = _unused(self.output.with_name(self.output.name + (".original" if keep else ".replaced")))
+            if not keep:
+                note.write_text(aside.name, encoding="utf-8")
             self.output.rename(aside)
+            lock.unlink(missing_ok=True)  # as late as can be: without it another process may begin
             self.partial.rename(self.output)
             if not keep:
-                shutil.rmtree(aside)
-        else:
-            self.partial.rename(self.output)
+                self._remove_replaced(aside)
         _shards.sync_folder(self.output.parent)
+
+    def _heal(self) -> None:
+        """Undo or complete a replacement that was killed half-way."""
+        if (self.output / REPLACING).is_file():
+            self._remove_replaced(self._aside(self.output))
+        if (self.partial / REPLACING).is_file():
+            with self.lock(empty=False):
+                aside = self._aside(self.partial)
+                if aside is not None and aside.is_dir() and not self.output.exists():
+                    aside.rename(self.output)
+                (self.partial / REPLACING).unlink(missing_ok=True)
+
+    def _aside(self, folder: Path) -> Path | None:
+        """Where the note in `folder` says that the old result is."""
+        name = Path((folder / REPLACING).read_text(encoding="utf-8")).name
+        return self.output.with_name(name) if name else None
+
+    def _remove_replaced(self, aside: Path | None) -> None:
+        if aside is not None and aside.is_symlink():
+            aside.unlink()
+        elif aside is not None and aside.is_dir():
+            shutil.rmtree(aside)
+        (self.output / REPLACING).unlink(missing_ok=True)
 
 
 def _unused(path: Path) -> Path:

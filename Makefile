@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Small models run fastest on one thread; two processes then use two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-fresh demo-compare test bench lint sanitize clean
+.PHONY: demo demo-fresh demo-compare test bench lint parity sanitize clean
 
 .venv/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

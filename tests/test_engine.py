@@ -190,7 +190,7 @@ def test_truncating_a_mapped_donor_stops_the_run_and_resume_works_once_it_is_bac
     saboteur.join()
     assert process.returncode == 1, errors
     assert str(donor) in errors
-    assert "to 4096 bytes while in use" in errors
+    assert "to 4096 bytes while in use; put the file back as it was and use --resume" in errors
     assert "Traceback" not in errors
     json.loads(report.read_text())
     shutil.copy2(tmp_path / "kept", donor)

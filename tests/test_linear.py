@@ -193,3 +193,104 @@ def test_sensitivity_merges_the_layers_that_score_best_when_merged_alone(here, l
     code, said, _ = olmfast("evaluate", "out", "--dataset", "sums.json:perplexity", "--json", "--device", "cpu")
     assert code == 0
     assert float(rows[0][1]) == pytest.approx(json.loads(said)["rows"]["out"]["sums.json"], rel=1e-3)
+
+
+def test_check_linear_says_what_the_dry_run_says_without_reading_a_weight(here, linear, olmfast):
+    make(here, "a", "b", n_layers=3)
+    for name in "ab":  # headers stay, values are gone
+        file = here / name / "model.safetensors"
+        held = file.read_bytes()
+        n = 8 + int.from_bytes(held[:8], "little")
+        file.write_bytes(held[:n] + b"\xff" * (len(held) - n))
+    before = sorted(here.rglob("*"))
+    line = "--model_a a --model_b b --alpha 0.5 --layers 0 2 --qkv_only --json"
+    code, said, error = olmfast("check", "linear", *shlex.split(line))
+    plan = json.loads(said)
+    assert (code, error) == (0, "")
+    assert plan["tensors"] == {"copied from a": 24, "merged by linear": 6}
+    assert plan["output_dir"] == "merged_models/a_b_alpha0.50_layers0-2_qkv"
+    assert {"memory_bytes", "estimated_s", "free_bytes", "result_bytes"} <= set(plan)
+    dry = json.loads(linear(f"{line} --dry-run")[1])
+    assert {key for key in plan if plan[key] != dry[key]} <= {"copy_bytes_per_s", "estimated_s", "free_bytes"}
+    assert sorted(here.rglob("*")) == before
+
+
+def test_check_linear_names_everything_that_does_not_fit_at_once(here, olmfast):
+    make(here, "a", n_layers=3)
+    make(here, "b", hidden_size=64)
+    code, _, error = olmfast("check", "linear", *shlex.split("--model_a a --model_b b --alpha 0.5 --layers 1 7"))
+    assert code == 2
+    assert "Model has 3 layers (0-2), but got indices: [7]" in error
+    assert "State dictionaries have mismatched keys. only in a: model.layers.2." in error
+    assert "shapes differ: lm_head.weight: [112, 32] in a, [112, 64] in b" in error
+    assert "shapes differ: model.norm.weight: [32] in a, [64] in b" in error
+    line = "--model_a a --model_b b --alpha nan --layers -1 --density 0 --method slurp"
+    code, _, error = olmfast("check", "linear", *shlex.split(line))
+    assert code == 2
+    for part in ("got nan", "non-negative. Got: [-1]", "--density must be", "did you mean 'slerp'?"):
+        assert part in error
+
+
+def test_check_linear_with_sensitivity_ranks_nothing_and_checks_the_dataset(here, olmfast):
+    make(here, "a", "b", n_layers=3)
+    write_dataset(here / "sums.json", sums(8))
+    line = "--model_a a --model_b b --alpha 0.5 --sensitivity {} --top {}"
+    code, said, _ = olmfast("check", "linear", *shlex.split(line.format("sums.json:perplexity", 1)))
+    assert code == 0
+    assert "21 copied from a, 9 merged by linear" in said
+    assert "The ranking decides which 1 of the layers 0, 1, 2 are merged" in said
+    code, _, error = olmfast("check", "linear", *shlex.split(line.format("smus.json:perplexitee", 4)))
+    assert code == 2
+    for part in ("smus.json: no such file", "did you mean 'perplexity'?", "--top 4: expected at most 3"):
+        assert part in error
+
+
+def test_a_merge_file_called_linear_is_checked_by_its_path(here, olmfast):
+    make(here, "a", "b")
+    (here / "linear").write_text("merge_method: slerp\nbase_model: a\nmodels: [{model: b}]\nparameters: {t: 0.5}")
+    code, said, _ = olmfast("check", "./linear", "--json")
+    assert code == 0
+    assert json.loads(said)["method"] == "slerp"
+
+
+def test_tokens_with_other_ids_in_b_are_told(here, linear):
+    make(here, "a", "b")
+    path = here / "b" / "tokenizer.json"
+    data = json.loads(path.read_text())
+    vocabulary = data["model"]["vocab"]
+    one, two = list(vocabulary)[10:12]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    path.write_text(json.dumps(data))
+    code, said, _ = linear("--model_a a --model_b b --alpha 0.5 --dry-run")
+    assert code == 0
+    assert "b: 2 tokens have another id in the tokenizer, the first " in said
+
+
+@pytest.mark.parametrize("more", ["", "--sensitivity sums.json:perplexity --top 1"])
+def test_hub_ids_are_taken_from_the_local_cache_and_never_from_the_network(here, linear, monkeypatch, more):
+    cache = here / "cache"
+    snapshot = cache / "models--org--far" / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    make(here, "a")
+    make(snapshot.parent, snapshot.name)
+    write_dataset(here / "sums.json", sums(4))
+    (cache / "models--org--far" / "refs").mkdir()
+    (cache / "models--org--far" / "refs" / "main").write_text(snapshot.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("used the network"))
+    assert linear(f"--model_a a --model_b org/far --alpha 0.5 {more} --output_dir out")[::2] == (0, "")
+    code, _, error = linear(f"--model_a a --model_b org/nowhere --alpha 0.5 {more} --output_dir out2")
+    assert code == 2
+    assert "merging uses no network; get it with: hf download org/nowhere" in error
+    assert not (here / "out2").exists()
+
+
+def test_an_output_that_is_there_is_refused_before_layers_are_ranked(here, linear, monkeypatch):
+    make(here, "a", "b")
+    write_dataset(here / "sums.json", sums(4))
+    monkeypatch.setattr("olmfast.linear.rank_layers", lambda *_: pytest.fail("ranked"))
+    (here / "out").mkdir()
+    (here / "out" / "notes.txt").write_text("mine")
+    wanted = "--sensitivity sums.json:perplexity --top 1 --output_dir out"
+    code, _, error = linear(f"--model_a a --model_b b --alpha 0.5 {wanted}")
+    assert code == 2
+    assert "out: exists; use --overwrite to replace it" in error

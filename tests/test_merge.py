@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from olmfast.errors import InputError
+from olmfast.errors import InputError, OlmfastError
 from olmfast.merge_config import load_merge_config
-from olmfast.static import Written, merge_models, plan_merge
+from olmfast.static import Written, merge_models, plan_merge, write_merge
 from olmfast.testing import FAMILIES, tiny_model, tiny_run
 from olmfast.weights.methods import METHODS
 from olmfast.weights.operands import Held, Operands
@@ -390,6 +391,29 @@ def test_a_hub_id_is_taken_from_the_local_cache_and_never_from_the_network(place
     (place / "m.yml").write_text(yaml.safe_dump({**config, "models": [{"model": "org/nowhere"}]}))
     with pytest.raises(InputError, match="merging uses no network; get it with: hf download org/nowhere"):
         merge_models(load_merge_config(place / "m.yml"), place / "out2")
+
+
+def test_a_model_that_is_cut_off_during_a_merge_is_named_and_the_same_command_completes_it(place, olmfast):
+    merged(place)
+    file = place / "a" / "model.safetensors"
+    whole, expected = file.read_bytes(), tensors(place / "out")
+    status = file.stat()
+    cut = []
+
+    def written(_: object) -> None:
+        if not cut:
+            cut.append(os.truncate(file, len(whole) // 2))
+
+    plan = plan_merge(load_merge_config(place / "m.yml"))
+    message = r"model.safetensors: .*while in use; put the file back as it was and use the same command$"
+    with pytest.raises(OlmfastError, match=message) as caught:
+        write_merge(plan, place / "new", written=written)
+    assert caught.value.exit_code == 1
+    assert not (place / "new").exists()
+    file.write_bytes(whole)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert olmfast("merge", place / "m.yml", place / "new")[0] == 0
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors(place / "new").items())
 
 
 def test_check_of_a_run_prints_its_plan(tmp_path, olmfast):

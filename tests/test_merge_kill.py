@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from olmfast.errors import InputError
 from olmfast.merge_config import load_merge_config
 from olmfast.static import merge_models
 from olmfast.testing import tiny_model
@@ -38,6 +39,8 @@ if moment == "before renaming":
 if moment == "between two names":
     rename = Path.rename
     Path.rename = lambda path, target: die() if path.name.endswith("partial") else rename(path, target)
+if moment == "removing the old":
+    output_folder.shutil.rmtree = die
 overwrite = (place / "out").exists()
 config = load_merge_config(place / "m.yml")
 static.merge_models(config, place / "out", shard_size=60_000, overwrite=overwrite, written=written)
@@ -77,9 +80,50 @@ def test_what_was_there_stays_whole_until_the_new_result_is(place):
     before = files(place / "out")
     killed_at("before renaming", place)
     assert files(place / "out") == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_old_result_that_was_out_of_its_place_at_a_kill_is_put_back_by_the_next_merge(place, overwrite):
+    config = load_merge_config(place / "m.yml")
+    merge_models(config, place / "out")
+    before = files(place / "out")
     killed_at("between two names", place)
     assert not (place / "out").exists()
     assert files(place / "out.replaced") == before
+    if overwrite:
+        merge_models(config, place / "out", shard_size=60_000, overwrite=True)
+        merge_models(config, place / "undisturbed", shard_size=60_000)
+        before = files(place / "undisturbed")
+    else:
+        with pytest.raises(InputError, match="out: exists; use --overwrite to replace it"):
+            merge_models(config, place / "out")
+    assert files(place / "out") == before
+    assert not (place / "out.replaced").exists()
+
+
+def test_an_old_result_that_was_being_removed_at_a_kill_is_removed_by_the_next_merge(place):
+    config = load_merge_config(place / "m.yml")
+    merge_models(config, place / "out")
+    killed_at("removing the old", place)
+    merge_models(config, place / "undisturbed", shard_size=60_000)
+    assert (place / "out.replaced").is_dir()
+    assert files(place / "undisturbed").items() <= files(place / "out").items()  # the new one is whole
+    with pytest.raises(InputError, match="out: exists; use --overwrite to replace it"):
+        merge_models(config, place / "out")
+    assert files(place / "out") == files(place / "undisturbed")
+    assert not (place / "out.replaced").exists()
+
+
+def test_a_folder_of_the_users_that_is_called_like_an_old_result_is_left_alone(place):
+    (place / "out.replaced").mkdir()
+    (place / "out.replaced" / "notes.txt").write_text("mine")
+    config = load_merge_config(place / "m.yml")
+    for overwrite in (False, True):
+        merge_models(config, place / "out", overwrite=overwrite)
+    killed_at("between two names", place)
+    merge_models(config, place / "out", overwrite=True)
+    assert files(place / "out.replaced") == {"notes.txt": b"mine"}
+    assert {path.name for path in place.iterdir()} == {"a", "b", "m.yml", "out", "out.replaced"}
 
 
 def test_a_process_killed_from_outside_at_any_time_leaves_a_whole_result_or_none(place):

@@ -1,30 +1,55 @@
-"""Order statistics of values that are too many to be sorted, or even held: exact, in a few passes.
+"""Order statistics of values that are too many to be sorted, or even held: exact, mostly in one pass.
 
     cut(k): the k-th largest key, and how many of those equal to it are among the k largest
 
-Keys are non-negative integers; `magnitude_keys` and `value_keys` order like |x| and like x. A radix select: each
-pass counts 16 bits of the keys that may still be the one, so memory is one histogram whatever the size. Of equal
-keys those of lowest index are taken.
-Bytes: the values once per 16 bits of key (float32: twice), and once more where equal keys have to be told apart.
+Keys are non-negative integers; `magnitude_keys_` and `value_keys` order like |x| and like x. A sample brackets the
+key; one pass counts what lies above the bracket and collects what lies within. Where the bracket has missed, or
+holds too much, a radix select takes over: each pass counts 16 bits of the keys that may still be the one, so memory
+is one histogram whatever the size. The sample decides what is fast, never what is found.
+Of equal keys those of lowest index are taken.
+Bytes: the values once, a few of them twice; by radix select once per 16 bits of key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 DIGIT_BITS = 16
 DIGITS = 1 << DIGIT_BITS
+# Up to so many keys are all looked at; no more than so many are collected.
+FEW, COLLECTED = 1 << 17, 1 << 23
+# The sample: a run of so many neighbours from each of so many keys, at least and at most so many runs.
+RUN, SPARSE, FEWEST_RUNS, MOST_RUNS = 256, 1 << 17, 8, 1024
+# The bracket is as wide as so many standard errors of the sample, to either side.
+ERRORS = 5
 
-Pieces = Callable[[], Iterable[Tensor]]  # the keys, (m,) at a time, in the same order each time they are asked for
+
+class Keys(NamedTuple):
+    """Keys that are read a stretch at a time.
+
+    `read(start, stop)` gives those from flat index `start` on, (stop - start,), in memory that may be used again;
+    `stretches` are consecutive and cover all. Whatever is read begins and ends at a multiple of `row`.
+    """
+
+    read: Callable[[int, int], Tensor]
+    stretches: Sequence[tuple[int, int]]
+    row: int = 1
+
+    @property
+    def n_values(self) -> int:
+        """How many there are."""
+        return self.stretches[-1][1]
 
 
-def magnitude_keys(values: Tensor) -> Tensor:
-    """Integers ordered as |values|: int32 of 31 bits for float32, int64 of 63 bits for float64. NaN is largest."""
-    return values.abs().view(torch.int64 if values.dtype == torch.float64 else torch.int32)
+def magnitude_keys_(values: Tensor) -> Tensor:
+    """Integers ordered as |values|, in their memory: int32 of 31 bits, for float64 int64 of 63. NaN is largest."""
+    return values.abs_().view(torch.int64 if values.dtype == torch.float64 else torch.int32)
 
 
 def value_keys(values: Tensor) -> Tensor:
@@ -41,7 +66,7 @@ def key_value(key: int) -> float:
 
 
 def key_magnitude(key: int, dtype: torch.dtype) -> float:
-    """The magnitude in `dtype` of one of `magnitude_keys`."""
+    """The magnitude in `dtype` of one of `magnitude_keys_`."""
     bits = torch.tensor(key, dtype=torch.int64 if dtype == torch.float64 else torch.int32)
     return float(bits.view(dtype))
 
@@ -76,28 +101,143 @@ LAST = torch.iinfo(torch.int64).max
 NOTHING, EVERYTHING = Threshold(float("inf"), -1), Threshold(-1.0, LAST)
 
 
-def thresholds(magnitudes: Pieces, n_kept: Sequence[int], dtype: torch.dtype) -> list[Threshold]:
-    """`cuts` for magnitudes of `dtype`, float32 or float64."""
-
-    def keys() -> Iterable[Tensor]:
-        return (magnitude_keys(piece) for piece in magnitudes())
-
+def thresholds(magnitudes: Keys, n_kept: Sequence[int], dtype: torch.dtype) -> list[Threshold]:
+    """`cuts` for magnitudes of `dtype`, float32 or float64: here `read` gives values, which are changed in place."""
+    keys = magnitudes._replace(read=lambda start, stop: magnitude_keys_(magnitudes.read(start, stop)))
     found = cuts(keys, n_kept, 64 if dtype == torch.float64 else 32)
     return [Threshold(key_magnitude(cut.key, dtype), cut.last) for cut in found]
 
 
-def cuts(pieces: Pieces, n_kept: Sequence[int], n_bits: int = 32) -> list[Cut]:
+def cuts(keys: Keys, n_kept: Sequence[int], n_bits: int = 32) -> list[Cut]:
     """For each number k of `n_kept`, what belongs to the k largest keys; k is at least 1 and at most their number.
 
     Keys have at most `n_bits` bits, 32 or 64.
     """
-    prefixes, remaining, n_equal = [0] * len(n_kept), list(n_kept), [0] * len(n_kept)
+    sample = _sample(keys)
+    tallies = {k: _Tally(_bracket(sample, k / keys.n_values, keys.n_values <= FEW)) for k in n_kept}
+    masks = np.empty((4, max(stop - start for start, stop in keys.stretches)), dtype=bool)
+    for start, stop in keys.stretches:
+        piece = keys.read(start, stop)
+        for tally in tallies.values():
+            tally.add(piece, masks)
+    found = {k: cut for k, tally in tallies.items() if (cut := tally.cut(k, keys)) is not None}
+    missed = [k for k in tallies if k not in found]
+    if missed:
+        found |= zip(missed, _radix_select(keys, missed, n_bits), strict=True)
+    return [found[k] for k in n_kept]
+
+
+class _Bracket(NamedTuple):
+    """Where a key is expected: between `low` and `high`, either included."""
+
+    low: int
+    high: int
+
+
+class _Tally:
+    """What one pass finds out about a bracket."""
+
+    def __init__(self, bracket: _Bracket) -> None:
+        self.low, self.high = bracket
+        self.n_above, self.at_high, self.at_low = 0, list[int](), list[int]()  # at the ends: stretch by stretch
+        self.between: list[Tensor] = []
+        self.n_between = 0
+
+    def add(self, keys: Tensor, masks: np.ndarray) -> None:
+        """Look at one stretch; `masks` is memory for four of its length."""
+        n_above, n_high, n_low, between = _divide(keys, self.low, self.high, masks[:, : len(keys)])
+        self.n_above += n_above
+        self.at_high.append(n_high)
+        self.at_low.append(n_low)
+        self.n_between += len(between)
+        if self.n_between > COLLECTED:
+            self.between.clear()
+        else:
+            self.between.append(between)
+
+    def cut(self, k: int, keys: Keys) -> Cut | None:
+        """Where the k largest end; None if that is not known."""
+        quota = k - self.n_above
+        if quota <= 0:
+            return None
+        if quota <= sum(self.at_high):
+            return _up_to(keys, self.high, quota, self.at_high)
+        quota -= sum(self.at_high)
+        if quota <= self.n_between:
+            if self.n_between > COLLECTED:
+                return None
+            between = torch.cat(self.between)
+            key = between.kthvalue(len(between) - quota + 1).values
+            quota -= int((between > key).sum())
+            counts = [int((part == key).sum()) for part in self.between]
+            return _up_to(keys, int(key), quota, counts)
+        quota -= self.n_between
+        return _up_to(keys, self.low, quota, self.at_low) if quota <= sum(self.at_low) else None
+
+
+def _divide(keys: Tensor, low: int, high: int, masks: np.ndarray) -> tuple[int, int, int, Tensor]:
+    """How many keys are above `high`, equal to it, equal to `low` (0 if that is the same), and those between."""
+    if keys.device.type != "cpu":
+        from_high, above = keys >= high, keys > high
+        over, from_low = keys > low, keys >= low
+        counts = torch.stack((above.sum(), from_high.sum(), over.sum(), from_low.sum())).tolist()
+        between = keys[over & ~from_high]
+    else:  # the same by NumPy, whose masks are ten times as fast as torch's on a CPU
+        array = keys.numpy()
+        above, from_high = np.greater(array, high, out=masks[0]), np.greater_equal(array, high, out=masks[1])
+        over, from_low = np.greater(array, low, out=masks[2]), np.greater_equal(array, low, out=masks[3])
+        counts = [np.count_nonzero(mask) for mask in masks]
+        between = torch.from_numpy(array[np.greater(over, from_high, out=over)])
+    n_above, n_from_high, n_over, n_from_low = counts
+    return n_above, n_from_high - n_above, 0 if low == high else n_from_low - n_over, between
+
+
+def _sample(keys: Keys) -> Tensor:
+    """(runs, keys of a run): consecutive keys from places spread evenly."""
+    n, run = keys.n_values, min(-(-RUN // keys.row) * keys.row, keys.n_values)
+    n_runs = min(max(n // SPARSE, FEWEST_RUNS), MOST_RUNS)
+    last = (n - run) // keys.row
+    starts = [last * i // (n_runs - 1) * keys.row for i in range(n_runs)]
+    return torch.stack([keys.read(start, start + run).clone() for start in starts])
+
+
+def _bracket(sample: Tensor, share: float, everything: bool) -> _Bracket:
+    """Keys between which the one is likely to be that has `share` of all keys above it.
+
+    Neighbours are alike, so that runs, not keys, count as independent.
+    """
+    largest = torch.iinfo(sample.dtype).max
+    if everything:
+        return _Bracket(-1, largest)
+    ordered = sample.flatten().sort(descending=True).values
+    n = len(ordered)
+    middle = min(int(share * n), n - 1)
+    above = (sample > ordered[middle]).double().mean(dim=1)
+    width = int(ERRORS * float(above.std()) / len(sample) ** 0.5 * n) + 2
+    low = int(ordered[middle + width]) if middle + width < n else -1
+    high = int(ordered[middle - width]) if middle >= width else largest
+    return _Bracket(low, high)
+
+
+def _up_to(keys: Keys, key: int, quota: int, counts: Sequence[int]) -> Cut:
+    """Keys above `key` and the first `quota` of those equal to it; `counts` are how many each stretch has."""
+    if quota == sum(counts):
+        return Cut(key, LAST)
+    for (start, stop), n in zip(keys.stretches, counts, strict=True):
+        if quota <= n:
+            return Cut(key, start + int((keys.read(start, stop) == key).nonzero()[quota - 1, 0]))
+        quota -= n
+    raise ValueError(f"there are fewer keys of {key} than were counted")
+
+
+def _radix_select(keys: Keys, n_kept: Sequence[int], n_bits: int) -> list[Cut]:
+    """`cuts` by counting digits, 16 bits a pass, whatever the keys are."""
+    prefixes, remaining = [0] * len(n_kept), list(n_kept)
     for shift in range(n_bits - DIGIT_BITS, -1, -DIGIT_BITS):
         first = shift == n_bits - DIGIT_BITS
-        wanted = sorted(set(prefixes))
-        counts = {prefix: torch.zeros(DIGITS, dtype=torch.int64) for prefix in wanted}
-        for keys in pieces():
-            digits = keys >> shift
+        counts = {prefix: torch.zeros(DIGITS, dtype=torch.int64) for prefix in sorted(set(prefixes))}
+        for start, stop in keys.stretches:
+            digits = keys.read(start, stop) >> shift
             for prefix, count in counts.items():
                 members = digits if first else digits[(digits >> DIGIT_BITS) == prefix]
                 count += torch.bincount(members & (DIGITS - 1), minlength=DIGITS).cpu()
@@ -105,20 +245,7 @@ def cuts(pieces: Pieces, n_kept: Sequence[int], n_bits: int = 32) -> list[Cut]:
             from_top = counts[prefix].flip(0).cumsum(0)
             position = int((from_top < remaining[i]).sum())
             digit = DIGITS - 1 - position
-            n_equal[i] = int(counts[prefix][digit])
-            remaining[i] -= int(from_top[position]) - n_equal[i]
+            remaining[i] -= int(from_top[position] - counts[prefix][digit])
             prefixes[i] = prefix << DIGIT_BITS | digit
-    found = zip(prefixes, remaining, n_equal, strict=True)
-    return [Cut(key, LAST if quota == n else _index_of(pieces, key, quota)) for key, quota, n in found]
-
-
-def _index_of(pieces: Pieces, key: int, number: int) -> int:
-    """The flat index of the `number`-th key that equals `key`, counted from 1."""
-    start = 0
-    for keys in pieces():
-        n_equal = int((keys == key).sum())
-        if number <= n_equal:
-            return start + int((keys == key).nonzero()[number - 1, 0])
-        number -= n_equal
-        start += len(keys)
-    return start
+    equal = [[int((keys.read(*stretch) == key).sum()) for stretch in keys.stretches] for key in prefixes]
+    return [_up_to(keys, *found) for found in zip(prefixes, remaining, equal, strict=True)]

@@ -10,9 +10,8 @@
 Shapes: n tensors of one shape, base of that shape -> one of that shape. float32, one rounding.
 The threshold is exact and found without a sort: |delta| orders like its bit pattern. On a GPU a histogram of
 the high bits says in which bin the k-th largest lies, and one of the next bits of that bin's members goes on
-from there (deltas of bfloat16 have 15 bits, all others 31). On a CPU a sample brackets it and one pass
-collects the bracket's members.
-Bytes: inputs once per pass (GPU: 3 or 2 digits, one count of equals, the merge; CPU: two and the merge), the
+from there (deltas of bfloat16 have 15 bits, all others 31). On a CPU see `magnitudes`.
+Bytes: inputs once per pass (GPU: 3 or 2 digits, one count of equals, the merge; CPU: one and the merge), the
 result once: bound by memory.
 Source: Yadav et al., "TIES-Merging", arXiv 2306.01708.
 """
@@ -36,12 +35,12 @@ from olmfast.kernels._dispatch import (
     prepare_out,
     use_triton,
 )
+from olmfast.kernels.magnitudes import EVERYTHING, Keys, Threshold, thresholds
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-# On a CPU: values handled at a time, and every how many-th of them is looked at to bracket the threshold.
-N_CHUNK, SAMPLE = 1 << 18, 64
+N_CHUNK = 1 << 18  # values handled at a time on a CPU
 # On a GPU: a digit of the radix select has N_BINS values.
 BLOCK, BLOCKS_PER_PROGRAM, N_BINS = 1024, 16, 2048
 # Sums of weights smaller than this are not divided by.
@@ -62,74 +61,34 @@ class _Job(NamedTuple):
         return self.base is None and all(tensor.dtype == torch.bfloat16 for tensor in self.tensors)
 
 
-def _delta_ref(job: _Job, i: int, start: int, dtype: torch.dtype) -> Tensor:
-    delta = job.tensors[i].view(-1)[start : start + N_CHUNK].to(dtype)
-    if job.base is None:
-        return delta
-    return delta - job.base.view(-1)[start : start + N_CHUNK].to(dtype)
+def _delta_ref(job: _Job, i: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    delta = job.tensors[i].view(-1)[start:stop].to(dtype, copy=True)
+    return delta if job.base is None else delta.sub_(job.base.view(-1)[start:stop].to(dtype))
 
 
-def _bits_ref(delta: Tensor) -> Tensor:
-    return delta.abs().view(torch.int64 if delta.dtype == torch.float64 else torch.int32)
-
-
-class _Trim(NamedTuple):
-    """What is kept of one tensor: magnitudes above the threshold's bits, and `quota` of those equal to it."""
-
-    threshold: int
-    quota: int
-    n_equal: int
-
-
-def _trim_ref(job: _Job, i: int, dtype: torch.dtype) -> _Trim:
-    """A sample brackets the threshold; one pass counts what lies above and collects what lies within.
-
-    Exact whatever the sample says: a bracket that has missed is replaced by one that holds everything.
-    """
+def _kept_ref(job: _Job, i: int, stretches: list[tuple[int, int]], dtype: torch.dtype) -> Threshold:
     n, k = job.tensors[i].numel(), job.n_kept[i]
-    sample = torch.cat([_bits_ref(_delta_ref(job, i, start, dtype))[::SAMPLE] for start in range(0, n, N_CHUNK)])
-    sample = sample.sort(descending=True).values
-    middle, width = len(sample) * k // n, int(4 * len(sample) ** 0.5) // 2 + 1
-    bracket = (int(sample[min(middle + width, len(sample) - 1)]), int(sample[max(middle - width, 0)]))
-    for low, high in (bracket, (0, torch.iinfo(sample.dtype).max)):
-        n_above, within = 0, []
-        for start in range(0, n, N_CHUNK):
-            bits = _bits_ref(_delta_ref(job, i, start, dtype))
-            n_above += int((bits > high).sum())
-            within.append(bits[(bits >= low) & (bits <= high)])
-        members = torch.cat(within)
-        if n_above < k <= n_above + len(members):
-            break
-    threshold = int(members.kthvalue(len(members) - (k - n_above) + 1).values)
-    n_above += int((members > threshold).sum())
-    return _Trim(threshold, k - n_above, int((members == threshold).sum()))
-
-
-def _kept_ref(bits: Tensor, trim: _Trim) -> tuple[Tensor, _Trim]:
-    """Mask of the entries kept in one stretch, and the trim of what follows it."""
-    if trim.quota == trim.n_equal:
-        return bits >= trim.threshold, trim
-    equal = bits == trim.threshold
-    kept = (bits > trim.threshold) | (equal & (equal.cumsum(0) <= trim.quota))
-    n_equal = int(equal.sum())
-    return kept, trim._replace(quota=max(0, trim.quota - n_equal), n_equal=trim.n_equal - n_equal)
+    if k == n:
+        return EVERYTHING
+    deltas = Keys(lambda start, stop: _delta_ref(job, i, start, stop, dtype), stretches)
+    return thresholds(deltas, [k], dtype)[0]
 
 
 def ties_merge_ref(job: _Job, out: Tensor) -> Tensor:
     """The formula in plain torch, a stretch at a time, into `out`; all contiguous."""
     dtype = compute_dtype(out.dtype)
     n, n_values = len(job.tensors), out.numel()
-    trims = [_trim_ref(job, i, dtype) if job.n_kept[i] < n_values else None for i in range(n)]
+    stretches = [(start, min(start + N_CHUNK, n_values)) for start in range(0, n_values, N_CHUNK)]
+    kept = [_kept_ref(job, i, stretches, dtype) for i in range(n)]
     weights = torch.tensor(job.weights, dtype=dtype, device=out.device)[:, None]
-    for start in range(0, n_values, N_CHUNK):
-        target = out.view(-1)[start : start + N_CHUNK]
+    for start, stop in stretches:
+        target = out.view(-1)[start:stop]
         parts = torch.empty((n, target.numel()), dtype=dtype, device=out.device)
         total = torch.zeros_like(parts[0])
-        for i, trim in enumerate(trims):
-            delta = _delta_ref(job, i, start, dtype)
-            if trim:
-                kept, trims[i] = _kept_ref(_bits_ref(delta), trim)
-                delta = delta * kept
+        for i in range(n):
+            delta = _delta_ref(job, i, start, stop, dtype)
+            if kept[i] is not EVERYTHING:
+                delta = delta * kept[i].kept_(delta.abs(), start)
             total += torch.mul(delta, job.weights[i], out=parts[i])
         sign = (total >= 0).to(dtype).mul_(2).sub_(1)
         agree = (parts * sign) > 0
@@ -140,7 +99,7 @@ def ties_merge_ref(job: _Job, out: Tensor) -> Tensor:
             merged.div_(divisor.masked_fill_(divisor.abs() < TINY, 1.0))
         merged.mul_(job.scale)
         if job.base is not None:
-            merged.add_(job.base.view(-1)[start : start + N_CHUNK])
+            merged.add_(job.base.view(-1)[start:stop])
         target.copy_(merged)
     return out
 

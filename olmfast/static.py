@@ -221,8 +221,8 @@ def memory_bytes(plan: Plan) -> int:
     most = max((len(list(Sources(plan.pool, Path()).places(t.expression))) for t in plan.tensors), default=0)
     row = max((tensor.shape[-1] for tensor in plan.tensors if tensor.shape), default=1)
     # Each term has a buffer, and its thinned or weighted form; half a dozen more hold masks and sums. Then what is
-    # gathered to be written, and its copy. Pages of files are not counted: the system takes them back when it wants.
-    return (2 * most + 8) * max(STRETCH, row) * 8 + 2 * AT_ONCE * STRETCH * 4
+    # written at a time. Pages of files are not counted: the system takes them back when it wants.
+    return (2 * most + 8) * max(STRETCH, row) * 8 + AT_ONCE * 8
 
 
 def check_output(plan: Plan, folder: OutputFolder, max_ram: int | None) -> None:

@@ -60,14 +60,9 @@ class TensorInfo:
         offset = self.offset + begin * row_bytes
         return replace(self, shape=(end - begin, *shape[1:]), offset=offset, n_bytes=n_bytes)
 
-    def flat(self, start: int, stop: int) -> TensorInfo:
-        """The values [start, stop) of the flattened tensor."""
-        size = self.dtype.itemsize
-        return replace(self, shape=(stop - start,), offset=self.offset + start * size, n_bytes=(stop - start) * size)
-
     def read_into(self, out: torch.Tensor, start: int) -> None:
         """Fill `out`, (m,) on the CPU, with the values from flat index `start` on, converted to its dtype."""
-        copy_tensors([self.flat(start, start + len(out)).into(out)])
+        copy_tensors([self._values_into(out, (len(out),), self.offset + start * self.dtype.itemsize)])
 
     def read(self) -> torch.Tensor:
         """A copy on the CPU, in the stored dtype and shape. Raises FileChanged if the file cannot be read any more."""
@@ -96,16 +91,19 @@ class TensorInfo:
                 f"{self.file}: {self.name}: has shape {self.shape}, cannot be copied into {target.dtype} "
                 f"{tuple(target.shape)} on {target.device}"
             )
+        return self._values_into(target, self.shape, self.offset)
+
+    def _values_into(self, target: torch.Tensor, shape: tuple[int, ...], offset: int) -> _shards.Transfer:
         begin = int(target.storage_offset()) * target.element_size()
         return _shards.Transfer(
             self.shard,
-            self.offset,
+            offset,
             DTYPE_NAMES[self.dtype],
-            self.shape,
+            shape,
             target.data_ptr(),
-            max(0, int(target.untyped_storage().nbytes() - begin)),
+            max(0, int(target.untyped_storage().nbytes()) - begin),
             DTYPE_NAMES[target.dtype],
-            tuple(map(int, target.stride())),
+            target.stride(),
         )
 
 

@@ -104,7 +104,8 @@ class Streamed:
         step = stretch_on(self.operands.device)
         for begin in range(0, len(out), step):
             end = min(begin + step, len(out))
-            out[begin:end].copy_(self._piece(start + begin, start + end).to(self.dtype))
+            values = self._piece(start + begin, start + end)
+            out[begin:end].copy_(values if out.dtype == self.dtype else values.to(self.dtype))
 
 
 def common_dtype(tensors: Sequence[Readable]) -> torch.dtype:

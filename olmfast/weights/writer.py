@@ -36,8 +36,8 @@ TOKENIZER_FILES = (
 )
 
 PAGE_BYTES = 4096
-# Stretches that are written together: the disk is asked once for all of them.
-AT_ONCE = 16
+# Values that are written together: the disk is asked once for all of them.
+AT_ONCE = 8 * STRETCH
 
 
 @dataclass(frozen=True)
@@ -228,18 +228,16 @@ def _lie_alike(first: TensorInfo, here: TensorInfo, distance: int) -> bool:
 def _write_computed(output: _shards.Output, place: int, tensor: OutputTensor, sources: Sources, finite: bool) -> None:
     """The tensor's values, a stretch at a time: computed, rounded, checked, written."""
     try:
-        source, gathered = sources.readable(tensor.expression), list[torch.Tensor]()
+        source = sources.readable(tensor.expression)
         if tuple(source.shape) != tensor.shape:
             raise ValueError(f"has shape {list(source.shape)}, expected {list(tensor.shape)}")
-        for start, values in stretches_of(source, stretch_on(sources.device)):
-            rounded = values.to(tensor.dtype, copy=True)
-            if finite and not (_is_finite(values) and (tensor.dtype != torch.float16 or _is_finite(rounded))):
+        block = torch.empty(min(max(AT_ONCE, stretch_on(sources.device)), tensor.n_values), dtype=tensor.dtype)
+        for start in range(0, tensor.n_values, len(block)):
+            values = block[: tensor.n_values - start]
+            source.read_into(values, start)
+            if finite and not _is_finite(values):
                 raise not_finite(tensor, sources)
-            gathered.append(rounded)
-            if len(gathered) == AT_ONCE or start + len(values) == tensor.n_values:
-                block = torch.cat(gathered).view(torch.uint8).numpy()
-                output.write(place + (start + len(values)) * tensor.dtype.itemsize - block.nbytes, block.data)
-                gathered.clear()
+            output.write(place + start * tensor.dtype.itemsize, values.view(torch.uint8).numpy().data)
         for info in sources.places(tensor.expression):  # read once more only by chance; else memory fills with it
             info.shard.advise(info.offset, info.n_bytes, "release")
     except (TypeError, ValueError) as error:
@@ -264,8 +262,7 @@ def stretches_of(source: Readable, step: int = STRETCH) -> Iterator[tuple[int, t
 
 
 def _is_finite(values: torch.Tensor) -> bool:
-    # A sum tells in one pass; a sum of large numbers may overflow, and then each is looked at.
-    return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())
+    return bool(torch.stack(values.aminmax()).isfinite().all())  # either is NaN if any value is
 
 
 def not_finite(tensor: OutputTensor, sources: Sources) -> InputError:

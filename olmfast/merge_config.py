@@ -466,7 +466,10 @@ def _explain(where: str, fault: Any) -> list[str]:
         close = get_close_matches(str(location[-1]), _KEYS, n=1)
         message = "unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
     elif fault["type"] == "missing":
-        message = "required key is missing"
+        message = "entry is missing" if isinstance(location[-1], int) else "required key is missing"
+    elif fault["type"] in ("too_short", "too_long"):
+        bound = fault["ctx"].get("min_length", fault["ctx"].get("max_length"))
+        message = f"expected {bound} {'or more ' * (fault['type'] == 'too_short')}entries, got {fault['input']!r}"[:200]
     elif fault["type"] == "literal_error":
         allowed = fault["ctx"]["expected"]
         message = f"expected {allowed}, got {fault['input']!r}"

@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,16 +22,16 @@ import torch
 
 from olmfast import _shards, chat_templates
 from olmfast.card import merge_card
-from olmfast.errors import FileChanged, InputError, did_you_mean
+from olmfast.errors import FileChanged, InputError, Interrupted, did_you_mean
 from olmfast.merge_config import Group, MergeConfig, Source, TokenSource, settings_of
 from olmfast.output_folder import OutputFolder
 from olmfast.report import REPORT
 from olmfast.weights.architecture import numbered
 from olmfast.weights.checkpoint import FLOATS, Checkpoint, TensorInfo
 from olmfast.weights.methods import METHODS, Sources
-from olmfast.weights.operands import STRETCH
+from olmfast.weights.operands import STRETCH, Held, Operands
 from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import Copy, Expression, Merge, Rows, merge
+from olmfast.weights.recipe import Copy, Expression, Merge, Rows, Setting, merge
 from olmfast.weights.vocabulary import Given, Origin, Vocabulary, plan_vocabulary, row_of, tokenizer_texts
 from olmfast.weights.writer import (
     AT_ONCE,
@@ -184,6 +184,9 @@ def write_merge(
         except InputError:
             shutil.rmtree(folder.partial)  # it would be refused again
             raise
+        except KeyboardInterrupt:
+            shutil.rmtree(folder.partial)
+            raise Interrupted(f"{output}: stopped; nothing of it is left") from None
         except FileChanged as error:
             raise error.with_advice("the same command") from None
         _write_other_files(plan, folder.partial)
@@ -253,8 +256,11 @@ def free_bytes(output: Path) -> int:
 
 
 def _parent(output: Path) -> Path:
-    """The innermost folder around `output` that is there."""
-    return next(place for place in output.absolute().parents if place.is_dir())
+    """The innermost folder around `output` that is there. Raises InputError if it is a file."""
+    place = next(place for place in output.absolute().parents if place.exists())
+    if not place.is_dir():
+        raise InputError(f"{output}: {place} is no folder; name another place for the result")
+    return place
 
 
 def check_buffers(plan: Plan) -> None:
@@ -344,7 +350,8 @@ class _Planner:
         self.groups = config.groups()
         self.blocks = self.base.architecture.family.blocks
         self.faults: list[str] = []
-        self.missing: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
+        self.faulty: dict[str, list[str]] = {}
+        self.tried: dict[Hashable, str | None] = {}
         self.left_out: dict[str, str] = {}
         self.buffers: list[list[tuple[str, str]]] = []
         self.notes: list[str] = []
@@ -357,9 +364,9 @@ class _Planner:
             tensors = [tensor for planned in self._stacked() if (tensor := planned) is not None]
         else:
             tensors = [tensor for tensor in self._side_by_side() if tensor is not None]
-        for (having, lacking), names in self.missing.items():
+        for what, names in self.faulty.items():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            self.faults.append(f"{names[0]}{more}: in {', '.join(having)}, but not in {', '.join(lacking)}")
+            self.faults.append(f"{names[0]}{more}: {what}")
         if self.faults:
             raise InputError("\n".join(dict.fromkeys(self.faults)))
         return in_order(tensors)
@@ -465,9 +472,8 @@ class _Planner:
         held = {d.name: (d, n) for d, n in zip(donors, names, strict=True) if n in d.tensors}
         if len(held) < len(donors):
             if not self.base.architecture.is_ignored(output):
-                lacking = tuple(donor.name for donor in donors if donor.name not in held)
-                self.missing.setdefault((tuple(held), lacking), []).append(output)
-                return None
+                lacking = [donor.name for donor in donors if donor.name not in held]
+                return self._refused(output, f"in {', '.join(held)}, but not in {', '.join(lacking)}")
             donor, name = next(iter(held.values()))
             return self._copied(output, donor, name)
         infos = {model: donor.tensors[name] for model, (donor, name) in held.items()}
@@ -491,14 +497,16 @@ class _Planner:
         if len(set(shapes.values())) > 1:
             listed = ", ".join(f"{model} {list(shape)}" for model, shape in shapes.items())
             advice = "; use tokenizer_source: base or union" if self._is_vocabulary(output) else ""
-            self.faults.append(f"{output}: shapes differ: {listed}{advice}")
-            return None
+            return self._refused(output, f"shapes differ: {listed}{advice}")
         terms = group.terms(method)
         try:
             settings = settings_of(config, group, terms, [names[term.model] for term in terms], output, depth)
         except InputError as error:
-            self.faults.append(str(error))
-            return None
+            return self._refused(output, str(error).removeprefix(f"{output}: "))
+        has_base = method.base in ("required", "optional") and group.base is not None
+        what = self._try(settings, len(terms), has_base)
+        if what is not None:
+            return self._refused(output, what)
         dtype = getattr(torch, config.dtype) if config.dtype else _promoted(infos.values())
         out_dtype = getattr(torch, config.out_dtype) if config.out_dtype else dtype
         self.dtypes[out_dtype] += 1
@@ -511,10 +519,27 @@ class _Planner:
             settings |= {"seed": self.seed, "stream": output}
         if config.dtype is not None:
             settings["dtype"] = config.dtype
-        has_base = method.base in ("required", "optional") and group.base is not None
         base = expressions[group.base] if has_base and group.base is not None else None
         expression = merge(config.merge_method, [expressions[term.model] for term in terms], base, **settings)
         return OutputTensor(self._spelled(output), out_dtype, next(iter(shapes.values())), expression)
+
+    def _refused(self, output: str, what: str) -> None:
+        """Note what is wrong with a tensor, to be told once for all of which it is true."""
+        self.faulty.setdefault(what, []).append(output)
+
+    def _try(self, settings: Mapping[str, Setting], n_terms: int, has_base: bool) -> str | None:
+        """What the method has against these settings; found by merging four values, once for equal settings."""
+        key = (tuple(sorted(settings.items())), n_terms, has_base)
+        if key not in self.tried:
+            method, values = METHODS[self.config.merge_method], torch.tensor([[1.0, 2.0], [3.0, 5.0]])
+            terms = [Held(values * (i + 2)) for i in range(n_terms)]
+            operands = Operands(terms, Held(values) if has_base else None, torch.device("cpu"))
+            try:
+                method.prepare(operands, method.settings(settings))(0, values.numel())
+                self.tried[key] = None
+            except (TypeError, ValueError) as error:
+                self.tried[key] = str(error)
+        return self.tried[key]
 
     def _scales(self, settings: Mapping[str, Any]) -> bool:
         return any(scale != 1.0 for scale in settings.get("scale", ()))
@@ -665,6 +690,8 @@ def copy_rate(plan: Plan, near: Path, n_bytes: int = 32 << 20) -> float:
         output.write(0, buffer)
         output.finish()
         return n_bytes / max(time.monotonic() - started, 1e-6)
+    except OSError as error:
+        raise InputError(f"{near}: a trial copy failed: {error.filename}: {error.strerror}") from None
     finally:
         trial.unlink(missing_ok=True)
 

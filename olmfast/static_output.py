@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from olmfast.linear import Ranked
@@ -30,7 +31,7 @@ def print_plan(plan: Plan, out: Path, as_json: bool) -> None:
     for donor in plan.pool:
         kinds = Counter(str(info.dtype).removeprefix("torch.") for info in donor.tensors.values())
         dtypes = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-        print(f"  {donor.name}: {len(donor.tensors)} tensors ({dtypes}), {donor.n_bytes / 1e9:.3f} GB")
+        print(f"  {donor.name}: {len(donor.tensors)} tensors ({dtypes}), {decimal(donor.n_bytes)}")
     print(plan.account().replace("tensors written", "tensors"))
     for name, why in plan.left_out.items():
         print(f"  {name}: {why}")
@@ -49,13 +50,13 @@ def print_plan(plan: Plan, out: Path, as_json: bool) -> None:
     for note in plan.notes:
         print(note)
     print(
-        f"reads {plan.n_bytes_read / 1e9:.3f} GB, writes {plan.n_bytes / 1e9:.3f} GB; at most "
-        f"{memory_bytes(plan) / 1e6:.0f} MB of memory beside Python and torch; about {seconds:.0f} s at the "
-        f"{rate / 1e9:.2f} GB/s that a trial copy reached (an estimate)"
+        f"reads {decimal(plan.n_bytes_read)}, writes {decimal(plan.n_bytes)}; at most {decimal(memory_bytes(plan))} of "
+        f"memory beside Python and torch; about {seconds:.1f} s at the {decimal(round(rate))}/s that a trial copy "
+        "reached (an estimate)"
     )
     there = " (exists: --overwrite will be needed)" if out.exists() and any(out.iterdir()) else ""
     little = ", which is too little" if free < plan.n_bytes else ""
-    print(f"result: {out}{there}; {free / 1e9:.3f} GB free there{little}; nothing has been written")
+    print(f"result: {out}{there}; {decimal(free)} free there{little}; nothing has been written")
 
 
 @contextmanager
@@ -76,9 +77,9 @@ def print_written(done: Written, as_json: bool) -> None:
         print(json.dumps(done.to_json(), indent=2))
         return
     shown = os.path.relpath(done.output_dir)
-    rate = done.n_bytes / 1e9 / max(done.elapsed_s, 1e-9)
+    rate = decimal(round(done.n_bytes / max(done.elapsed_s, 1e-9)))
     print(f"{done.account}")
-    print(f"{shown}: {done.n_bytes / 1e9:.3f} GB in {done.elapsed_s:.1f} s ({rate:.2f} GB/s)")
+    print(f"{shown}: {decimal(done.n_bytes)} in {done.elapsed_s:.1f} s ({rate}/s)")
 
 
 def print_ranked(ranked: Sequence[Ranked], top: int, as_json: bool) -> None:

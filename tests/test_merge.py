@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from olmfast.errors import InputError, OlmfastError
+from olmfast.errors import InputError, Interrupted, OlmfastError
 from olmfast.merge_config import load_merge_config
 from olmfast.static import Written, merge_models, plan_merge, write_merge
 from olmfast.testing import FAMILIES, tiny_model, tiny_run
@@ -414,6 +415,61 @@ def test_a_model_that_is_cut_off_during_a_merge_is_named_and_the_same_command_co
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert olmfast("merge", place / "m.yml", place / "new")[0] == 0
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors(place / "new").items())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"merge_method": "linear", "models": [("a", {"weight": 1}), ("b", {"weight": -1})]}, "the weights sum to 0"),
+        (
+            {"merge_method": "della", "base_model": "a", "models": [("b", {"weight": 1, "density": 0.1})]},
+            "density 0.1 -/+ epsilon 0.15: expected both to lie between 0 and 1",
+        ),
+        (
+            {"merge_method": "linear", "models": [("a", {"weight": [{"filter": "norm", "value": 1}]})]},
+            "no value for the required parameter weight; no filter fits this tensor",
+        ),
+    ],
+)
+def test_settings_that_a_method_refuses_are_told_by_check_once_for_all_tensors(place, olmfast, config, message):
+    models = [{"model": model, "parameters": parameters} for model, parameters in config["models"]]
+    (place / "m.yml").write_text(yaml.safe_dump({**config, "models": models}))
+    code, _, error = olmfast("check", place / "m.yml")
+    assert code == 2
+    assert re.fullmatch(rf"olmfast: lm_head.weight and \d+ more: .*{re.escape(message)}.*\n", error)
+
+
+@pytest.mark.parametrize("command", ["merge", "check"])
+def test_a_place_that_cannot_hold_a_result_is_refused(place, olmfast, command):
+    merged(place)
+    (place / "file").touch()
+    target = place / "file" / "out"
+    arguments = [place / "m.yml", target] if command == "merge" else [place / "m.yml", "--out", target]
+    code, _, error = olmfast(command, *arguments)
+    assert code == 2
+    assert error == f"olmfast: {target}: {place / 'file'} is no folder; name another place for the result\n"
+
+
+def test_a_trial_copy_that_fails_is_an_error_that_says_where(place, olmfast, monkeypatch):
+    merged(place)
+    monkeypatch.setattr("olmfast.static._parent", lambda _: place / "gone")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 0, 1))
+    code, _, error = olmfast("check", place / "m.yml", "--out", place / "new")
+    assert code == 2
+    assert error.startswith(f"olmfast: {place / 'new'}: a trial copy failed: {place / 'gone'}")
+
+
+def test_a_merge_that_is_interrupted_says_so_and_leaves_nothing(place):
+    merged(place)
+
+    def written(_: object) -> None:
+        raise KeyboardInterrupt
+
+    plan = plan_merge(load_merge_config(place / "m.yml"))
+    with pytest.raises(Interrupted, match="new: stopped; nothing of it is left") as caught:
+        write_merge(plan, place / "new", written=written)
+    assert caught.value.exit_code == 130
+    assert {path.name for path in place.iterdir()} == {"a", "b", "m.yml", "out"}
 
 
 def test_check_of_a_run_prints_its_plan(tmp_path, olmfast):

@@ -73,6 +73,7 @@ def test_the_base_is_merged_too_where_a_method_knows_no_task_vectors():
         ({"models": [{"model": "a", "paramters": {}}]}, "models[0].paramters: unknown key; did you mean 'parameters'?"),
         ({"slices": []}, "slices: "),
         ({"models": None}, "expected either models or slices, got neither"),
+        ({"models": []}, "models: expected 1 or more entries, got []"),
         ({"merge_method": "ties"}, "base_model: required by ties"),
         ({"merge_method": "slerp", "base_model": "c"}, "slerp takes 2 models, got 3: c, a, b"),
         ({"merge_method": "slerp", "base_model": "a"}, "slerp needs the parameter t"),

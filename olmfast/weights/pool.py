@@ -148,7 +148,8 @@ def resolve(name: str, models_dir: Path, folder: Path, download: bool = True) ->
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@.+)?", name):
         if stored.is_dir():
             return stored  # unfinished, and no hub id: opening it names what is missing
-        raise InputError(f"{name}: no such model folder; looked in {models_dir} and {folder}")
+        places = " and ".join(dict.fromkeys([str(models_dir), str(folder)]))
+        raise InputError(f"{name}: no such model folder; looked in {places}")
     return _download(name, stored) if download else _cached(name, stored)
 
 

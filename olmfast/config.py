@@ -328,23 +328,29 @@ _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """One YAML mapping, safely loaded. Raises InputError naming the file, line and column."""
+    data = read_any_yaml(path)
+    if not isinstance(data, dict):
+        kind = "nothing" if data is None else type(data).__name__
+        raise InputError(f"{path}: expected a mapping of keys to values, got {kind}")
+    return data
+
+
+def read_any_yaml(path: Path) -> object:
+    """What a YAML or JSON file holds, safely loaded. Raises InputError naming the file, line and column."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise InputError(f"{path}: cannot be read: {reason}") from None
     try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader)
+        loaded: object = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise InputError(f"{path}{where}: not valid YAML: {problem or ' '.join(str(error).split())}") from None
     except (ValueError, RecursionError) as error:  # a date of month 13, a number of 5000 digits, 1000 brackets
         raise InputError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(data, dict):
-        kind = "nothing" if data is None else type(data).__name__
-        raise InputError(f"{path}: expected a mapping of keys to values, got {kind}")
-    return data
+    return loaded
 
 
 def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:

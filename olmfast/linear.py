@@ -13,9 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from olmfast.config import RunConfig, parse_config
+from olmfast.config import RunConfig, parse_config, read_any_yaml
 from olmfast.errors import InputError, did_you_mean
 from olmfast.static import Plan
 from olmfast.weights.checkpoint import Checkpoint, read_json
@@ -128,12 +126,7 @@ def read_layer_alphas(path: Path) -> dict[int, float]:
 
     Raises InputError for anything else.
     """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: neither JSON nor YAML: {' '.join(str(error).split())}") from None
+    data = read_any_yaml(path)
     entries = dict(enumerate(data)) if isinstance(data, list) else data
     if not isinstance(entries, dict) or not entries:
         raise InputError(f"{path}: expected a list of alphas, or a mapping of layers to alphas, got {data!r}")

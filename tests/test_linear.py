@@ -163,6 +163,29 @@ def test_a_file_gives_layers_their_own_alphas(here, linear):
     assert "alphas.json: layer 1: alpha must be in range [0, 1], got 1.5" in error
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "alphas.yml: cannot be read: No such file or directory"),
+        ("0: [1", "alphas.yml:1:6: not valid YAML: "),
+        ("0: 0.5\n0: 0.6", "alphas.yml:2:1: not valid YAML: key 0 is given twice"),
+        ("", "alphas.yml: expected a list of alphas, or a mapping of layers to alphas, got None"),
+        ("[]", "alphas.yml: expected a list of alphas"),
+        ("first: 0.5", "alphas.yml: expected a layer index, got 'first'"),
+        ("[0.5, .nan]", "alphas.yml: layer 1: alpha must be in range [0, 1], got nan"),
+        ("[0.5, 0.5, 0.5]", "Model has 2 layers (0-1), but got indices: [2]"),
+    ],
+)
+def test_alphas_that_cannot_be_meant_are_refused_and_named(here, linear, text, message):
+    make(here, "a", "b")
+    if text is not None:
+        (here / "alphas.yml").write_text(text)
+    code, _, error = linear("--model_a a --model_b b --alpha 0.5 --layer_alphas alphas.yml")
+    assert code == 2
+    assert message in error
+    assert not (here / "merged_models").exists()
+
+
 @pytest.mark.parametrize("method", ["slerp", "ties", "dare"])
 def test_other_methods_name_their_folder_and_lie_at_a_where_alpha_is_one(here, linear, method):
     make(here, "a", "b")

@@ -258,3 +258,25 @@ def test_on_a_terminal_there_are_bars_that_name_the_step(olmfast, cfg, monkeypat
     assert code == 0
     assert b"layers" in shown
     assert b"\x1b[" in shown
+
+
+def test_the_merges_of_the_readme_work_and_print_what_it_shows(olmfast, tmp_path, monkeypatch):
+    root = Path(__file__).parent.parent
+    section = (root / "README.md").read_text().split("## Merge without a search")[1].split("\n## ")[0]
+    (tmp_path / "examples").symlink_to(root / "examples")
+    monkeypatch.chdir(tmp_path)
+    Path("slerp.yml").write_text(section.split("```yaml\n")[1].split("```")[0])
+    consoles = [part.split("```")[0].splitlines() for part in section.split("```console\n")[1:]]
+    commands = [line for lines in consoles for line in lines if line.startswith("$ ")]
+    assert len(commands) == 5
+    for lines in consoles:
+        for line in lines:
+            if line.startswith("$ "):
+                code, said, _ = olmfast(*line.removeprefix("$ olmfast ").split())
+                assert code == 0, line
+            else:
+                assert line in said.splitlines()
+    names = {path.name for path in Path("slerped").iterdir()}
+    assert names >= {"model.safetensors", "config.json", "tokenizer.json", "README.md", "mergekit_config.yml"}
+    assert Path("merged_models/arithmetic_writing_alpha0.70_layers2-3/config.json").is_file()
+    assert sorted(path.name for path in Path().iterdir()) == ["examples", "merged_models", "slerp.yml", "slerped"]

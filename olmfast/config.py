@@ -156,7 +156,7 @@ class Racing(BaseModel):
     """Racing: after how many samples candidates may be dropped, and how sure that must be."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    rungs: list[Annotated[int, Field(ge=2)]] = Field(default=[25, 75], min_length=1)
+    rungs: list[Annotated[int, Field(ge=2)]] = Field(default=[25, 50, 100, 200, 400], min_length=1)
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
 
     @model_validator(mode="after")

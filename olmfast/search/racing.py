@@ -1,8 +1,8 @@
 """Racing: candidates that can no longer win are dropped after a part of the samples.
 
-All candidates are scored on the same few samples first; whoever cannot beat the leader any more, at the confidence
+All candidates are scored on the same few samples first; whoever is not going to beat the leader, at the confidence
 the user states, leaves, and the others go on with more samples (Maron and Moore, Hoeffding races, NIPS 1993; here
-with the paired t-test of `significance`). Who stays to the end is scored in full and chosen as without racing.
+with Student's t on paired differences). Who stays to the end is scored in full and chosen as without racing.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def heats(
             continue
         leader = choose(seen, leaders, rules)
         for row in finite:
-            if row not in (0, leader) and comparison.cannot_beat(row, leader, racing.confidence):
+            if row not in (0, leader) and comparison.chance_to_beat(row, leader, sizes) < 1 - racing.confidence:
                 counts = " and ".join(f"{min(rung, n)} of {n}" for n in dict.fromkeys(sizes.values()))
                 dropped[row] = f"behind after {counts} samples"
         rows = [row for row in rows if row not in dropped]

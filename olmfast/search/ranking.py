@@ -69,18 +69,38 @@ class Comparison:
         """Whether i scores higher than j by more than the tie tolerance, which is what the guard asks."""
         return _is_less(self.means[dataset][j], self.means[dataset][i], self.rules.tie_tolerance)
 
-    def cannot_beat(self, i: int, leader: int, confidence: float) -> bool:
-        """Whether i cannot come out before the leader, even if all that is open turns out in its favour.
+    def chance_to_beat(self, i: int, leader: int, sizes: Mapping[str, int]) -> float:
+        """How likely i is to come out before the leader once all `sizes[dataset]` samples are scored, 0..1.
 
-        A dataset is settled once the leader is better on it at this confidence (paired t-test, one-sided).
+        The mean over all N samples is foretold from the n scored so far: Student's t around their mean, with
+        standard error s sqrt(1/n - 1/N) (Cochran, "Sampling Techniques", chapter 2). Datasets are independent.
         """
         if self.rules.selection == "mean" and any(self.rules.tells_apart(name) for name in self.means):
-            return self._mean_p(leader, i) < 2 * (1 - confidence) and self._mean_gain(leader, i) > 0
-        balance = 0.0
+            gains = self._scaled_gains(i, leader)
+            variance = sum(_foretold_error(gain, sizes[name]) ** 2 for name, gain in gains.items())
+            mean, n = self._mean_gain(i, leader), min(map(len, gains.values()))
+            return _chance_above(0.0, mean, math.sqrt(variance), n)
+        balances = {0.0: 1.0}  # weight of the datasets on which i is better less that of the others -> chance
         for name in self.means:
-            settled = self.is_better(name, leader, i) and self._p(name, leader, i) < 2 * (1 - confidence)
-            balance += self.rules.weight(name) * (-1 if settled else 1)
-        return balance <= 0
+            better, worse = self._chances(name, i, leader, sizes[name])
+            outcomes = {1: better, -1: worse, 0: max(0.0, 1 - better - worse)}
+            spread: dict[float, float] = {}
+            for balance, before in balances.items():
+                for sign, chance in outcomes.items():
+                    after = balance + sign * self.rules.weight(name)
+                    spread[after] = spread.get(after, 0.0) + before * chance
+            balances = spread
+        return sum(chance for balance, chance in balances.items() if balance > 0)
+
+    def _chances(self, dataset: str, i: int, j: int, size: int) -> tuple[float, float]:
+        """That i will be better than j on a dataset, and that it will be worse."""
+        gain = self._gain(dataset, i, j)
+        mean, error, margin = float(gain.mean()), _foretold_error(gain, size), 0.0
+        if self.rules.significance is not None:
+            from scipy.stats import t
+
+            margin = t.isf(self.rules.significance / 2, size - 1) * _standard_error(gain) * math.sqrt(len(gain) / size)
+        return _chance_above(margin, mean, error, len(gain)), _chance_above(margin, -mean, error, len(gain))
 
     def best_by_copeland(self, candidates: Sequence[int]) -> int:
         """Most wins in pairs (i beats j when it ranks better on more, by weight, of the datasets).
@@ -129,22 +149,22 @@ class Comparison:
 
     def _mean_gain(self, i: int, j: int) -> float:
         """By how much the weighted mean of scaled scores is lower for i than for j."""
-        return sum(float(gain.mean()) for gain in self._scaled_gains(i, j))
+        return sum(float(gain.mean()) for gain in self._scaled_gains(i, j).values())
 
     def _mean_p(self, i: int, j: int) -> float:
         """A paired test of the weighted mean: the datasets' variances add, the smallest sample counts."""
-        gains = self._scaled_gains(i, j)
+        gains = list(self._scaled_gains(i, j).values())
         variance = sum(_standard_error(gain) ** 2 for gain in gains)
         return _paired_p(self._mean_gain(i, j), math.sqrt(variance), min(len(gain) for gain in gains))
 
-    def _scaled_gains(self, i: int, j: int) -> list[torch.Tensor]:
+    def _scaled_gains(self, i: int, j: int) -> dict[str, torch.Tensor]:
         used = [name for name in self.means if self.rules.tells_apart(name)]
         total = sum(self.rules.weight(name) for name in used)
         spans = {name: self.rules.spans[name] for name in used}
-        return [
-            self._gain(name, i, j) * (self.rules.weight(name) / total / (worst - best))
+        return {
+            name: self._gain(name, i, j) * (self.rules.weight(name) / total / (worst - best))
             for name, (best, worst) in spans.items()
-        ]
+        }
 
 
 def is_degraded(value: float, base: float, now: float, improve_all: str, names: Sequence[str], rules: Rules) -> bool:
@@ -188,6 +208,20 @@ def _is_less(a: float, b: float, tolerance: float) -> bool:
 def _standard_error(gain: torch.Tensor) -> float:
     n = len(gain)
     return float(gain.std(unbiased=True)) / math.sqrt(n) if n > 1 else math.inf
+
+
+def _foretold_error(gain: torch.Tensor, size: int) -> float:
+    """Standard error of the mean over all `size` samples, of which `gain` (n,) are known."""
+    return _standard_error(gain) * math.sqrt(max(0.0, 1 - len(gain) / size))
+
+
+def _chance_above(limit: float, mean: float, error: float, n: int) -> float:
+    """That what is foretold from n samples turns out larger than the limit; even where nothing tells."""
+    from scipy.stats import t
+
+    if not math.isfinite(error) or (error == 0 and mean == limit):
+        return 0.5
+    return float(t.sf((limit - mean) / error, n - 1)) if error else float(mean > limit)
 
 
 def _paired_p(mean: float, standard_error: float, n: int) -> float:

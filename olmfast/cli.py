@@ -160,6 +160,9 @@ def linear_command(
     top: Annotated[int | None, typer.Option("--top", min=1, help="How many layers --sensitivity picks.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan.")] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Go on where weights are NaN or infinite.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Merge two models linearly, as a whole or in some layers."""
@@ -203,7 +206,9 @@ def linear_command(
         wanted = replace(wanted, layers=picked, sensitivity=None, top=None)
         plan, out = linear.plan_linear(wanted), output_dir or Path("merged_models") / wanted.folder_name
     with static_output.watched(plan, quiet=as_json) as written:
-        done = static.write_merge(plan, out, device=device, overwrite=overwrite, written=written)
+        done = static.write_merge(
+            plan, out, device=device, overwrite=overwrite, allow_nonfinite=allow_nonfinite, written=written
+        )
     static_output.print_written(done, as_json)
 
 

@@ -359,6 +359,8 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfi
     Raises InputError that lists every fault at once, unknown keys with a suggestion.
     """
     data = read_yaml(path)
+    if "merge_method" in data:
+        raise InputError(f"{path}: is a merge file and no run's configuration; use: olmfast merge {path} OUT")
     for dotted, value in (overrides or {}).items():
         _set_key(data, dotted, value)
     return parse_config(data, where=str(path), folder=path.parent.absolute())

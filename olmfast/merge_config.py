@@ -425,13 +425,18 @@ def _resolve(parameter: Parameter, scopes: Sequence[Parameters], tensor: str, de
 
 
 def is_merge_file(data: dict[str, Any]) -> bool:
-    """Whether a YAML file is a merge file rather than a run's configuration."""
-    return any(key in data for key in ("merge_method", "slices"))
+    """Whether a YAML file is a merge file, perhaps with misspelt keys, rather than a run's configuration."""
+    models = data.get("models")
+    described = isinstance(models, list) and any(isinstance(entry, dict) for entry in models)
+    return described or any(key in data for key in ("merge_method", "slices"))
 
 
 def load_merge_config(path: Path) -> MergeConfig:
     """Read and check a merge file. Raises InputError that lists every fault, unknown keys with a suggestion."""
-    config = parse_merge_config(read_yaml(path), str(path), path.parent.absolute())
+    data = read_yaml(path)
+    if "dataset" in data and not is_merge_file(data):
+        raise InputError(f"{path}: is the configuration of a run and no merge file; use: olmfast run {path}")
+    config = parse_merge_config(data, str(path), path.parent.absolute())
     config._text = path.read_text(encoding="utf-8")
     return config
 

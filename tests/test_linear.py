@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from olmfast.testing import FAMILIES, sums, tiny_model, write_dataset
 
@@ -317,3 +317,17 @@ def test_an_output_that_is_there_is_refused_before_layers_are_ranked(here, linea
     code, _, error = linear(f"--model_a a --model_b b --alpha 0.5 {wanted}")
     assert code == 2
     assert "out: exists; use --overwrite to replace it" in error
+
+
+def test_nan_is_refused_unless_it_is_allowed_as_the_error_advises(here, linear):
+    make(here, "a", "b")
+    held = weights(here / "b")
+    held["model.norm.weight"][0] = float("nan")
+    save_file(held, here / "b" / "model.safetensors", {"format": "pt"})
+    line = "--model_a a --model_b b --alpha 0.5 --output_dir out"
+    code, _, error = linear(line)
+    assert code == 2
+    assert "model.norm.weight: holds NaN or infinity; repair it, or use --allow-nonfinite" in error
+    assert not (here / "out").exists()
+    assert linear(f"{line} --allow-nonfinite")[::2] == (0, "")
+    assert weights(here / "out")["model.norm.weight"].isnan().sum() == 1

@@ -476,3 +476,17 @@ def test_check_of_a_run_prints_its_plan(tmp_path, olmfast):
     code, out, _ = olmfast("check", tiny_run(tmp_path, 2, layer_swap=True), "--json")
     assert code == 0
     assert json.loads(out)["stages"]["layers"]["units"] == 2
+
+
+def test_a_file_that_is_meant_for_the_other_command_says_so(place, tmp_path, olmfast):
+    merged(place)
+    file = place / "m.yml"
+    message = f"olmfast: {file}: is a merge file and no run's configuration; use: olmfast merge {file} OUT\n"
+    assert olmfast("run", file)[::2] == (2, message)
+    run_file = tiny_run(tmp_path / "run", 2)
+    message = f"olmfast: {run_file}: is the configuration of a run and no merge file; use: olmfast run {run_file}\n"
+    assert olmfast("merge", run_file, place / "new")[::2] == (2, message)
+    file.write_text("merge_methd: linear\nmodels: [{model: a, parameters: {weight: 1}}]")
+    code, _, error = olmfast("check", file)
+    assert code == 2
+    assert "merge_methd: unknown key; did you mean 'merge_method'?" in error

@@ -473,7 +473,8 @@ class _Planner:
         if len(held) < len(donors):
             if not self.base.architecture.is_ignored(output):
                 lacking = [donor.name for donor in donors if donor.name not in held]
-                return self._refused(output, f"in {', '.join(held)}, but not in {', '.join(lacking)}")
+                self._refused(output, f"in {', '.join(held)}, but not in {', '.join(lacking)}")
+                return None
             donor, name = next(iter(held.values()))
             return self._copied(output, donor, name)
         infos = {model: donor.tensors[name] for model, (donor, name) in held.items()}
@@ -497,16 +498,19 @@ class _Planner:
         if len(set(shapes.values())) > 1:
             listed = ", ".join(f"{model} {list(shape)}" for model, shape in shapes.items())
             advice = "; use tokenizer_source: base or union" if self._is_vocabulary(output) else ""
-            return self._refused(output, f"shapes differ: {listed}{advice}")
+            self._refused(output, f"shapes differ: {listed}{advice}")
+            return None
         terms = group.terms(method)
         try:
             settings = settings_of(config, group, terms, [names[term.model] for term in terms], output, depth)
         except InputError as error:
-            return self._refused(output, str(error).removeprefix(f"{output}: "))
+            self._refused(output, str(error).removeprefix(f"{output}: "))
+            return None
         has_base = method.base in ("required", "optional") and group.base is not None
         what = self._try(settings, len(terms), has_base)
         if what is not None:
-            return self._refused(output, what)
+            self._refused(output, what)
+            return None
         dtype = getattr(torch, config.dtype) if config.dtype else _promoted(infos.values())
         out_dtype = getattr(torch, config.out_dtype) if config.out_dtype else dtype
         self.dtypes[out_dtype] += 1

@@ -1,7 +1,8 @@
 """TIES: trim each task vector to its largest entries, elect a sign per entry, average those that agree.
 
     delta_i = T_i - base                                        (base=None: T_i is the task vector itself)
-    trim:   keep the k = max(1, int(density_i * n)) entries of largest |delta_i|, others become 0;
+    trim:   keep the k = max(1, int(density_i * n)) entries of largest |delta_i| (none for a density of 0), others
+            become 0;
             of equal magnitudes at the threshold the lowest flat indices are kept
     elect:  sign = + where sum_i w_i delta_i >= 0, else -
     merge:  m = sum of w_i delta_i that have the sign; normalize: divided by the sum of their w_i
@@ -35,7 +36,7 @@ from olmfast.kernels._dispatch import (
     prepare_out,
     use_triton,
 )
-from olmfast.kernels.magnitudes import EVERYTHING, Keys, Threshold, thresholds
+from olmfast.kernels.magnitudes import EVERYTHING, NOTHING, Keys, Threshold, thresholds
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -68,8 +69,8 @@ def _delta_ref(job: _Job, i: int, start: int, stop: int, dtype: torch.dtype) -> 
 
 def _kept_ref(job: _Job, i: int, stretches: list[tuple[int, int]], dtype: torch.dtype) -> Threshold:
     n, k = job.tensors[i].numel(), job.n_kept[i]
-    if k == n:
-        return EVERYTHING
+    if k in (0, n):
+        return EVERYTHING if k else NOTHING
     deltas = Keys(lambda start, stop: _delta_ref(job, i, start, stop, dtype), stretches)
     return thresholds(deltas, [k], dtype)[0]
 
@@ -239,7 +240,7 @@ def ties_merge(
         tensors: at least one, equal shapes, floating point, any strides (not contiguous: copied first).
             Mixed dtypes are merged by torch.
         weights: one number per tensor.
-        density: share of the entries kept, in 0..1 (at least one entry); one number, or one per tensor.
+        density: share of the entries kept, in 0..1 (above 0 at least one); one number, or one per tensor.
             1 keeps everything: sign election alone, as for DARE-TIES.
         base: shape of the tensors; deltas are taken from it in float32.
         normalize: divide by the sum of the weights that agree. scale: the lambda of the paper.
@@ -275,7 +276,7 @@ def ties_merge(
     job = _Job(
         [tensor.contiguous() for tensor in tensors],
         factors,
-        [max(1, int(d * n_values)) for d in densities],
+        [max(1, int(d * n_values)) if d > 0 else 0 for d in densities],
         base.contiguous() if base is not None else None,
         normalize,
         scale,

@@ -10,7 +10,7 @@ from olmfast.kernels.ties import N_CHUNK
 def trimmed(delta, density):
     """Keep the k largest magnitudes; of equal ones the lowest flat index first (a stable sort)."""
     flat = delta.flatten()
-    k = max(1, int(density * flat.numel()))
+    k = max(1, int(density * flat.numel())) if density > 0 else 0
     kept = flat.abs().sort(descending=True, stable=True).indices[:k]
     return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).view(delta.shape)
 
@@ -90,11 +90,13 @@ def test_no_change_gives_the_base(dtype, impl, device):
 def test_a_density_per_tensor(impl, device):
     tensors, _ = problem(2, (3000,), torch.float32, device, with_base=False)
     tensors[1] = tensors[1].abs() + 5
-    result = ties_merge(tensors, [1.0, 1.0], [1.0, 0.0], normalize=False, impl=impl)
+    result = ties_merge(tensors, [1.0, 1.0], [1.0, 1e-5], normalize=False, impl=impl)
     expected = tensors[0].clone()
     top = tensors[1].argmax()
     expected[top] = tensors[1][top] + tensors[0][top].clamp_min(0)
     torch.testing.assert_close(result, expected)
+    without = ties_merge(tensors, [1.0, 1.0], [1.0, 0.0], normalize=False, impl=impl)
+    torch.testing.assert_close(without, tensors[0])
 
 
 def test_nan_stays_visible(impl, device):
@@ -139,7 +141,7 @@ def test_keeps_exactly_k(size, levels, density, seed):
     generator = torch.Generator().manual_seed(seed)
     delta = torch.randint(1, levels + 1, (size,), generator=generator).float()
     kept = ties_merge([delta], [1.0], density)
-    assert int((kept != 0).sum()) == max(1, int(density * size))
+    assert int((kept != 0).sum()) == (max(1, int(density * size)) if density > 0 else 0)
     assert torch.equal(kept, trimmed(delta, density))
 
 

@@ -6,12 +6,14 @@ import json
 import weakref
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from olmfast import run
 from olmfast.config import DatasetConfig, load_config
 from olmfast.errors import InputError
+from olmfast.evaluation import memory
 from olmfast.evaluation.batched import PREFIX_SHARE, BatchedScorer
 from olmfast.evaluation.batches import load_datasets
 from olmfast.evaluation.decoder import Decoder
@@ -314,6 +316,14 @@ def test_a_whole_search_decides_as_with_the_sequential_scorer(tmp_path):
     assert sum(step["changed"] for step in steps[0].values()) >= 4
     files = [(result.output_dir / "model.safetensors").read_bytes() for result in results]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(("text", "limited"), [("1073741824\n", True), ("max\n", False), ("9" * 19, False)])
+def test_a_containers_limit_is_the_machines_memory(text, limited, tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text(text)
+    monkeypatch.setattr(memory, "CONTAINER", (tmp_path / "memory.max", tmp_path / "not.there"))
+    machine = psutil.virtual_memory().total
+    assert memory.machine_bytes() == (1 << 30 if limited else machine)
 
 
 def test_less_memory_than_the_model_needs_is_an_error(tmp_path):

@@ -16,19 +16,21 @@ from olmfast.errors import InputError
 
 MMAP_THRESHOLD = -3  # of glibc's mallopt
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+# What a container may use, by the second and the first version of Linux's control groups.
+CONTAINER = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 class Memory:
     """The memory of the device that the model is on: `limit` bytes for the whole process, model included.
 
-    Without a limit of the user's it is nine tenths of what the machine has.
+    Without a limit of the user's it is nine tenths of what the machine, or the container, has.
     """
 
     def __init__(self, device: torch.device, max_ram: int | None = None, max_vram: int | None = None) -> None:
         self.device = device
         self.on_gpu = device.type == "cuda"
         wanted = max_vram if self.on_gpu else max_ram
-        total = torch.cuda.mem_get_info(device)[1] if self.on_gpu else psutil.virtual_memory().total
+        total = torch.cuda.mem_get_info(device)[1] if self.on_gpu else machine_bytes()
         self.limit = wanted if wanted is not None else int(0.9 * total)
         if wanted is not None and not self.on_gpu:
             _return_what_is_freed()
@@ -69,6 +71,15 @@ class Memory:
         before = _status("VmRSS")
         work()
         return _status("VmHWM") - before
+
+
+def machine_bytes() -> int:
+    """Bytes of memory that this machine has, or that a container leaves of them."""
+    total = int(psutil.virtual_memory().total)
+    for path in CONTAINER:
+        if path.is_file() and (text := path.read_text().strip()).isdigit():
+            total = min(total, int(text))
+    return total
 
 
 def is_out_of_memory(error: BaseException) -> bool:

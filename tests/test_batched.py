@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import weakref
 from pathlib import Path
@@ -223,6 +224,24 @@ def test_a_stack_that_did_not_fit_is_freed_before_its_halves_are_made(tmp_path, 
     monkeypatch.setattr(WorkingModel, "stack", crowded)
     world.fast.score(unit, world.donors(unit))
     assert world.fast.statistics.splits == 1
+
+
+def test_nothing_that_scoring_held_waits_for_the_garbage_collector(tmp_path):
+    """Cycles that hold tensors would keep them until Python looks for cycles: memory nobody counts."""
+    world = World(tmp_path, "llama", torch.float32)
+    unit = world.block(1)
+    world.fast.score(unit, world.donors(unit))
+    assert world.fast.statistics.decoded > 0
+    gc.collect()
+    gc.disable()
+    try:
+        world.fast.score(unit, world.donors(unit))
+        held = {id(x) for x in gc.get_objects() if isinstance(x, torch.Tensor)}
+        gc.collect()
+        left = {id(x) for x in gc.get_objects() if isinstance(x, torch.Tensor)}
+    finally:
+        gc.enable()
+    assert held <= left
 
 
 def test_a_dataset_that_is_scored_after_another_keeps_its_prefix(tmp_path, monkeypatch):

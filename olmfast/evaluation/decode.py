@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -171,7 +172,7 @@ def _filled_cache(config: Any, cuts: Sequence[Cut]) -> tuple[Any, torch.Tensor]:
         if block < len(cache.layers) and cache.layers[block].is_sliding:
             cache.update(filled[0][:, :, :width], filled[1][:, :, :width], block)
         else:
-            layer = _roomy_layer(filled[0], filled[1], width)
+            layer = _roomy_layer()(filled[0], filled[1], width)
             cache.layers[block : block + 1] = [layer]
     mask = torch.zeros(len(cuts), width, dtype=torch.long, device=first.device)
     for row, n in enumerate(lengths):
@@ -179,15 +180,17 @@ def _filled_cache(config: Any, cuts: Sequence[Cut]) -> tuple[Any, torch.Tensor]:
     return cache, mask
 
 
-def _roomy_layer(keys: torch.Tensor, values: torch.Tensor, length: int) -> Any:
-    """A cache layer over buffers with room to grow: (rows, heads, room, head size), `length` tokens filled.
+@functools.cache
+def _roomy_layer() -> Any:
+    """A class of cache layers over buffers with room to grow: (rows, heads, room, head size), `length` tokens filled.
 
-    Transformers' own copies everything it holds for each new token.
+    Transformers' own copies everything it holds for each new token. Made once, when Transformers is there: a class of
+    every call's own would hold that call's buffers until the garbage collector comes.
     """
     from transformers.cache_utils import DynamicLayer
 
     class RoomyLayer(DynamicLayer):  # type: ignore[misc]
-        def __init__(self) -> None:
+        def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
             super().__init__()
             self.buffers, self.length = (keys, values), length
             self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
@@ -207,4 +210,4 @@ def _roomy_layer(keys: torch.Tensor, values: torch.Tensor, length: int) -> Any:
             self.buffers = (self.buffers[0][indices], self.buffers[1][indices])
             self._show()
 
-    return RoomyLayer()
+    return RoomyLayer

@@ -18,16 +18,21 @@ import torch
 
 from olmfast.config import RunConfig, parse_config
 from olmfast.driver import Session
+from olmfast.evaluation.scorer import Candidate
 from olmfast.inputs import Inputs
 from olmfast.run_folder import RunFolder
-from olmfast.search.evolve import refine
+from olmfast.search import evolve
 from olmfast.search.stage import Observer
 from olmfast.search.swap import swap
 from olmfast.testing import CHATML, SPECIAL
 from olmfast.weights.architecture import Unit
+from olmfast.weights.offspring import Parent
+from olmfast.weights.recipe import Copy
 
 WORDS = 8000  # size of the vocabulary
 ANSWER = 20  # tokens
+BLOCKS = (0, 5, 11)  # spread evenly over the depth
+PER_UNIT = 6  # offspring that are scored together
 MODULES = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")  # refined in the blocks at hand, in turn
 
 
@@ -84,7 +89,21 @@ def walk(engine: Session, blocks: Sequence[int], refined: Sequence[int]) -> None
         swap(search, "layers", search.architecture.window_unit(search.tensors, [block]))
     for block, name in modules_in(refined).items():
         swap(search, "tensors", module_unit(block, name))
-        refine(search, module_unit(block, name))
+        evolve.refine(search, module_unit(block, name))
+
+
+def candidates_of(kind: str, engine, block: int) -> tuple[Unit, list[Candidate]]:
+    """What a search would score together in a block: every donor's values, or offspring of its module."""
+    search = engine.search
+    unit = module_unit(block, modules_in(BLOCKS)[block])
+    if kind == "block":
+        unit = search.architecture.window_unit(search.tensors, [block])
+    if kind in ("block", "unit"):
+        donors = [name for name in search.donors if name != search.model.recipe.base]
+        return unit, [Candidate(donor, {name: Copy(donor, name) for name in unit.tensors}) for donor in donors]
+    tensor = unit.tensors[0]
+    parent = Parent(search.model.sources.value(search.model.recipe.tensors[tensor]))
+    return unit, evolve._offspring(search, tensor, parent, kind, 0, 0)[:PER_UNIT]
 
 
 def make_case(

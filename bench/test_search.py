@@ -17,13 +17,16 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
 from baseline import Baseline
-from search_case import make_case, module_unit, modules_in, session, walk
+from peak import cpu, peak_memory
+from search_case import BLOCKS, candidates_of, make_case, module_unit, modules_in, session, walk
 
 from olmfast.config import Racing
 from olmfast.evaluation.scorer import Candidate, Scores
@@ -33,14 +36,11 @@ from olmfast.search.racing import heats
 from olmfast.search.ranking import Rules, choose
 from olmfast.search.swap import swap
 from olmfast.weights.architecture import Unit
-from olmfast.weights.recipe import Copy
 
 pytestmark = pytest.mark.timeout(0)
 ALL = bool(os.environ.get("OLMFAST_BENCH_ALL"))
-BLOCKS = (0, 5, 11)
 KINDS = ("block", "unit", "svd_es", "norm_es")
 SEEDS = 30  # orders of questions that races are repeated in
-PER_UNIT = 6  # candidates that are scored together, as many as the pool has donors or more
 DEMO = Path(__file__).parents[1] / "examples" / "demo" / "olm_config.yaml"
 
 
@@ -49,29 +49,9 @@ def case(tmp_path_factory):
     return make_case(tmp_path_factory.mktemp("search"), n_samples=32)
 
 
-def cpu(call: Callable[[], object]) -> float:
-    began = time.process_time()
-    call()
-    return time.process_time() - began
-
-
 def say(benchmark, title: str, **figures: object) -> None:
     benchmark.extra_info.update({name: str(value) for name, value in figures.items()})
     print(f"\n{title} | " + " | ".join(f"{name} {value}" for name, value in figures.items()), flush=True)
-
-
-def candidates_of(kind: str, engine, block: int) -> tuple[Unit, list[Candidate]]:
-    """What a search would score together in a block: every donor's values, or offspring of its module."""
-    search = engine.search
-    unit = module_unit(block, modules_in(BLOCKS)[block])
-    if kind == "block":
-        unit = search.architecture.window_unit(search.tensors, [block])
-    if kind in ("block", "unit"):
-        donors = [name for name in search.donors if name != search.model.recipe.base]
-        return unit, [Candidate(donor, {name: Copy(donor, name) for name in unit.tensors}) for donor in donors]
-    tensor = unit.tensors[0]
-    parent = evolve.Parent(search.model.sources.value(search.model.recipe.tensors[tensor]))
-    return unit, evolve._offspring(search, tensor, parent, kind, 0, 0)[:PER_UNIT]
 
 
 def plain_scores(kind: str, baseline: Baseline, unit: Unit, candidates: list[Candidate]) -> list[Scores]:
@@ -236,6 +216,18 @@ def walk_last(search) -> None:
     swap(search, "layers", search.architecture.window_unit(search.tensors, [11]))
     swap(search, "tensors", module)
     evolve.refine(search, module)
+
+
+@pytest.mark.parametrize("limit", [None, 1_000_000_000, 700_000_000])
+def test_the_memory_limit(benchmark, case, limit):
+    """A block and a module's offspring in block 5 on 32 + 32 questions, in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        call = lambda: process.submit(peak_memory, case, limit).result()  # noqa: E731
+        peak, before, splits, seconds = benchmark.pedantic(call, rounds=1)
+    asked = "none" if limit is None else f"{limit / 1e6:.0f} MB"
+    say(benchmark, f"max_ram {asked}", peak=f"{peak / 1e6:.0f} MB", model_and_libraries=f"{before / 1e6:.0f} MB",
+        splits=splits, cpu=f"{seconds:.0f} s")  # fmt: skip
+    assert limit is None or peak < 1.1 * limit
 
 
 MATRIX_PRODUCTS = (

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from olmfast.kernels import magnitudes
 from olmfast.kernels.magnitudes import Keys, cuts, key_value, thresholds, value_keys
@@ -92,3 +95,15 @@ def test_what_is_read_begins_and_ends_with_a_row():
     found = cuts(Keys(read, stretches, row), [1000, 200_000])
     ordered = x.sort(descending=True).values
     assert [key_value(cut.key) for cut in found] == [float(ordered[999]), float(ordered[199_999])]
+
+
+@given(keys=st.lists(st.integers(0, 9), min_size=1, max_size=50), low=st.integers(-1, 9), width=st.integers(0, 5))
+def test_keys_are_divided_by_numpy_as_by_torch(keys, low, width):
+    keys, high = torch.tensor(keys, dtype=torch.int32), low + width
+    masks = np.empty((4, len(keys)), dtype=bool)
+    *counts, between = magnitudes._divide(keys, low, high)
+    *others, within = magnitudes._divide_on_cpu(keys, low, high, masks)
+    assert counts == others
+    assert torch.equal(between, within)
+    n_below = int((keys < low).sum())
+    assert sum(counts) + len(between) + n_below == len(keys)

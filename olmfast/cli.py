@@ -110,9 +110,10 @@ def merge_command(
     """Merge models as a merge file says, without evaluating them."""
     from olmfast import static, static_output
     from olmfast.merge_config import load_merge_config
+    from olmfast.merge_plan import plan_merge
 
     shard_bytes, ram = _size("--shard-size", shard_size), max_ram and _size("--max-ram", max_ram)
-    plan = static.plan_merge(load_merge_config(config), seed=seed)
+    plan = plan_merge(load_merge_config(config), seed=seed)
     if dry_run:
         static_output.print_plan(plan, out, as_json)
         return
@@ -223,9 +224,10 @@ def check(
     from olmfast.merge_config import is_merge_file, load_merge_config
 
     if is_merge_file(read_yaml(config)):
-        from olmfast import static, static_output
+        from olmfast import static_output
+        from olmfast.merge_plan import plan_merge
 
-        static_output.print_plan(static.plan_merge(load_merge_config(config)), out, as_json)
+        static_output.print_plan(plan_merge(load_merge_config(config)), out, as_json)
         return
     loaded = load_config(config)
     from olmfast import plan

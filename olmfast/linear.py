@@ -15,7 +15,7 @@ from typing import Any
 
 from olmfast.config import RunConfig, parse_config, read_any_yaml
 from olmfast.errors import InputError, did_you_mean
-from olmfast.static import Plan
+from olmfast.merge_plan import Plan
 from olmfast.weights.checkpoint import Checkpoint, read_json
 from olmfast.weights.pool import Pool, vocabulary_differences
 from olmfast.weights.recipe import Copy, Expression, Rows, Setting, merge

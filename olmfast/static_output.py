@@ -15,7 +15,8 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from olmfast.linear import Ranked
-from olmfast.static import Plan, Written, copy_rate, free_bytes, memory_bytes
+from olmfast.merge_plan import Plan, memory_bytes
+from olmfast.static import Written, copy_rate, free_bytes
 from olmfast.weights.writer import OutputTensor
 
 

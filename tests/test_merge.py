@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from olmfast.errors import InputError, Interrupted, OlmfastError
 from olmfast.merge_config import load_merge_config
-from olmfast.static import Written, merge_models, plan_merge, write_merge
+from olmfast.merge_plan import plan_merge
+from olmfast.static import Written, merge_models, write_merge
 from olmfast.testing import FAMILIES, tiny_model, tiny_run
 from olmfast.weights.methods import METHODS
 from olmfast.weights.operands import Held, Operands

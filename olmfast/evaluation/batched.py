@@ -19,11 +19,10 @@ from olmfast.evaluation.memory import Memory, is_out_of_memory
 from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.prefix import Batch, Prefix
 from olmfast.evaluation.scorer import Candidate, Scores, SequentialScorer, wanted_samples
-from olmfast.evaluation.stacked import Leaf, ScaledLeaf, StackedLeaf, Start
+from olmfast.evaluation.stacked import Leaf, Start, is_stackable, stack_leaves
 from olmfast.evaluation.tasks import Followed, Task
 from olmfast.weights.architecture import Architecture, Unit
 from olmfast.weights.methods import Values
-from olmfast.weights.offspring import NormOffspring
 
 MEASURED_TOKENS = 512  # in the pass whose memory is measured
 # Shares of the memory left beside the model; the rest is slack for what comes and goes.
@@ -253,47 +252,16 @@ class BatchedScorer:
         alone: list[int] = []
         stacks: dict[tuple[str, ...], list[int]] = {}
         for row in rows:
-            candidate = candidates[row]
-            if candidate.values and len(unit.blocks) == 1 and all(map(self._is_stackable, candidate.values)):
-                stacks.setdefault(tuple(sorted(candidate.values)), []).append(row)
+            names = tuple(sorted(candidates[row].values))
+            if names and len(unit.blocks) == 1 and all(is_stackable(self.model, name) for name in names):
+                stacks.setdefault(names, []).append(row)
             else:
                 alone.append(row)
         return alone, list(stacks.values())
 
-    def _is_stackable(self, name: str) -> bool:
-        """Whether a tensor is a whole parameter of a module that takes and returns one tensor."""
-        slot = self._architecture.slot(name)
-        module = slot.parameter.rsplit(".", 1)[0]
-        kind = type(self.model.module.get_submodule(module))
-        return not slot.index and (kind.__name__ in ("Linear", "Conv1D") or self._architecture.is_norm(module))
-
     def _first_block(self, unit: Unit) -> int | None:
         blocks = [self._architecture.block_of(name) for name in unit.tensors]
         return None if None in blocks else min(block for block in blocks if block is not None)
-
-    def _leaves(self, values: Sequence[Mapping[str, Values]]) -> list[Leaf]:
-        """The leaves in which the candidates' values differ, with all of them stacked."""
-        modules: dict[str, dict[str, torch.Tensor]] = {}
-        for name in values[0]:
-            module, parameter = self._architecture.slot(name).parameter.rsplit(".", 1)
-            factors = self._output_factors(module, [own[name] for own in values]) if len(values[0]) == 1 else None
-            if factors is not None:
-                return [ScaledLeaf(self.model.module.get_submodule(module), factors)]
-            modules.setdefault(module, {})[parameter] = self.model.stack(name, [own[name] for own in values])
-        return [StackedLeaf(self.model.module.get_submodule(name), own) for name, own in modules.items()]
-
-    def _output_factors(self, module: str, values: Sequence[Values]) -> torch.Tensor | None:
-        """(K, out) where scaling a Linear's outputs is the same as scaling its rows: if these are not rounded more."""
-        linear = self.model.module.get_submodule(module)
-        scaled = [value for value in values if isinstance(value, NormOffspring) and value.axis == 0]
-        if len(scaled) < len(values) or not isinstance(linear, torch.nn.Linear):
-            return None
-        parent = scaled[0].parent.weight
-        if not (
-            parent.dtype == self.model.dtype in (torch.float32, torch.float64) and torch.equal(parent, linear.weight)
-        ):
-            return None
-        return torch.stack([value.log_scale for value in scaled]).to(linear.weight).exp()
 
     def _fitting(self, values: Sequence[Mapping[str, Values]]) -> int:
         """How many candidates' values are stacked at a time."""
@@ -305,7 +273,7 @@ class BatchedScorer:
     ) -> None:
         leaves: list[Leaf] | None
         try:
-            leaves = self._leaves([candidates[row].values for row in rows])
+            leaves = stack_leaves(self.model, [candidates[row].values for row in rows])
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or len(rows) == 1:
                 raise
@@ -525,5 +493,5 @@ class BatchedScorer:
 
 
 def _power_of_two(n: int) -> int:
-    """The largest one up to n, and at least 1: a size that does not change with every byte that is free."""
+    """The largest up to n, at least 1: a size that does not change with every byte that is free."""
     return 1 << (max(n, 1).bit_length() - 1)

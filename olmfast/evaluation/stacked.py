@@ -17,6 +17,9 @@ from torch.nn.functional import linear
 
 from olmfast import kernels
 from olmfast.evaluation.decoder import Decoder, Needed, Recorder
+from olmfast.evaluation.model import WorkingModel
+from olmfast.weights.methods import Values
+from olmfast.weights.offspring import NormOffspring
 
 
 class Leaf(Protocol):
@@ -96,6 +99,39 @@ class ScaledLeaf:
 
     def _shift(self, out: torch.Tensor) -> torch.Tensor:
         return out if self.module.bias is None else out.add_(self.module.bias)
+
+
+def is_stackable(model: WorkingModel, name: str) -> bool:
+    """Whether a tensor is a whole parameter of a module that takes and returns one tensor."""
+    architecture = model.sources.pool.architecture
+    slot = architecture.slot(name)
+    module = slot.parameter.rsplit(".", 1)[0]
+    kind = type(model.module.get_submodule(module))
+    return not slot.index and (kind.__name__ in ("Linear", "Conv1D") or architecture.is_norm(module))
+
+
+def stack_leaves(model: WorkingModel, values: Sequence[Mapping[str, Values]]) -> list[Leaf]:
+    """The leaves in which candidates differ, given each candidate's values of the same tensors, all of them stacked."""
+    modules: dict[str, dict[str, torch.Tensor]] = {}
+    for name in values[0]:
+        module, parameter = model.sources.pool.architecture.slot(name).parameter.rsplit(".", 1)
+        factors = _output_factors(model, module, [own[name] for own in values]) if len(values[0]) == 1 else None
+        if factors is not None:
+            return [ScaledLeaf(model.module.get_submodule(module), factors)]
+        modules.setdefault(module, {})[parameter] = model.stack(name, [own[name] for own in values])
+    return [StackedLeaf(model.module.get_submodule(name), own) for name, own in modules.items()]
+
+
+def _output_factors(model: WorkingModel, module: str, values: Sequence[Values]) -> torch.Tensor | None:
+    """(K, out) where scaling a Linear's outputs is the same as scaling its rows: if these are not rounded more."""
+    leaf = model.module.get_submodule(module)
+    scaled = [value for value in values if isinstance(value, NormOffspring) and value.axis == 0]
+    if len(scaled) < len(values) or not isinstance(leaf, torch.nn.Linear):
+        return None
+    parent = scaled[0].parent.weight
+    if not (parent.dtype == model.dtype in (torch.float32, torch.float64) and torch.equal(parent, leaf.weight)):
+        return None
+    return torch.stack([value.log_scale for value in scaled]).to(leaf.weight).exp()
 
 
 @contextmanager

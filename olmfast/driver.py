@@ -125,7 +125,7 @@ class Session:
     def search_all(self) -> str:
         """Walk the stages in order; returns `finished`, or `stopped` when the budget is spent."""
         stages = plan_stages(self.config, self.inputs.pool)
-        self.observer.planned(sum(n for _, n in stages.values()))
+        self.observer.planned(sum(stage.n_candidates for stage in stages.values()))
         self._score_holdout_of_donors()
         try:
             self._choose_base()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,6 +17,7 @@ from olmfast import __version__
 from olmfast.config import RunConfig
 from olmfast.errors import InputError
 from olmfast.evaluation.batches import Dataset, load_datasets
+from olmfast.evaluation.conversations import load_conversations
 from olmfast.evaluation.model import pick_device, pick_dtype
 from olmfast.search.stage import Observer
 from olmfast.weights.checkpoint import Checkpoint, read_json
@@ -37,30 +39,49 @@ class Inputs:
     dtype: torch.dtype
 
     @classmethod
-    def open(cls, config: RunConfig, observer: Observer, download: bool = True) -> Inputs:
-        """Open donors (downloaded where needed and allowed) and datasets. Raises InputError naming what is unusable."""
-        device = pick_device(config.device)
-        dtype = pick_dtype(config.dtype, device)
+    def open(cls, config: RunConfig, observer: Observer, download: bool = True, weights: bool = True) -> Inputs:
+        """Open donors (downloaded where needed and allowed) and datasets; with `weights`, look through these for NaN.
+
+        Raises InputError with a line for everything that is unusable, as far as one fault does not hide another.
+        """
+        faults: list[str] = []
+        pool = None
+        with _noted(faults):
+            device = pick_device(config.device)
+            dtype = pick_dtype(config.dtype, device)
         names = [config.base_name, *(name for name in config.models if name != config.base_name)]
         digests = DigestCache()
         digests.load([config.output_dir.with_name(f"{config.output_dir.name}.partial") / DIGESTS])
-        pool = Pool.open(names, config.models_dir, config.config_dir, digests=digests, download=download)
+        with _noted(faults):
+            pool = Pool.open(names, config.models_dir, config.config_dir, digests=digests, download=download)
+        if pool is None:  # without a tokenizer, what can be said of the datasets
+            for name, entry in {**config.dataset, **config.holdout}.items():
+                with _noted(faults):
+                    load_conversations(config.dataset_dir / name, entry.mode, entry.samples)
+            raise InputError("\n".join(faults))
         for warning in pool.warnings:
             observer.note(warning)
-        tokenizer, stop_tokens = load_tokenizer(pool[config.base_name])
         context = pool.architecture.context
-        datasets = load_datasets(config.dataset_dir, config.dataset, tokenizer, context)
-        holdout = load_datasets(config.dataset_dir, config.holdout, tokenizer, context)
-        for name, dataset in {**datasets, **holdout}.items():
+        datasets: dict[str, Dataset] = {}
+        with _noted(faults):
+            tokenizer, stop_tokens = load_tokenizer(pool[config.base_name])
+            for name, entry in {**config.dataset, **config.holdout}.items():
+                with _noted(faults):
+                    datasets |= load_datasets(config.dataset_dir, {name: entry}, tokenizer, context)
+        for name, dataset in datasets.items():
             if dataset.left_out:
                 observer.note(f"{name}: {dataset.left_out} samples longer than {context} tokens are left out")
-        pool.check_finite()
-        check_output(config, pool)
-        check_units(config, pool)
-        check_space(config.output_dir, pool)
+        for check in (check_output, check_units, check_space):
+            with _noted(faults):
+                check(config, pool)
+        if faults:
+            raise InputError("\n".join(faults))
+        if weights:
+            pool.check_finite()
+        judged, held_out = ({name: datasets[name] for name in part} for part in (config.dataset, config.holdout))
         if config.metric_dir is not None:
             observer.note("metric_dir: accepted for compatibility and ignored; metrics lie in the output folder")
-        return cls(config, pool, tokenizer, datasets, holdout, stop_tokens, device, dtype)
+        return cls(config, pool, tokenizer, judged, held_out, stop_tokens, device, dtype)
 
     def header(self) -> dict[str, Any]:
         """What identifies the run: a resumed run must have the same config, donors and datasets."""
@@ -113,15 +134,32 @@ def check_units(config: RunConfig, pool: Pool) -> None:
             )
 
 
-def check_space(output_dir: Path, pool: Pool) -> None:
+def check_space(config: RunConfig, pool: Pool) -> None:
     """Raise InputError when the disk cannot hold the result."""
-    parent = next(folder for folder in output_dir.absolute().parents if folder.is_dir())
-    needed = max(donor.n_bytes for donor in pool)
-    free = shutil.disk_usage(parent).free
+    needed, free = max(donor.n_bytes for donor in pool), free_bytes(config.output_dir)
     if free < needed:
         raise InputError(
-            f"{output_dir}: the result needs {needed / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free"
+            f"{config.output_dir}: the result needs {needed / 1e9:.2f} GB and {_parent(config.output_dir)} has "
+            f"{free / 1e9:.2f} GB free"
         )
+
+
+def free_bytes(output_dir: Path) -> int:
+    """Bytes that are free on the disk that `output_dir` would be written to."""
+    return shutil.disk_usage(_parent(output_dir)).free
+
+
+def _parent(output_dir: Path) -> Path:
+    return next(folder for folder in output_dir.absolute().parents if folder.is_dir())
+
+
+@contextmanager
+def _noted(faults: list[str]) -> Iterator[None]:
+    """An InputError of what stands inside is one fault more, and what stands behind goes on."""
+    try:
+        yield
+    except InputError as error:
+        faults.append(str(error))
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

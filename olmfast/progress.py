@@ -7,11 +7,13 @@ import math
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -140,15 +142,34 @@ def print_plan(plan: Plan, as_json: bool) -> None:
     if as_json:
         print(json.dumps(plan.to_json(), indent=2))
         return
-    table = Table("stage", "units", "candidates")
-    for stage, (n_units, n_candidates) in plan.stages.items():
-        table.add_row(stage, str(n_units), str(n_candidates))
-    table.add_row("all", "", str(plan.n_candidates))
+    table = Table("stage", "units", "tensors", "candidates")
+    for name, stage in plan.stages.items():
+        table.add_row(name, str(len(stage.units)), str(len(stage.tensors)), str(stage.n_candidates))
+    table.add_row("all", "", str(plan.n_tensors), str(plan.n_candidates))
     _console().print(table)
+    print(f"candidates of a unit: what is there; for each donor: {plan.candidates}")
+    for why, n in plan.stays.items():
+        print(f"{n} tensors stay the base's: {why}")
+    tokens = ", ".join(f"{name} {n}" for name, n in plan.vocabulary.items() if n)
+    listed = f"; tokens listed by the tokenizers: {tokens}" if tokens else ""
+    print(f"tokenizer: {plan.tokenizer}'s; vocabulary: {plan.n_rows} rows in every donor{listed}")
     for name, (mode, n_samples) in plan.datasets.items():
         print(f"{name}: {mode}, {n_samples} samples")
+    few = ", which is too little" if plan.memory_limit < plan.memory_bytes else ""
+    dtype = str(plan.dtype).removeprefix("torch.")
+    print(
+        f"memory: at least {decimal(plan.memory_bytes)} on {plan.device} in {dtype} (an estimate), "
+        f"{decimal(plan.memory_limit)} allowed{few}"
+    )
+    print(
+        f"time: about {timedelta(seconds=math.ceil(plan.seconds))} at the {plan.flop_per_s / 1e9:.0f} GFLOP/s that a "
+        "trial product reached (an estimate; decoding, racing and donors that are equal change it)"
+    )
     there = " (exists: --overwrite or --resume will be needed)" if plan.output_dir.exists() else ""
-    print(f"result: {plan.n_bytes / 1e9:.3f} GB in {plan.output_dir}{there}; nothing has been written")
+    print(
+        f"result: {decimal(plan.n_bytes)} in {plan.output_dir}{there}, {decimal(plan.free_bytes)} free there; "
+        "nothing has been written"
+    )
 
 
 def print_result(result: Result, as_json: bool) -> None:

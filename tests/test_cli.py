@@ -97,7 +97,7 @@ def test_a_dry_run_checks_everything_prints_the_plan_and_writes_nothing(olmfast,
     code, out, _ = olmfast("run", cfg, "--dry-run", "--json")
     plan = json.loads(out)
     assert code == 0
-    assert plan["stages"]["layers"] == {"units": 2, "candidates": 4}
+    assert plan["stages"]["layers"] == {"units": 2, "tensors": 18, "candidates": 4}
     assert plan["datasets"]["heldout.json"] == {"mode": "perplexity", "samples": 6}
     assert sorted(cfg.parent.rglob("*")) == before
     (cfg.parent / "models" / "donor0" / "config.json").unlink()

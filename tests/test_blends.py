@@ -180,8 +180,8 @@ def test_the_plan_is_never_exceeded_and_is_exact_where_no_candidates_coincide(ev
     config = load_config(everything.output_dir.parent / "cfg.yaml")
     planned = plan(config).stages
     assert [name for name in planned if name != "base"] == ["model", "depth", "kind", "boundary", "layers", "tensors"]
-    for stage, whole in planned.items():
-        n_units, n_candidates = len(whole.units), whole.n_candidates
+    for stage, planned_stage in planned.items():
+        n_units, n_candidates = len(planned_stage.units), planned_stage.n_candidates
         steps = [e for e in everything.report.own["steps"].values() if e["stage"] == stage]
         assert len(steps) == n_units
         taken = sum(len(step["metrics"]["more.json"]) for step in steps)

@@ -163,7 +163,8 @@ def print_plan(plan: Plan, as_json: bool) -> None:
     )
     print(
         f"time: about {timedelta(seconds=math.ceil(plan.seconds))} at the {plan.flop_per_s / 1e9:.0f} GFLOP/s that a "
-        "trial product reached (an estimate; decoding, racing and donors that are equal change it)"
+        "trial product reached (an estimate: decoding and what is no matrix product come on top, racing and equal "
+        "donors take off)"
     )
     there = " (exists: --overwrite or --resume will be needed)" if plan.output_dir.exists() else ""
     print(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from olmfast.errors import InputError
 from olmfast.evaluation.batches import Dataset, load_datasets
 from olmfast.evaluation.conversations import load_conversations
 from olmfast.evaluation.model import pick_device, pick_dtype
+from olmfast.output_folder import check_space
 from olmfast.search.stage import Observer
 from olmfast.weights.checkpoint import Checkpoint, read_json
 from olmfast.weights.digests import DIGESTS, DigestCache
@@ -71,9 +70,11 @@ class Inputs:
         for name, dataset in datasets.items():
             if dataset.left_out:
                 observer.note(f"{name}: {dataset.left_out} samples longer than {context} tokens are left out")
-        for check in (check_output, check_units, check_space):
+        for check in (check_output, check_units):
             with _noted(faults):
                 check(config, pool)
+        with _noted(faults):
+            check_space(config.output_dir, max(donor.n_bytes for donor in pool))
         if faults:
             raise InputError("\n".join(faults))
         if weights:
@@ -132,25 +133,6 @@ def check_units(config: RunConfig, pool: Pool) -> None:
             raise InputError(
                 f"units: {pattern!r} matches no module inside the blocks; they are named such as {units[0].name}"
             )
-
-
-def check_space(config: RunConfig, pool: Pool) -> None:
-    """Raise InputError when the disk cannot hold the result."""
-    needed, free = max(donor.n_bytes for donor in pool), free_bytes(config.output_dir)
-    if free < needed:
-        raise InputError(
-            f"{config.output_dir}: the result needs {needed / 1e9:.2f} GB and {_parent(config.output_dir)} has "
-            f"{free / 1e9:.2f} GB free"
-        )
-
-
-def free_bytes(output_dir: Path) -> int:
-    """Bytes that are free on the disk that `output_dir` would be written to."""
-    return shutil.disk_usage(_parent(output_dir)).free
-
-
-def _parent(output_dir: Path) -> Path:
-    return next(folder for folder in output_dir.absolute().parents if folder.is_dir())
 
 
 @contextmanager

@@ -107,3 +107,25 @@ def _unused(path: Path) -> Path:
     """The path, or the first of path.2, path.3, ... that is not there yet."""
     names = (path.with_name(f"{path.name}.{number}" if number > 1 else path.name) for number in count(1))
     return next(candidate for candidate in names if not candidate.exists())
+
+
+def parent_of(output: Path) -> Path:
+    """The innermost folder around `output` that is there. Raises InputError if it is a file."""
+    place = next(place for place in output.absolute().parents if place.exists())
+    if not place.is_dir():
+        raise InputError(f"{output}: {place} is no folder; name another place for the result")
+    return place
+
+
+def free_bytes(output: Path) -> int:
+    """Bytes that are free on the disk that `output` would be written to."""
+    return shutil.disk_usage(parent_of(output)).free
+
+
+def check_space(output: Path, needed: int) -> None:
+    """Raise InputError when the disk cannot hold a result of `needed` bytes."""
+    free = free_bytes(output)
+    if free < needed:
+        raise InputError(
+            f"{output}: the result needs {needed / 1e9:.2f} GB and {parent_of(output)} has {free / 1e9:.2f} GB free"
+        )

@@ -17,7 +17,8 @@ from olmfast.config import RunConfig
 from olmfast.evaluation.batches import Dataset
 from olmfast.evaluation.memory import Memory
 from olmfast.evaluation.tasks import Task
-from olmfast.inputs import Inputs, free_bytes
+from olmfast.inputs import Inputs
+from olmfast.output_folder import free_bytes
 from olmfast.search.evolve import offspring_count
 from olmfast.search.stage import Observer
 from olmfast.search.swap import STAGES, units_of

@@ -18,7 +18,7 @@ from olmfast.card import merge_card
 from olmfast.errors import FileChanged, InputError, Interrupted
 from olmfast.merge_config import MergeConfig
 from olmfast.merge_plan import Plan, memory_bytes, plan_merge
-from olmfast.output_folder import OutputFolder
+from olmfast.output_folder import OutputFolder, check_space, parent_of
 from olmfast.report import REPORT
 from olmfast.weights.methods import Sources
 from olmfast.weights.writer import (
@@ -154,28 +154,10 @@ def check_output(plan: Plan, folder: OutputFolder, max_ram: int | None) -> None:
             raise InputError(f"{folder.output}: exists; use --overwrite to replace it")
         if (folder.partial / REPORT).exists():
             raise InputError(f"{folder.partial}: holds an unfinished run; use --overwrite to replace it")
-    free = free_bytes(folder.output)
-    if free < plan.n_bytes:
-        raise InputError(
-            f"{folder.output}: the result needs {plan.n_bytes / 1e9:.2f} GB and {_parent(folder.output)} has "
-            f"{free / 1e9:.2f} GB free"
-        )
+    check_space(folder.output, plan.n_bytes)
     held = psutil.Process().memory_info().rss + memory_bytes(plan)
     if max_ram is not None and held > max_ram:
         raise InputError(f"--max-ram {max_ram}: the merge needs about {held} bytes; allow as much")
-
-
-def free_bytes(output: Path) -> int:
-    """Bytes that are free on the disk that `output` would be written to."""
-    return shutil.disk_usage(_parent(output)).free
-
-
-def _parent(output: Path) -> Path:
-    """The innermost folder around `output` that is there. Raises InputError if it is a file."""
-    place = next(place for place in output.absolute().parents if place.exists())
-    if not place.is_dir():
-        raise InputError(f"{output}: {place} is no folder; name another place for the result")
-    return place
 
 
 def check_buffers(plan: Plan) -> None:
@@ -210,7 +192,7 @@ def copy_rate(plan: Plan, near: Path, n_bytes: int = 32 << 20) -> float:
     """Bytes per second that a model's weights are copied with to the disk of `near`, by copying a few."""
     info = max((info for donor in plan.pool for info in donor.tensors.values()), key=lambda info: info.n_bytes)
     n_bytes = min(n_bytes, info.n_bytes)
-    trial = _parent(near) / f".{near.name}.trial"
+    trial = parent_of(near) / f".{near.name}.trial"
     started = time.monotonic()
     try:
         output = _shards.Output(trial, n_bytes)

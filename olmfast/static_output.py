@@ -16,7 +16,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from olmfast.linear import Ranked
 from olmfast.merge_plan import Plan, memory_bytes
-from olmfast.static import Written, copy_rate, free_bytes
+from olmfast.output_folder import free_bytes
+from olmfast.static import Written, copy_rate
 from olmfast.weights.writer import OutputTensor
 
 

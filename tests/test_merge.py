@@ -453,7 +453,7 @@ def test_a_place_that_cannot_hold_a_result_is_refused(place, olmfast, command):
 
 def test_a_trial_copy_that_fails_is_an_error_that_says_where(place, olmfast, monkeypatch):
     merged(place)
-    monkeypatch.setattr("olmfast.static._parent", lambda _: place / "gone")
+    monkeypatch.setattr("olmfast.static.parent_of", lambda _: place / "gone")
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 0, 1))
     code, _, error = olmfast("check", place / "m.yml", "--out", place / "new")
     assert code == 2

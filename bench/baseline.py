@@ -54,11 +54,13 @@ class Baseline:
     seed: int = 0
     svd_sigma: float = 0.1
     norm_sigma: float = 0.005
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # of the merge; donors stay on the CPU
+    dtype: torch.dtype = torch.float32
     decisions: list[Decision] = field(default_factory=list)
 
     def select_base(self) -> None:
         """Score every donor whole; the best is where the search starts."""
-        scores = [self._score(load(folder)) for folder in self.donors.values()]
+        scores = [self._score(self._load(name).to(self.device)) for name in self.donors]
         means = {name: [float(one.mean(name)) for one in scores] for name in self.datasets}
         self.rules = Rules(
             self.rules.selection,
@@ -72,7 +74,7 @@ class Baseline:
 
     def start(self, donor: str, scores: Scores | None = None) -> None:
         """Begin with one donor; its scores are found first if they are not given."""
-        self.model, self.base = load(self.donors[donor]), donor
+        self.model, self.base = self._load(donor).to(self.device), donor
         self.owner = dict.fromkeys(self.model.state_dict(), donor)
         self.current = scores or self._score(self.model)
 
@@ -109,13 +111,14 @@ class Baseline:
 
     def offspring(self, tensor: str, method: str, generation: int = 0, successes: int = 0) -> Offspring:
         """One generation of offspring of a matrix as it is now."""
-        weight = self._parameter(tensor).detach().clone()
+        weight = self._parameter(tensor).detach().float().clone()
         if method == "svd_es":
             dimensions, make = _svd_offspring(weight, self.svd_sigma * SVD_DECAY**successes)
         else:
             dimensions, make = _norm_offspring(weight, self.norm_sigma * NORM_DECAY**successes)
         address = (self.seed, tensor, method, generation)
-        return Offspring(offspring_count(dimensions), lambda index: make(normal(dimensions, *address, index).float()))
+        draws = lambda index: normal(dimensions, *address, index).float().to(self.device)  # noqa: E731
+        return Offspring(offspring_count(dimensions), lambda index: make(draws(index)))
 
     def score_child(self, tensor: str, child: torch.Tensor) -> Scores:
         """The model with one matrix replaced; it is left as it was."""
@@ -129,13 +132,16 @@ class Baseline:
         return scores
 
     def _values_of(self, donor: str, tensors: Sequence[str]) -> dict[str, torch.Tensor]:
-        state = load(self.donors[donor]).state_dict()
+        state = self._load(donor).state_dict()
         return {name: state[name] for name in tensors}
 
     def _copy(self, values: Mapping[str, torch.Tensor]) -> None:
         with torch.no_grad():
             for name, value in values.items():
                 self._parameter(name).copy_(value)
+
+    def _load(self, donor: str) -> Any:
+        return load(self.donors[donor], self.dtype)
 
     def _parameter(self, name: str) -> torch.Tensor:
         parameter: torch.Tensor = self.model.get_parameter(name)
@@ -180,11 +186,11 @@ def _norm_offspring(weight: torch.Tensor, sigma: float) -> tuple[int, Callable[[
     return len(weight), make
 
 
-def load(folder: Path) -> Any:
-    """A donor, whole, as Transformers loads it."""
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A donor, whole, as Transformers loads it, on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 @torch.inference_mode()
@@ -196,15 +202,21 @@ def score_sample(model: Any, dataset: Dataset, sample: Sample) -> torch.Tensor:
         ids = list(sample.prompt)
         top = []
         for _ in sample.response:
-            logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1].float()
+            logits = _logits(model, ids)[-1].float()
             probability, token = torch.softmax(logits, dim=0).max(dim=0)
-            top.append(probability)
+            top.append(probability.cpu())
             ids.append(int(token))
         right = torch.tensor(ids[len(sample.prompt) :]) == labels
         return metrics.exact_match(torch.stack(top), right, dataset.config.strict)
     ids = [*sample.prompt, *sample.response[:-1]]
-    logits = model(torch.tensor([ids]), use_cache=False).logits[0]
-    return metrics.TEACHER_FORCED[mode](metrics.token_scores(logits[len(sample.prompt) - 1 :], labels))
+    logits = _logits(model, ids)[len(sample.prompt) - 1 :]
+    return metrics.TEACHER_FORCED[mode](metrics.token_scores(logits, labels.to(logits.device))).cpu()
+
+
+def _logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
+    """At every position of one input: (tokens, vocabulary)."""
+    logits: torch.Tensor = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0]
+    return logits
 
 
 def _stack(scores: Sequence[Scores]) -> Scores:

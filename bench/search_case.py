@@ -92,18 +92,24 @@ def walk(engine: Session, blocks: Sequence[int], refined: Sequence[int]) -> None
         evolve.refine(search, module_unit(block, name))
 
 
-def candidates_of(kind: str, engine, block: int) -> tuple[Unit, list[Candidate]]:
-    """What a search would score together in a block: every donor's values, or offspring of its module."""
+def candidates_of(
+    kind: str, engine, block: int, blocks: Sequence[int] = BLOCKS, per_unit: int | None = PER_UNIT
+) -> tuple[Unit, list[Candidate]]:
+    """What a search would score together in a block: every donor's values, or offspring of its module.
+
+    `blocks`: those at hand, see `modules_in`; `per_unit`: offspring at most, None for the whole generation.
+    """
     search = engine.search
-    unit = module_unit(block, modules_in(BLOCKS)[block])
+    unit = module_unit(block, modules_in(blocks)[block])
     if kind == "block":
         unit = search.architecture.window_unit(search.tensors, [block])
     if kind in ("block", "unit"):
         donors = [name for name in search.donors if name != search.model.recipe.base]
         return unit, [Candidate(donor, {name: Copy(donor, name) for name in unit.tensors}) for donor in donors]
     tensor = unit.tensors[0]
-    parent = Parent(search.model.sources.value(search.model.recipe.tensors[tensor]))
-    return unit, evolve._offspring(search, tensor, parent, kind, 0, 0)[:PER_UNIT]
+    weight = search.model.sources.value(search.model.recipe.tensors[tensor])
+    parent = Parent(weight.to(search.model.device))
+    return unit, evolve._offspring(search, tensor, parent, kind, 0, 0)[:per_unit]
 
 
 def make_case(
@@ -122,24 +128,11 @@ def make_case(
     Blocks then change the next token often, and fine-tunes of 1 to 2 % leave it for some tokens only.
     """
     import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    config = AutoConfig.for_model(
-        "llama",
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=n_blocks,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        vocab_size=WORDS,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        initializer_range=spread,
-        bos_token_id=1,
-        eos_token_id=4,
-    )
+    config = llama_config(n_blocks, width=512, inner=1376, heads=8, words=WORDS, spread=spread)
     tokenizer = word_tokenizer()
     torch.manual_seed(0)
     ancestor = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -162,16 +155,44 @@ def make_case(
     return Case(folder, names)
 
 
-def word_tokenizer() -> Any:
-    """A tokenizer of 8,000 words, w5 and so on, with ChatML's special tokens; a space is between any two."""
+def llama_config(
+    n_blocks: int, width: int, inner: int, heads: int, words: int, spread: float = 0.02, context: int = 512
+) -> Any:
+    """A Llama's; its embedding and head are two matrices. `spread`: standard deviation of the matrices."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(
+        "llama",
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=n_blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        vocab_size=words,
+        max_position_embeddings=context,
+        tie_word_embeddings=False,
+        initializer_range=spread,
+        bos_token_id=1,
+        eos_token_id=4,
+    )
+
+
+def word_tokenizer(n_words: int = WORDS) -> Any:
+    """A tokenizer of so many words, w7 and so on, with ChatML's special tokens; a space is between any two."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     words = [*SPECIAL, "user", "assistant"]
-    words += [f"w{index}" for index in range(len(words), WORDS)]
+    words += [f"w{index}" for index in range(len(words), n_words)]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.add_special_tokens(SPECIAL)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return with_chatml(tokenizer)
+
+
+def with_chatml(tokenizer: Any) -> Any:
+    """A tokenizer of the tokenizers library for Transformers, with ChatML and its special tokens."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer.add_special_tokens(SPECIAL)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="<|im_end|>"
     )
@@ -181,32 +202,52 @@ def word_tokenizer() -> Any:
 
 @torch.inference_mode()
 def write_questions(
-    path: Path, model: Any, tokenizer: Any, n: int, prompt: Sequence[int], seed: int, replaced: float = 0.15
+    path: Path,
+    model: Any,
+    tokenizer: Any,
+    n: int,
+    prompt: Sequence[int],
+    seed: int,
+    replaced: float = 0.15,
+    answer_tokens: int = ANSWER,
 ) -> None:
-    """Random questions; the answers are the model's greedy tokens, of which a share is replaced at random."""
+    """Random questions; the answers are the model's greedy tokens, of which a share is replaced at random.
+
+    Without a model they are random words.
+    """
     dice = torch.Generator().manual_seed(seed)
     first = len(SPECIAL) + 2
     items = []
     for _ in range(n):
         length = int(torch.randint(prompt[0], prompt[1] + 1, (), generator=dice))
-        question = " ".join(f"w{i}" for i in torch.randint(first, WORDS, (length,), generator=dice).tolist())
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-        )
-        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=ANSWER,
-            min_new_tokens=ANSWER,
-            do_sample=False,
-            suppress_tokens=list(range(first)),
-            pad_token_id=0,
-        )
-        answer = out[0, ids.shape[1] :]
-        other = torch.randint(first, WORDS, answer.shape, generator=dice)
-        answer = torch.where(torch.rand(answer.shape, generator=dice) < replaced, other, answer)
+        words = len(tokenizer)
+        question = " ".join(f"w{i}" for i in torch.randint(first, words, (length,), generator=dice).tolist())
+        if model is None:
+            answer = torch.randint(first, words, (answer_tokens,), generator=dice)
+        else:
+            answer = _greedy(model, tokenizer, question, answer_tokens)
+            other = torch.randint(first, words, answer.shape, generator=dice)
+            answer = torch.where(torch.rand(answer.shape, generator=dice) < replaced, other, answer)
         turns = [("human", question), ("gpt", " ".join(f"w{i}" for i in answer.tolist()))]
         items.append({"conversation": [{"from": who, "value": value} for who, value in turns]})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(items))
+
+
+def _greedy(model: Any, tokenizer: Any, question: str, n_tokens: int) -> torch.Tensor:
+    """The model's own answer: words alone, (tokens,)."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=n_tokens,
+        min_new_tokens=n_tokens,
+        do_sample=False,
+        suppress_tokens=list(range(len(SPECIAL) + 2)),
+        pad_token_id=0,
+    )
+    answer: torch.Tensor = out[0, ids.shape[1] :]
+    return answer

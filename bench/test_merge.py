@@ -5,7 +5,8 @@
 Two models of 0.5 B parameters in bfloat16 and the one they come from (random weights, the shapes of Qwen2.5-0.5B) are
 merged by linear, slerp and ties. Each merge is a process of its own, alternating between the two tools; CPU and wall
 seconds are counted from when its imports are done, without the thread that watches the memory.
-`make build/parity/installed` makes the environment with mergekit; without the variable olmfast is measured alone. The limit is `cp` plus sync of as many bytes. Needs 8 GB of disk.
+`make build/parity/installed` makes the environment with mergekit; without the variable olmfast is measured alone. The
+limit is `cp` plus sync of as many bytes. Needs 8 GB of disk.
 """
 
 import json

@@ -395,7 +395,8 @@ def test_an_output_that_is_a_file_is_left_alone(refused, cfg, flag):
 
 def test_an_output_below_a_file_is_refused(refused, cfg):
     edit(cfg, output_dir="sums.json/out")
-    assert refused(cfg) == f"{cfg.parent / 'sums.json' / 'out.partial'}: cannot be written: Not a directory"
+    file = cfg.parent / "sums.json"
+    assert refused(cfg) == f"{file / 'out'}: {file} is no folder; name another place for the result"
 
 
 def test_an_output_without_a_name_is_refused(refused, cfg):

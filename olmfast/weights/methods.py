@@ -21,7 +21,7 @@ from olmfast.errors import OlmfastError
 from olmfast.kernels.spherical import coefficients, products_ref
 from olmfast.weights import combining, row_wise
 from olmfast.weights.checkpoint import TensorInfo, read_header
-from olmfast.weights.operands import Held, Operands, Piece, Readable, RowsOf, Settings, Streamed
+from olmfast.weights.operands import Held, Operands, Piece, Readable, RowsOf, Scratch, Settings, Streamed
 from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Copy, Expression, MeanRow, Merge, Rows, Setting, Stored
 from olmfast.weights.task_vectors import (
@@ -309,10 +309,11 @@ class Sources:
         while self._n_kept > self.memory:
             self._n_kept -= self._kept.popitem(last=False)[1].nbytes
 
-    def readable(self, expression: Expression) -> Readable:
+    def readable(self, expression: Expression, memory: Scratch | None = None) -> Readable:
         """The tensor an expression is worth, to be read a stretch at a time: what a writer wants.
 
-        Its values are those of `value`. Merges inside a merge are computed whole and kept.
+        Its values are those of `value`. Merges inside a merge are computed whole and kept. What is read with the same
+        `memory` must be read one after the other.
         Raises ValueError or TypeError for shapes or settings that do not fit.
         """
         if isinstance(expression, (Copy, Stored)):
@@ -328,7 +329,7 @@ class Sources:
         base = self._operand(expression.base) if expression.base is not None else None
         settings = dict(expression.settings)
         dtype = getattr(torch, str(settings["dtype"])) if "dtype" in settings else None
-        operands = Operands([self._operand(term) for term in expression.terms], base, self.device, dtype)
+        operands = Operands([self._operand(term) for term in expression.terms], base, self.device, dtype, memory)
         method = METHODS[expression.method]
         return Streamed(operands, lambda: method.prepare(operands, method.settings(settings)))
 

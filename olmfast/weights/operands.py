@@ -14,7 +14,7 @@ from olmfast import kernels
 from olmfast.weights.recipe import Setting
 
 # Values at a time on a CPU: what its caches hold. On a GPU a stretch has to be worth a launch.
-STRETCH, GPU_STRETCH = 1 << 18, 1 << 26
+STRETCH, GPU_STRETCH = 1 << 19, 1 << 26
 
 # The values [start, stop) of a result, flat, in the dtype that is computed in; overwritten by the next call.
 Piece = Callable[[int, int], torch.Tensor]
@@ -116,13 +116,33 @@ def common_dtype(tensors: Sequence[Readable]) -> torch.dtype:
     return dtype
 
 
+class Scratch:
+    """Memory that is used again, from stretch to stretch and tensor to tensor, by one user at a time.
+
+    A machine finds new pages more slowly than a merge fills them.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[object, torch.Tensor] = {}
+
+    def take(self, name: object, n_values: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+        """(n_values,) that keeps its place from call to call; what it holds is whatever was left in it."""
+        key = name, dtype, str(device)
+        buffer = self._buffers.get(key)
+        if buffer is None or len(buffer) < n_values:
+            self._buffers.pop(key, None)  # given back before more is taken
+            self._buffers[key] = buffer = torch.empty(n_values, dtype=dtype, device=device)
+        return buffer[:n_values]
+
+
 class Operands:
     """The terms of one merge and the base that task vectors are taken from, all of one shape.
 
     Results are meant for `dtype`, the common dtype of all if none is given; what is wider is rounded to it first.
 
     Stretches come as (m,) tensors of `dtype`, float32 or (if any of them is float64) float64, on `device`. They
-    are the reader's to change, and are overwritten when the same term is read again.
+    are the reader's to change, and are overwritten when the same term is read again. They lie in `memory`, which
+    Operands may share whose use does not overlap.
 
     Raises ValueError if shapes differ.
     """
@@ -133,6 +153,7 @@ class Operands:
         base: Readable | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        memory: Scratch | None = None,
     ) -> None:
         self.terms = list(terms)
         self.base = base
@@ -145,7 +166,7 @@ class Operands:
         self.n_values = prod(self.shape)
         self.result_dtype = dtype or common_dtype(every)
         self.dtype = torch.float64 if self.result_dtype == torch.float64 else torch.float32
-        self._buffers: dict[object, torch.Tensor] = {}
+        self._memory = memory or Scratch()
 
     def __len__(self) -> int:
         return len(self.terms)
@@ -163,7 +184,7 @@ class Operands:
 
     def scratch(self, name: object, n_values: int) -> torch.Tensor:
         """(n_values,) of memory that keeps its place from call to call, on the device."""
-        return self._buffer(name, n_values, self.device)
+        return self._memory.take(name, n_values, self.dtype, self.device)
 
     def term(self, i: int, start: int, stop: int) -> torch.Tensor:
         """Values [start, stop) of term i."""
@@ -205,17 +226,11 @@ class Operands:
         return total + total.triu(1).T
 
     def _read(self, tensor: Readable, name: object, start: int, stop: int) -> torch.Tensor:
-        out = self._buffer(name, stop - start, torch.device("cpu"))
+        out = self._memory.take(name, stop - start, self.dtype)
         tensor.read_into(out, start)
         if torch.promote_types(tensor.dtype, self.result_dtype) != self.result_dtype:
             out.copy_(out.to(self.result_dtype))
         return out.to(self.device)
-
-    def _buffer(self, name: object, n_values: int, device: torch.device) -> torch.Tensor:
-        buffer = self._buffers.get((name, device))
-        if buffer is None or len(buffer) < n_values:
-            self._buffers[name, device] = buffer = torch.empty(n_values, dtype=self.dtype, device=device)
-        return buffer[:n_values]
 
 
 class Settings:

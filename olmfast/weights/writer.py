@@ -21,7 +21,7 @@ from olmfast import _shards
 from olmfast.errors import InputError, OlmfastError
 from olmfast.weights.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo, reading
 from olmfast.weights.methods import Sources
-from olmfast.weights.operands import STRETCH, Readable, stretch_on
+from olmfast.weights.operands import STRETCH, Readable, Scratch, stretch_on
 from olmfast.weights.recipe import Copy, Expression, Recipe
 
 TOKENIZER_FILES = (
@@ -37,7 +37,7 @@ TOKENIZER_FILES = (
 
 PAGE_BYTES = 4096
 # Values that are written together: the disk is asked once for all of them.
-AT_ONCE = 8 * STRETCH
+AT_ONCE = 4 * STRETCH
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,9 @@ def write_weights(
     for stale in (*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")):
         stale.unlink()
     shards = _split(tensors, shard_size)
+    memory = Scratch()
     for file_name, shard in shards.items():
-        _write_shard(folder / file_name, shard, sources, finite, written)
+        _write_shard(folder / file_name, shard, sources, memory, finite, written)
     if len(shards) > 1:
         write_json(folder / "model.safetensors.index.json", _index(shards))
 
@@ -156,6 +157,7 @@ def _write_shard(
     path: Path,
     tensors: list[OutputTensor],
     sources: Sources,
+    memory: Scratch,
     finite: bool,
     written: Callable[[OutputTensor], None],
 ) -> None:
@@ -171,7 +173,7 @@ def _write_shard(
         place = start + positions[run.start]
         info = unchanged.get(tensors[run.start].name)
         if info is None:
-            _write_computed(output, place, tensors[run.start], sources, finite)
+            _write_computed(output, place, tensors[run.start], sources, memory, finite)
         else:
             for tensor in [tensors[i] for i in run] if finite else []:
                 _check_finite(tensor, sources)
@@ -225,13 +227,17 @@ def _lie_alike(first: TensorInfo, here: TensorInfo, distance: int) -> bool:
     return first.shard is here.shard and here.offset - first.offset == distance
 
 
-def _write_computed(output: _shards.Output, place: int, tensor: OutputTensor, sources: Sources, finite: bool) -> None:
+def _write_computed(
+    output: _shards.Output, place: int, tensor: OutputTensor, sources: Sources, memory: Scratch, finite: bool
+) -> None:
     """The tensor's values, a stretch at a time: computed, rounded, checked, written."""
     try:
-        source = sources.readable(tensor.expression)
+        source = sources.readable(tensor.expression, memory)
         if tuple(source.shape) != tensor.shape:
             raise ValueError(f"has shape {list(source.shape)}, expected {list(tensor.shape)}")
-        block = torch.empty(min(max(AT_ONCE, stretch_on(sources.device)), tensor.n_values), dtype=tensor.dtype)
+        if not tensor.n_values:
+            return
+        block = memory.take("written", min(max(AT_ONCE, stretch_on(sources.device)), tensor.n_values), tensor.dtype)
         for start in range(0, tensor.n_values, len(block)):
             values = block[: tensor.n_values - start]
             source.read_into(values, start)

@@ -439,7 +439,10 @@ def test_a_model_that_is_cut_off_during_a_merge_is_named_and_the_same_command_co
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"merge_method": "linear", "models": [("a", {"weight": 1}), ("b", {"weight": -1})]}, "the weights sum to 0"),
+        (
+            {"merge_method": "linear", "models": [("a", {"weight": 1}), ("b", {"weight": -1})]},
+            "sum to 0 and cannot be normalised; use normalize: false",
+        ),
         (
             {"merge_method": "della", "base_model": "a", "models": [("b", {"weight": 1, "density": 0.1})]},
             "density 0.1 -/+ epsilon 0.15: expected both to lie between 0 and 1",

@@ -99,9 +99,14 @@ class Method:
 
 
 def _linear(operands: Operands, settings: Settings) -> Piece:
-    """sum_i weight_i * term_i, divided by the sum of the weights unless `normalize` is false."""
+    """sum_i weight_i * term_i, divided by the sum of the weights unless `normalize` is false.
+
+    Raises ValueError where that sum is 0.
+    """
     weights = [settings.each("weight", i) for i in range(len(operands))]
     normalize = settings.flag("normalize", True)
+    if normalize:
+        combining.normalised(weights)
     return lambda start, stop: operands.combined(weights, 0.0, start, stop, normalize)
 
 

@@ -25,7 +25,7 @@ DIGITS = 1 << DIGIT_BITS
 # Up to so many keys are all looked at; no more than so many are collected.
 FEW, COLLECTED = 1 << 17, 1 << 23
 # The sample: a run of so many neighbours from each of so many keys, at least and at most so many runs.
-RUN, SPARSE, FEWEST_RUNS, MOST_RUNS = 256, 1 << 17, 8, 1024
+RUN, SPARSE, FEWEST_RUNS, MOST_RUNS = 1024, 1 << 18, 8, 512
 # The bracket is as wide as so many standard errors of the sample, to either side.
 ERRORS = 5
 

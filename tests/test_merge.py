@@ -47,9 +47,7 @@ def place(models, tmp_path) -> Path:
 
 
 def merged(place: Path, method: str = "linear", names: str = "ab", **keys: Any) -> Written:
-    options = {
-        key: keys.pop(key) for key in ("overwrite", "allow_nonfinite", "shard_size", "seed", "max_ram") if key in keys
-    }
+    options = {key: keys.pop(key) for key in OPTIONS if key in keys}
     if "slices" not in keys:
         keys.setdefault("models", [{"model": name} for name in names])
     if method == "linear":

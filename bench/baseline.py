@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from olmfast.evaluation import metrics
-from olmfast.evaluation.batches import Dataset, Sample
-from olmfast.evaluation.scorer import Scores
+from olmfast.evaluation.encoding import Dataset, Sample
+from olmfast.evaluation.scores import Scores
 from olmfast.search.evolve import NORM_DECAY, SVD_DECAY, normal, offspring_count
 from olmfast.search.ranking import Rules, choose, order
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from search_case import make_case, session
 
-from olmfast.search.swap import swap_candidates
+from olmfast.search.candidates import swap_candidates
 
 AXES = {"blocks": (6, 12, 24), "donors": (2, 4, 8), "questions": (4, 8, 16, 32)}
 USUAL = {"blocks": 12, "donors": 4, "questions": 8}

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from olmfast.config import RunConfig, parse_config
-from olmfast.driver import Session
+from olmfast.config.run import RunConfig, parse_config
 from olmfast.evaluation.scorer import Candidate
-from olmfast.inputs import Inputs
-from olmfast.run_folder import RunFolder
+from olmfast.observer import Observer
+from olmfast.runs.folder import RunFolder
+from olmfast.runs.inputs import Inputs
+from olmfast.runs.session import Session
 from olmfast.search import evolve
-from olmfast.search.stage import Observer
-from olmfast.search.swap import swap
+from olmfast.search.candidates import swap
 from olmfast.testing import CHATML, SPECIAL
 from olmfast.weights.architecture import Unit
 from olmfast.weights.offspring import Parent

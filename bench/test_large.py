@@ -48,9 +48,10 @@ from baseline import Baseline
 from peak import elapsed, watched
 from search_case import Case, candidates_of, llama_config, session, with_chatml, word_tokenizer, write_questions
 
-from olmfast.evaluation.batches import make_batches
 from olmfast.evaluation.conversations import load_conversations
-from olmfast.evaluation.scorer import Candidate, Scores
+from olmfast.evaluation.encoding import make_batches
+from olmfast.evaluation.scorer import Candidate
+from olmfast.evaluation.scores import Scores
 from olmfast.testing import SPECIAL
 from olmfast.weights.architecture import Unit
 

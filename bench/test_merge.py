@@ -80,8 +80,8 @@ def watched(call):
     print(json.dumps({"wall": wall, "cpu": cpu - watching, "growth": growth}))
 """
 OURS = """
-from olmfast import static
-from olmfast.merge_config import load_merge_config
+from olmfast.static import write as static
+from olmfast.config.mergekit import load_merge_config
 assert "transformers" not in sys.modules
 watched(lambda: static.merge_models(load_merge_config(Path(sys.argv[1])), Path(sys.argv[2])))
 assert "transformers.models.qwen2.modeling_qwen2" not in sys.modules

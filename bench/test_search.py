@@ -28,13 +28,14 @@ from baseline import Baseline
 from peak import cpu, peak_memory
 from search_case import BLOCKS, candidates_of, make_case, module_unit, modules_in, session, walk
 
-from olmfast.config import Racing
-from olmfast.evaluation.scorer import Candidate, Scores
-from olmfast.report import LEDGER, Outcome
+from olmfast.config.run import Racing
+from olmfast.evaluation.scorer import Candidate
+from olmfast.evaluation.scores import Scores
 from olmfast.search import evolve
+from olmfast.search.candidates import swap
 from olmfast.search.racing import heats
 from olmfast.search.ranking import Rules, choose
-from olmfast.search.swap import swap
+from olmfast.search.record import LEDGER, Outcome
 from olmfast.weights.architecture import Unit
 
 pytestmark = pytest.mark.timeout(0)

@@ -28,11 +28,11 @@ import torch
 
 from olmfast import _shards
 from olmfast.evaluation.model import WorkingModel
+from olmfast.output.writer import write_model
 from olmfast.weights.checkpoint import Checkpoint
 from olmfast.weights.methods import Sources
 from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Copy, Recipe, merge
-from olmfast.weights.writer import write_model
 
 N_BLOCKS = 16
 CONFIG = {

@@ -6,12 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from olmfast.config import RunConfig, load_config
-    from olmfast.driver import Result, run
+    from olmfast.config.run import RunConfig, load_config
+    from olmfast.runs.session import Result, run
 
 __all__ = ["Result", "RunConfig", "__version__", "load_config", "run"]
 
-_FILE = {"Result": "driver", "RunConfig": "config", "load_config": "config", "run": "driver"}
+_FILE = {"Result": "runs.session", "RunConfig": "config.run", "load_config": "config.run", "run": "runs.session"}
 
 
 def __getattr__(name: str) -> Any:

@@ -69,26 +69,25 @@ def run_command(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every decision as a line.")] = False,
 ) -> None:
     """Search for the best merge of a pool of models and write it."""
-    from olmfast.config import load_config
+    from olmfast.config.run import load_config
 
     if resume and overwrite:
         raise InputError("--resume and --overwrite: one continues a run, the other starts anew; give one of them")
     overrides = _overrides(set_ or [])
     overrides |= {k: v for k, v in {"device": device, "dtype": dtype, "seed": seed}.items() if v is not None}
     loaded = load_config(config, overrides)
-    from olmfast.progress import make_observer, print_plan, print_result
+    from olmfast.terminal.runs import make_observer, print_plan, print_result
 
     observer = make_observer(quiet=quiet or as_json, verbose=verbose)
-    from olmfast import driver, plan
+    from olmfast.runs.estimate import estimate
+    from olmfast.runs.session import run
 
     _quiet_libraries()
     if dry_run:
-        print_plan(plan.plan(loaded, observer), as_json)
+        print_plan(estimate(loaded, observer), as_json)
         return
     with _graceful_stop() as stop_requested, observer:
-        result = driver.run(
-            loaded, resume=resume, overwrite=overwrite, observer=observer, stop_requested=stop_requested
-        )
+        result = run(loaded, resume=resume, overwrite=overwrite, observer=observer, stop_requested=stop_requested)
     print_result(result, as_json)
 
 
@@ -108,17 +107,18 @@ def merge_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Merge models as a merge file says, without evaluating them."""
-    from olmfast import static, static_output
-    from olmfast.merge_config import load_merge_config
-    from olmfast.merge_plan import plan_merge
+    from olmfast.config.mergekit import load_merge_config
+    from olmfast.static.mergekit import plan_merge
+    from olmfast.static.write import write_merge
+    from olmfast.terminal import merges
 
     shard_bytes, ram = _size("--shard-size", shard_size), max_ram and _size("--max-ram", max_ram)
     plan = plan_merge(load_merge_config(config), seed=seed)
     if dry_run:
-        static_output.print_plan(plan, out, as_json)
+        merges.print_plan(plan, out, as_json)
         return
-    with static_output.watched(plan, quiet=as_json) as written:
-        done = static.write_merge(
+    with merges.watched(plan, quiet=as_json) as written:
+        done = write_merge(
             plan,
             out,
             device=device,
@@ -128,7 +128,7 @@ def merge_command(
             allow_nonfinite=allow_nonfinite,
             written=written,
         )
-    static_output.print_written(done, as_json)
+    merges.print_written(done, as_json)
 
 
 @app.command("linear", context_settings={"ignore_unknown_options": True})
@@ -169,15 +169,18 @@ def linear_command(
     """Merge two models linearly, as a whole or in some layers."""
     from dataclasses import replace
 
-    from olmfast import linear, static, static_output
-    from olmfast.output_folder import OutputFolder
+    from olmfast.output.folder import OutputFolder
+    from olmfast.static import adaptive
+    from olmfast.static.sensitivity import rank_layers
+    from olmfast.static.write import check_output, write_merge
+    from olmfast.terminal import merges
 
     # An option takes one value here: the layers after the first arrive as arguments, of which there are no others.
     listed = [*(layers or []), *(more_layers or [])]
     stray = next((text for text in listed if not text.lstrip("-").isdigit()), None)
     if stray is not None or (more_layers and not layers):
         raise InputError(f"{stray or listed[0]}: not expected here; layers are given as --layers 1 2 20")
-    wanted = linear.LinearMerge(
+    wanted = adaptive.LinearMerge(
         model_a,
         model_b,
         alpha,
@@ -185,32 +188,32 @@ def linear_command(
         qkv_only,
         not no_special_fixes,
         method,
-        linear.read_layer_alphas(layer_alphas) if layer_alphas else {},
+        adaptive.read_layer_alphas(layer_alphas) if layer_alphas else {},
         density,
         seed,
         " ".join(["olmfast", *sys.argv[1:]]),
-        linear.read_sensitivity(sensitivity) if sensitivity else None,
+        adaptive.read_sensitivity(sensitivity) if sensitivity else None,
         top,
     )
-    plan = linear.plan_linear(wanted)
+    plan = adaptive.plan_linear(wanted)
     out = output_dir or Path("merged_models") / wanted.folder_name
     if dry_run:
-        static_output.print_plan(plan, out, as_json)
+        merges.print_plan(plan, out, as_json)
         return
     if top is not None:
         if output_dir is not None:  # else it is named after the layers
-            static.check_output(plan, OutputFolder(output_dir, overwrite=overwrite), None)
+            check_output(plan, OutputFolder(output_dir, overwrite=overwrite), None)
         _quiet_libraries()
-        ranked = linear.rank_layers(wanted)
-        static_output.print_ranked(ranked, top, as_json)
+        ranked = rank_layers(wanted)
+        merges.print_ranked(ranked, top, as_json)
         picked = tuple(one.layer for one in ranked[:top])
         wanted = replace(wanted, layers=picked, sensitivity=None, top=None)
-        plan, out = linear.plan_linear(wanted), output_dir or Path("merged_models") / wanted.folder_name
-    with static_output.watched(plan, quiet=as_json) as written:
-        done = static.write_merge(
+        plan, out = adaptive.plan_linear(wanted), output_dir or Path("merged_models") / wanted.folder_name
+    with merges.watched(plan, quiet=as_json) as written:
+        done = write_merge(
             plan, out, device=device, overwrite=overwrite, allow_nonfinite=allow_nonfinite, written=written
         )
-    static_output.print_written(done, as_json)
+    merges.print_written(done, as_json)
 
 
 @app.command()
@@ -220,25 +223,26 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Say what a file would do and what is wrong with it, before any weight is read."""
-    from olmfast.config import load_config, read_yaml
-    from olmfast.merge_config import is_merge_file, load_merge_config
+    from olmfast.config.loading import read_yaml
+    from olmfast.config.mergekit import is_merge_file, load_merge_config
+    from olmfast.config.run import load_config
 
     if is_merge_file(read_yaml(config)):
-        from olmfast import static_output
-        from olmfast.merge_plan import plan_merge
+        from olmfast.static.mergekit import plan_merge
+        from olmfast.terminal import merges
 
-        static_output.print_plan(plan_merge(load_merge_config(config)), out, as_json)
+        merges.print_plan(plan_merge(load_merge_config(config)), out, as_json)
         return
     loaded = load_config(config)
-    from olmfast import plan
-    from olmfast.progress import print_plan
+    from olmfast.runs.estimate import estimate
+    from olmfast.terminal.runs import print_plan
 
     _quiet_libraries()
-    print_plan(plan.plan(loaded), as_json)
+    print_plan(estimate(loaded), as_json)
 
 
 def _size(option: str, value: str) -> int:
-    from olmfast.config import parse_size
+    from olmfast.config.loading import parse_size
 
     try:
         return parse_size(value)
@@ -262,8 +266,8 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
 ) -> None:
     """Score a model on datasets, alone or beside the donors it was merged from."""
-    from olmfast.driver import evaluate as evaluate_model
-    from olmfast.progress import print_scoreboard
+    from olmfast.runs.session import evaluate as evaluate_model
+    from olmfast.terminal.runs import print_scoreboard
 
     _quiet_libraries()
     entries = {}
@@ -279,7 +283,7 @@ def evaluate(
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
     """Say what olmfast finds on this machine: versions, GPU, kernels, extension."""
-    from olmfast.doctor import examine
+    from olmfast.terminal.doctor import examine
 
     found = examine()
     if as_json:

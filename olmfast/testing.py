@@ -113,8 +113,8 @@ def write_choices(path: Path, model: Path, n: int = 24) -> Path:
     """Write multiple-choice questions whose right answers are what `model` itself picks."""
     from transformers import AutoModelForCausalLM
 
-    from olmfast.config import DatasetConfig
-    from olmfast.evaluation.batches import load_datasets
+    from olmfast.config.run import DatasetConfig
+    from olmfast.evaluation.encoding import load_datasets
 
     items = [{"question": f"No. {i}", "choices": ["w", "x", "y", "z"], "answer": 0} for i in range(n)]
     path.write_text(json.dumps(items), encoding="utf-8")

@@ -12,22 +12,22 @@ import pytest
 import torch
 
 from olmfast import run
-from olmfast.config import DatasetConfig, load_config
+from olmfast.config.run import DatasetConfig, load_config
 from olmfast.errors import InputError
 from olmfast.evaluation import memory
 from olmfast.evaluation.batched import PREFIX_SHARE, BatchedScorer
-from olmfast.evaluation.batches import load_datasets
-from olmfast.evaluation.decoder import Decoder
+from olmfast.evaluation.blocks import Decoder
+from olmfast.evaluation.encoding import load_datasets
 from olmfast.evaluation.memory import Memory
 from olmfast.evaluation.model import WorkingModel
-from olmfast.evaluation.scorer import Candidate, SequentialScorer
+from olmfast.evaluation.scorer import Candidate
+from olmfast.evaluation.sequential import SequentialScorer
 from olmfast.evaluation.stacked import ScaledLeaf, StackedLeaf, stack_leaves
-from olmfast.search.swap import whole
 from olmfast.testing import FAMILIES, sums, tiny_model, tiny_run, tiny_tokenizer, write_dataset
 from olmfast.weights.methods import Sources
 from olmfast.weights.offspring import NormOffspring, Parent, SvdOffspring
 from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import Copy
+from olmfast.weights.recipe import Copy, whole
 
 CPU = torch.device("cpu")
 MODES = {

@@ -13,16 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from olmfast import load_config, run
-from olmfast.driver import Result
 from olmfast.evaluation.model import WorkingModel
-from olmfast.inputs import Inputs
-from olmfast.plan import plan
-from olmfast.search.stage import Observer
-from olmfast.search.swap import whole
+from olmfast.observer import Observer
+from olmfast.runs.estimate import estimate
+from olmfast.runs.inputs import Inputs
+from olmfast.runs.session import Result
 from olmfast.testing import FAMILIES, tiny_model, tiny_run, write_choices
 from olmfast.weights.methods import METHODS, Sources
 from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import Copy, Expression, Merge, Stored, leaves, merge
+from olmfast.weights.recipe import Copy, Expression, Merge, Stored, leaves, merge, whole
 
 EVERYTHING = {
     "candidates": ["swap", {"linear": [0.3, 0.6]}, "slerp", {"ties": [0.4]}, "task_arithmetic"],
@@ -167,7 +166,7 @@ def test_a_refined_tensor_that_was_blended_on_is_kept_as_long_as_it_is_needed(tm
 
 
 def test_the_written_model_scores_as_the_last_step_said(everything):
-    from olmfast.driver import evaluate
+    from olmfast.runs.session import evaluate
 
     path = everything.output_dir.parent / "more.json"
     board = evaluate(str(everything.output_dir), {str(path): {"mode": "bigram_loss"}}, device="cpu")
@@ -178,7 +177,7 @@ def test_the_written_model_scores_as_the_last_step_said(everything):
 
 def test_the_plan_is_never_exceeded_and_is_exact_where_no_candidates_coincide(everything):
     config = load_config(everything.output_dir.parent / "cfg.yaml")
-    planned = plan(config).stages
+    planned = estimate(config).stages
     assert [name for name in planned if name != "base"] == ["model", "depth", "kind", "boundary", "layers", "tensors"]
     for stage, planned_stage in planned.items():
         n_units, n_candidates = len(planned_stage.units), planned_stage.n_candidates

@@ -224,7 +224,7 @@ def test_one_ctrl_c_finishes_the_step_and_leaves_a_run_that_can_be_resumed(olmfa
 
 
 def test_a_second_ctrl_c_stops_at_once_and_can_be_resumed_too(monkeypatch, olmfast, cfg):
-    from olmfast.search.stage import Search
+    from olmfast.search.loop import Search
 
     def twice(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)

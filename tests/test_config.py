@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from olmfast import cli
-from olmfast.config import FREE_TO_CHANGE, MODES, Budget, DatasetConfig, RunConfig, load_config, parse_config
+from olmfast.config.run import FREE_TO_CHANGE, MODES, Budget, DatasetConfig, RunConfig, load_config, parse_config
 from olmfast.errors import InputError
 
 ORIGINAL = """

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from olmfast.config import DatasetConfig
+from olmfast.config.run import DatasetConfig
 from olmfast.errors import InputError
-from olmfast.evaluation.batches import load_datasets
 from olmfast.evaluation.conversations import Conversation, load_conversations
+from olmfast.evaluation.encoding import load_datasets
 from olmfast.testing import tiny_tokenizer
 
 QUESTION = ({"role": "user", "content": "2+2="},)

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from olmfast.errors import OlmfastError
 from olmfast.evaluation.upload import Uploader
+from olmfast.output.writer import PAGE_BYTES, write_model
 from olmfast.testing import tiny_model, tiny_run
 from olmfast.weights.checkpoint import Checkpoint, copy_tensors, read_header
 from olmfast.weights.digests import DIGESTS, DigestCache
 from olmfast.weights.methods import Sources
 from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Copy, Recipe, merge
-from olmfast.weights.writer import PAGE_BYTES, write_model
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from olmfast import load_config, run
-from olmfast.evaluation.scorer import Scores
+from olmfast.evaluation.scores import Scores
 from olmfast.search.evolve import Parent, SvdOffspring, _accept_any, normal, offspring_count, svd_coefficients
 from olmfast.search.ranking import Rules, choose
 from olmfast.testing import sums, tiny_run, tiny_tokenizer

@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from olmfast.config import DatasetConfig
-from olmfast.evaluation.batches import load_datasets
+from olmfast.config.run import DatasetConfig
+from olmfast.evaluation.encoding import load_datasets
 from olmfast.evaluation.model import WorkingModel
-from olmfast.evaluation.scorer import Candidate, SequentialScorer
-from olmfast.search.swap import whole
+from olmfast.evaluation.scorer import Candidate
+from olmfast.evaluation.sequential import SequentialScorer
+from olmfast.output.writer import write_model
 from olmfast.testing import FAMILIES, sums, tiny_model, tiny_tokenizer, write_dataset
 from olmfast.weights.methods import Sources
 from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import Copy
-from olmfast.weights.writer import write_model
+from olmfast.weights.recipe import Copy, whole
 
 CPU = torch.device("cpu")
 CASES = [

@@ -310,7 +310,7 @@ def test_hub_ids_are_taken_from_the_local_cache_and_never_from_the_network(here,
 def test_an_output_that_is_there_is_refused_before_layers_are_ranked(here, linear, monkeypatch):
     make(here, "a", "b")
     write_dataset(here / "sums.json", sums(4))
-    monkeypatch.setattr("olmfast.linear.rank_layers", lambda *_: pytest.fail("ranked"))
+    monkeypatch.setattr("olmfast.static.sensitivity.rank_layers", lambda *_: pytest.fail("ranked"))
     (here / "out").mkdir()
     (here / "out" / "notes.txt").write_text("mine")
     wanted = "--sensitivity sums.json:perplexity --top 1 --output_dir out"

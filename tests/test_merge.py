@@ -17,13 +17,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from olmfast.config.mergekit import load_merge_config
 from olmfast.errors import InputError, Interrupted, OlmfastError
-from olmfast.merge_config import load_merge_config
-from olmfast.merge_plan import plan_merge
-from olmfast.static import Written, merge_models, write_merge
+from olmfast.static.mergekit import plan_merge
+from olmfast.static.write import Written, merge_models, write_merge
 from olmfast.testing import FAMILIES, tiny_model, tiny_run
+from olmfast.weights.chunks import Held, Operands, Scratch
 from olmfast.weights.methods import METHODS
-from olmfast.weights.operands import Held, Operands, Scratch
 
 OPTIONS = ("overwrite", "allow_nonfinite", "shard_size", "seed", "max_ram")
 
@@ -472,7 +472,7 @@ def test_a_place_that_cannot_hold_a_result_is_refused(place, olmfast, command):
 
 def test_a_trial_copy_that_fails_is_an_error_that_says_where(place, olmfast, monkeypatch):
     merged(place)
-    monkeypatch.setattr("olmfast.static.parent_of", lambda _: place / "gone")
+    monkeypatch.setattr("olmfast.static.write.parent_of", lambda _: place / "gone")
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 0, 1))
     code, _, error = olmfast("check", place / "m.yml", "--out", place / "new")
     assert code == 2

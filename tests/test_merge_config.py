@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from olmfast.config.mergekit import MergeConfig, load_merge_config, parse_merge_config, settings_of
 from olmfast.errors import InputError
-from olmfast.merge_config import MergeConfig, load_merge_config, parse_merge_config, settings_of
 
 TWO = [{"model": "a"}, {"model": "b"}]
 

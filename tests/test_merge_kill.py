@@ -12,16 +12,17 @@ import pytest
 import torch
 import yaml
 
+from olmfast.config.mergekit import load_merge_config
 from olmfast.errors import InputError
-from olmfast.merge_config import load_merge_config
-from olmfast.static import merge_models
+from olmfast.static.write import merge_models
 from olmfast.testing import tiny_model
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from olmfast import static, output_folder
-from olmfast.merge_config import load_merge_config
+from olmfast.output import folder as output_folder
+from olmfast.static import write as static
+from olmfast.config.mergekit import load_merge_config
 
 moment, place = sys.argv[1], Path(sys.argv[2])
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)

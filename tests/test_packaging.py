@@ -45,7 +45,7 @@ def test_importing_the_kernels_loads_neither_transformers_nor_triton():
 
 def test_run_is_the_function_whatever_was_imported_before():
     import olmfast
-    import olmfast.driver
+    import olmfast.runs.session
 
     assert callable(olmfast.run)
-    assert olmfast.run is olmfast.driver.run
+    assert olmfast.run is olmfast.runs.session.run

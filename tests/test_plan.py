@@ -15,13 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from olmfast import load_config, run
 from olmfast.errors import InputError
 from olmfast.evaluation.model import WorkingModel
-from olmfast.inputs import Inputs
-from olmfast.plan import plan
-from olmfast.search.stage import Observer
-from olmfast.search.swap import whole
+from olmfast.observer import Observer
+from olmfast.runs.estimate import estimate
+from olmfast.runs.inputs import Inputs
 from olmfast.testing import sums, tiny_model, tiny_run, write_dataset
 from olmfast.weights import checkpoint
 from olmfast.weights.methods import Sources
+from olmfast.weights.recipe import whole
 
 STAGES = {"boundary_select": True, "layer_swap": True, "tensor_swap": True, "es_svd": True, "es_norm": True}
 LOSS = {"mode": "bigram_loss"}
@@ -103,7 +103,7 @@ def test_a_plan_says_what_moves_what_stays_and_whose_tokenizer_it_is(cfg, olmfas
 
 
 def test_a_unit_costs_the_blocks_from_its_own_on(cfg):
-    stages = plan(load_config(cfg)).stages
+    stages = estimate(load_config(cfg)).stages
     passes = {name: stage.model_passes(4) for name, stage in stages.items()}
     assert passes["base"] == 2  # both donors, through all blocks
     assert passes["boundary"] == 1  # the other donor; what is there has its scores
@@ -120,7 +120,7 @@ def test_the_operations_are_those_that_a_run_does(tmp_path, family):
     cfg = tiny_run(tmp_path, 3, family, **keys, model=model, dtype="float64")  # experts' products are counted there
     write_dataset(tmp_path / "sums.json", sums(48))
     config = load_config(cfg)
-    estimated = plan(config).flop
+    estimated = estimate(config).flop
     with FlopCounterMode(display=False) as counter:
         run(config)
     # All that is estimated is done; padding, bringing activations up and the pass that is measured come on top.
@@ -129,7 +129,7 @@ def test_the_operations_are_those_that_a_run_does(tmp_path, family):
 
 def test_time_is_in_proportion_to_questions_and_grows_with_whole_models(cfg):
     few, many, sequential = (
-        plan(load_config(cfg, keys)).flop for keys in ({"samples": 2}, {"samples": 6}, {"scorer": "sequential"})
+        estimate(load_config(cfg, keys)).flop for keys in ({"samples": 2}, {"samples": 6}, {"scorer": "sequential"})
     )
     assert 2.4 < many / few < 3.6
     assert sequential > many
@@ -143,20 +143,20 @@ def test_the_least_memory_is_the_model_one_candidate_and_what_enters_its_block(c
     )
     live = sum(parameter.nbytes for parameter in model.module.parameters())
     block = sum(model.live_bytes(name) for name in inputs.pool.tensors if ".layers.0." in name)
-    found = plan(config)
+    found = estimate(config)
     held = found.memory_bytes - live - block
     n_tokens = sum(
         len(s.prompt) + len(s.response) - 1 for n in ("sums.json", "more.json") for s in inputs.datasets[n].samples
     )
     n_tokens += sum(len(s.prompt) + 7 for s in inputs.datasets["talk.json"].samples)
     assert held - n_tokens * 32 * 4 > 0  # what the interpreter and the libraries take already
-    alone = plan(load_config(cfg, {"scorer": "sequential"}))
+    alone = estimate(load_config(cfg, {"scorer": "sequential"}))
     assert found.memory_bytes - alone.memory_bytes == pytest.approx(block + n_tokens * 32 * 4, abs=1 << 22)
 
 
 def test_a_limit_below_what_is_needed_is_said(cfg, olmfast):
     tiny_model(cfg.parent / "models" / "donor0", hidden_size=512, intermediate_size=4096, num_hidden_layers=4)
-    found = plan(load_config(edit(cfg, models=["donor0"])))
+    found = estimate(load_config(edit(cfg, models=["donor0"])))
     limit = found.memory_bytes - 4_000_000
     edit(cfg, max_ram=limit)
     assert ", which is too little" in olmfast("check", cfg)[1]
@@ -165,7 +165,7 @@ def test_a_limit_below_what_is_needed_is_said(cfg, olmfast):
 
 def test_the_disk_that_is_free_is_told(cfg, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 10**9))
-    assert plan(load_config(cfg)).to_json()["free_bytes"] == 10**9
+    assert estimate(load_config(cfg)).to_json()["free_bytes"] == 10**9
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 5, 5))
     with pytest.raises(InputError, match="the result needs"):
-        plan(load_config(cfg))
+        estimate(load_config(cfg))

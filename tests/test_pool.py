@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from olmfast import load_config, run
-from olmfast.config import RunConfig
+from olmfast.config.run import RunConfig
 from olmfast.errors import InputError
 from olmfast.testing import tiny_model, tiny_run
 from olmfast.weights.checkpoint import Checkpoint
-from olmfast.weights.pool import Pool, resolve
+from olmfast.weights.hub import resolve
+from olmfast.weights.pool import Pool
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -370,7 +371,7 @@ def test_a_merge_of_tied_and_untied_donors_is_saved_as_it_was_scored(donors, tmp
         assert not config["tie_word_embeddings"]
     else:
         assert config["tie_word_embeddings"]
-    from olmfast.driver import evaluate
+    from olmfast.runs.session import evaluate
 
     data = str(tmp_path / "heldout.json")
     board = evaluate(str(tmp_path / "out"), {data: {"mode": "perplexity"}}, device="cpu")

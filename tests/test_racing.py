@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from olmfast import run
-from olmfast.config import Racing, load_config
-from olmfast.evaluation.scorer import Scores
+from olmfast.config.run import Racing, load_config
+from olmfast.evaluation.scores import Scores
 from olmfast.search.racing import heats, left_to_score
 from olmfast.search.ranking import Comparison, Rules, choose
 from olmfast.testing import sums, tiny_run, write_dataset

@@ -13,16 +13,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from olmfast.config import DatasetConfig, Mode
+from olmfast.config.run import DatasetConfig, Mode
 from olmfast.errors import InputError
 from olmfast.evaluation import metrics
-from olmfast.evaluation.batches import Dataset, load_datasets, make_batches
+from olmfast.evaluation.encoding import Dataset, load_datasets, make_batches
 from olmfast.evaluation.model import WorkingModel
-from olmfast.evaluation.scorer import Candidate, Scores, SequentialScorer
-from olmfast.search.swap import whole
+from olmfast.evaluation.scorer import Candidate
+from olmfast.evaluation.scores import Scores
+from olmfast.evaluation.sequential import SequentialScorer
 from olmfast.testing import sums, tiny_model, tiny_tokenizer, write_dataset
 from olmfast.weights.methods import Sources
 from olmfast.weights.pool import Pool
+from olmfast.weights.recipe import whole
 
 PAIRS = [*sums(4, 5), ("Say x", "x"), ("Name the largest number below ten.", "nine")]
 

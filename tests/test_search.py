@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from olmfast import load_config, run
-from olmfast.evaluation.scorer import Scores
-from olmfast.progress import print_result
-from olmfast.report import Report
+from olmfast.evaluation.scores import Scores
 from olmfast.search.ranking import Rules, choose
+from olmfast.search.record import Report
+from olmfast.terminal.runs import print_result
 from olmfast.testing import tiny_run, write_choices
 
 ALL_STAGES = {
@@ -45,7 +45,7 @@ def full(tmp_path_factory):
 
 
 def test_a_run_writes_a_folder_that_transformers_loads_and_that_scores_as_reported(full):
-    from olmfast.driver import evaluate
+    from olmfast.runs.session import evaluate
 
     heldout = full.output_dir.parent / "heldout.json"
     board = evaluate(str(full.output_dir), {str(heldout): {"mode": "perplexity"}}, device="cpu")
@@ -202,7 +202,7 @@ def test_a_donor_without_a_score_is_no_end_of_the_scale_and_none_of_its_twins_ei
 
 
 def test_a_donor_scored_whole_keeps_its_own_settings_and_a_merge_has_the_bases(tmp_path):
-    from olmfast.driver import evaluate
+    from olmfast.runs.session import evaluate
 
     path = tiny_run(tmp_path, layer_swap=True)
     config = load_config(path)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from olmfast.evaluation.scorer import Scores
+from olmfast.evaluation.scores import Scores
 from olmfast.search.ranking import Comparison, Rules, choose, is_degraded, order, scaled_mean, skill_retained
 
 TOLERANCE = 1e-6

@@ -27,18 +27,18 @@ from fresh import SEEDS, fresh_datasets
 from rich.console import Console
 from rich.table import Table
 
-from olmfast.config import load_config
-from olmfast.driver import SCORERS
-from olmfast.evaluation.batches import Dataset, load_datasets
+from olmfast.config.run import load_config
+from olmfast.evaluation.encoding import Dataset, load_datasets
 from olmfast.evaluation.model import WorkingModel
-from olmfast.evaluation.scorer import Candidate, Scores
-from olmfast.inputs import Inputs
-from olmfast.report import Report
-from olmfast.scoreboard import AVERAGE, RESULT, plain_average
-from olmfast.search.stage import Observer
-from olmfast.search.swap import whole
+from olmfast.evaluation.scorer import Candidate
+from olmfast.evaluation.scores import Scores
+from olmfast.observer import Observer
+from olmfast.runs.inputs import Inputs
+from olmfast.runs.scoreboard import AVERAGE, RESULT, plain_average
+from olmfast.runs.session import SCORERS
+from olmfast.search.record import Report
 from olmfast.weights.methods import Sources
-from olmfast.weights.recipe import Copy, Expression, Recipe, merge
+from olmfast.weights.recipe import Copy, Expression, Recipe, merge, whole
 
 DEMO = Path(__file__).parent
 RESAMPLES, SEED = 10_000, 0

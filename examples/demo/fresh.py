@@ -11,9 +11,9 @@ from pathlib import Path
 
 from skills import write_datasets
 
-from olmfast.config import DatasetConfig, RunConfig, load_config
-from olmfast.driver import evaluate
-from olmfast.progress import print_scoreboard
+from olmfast.config.run import DatasetConfig, RunConfig, load_config
+from olmfast.runs.session import evaluate
+from olmfast.terminal.runs import print_scoreboard
 
 DEMO = Path(__file__).parent
 SEEDS = (21, 22, 23)

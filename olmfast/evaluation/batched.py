@@ -12,13 +12,15 @@ from typing import Any
 import torch
 
 from olmfast.evaluation import metrics
-from olmfast.evaluation.batches import Dataset, make_batches
-from olmfast.evaluation.decode import Cut, resume
-from olmfast.evaluation.decoder import Decoder, Needed, Recorder
+from olmfast.evaluation.blocks import Decoder, Needed, Recorder
+from olmfast.evaluation.encoding import Dataset, make_batches
+from olmfast.evaluation.generation import Cut, resume
 from olmfast.evaluation.memory import Memory, is_out_of_memory
 from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.prefix import Batch, Prefix
-from olmfast.evaluation.scorer import Candidate, Scores, SequentialScorer, wanted_samples
+from olmfast.evaluation.scorer import Candidate
+from olmfast.evaluation.scores import Scores, wanted_samples
+from olmfast.evaluation.sequential import SequentialScorer
 from olmfast.evaluation.stacked import Leaf, Start, is_stackable, stack_leaves
 from olmfast.evaluation.tasks import Followed, Task
 from olmfast.weights.architecture import Architecture, Unit

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from olmfast.evaluation.decoder import Decoder, Recorder
+from olmfast.evaluation.blocks import Decoder, Recorder
 from olmfast.evaluation.model import WorkingModel
 from olmfast.weights.recipe import Recipe
 

@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import linear
 
 from olmfast import kernels
-from olmfast.evaluation.decoder import Decoder, Needed, Recorder
+from olmfast.evaluation.blocks import Decoder, Needed, Recorder
 from olmfast.evaluation.model import WorkingModel
 from olmfast.weights.methods import Values
 from olmfast.weights.offspring import NormOffspring

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from olmfast.evaluation import metrics
-from olmfast.evaluation.batches import Dataset, Sample
+from olmfast.evaluation.encoding import Dataset, Sample
 
 NO_LABEL = -100
 

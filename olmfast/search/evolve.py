@@ -13,10 +13,11 @@ from functools import partial
 
 import torch
 
-from olmfast.evaluation.scorer import Candidate, Scores
+from olmfast.evaluation.scorer import Candidate
+from olmfast.evaluation.scores import Scores
 from olmfast.search.draws import normal
+from olmfast.search.loop import Search, Step
 from olmfast.search.ranking import Comparison, choose
-from olmfast.search.stage import Search, Step
 from olmfast.weights.architecture import Unit
 from olmfast.weights.offspring import NormOffspring, Parent, SvdOffspring
 from olmfast.weights.recipe import Expression

@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Mapping
 
 import torch
 
-from olmfast.config import Racing
-from olmfast.evaluation.scorer import Scores
+from olmfast.config.run import Racing
+from olmfast.evaluation.scores import Scores
 from olmfast.search.draws import normal
 from olmfast.search.ranking import Comparison, Rules, choose
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from olmfast.evaluation.scorer import Scores
+from olmfast.evaluation.scores import Scores
 
 
 @dataclass(frozen=True)

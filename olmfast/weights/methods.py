@@ -21,7 +21,7 @@ from olmfast.errors import OlmfastError
 from olmfast.kernels.spherical import coefficients, products_ref
 from olmfast.weights import combining, row_wise
 from olmfast.weights.checkpoint import TensorInfo, read_header
-from olmfast.weights.operands import Held, Operands, Piece, Readable, RowsOf, Scratch, Settings, Streamed
+from olmfast.weights.chunks import Held, Operands, Piece, Readable, RowsOf, Scratch, Settings, Streamed
 from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Copy, Expression, MeanRow, Merge, Rows, Setting, Stored
 from olmfast.weights.task_vectors import (

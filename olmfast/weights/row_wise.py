@@ -6,8 +6,8 @@ from math import prod
 
 import torch
 
+from olmfast.weights.chunks import Operands, Piece, Settings
 from olmfast.weights.combining import model_stock_share, nuslerp_factors
-from olmfast.weights.operands import Operands, Piece, Settings
 from olmfast.weights.task_vectors import in_rows
 
 

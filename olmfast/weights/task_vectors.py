@@ -19,7 +19,7 @@ import xxhash
 from olmfast import kernels
 from olmfast.kernels.dare import uniform
 from olmfast.kernels.magnitudes import EVERYTHING, NOTHING, Keys, cuts, key_value, thresholds, value_keys
-from olmfast.weights.operands import Operands, Piece, Settings
+from olmfast.weights.chunks import Operands, Piece, Settings
 
 # The factor of each entry of a stretch that begins at the given flat index: 1 kept, 0 dropped; None keeps all.
 Mask = Callable[[torch.Tensor, int], torch.Tensor | None]

@@ -20,8 +20,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from olmfast.merge_config import load_merge_config
-from olmfast.static import merge_models
+from olmfast.config.mergekit import load_merge_config
+from olmfast.static.write import merge_models
 from olmfast.testing import tiny_model
 from olmfast.weights import task_vectors
 

@@ -15,41 +15,21 @@ from typing import Any
 
 import torch
 
-from olmfast.config import Budget, RunConfig
+from olmfast.config.run import Budget, RunConfig
 from olmfast.errors import Interrupted, OlmfastError
 from olmfast.evaluation.model import WorkingModel
-from olmfast.evaluation.scorer import Candidate, Scorer, Scores
-from olmfast.report import Outcome, Report
+from olmfast.evaluation.scorer import Candidate, Scorer
+from olmfast.evaluation.scores import Scores
+from olmfast.observer import Observer
 from olmfast.search.racing import heats, left_to_score
 from olmfast.search.ranking import Rules, choose, is_degraded
+from olmfast.search.record import Outcome, Report
 from olmfast.weights.architecture import Architecture, Unit
 from olmfast.weights.recipe import Copy, Expression, Merge, Recipe, Stored
 
 
 class BudgetSpent(Exception):
     """The next step does not fit the budget; the run ends with the best so far."""
-
-
-class Observer:
-    """Who watches a run. This one shows nothing; others override what they want to be told."""
-
-    def planned(self, n_candidates: int) -> None:
-        """How many candidates the whole run has at most."""
-
-    def step(self, stage: str, unit: str, n_candidates: int) -> None:
-        """A step begins."""
-
-    def candidate(self, label: str) -> None:
-        """One candidate has been evaluated."""
-
-    def chosen(self, outcome: Outcome) -> None:
-        """A step has been taken and recorded."""
-
-    def recorded(self, outcome: Outcome) -> None:
-        """A step was taken in an earlier session."""
-
-    def note(self, text: str) -> None:
-        """Something the user should know."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import xxhash
 
-from olmfast.config import DatasetConfig
+from olmfast.config.run import DatasetConfig
 from olmfast.errors import InputError
 from olmfast.evaluation.conversations import Conversation, load_conversations, worked_examples
 

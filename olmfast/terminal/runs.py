@@ -25,11 +25,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from olmfast.driver import Result
-from olmfast.plan import Plan
-from olmfast.report import Outcome
-from olmfast.scoreboard import Scoreboard
-from olmfast.search.stage import Observer
+from olmfast.observer import Observer
+from olmfast.runs.estimate import Estimate
+from olmfast.runs.scoreboard import Scoreboard
+from olmfast.runs.session import Result
+from olmfast.search.record import Outcome
 
 
 class Watcher(Observer):
@@ -137,7 +137,7 @@ def make_observer(quiet: bool, verbose: bool) -> Watcher:
     return Bars(verbose) if sys.stderr.isatty() else Lines(verbose)
 
 
-def print_plan(plan: Plan, as_json: bool) -> None:
+def print_plan(plan: Estimate, as_json: bool) -> None:
     """What a run would do."""
     if as_json:
         print(json.dumps(plan.to_json(), indent=2))

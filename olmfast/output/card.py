@@ -10,9 +10,9 @@ import yaml
 from olmfast import __version__
 
 if TYPE_CHECKING:
-    from olmfast.config import RunConfig
-    from olmfast.report import Report
-    from olmfast.scoreboard import Scoreboard
+    from olmfast.config.run import RunConfig
+    from olmfast.runs.scoreboard import Scoreboard
+    from olmfast.search.record import Report
     from olmfast.weights.recipe import Recipe
 
 

@@ -6,15 +6,13 @@ docs/config.md describes each key for users; this file is where they are declare
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -25,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from olmfast.config.loading import absolute, parse_size, read_yaml, set_key, show
 from olmfast.errors import InputError, did_you_mean
 
 Mode = Literal["exact_match", "bigram_loss", "diversity", "exact", "bigram", "quality", "perplexity", "choice"]
@@ -83,7 +82,7 @@ class CandidateKind(BaseModel):
 
 def _parse_candidates(value: object) -> list[CandidateKind]:
     if not isinstance(value, list) or not value:
-        raise ValueError(f"expected a list such as [swap, {{linear: [0.25, 0.5]}}], got {_show(value)}")
+        raise ValueError(f"expected a list such as [swap, {{linear: [0.25, 0.5]}}], got {show(value)}")
     kinds = [entry if isinstance(entry, CandidateKind) else _parse_kind(entry) for entry in value]
     methods = [kind.method for kind in kinds]
     twice = next((method for method in methods if methods.count(method) > 1), None)
@@ -99,10 +98,10 @@ def _parse_kind(entry: object) -> CandidateKind:
     known = ["swap", *BLENDS]
     if not isinstance(method, str) or method not in known:
         hint = did_you_mean(method, known) if isinstance(method, str) else ""
-        raise ValueError(f"expected one of {', '.join(known)}, got {_show(entry)}{hint}")
+        raise ValueError(f"expected one of {', '.join(known)}, got {show(entry)}{hint}")
     if method == "swap":
         if numbers is not None:
-            raise ValueError(f"swap takes a donor's values as they are and has no numbers, got {_show(numbers)}")
+            raise ValueError(f"swap takes a donor's values as they are and has no numbers, got {show(numbers)}")
         return CandidateKind(method="swap")
     blend = BLENDS[method]
     listed = [blend.default] if numbers is None else numbers if isinstance(numbers, list) else [numbers]
@@ -111,7 +110,7 @@ def _parse_kind(entry: object) -> CandidateKind:
     except (TypeError, ValueError, OverflowError):
         values = ()
     if not len(values) == len(listed) > 0 or not all(math.isfinite(x) and blend.is_allowed(x) for x in values):
-        raise ValueError(f"{method}: expected {blend.allowed}, got {_show(numbers)}")
+        raise ValueError(f"{method}: expected {blend.allowed}, got {show(numbers)}")
     if len(set(values)) != len(values):
         raise ValueError(f"{method}: a number is given twice in {numbers!r}")
     return CandidateKind(method=method, values=values)
@@ -131,17 +130,6 @@ def _parse_budget(value: object) -> object:
     if value is None or isinstance(value, (Budget, dict)):
         return value
     raise ValueError(f"expected a time such as '2h' or '30m', or a number of evaluations above 0, got {value!r}")
-
-
-def parse_size(value: object) -> int:
-    """Bytes from `5GB`, `500MB`, `2GiB` or a plain number."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
-    if not parts or not 1 <= float(parts[1]) < 1e9:
-        raise ValueError(f"expected a size in bytes such as '5GB', got {value!r}")
-    base = 1024 if parts[3] else 1000
-    return int(float(parts[1]) * base ** " KMGT".index(parts[2].upper() or " "))
 
 
 def _parse_limit(value: object) -> int | None:
@@ -306,53 +294,6 @@ def _check_pattern(dataset: str, pattern: str | None) -> None:
         raise ValueError(f"dataset {dataset!r}: forbid: not a regular expression: {error}") from None
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, which plain YAML silently overwrites."""
-
-
-def _construct_unique(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
-    result: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, Hashable):
-            raise yaml.MarkedYAMLError(problem=f"{key!r} cannot be a key", problem_mark=key_node.start_mark)
-        if key in result:
-            raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark)
-        result[key] = loader.construct_object(value_node, deep=True)
-    return result
-
-
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_unique)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """One YAML mapping, safely loaded. Raises InputError naming the file, line and column."""
-    data = read_any_yaml(path)
-    if not isinstance(data, dict):
-        kind = "nothing" if data is None else type(data).__name__
-        raise InputError(f"{path}: expected a mapping of keys to values, got {kind}")
-    return data
-
-
-def read_any_yaml(path: Path) -> object:
-    """What a YAML or JSON file holds, safely loaded. Raises InputError naming the file, line and column."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise InputError(f"{path}: cannot be read: {reason}") from None
-    try:
-        loaded: object = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise InputError(f"{path}{where}: not valid YAML: {problem or ' '.join(str(error).split())}") from None
-    except (ValueError, RecursionError) as error:  # a date of month 13, a number of 5000 digits, 1000 brackets
-        raise InputError(f"{path}: not valid YAML: {error}") from None
-    return loaded
-
-
 def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
     """Read and check a run's configuration; `overrides` maps dotted keys to values and wins over the file.
 
@@ -362,7 +303,7 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfi
     if "merge_method" in data:
         raise InputError(f"{path}: is a merge file and no run's configuration; use: olmfast merge {path} OUT")
     for dotted, value in (overrides or {}).items():
-        _set_key(data, dotted, value)
+        set_key(data, dotted, value)
     return parse_config(data, where=str(path), folder=path.parent.absolute())
 
 
@@ -372,7 +313,7 @@ def parse_config(data: dict[str, Any], where: str, folder: Path) -> RunConfig:
     data.setdefault("dataset_dir", ".")
     for key in ("models_dir", "output_dir", "dataset_dir"):
         if isinstance(data.get(key), (str, Path)):
-            data[key] = _absolute(folder, data[key], f"{where}: {key}")
+            data[key] = absolute(folder, data[key], f"{where}: {key}")
     if data.get("improve_all") is False:
         data["improve_all"] = None
     defaults = {key: data[key] for key in DATASET_DEFAULTS if key in data}
@@ -398,26 +339,6 @@ def parse_config(data: dict[str, Any], where: str, folder: Path) -> RunConfig:
     return config
 
 
-def _absolute(folder: Path, path: str | Path, where: str) -> Path:
-    try:
-        if "\0" in str(path):
-            raise ValueError("it holds a null character")
-        # Not resolved: a link in the path stays the name under which the user knows the place.
-        return Path(os.path.normpath(folder / Path(path).expanduser()))
-    except (RuntimeError, ValueError) as error:  # RuntimeError: ~nobody
-        raise InputError(f"{where}: {str(path)!r} is not a usable path: {error}") from None
-
-
-def _set_key(data: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set `a.b=value`. File names hold dots, so the longest existing key wins at each level."""
-    nested = [key for key, value in data.items() if isinstance(key, str) and isinstance(value, dict)]
-    for key in sorted(nested, key=len, reverse=True):
-        if dotted.startswith(f"{key}."):
-            _set_key(data[key], dotted[len(key) + 1 :], value)
-            return
-    data[dotted] = value
-
-
 def _explain(where: str, fault: Any) -> str:
     location: list[str | int] = list(fault["loc"])
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
@@ -433,16 +354,8 @@ def _explain(where: str, fault: Any) -> str:
     if fault["type"] == "path_type":
         message = "expected a path"
     if fault["type"] == "literal_error":
-        message = f"expected {fault['ctx']['expected']}, got {_show(fault['input'])}"
+        message = f"expected {fault['ctx']['expected']}, got {show(fault['input'])}"
         message += did_you_mean(str(fault["input"]), re.findall(r"'([^']+)'", fault["ctx"]["expected"]))
     elif fault["type"] != "value_error":
-        message += f", got {_show(fault['input'])}"
+        message += f", got {show(fault['input'])}"
     return f"{where}: {name}: {message}" if name else f"{where}: {message}"
-
-
-def _show(value: object) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to spell out an integer of thousands of digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 200 else f"{text[:200]}..."

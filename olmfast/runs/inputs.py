@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from olmfast import __version__
-from olmfast.config import RunConfig
+from olmfast.config.run import RunConfig
 from olmfast.errors import InputError
-from olmfast.evaluation.batches import Dataset, load_datasets
 from olmfast.evaluation.conversations import load_conversations
+from olmfast.evaluation.encoding import Dataset, load_datasets
 from olmfast.evaluation.model import pick_device, pick_dtype
-from olmfast.output_folder import check_space
-from olmfast.search.stage import Observer
+from olmfast.observer import Observer
+from olmfast.output.folder import check_space
 from olmfast.weights.checkpoint import Checkpoint, read_json
 from olmfast.weights.digests import DIGESTS, DigestCache
 from olmfast.weights.pool import Pool

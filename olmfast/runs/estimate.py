@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from olmfast.config import RunConfig
-from olmfast.evaluation.batches import Dataset
+from olmfast.config.run import RunConfig
+from olmfast.evaluation.encoding import Dataset
 from olmfast.evaluation.memory import Memory
 from olmfast.evaluation.tasks import Task
-from olmfast.inputs import Inputs
-from olmfast.output_folder import free_bytes
+from olmfast.observer import Observer
+from olmfast.output.folder import free_bytes
+from olmfast.runs.inputs import Inputs
 from olmfast.search.evolve import offspring_count
-from olmfast.search.stage import Observer
-from olmfast.search.swap import STAGES, units_of
+from olmfast.search.units import STAGES, units_of
 from olmfast.weights.architecture import Unit
 from olmfast.weights.pool import Pool, token_ids
 
@@ -81,7 +81,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Estimate:
     """What a run would do, and estimates of what it would take.
 
     `stays` counts the tensors that remain the base's, by reason; `vocabulary` maps a donor to the number of tokens that
@@ -141,7 +141,7 @@ class Plan:
         }
 
 
-def plan(config: RunConfig, observer: Observer | None = None) -> Plan:
+def estimate(config: RunConfig, observer: Observer | None = None) -> Estimate:
     """Check a config and everything it names but the weights' values, and say what a run would do. Writes nothing."""
     inputs = Inputs.open(config, observer or Observer(), weights=False)
     pool, base = inputs.pool, inputs.pool[config.base_name]
@@ -150,7 +150,7 @@ def plan(config: RunConfig, observer: Observer | None = None) -> Plan:
     judged, held_out = (Work.of(some.values(), context) for some in (inputs.datasets, inputs.holdout))
     memory = Memory(inputs.device, config.max_ram, config.max_vram)
     n_rows, hidden = base.tensors[pool.architecture.family.embedding].shape
-    return Plan(
+    return Estimate(
         stages=stages,
         datasets={n: (d.config.mode, len(d.samples)) for n, d in {**inputs.datasets, **inputs.holdout}.items()},
         n_bytes=base.n_bytes,

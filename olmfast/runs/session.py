@@ -9,28 +9,31 @@ from typing import Any
 
 import torch
 
-from olmfast.card import write_card
-from olmfast.config import RunConfig, Scale, parse_config
+from olmfast.config.run import RunConfig, Scale, parse_config
 from olmfast.errors import FileChanged, OlmfastError
 from olmfast.evaluation.batched import BatchedScorer
-from olmfast.evaluation.batches import Dataset, load_datasets
+from olmfast.evaluation.encoding import Dataset, load_datasets
 from olmfast.evaluation.memory import Memory
 from olmfast.evaluation.model import WorkingModel, pick_device, pick_dtype
-from olmfast.evaluation.scorer import Scorer, SequentialScorer
-from olmfast.inputs import Inputs, load_tokenizer
-from olmfast.plan import plan_stages
-from olmfast.report import Report
-from olmfast.run_folder import RunFolder
-from olmfast.scoreboard import AVERAGE, RESULT, Scoreboard, plain_average
+from olmfast.evaluation.scorer import Scorer
+from olmfast.evaluation.sequential import SequentialScorer
+from olmfast.observer import Observer
+from olmfast.output.card import write_card
+from olmfast.output.writer import write_model
+from olmfast.runs.estimate import plan_stages
+from olmfast.runs.folder import RunFolder
+from olmfast.runs.inputs import Inputs, load_tokenizer
+from olmfast.runs.scoreboard import AVERAGE, RESULT, Scoreboard, plain_average
+from olmfast.search.candidates import score_donors, swap
 from olmfast.search.evolve import refine
+from olmfast.search.loop import BudgetSpent, Search
 from olmfast.search.ranking import Rules
-from olmfast.search.stage import BudgetSpent, Observer, Search
-from olmfast.search.swap import STAGES, in_order, score_donors, swap, units_of, whole
+from olmfast.search.record import Report
+from olmfast.search.units import STAGES, in_order, units_of
 from olmfast.weights.architecture import Unit
 from olmfast.weights.methods import Sources
 from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import Recipe
-from olmfast.weights.writer import write_model
+from olmfast.weights.recipe import Recipe, whole
 
 
 @dataclass(frozen=True)

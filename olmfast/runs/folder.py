@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from olmfast.errors import InputError
-from olmfast.output_folder import OutputFolder
-from olmfast.report import LEDGER, REFINED, REPORT, Outcome, Report, original_choices
-from olmfast.search.swap import whole
+from olmfast.output.folder import OutputFolder
+from olmfast.runs.original import original_choices
+from olmfast.search.record import LEDGER, REFINED, REPORT, Outcome, Report
 from olmfast.weights.digests import DIGESTS
 from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import Copy
+from olmfast.weights.recipe import Copy, whole
 
 
 class RunFolder(OutputFolder):

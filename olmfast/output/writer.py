@@ -20,8 +20,8 @@ import torch
 from olmfast import _shards
 from olmfast.errors import InputError, OlmfastError
 from olmfast.weights.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo, reading
+from olmfast.weights.chunks import STRETCH, Readable, Scratch, stretch_on
 from olmfast.weights.methods import Sources
-from olmfast.weights.operands import STRETCH, Readable, Scratch, stretch_on
 from olmfast.weights.recipe import Copy, Expression, Recipe
 
 TOKENIZER_FILES = (

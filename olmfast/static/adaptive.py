@@ -13,20 +13,20 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from olmfast.config import RunConfig, parse_config, read_any_yaml
+from olmfast.config.loading import read_any_yaml
 from olmfast.errors import InputError, did_you_mean
-from olmfast.merge_plan import Plan
+from olmfast.output.writer import OutputTensor, in_order
+from olmfast.static.plan import Plan
+from olmfast.static.sensitivity import _ranking_config
 from olmfast.weights.checkpoint import Checkpoint, read_json
 from olmfast.weights.pool import Pool, vocabulary_differences
 from olmfast.weights.recipe import Copy, Expression, Rows, Setting, merge
-from olmfast.weights.writer import OutputTensor, in_order
 
 METHODS = ("linear", "slerp", "ties", "dare")
 # What is called attention's query, key and value; q_norm and k_norm are norms.
 QKV = re.compile(
     r"\.(q_proj|k_proj|v_proj|qkv_proj|c_attn|query|key|value|query_key_value|qkv|W_?pack|wqkv|wq|wk|wv)\.(weight|bias)$"
 )
-RANKED_ON = 200  # conversations of the dataset that ranks layers, at most
 MOST_LISTED = 10  # more layers than this are counted in the name of the output folder, not listed
 
 
@@ -288,60 +288,3 @@ def _read_if_there(path: Path) -> dict[str, Any]:
 def _end_tokens(config: Mapping[str, Any]) -> Iterator[int]:
     listed = config.get("eos_token_id")
     yield from (token for token in (listed if isinstance(listed, list) else [listed]) if isinstance(token, int))
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """A layer and what merging it alone does to the score: negative is better."""
-
-    layer: int
-    score: float
-    change: float
-
-
-def _ranking_config(wanted: LinearMerge) -> RunConfig:
-    """What the run is told whose scorer ranks the layers. Raises InputError for a mode that is none."""
-    dataset, mode = wanted.sensitivity or (Path(), "")
-    data = {
-        "models_dir": ".",
-        "output_dir": str(Path("merged_models") / wanted.folder_name),
-        "models": list(dict.fromkeys([wanted.model_a, wanted.model_b])),
-        "dataset_dir": str(dataset.parent),
-        "dataset": {dataset.name: {"mode": mode, "samples": RANKED_ON}},
-    }
-    return parse_config(data, where="--sensitivity", folder=Path.cwd())
-
-
-def rank_layers(wanted: LinearMerge) -> list[Ranked]:
-    """Merge each layer alone and score it: the layers (all, or those of `wanted`), the best first.
-
-    Raises InputError if the models cannot be evaluated, or the dataset cannot be read.
-    """
-    from olmfast.evaluation.batched import BatchedScorer
-    from olmfast.evaluation.model import WorkingModel
-    from olmfast.evaluation.scorer import Candidate
-    from olmfast.inputs import Inputs
-    from olmfast.search.stage import Observer
-    from olmfast.search.swap import whole
-    from olmfast.weights.methods import Sources
-
-    config = _ranking_config(wanted)
-    (name,) = config.dataset
-    inputs = Inputs.open(config, Observer(), download=False)
-    architecture, pool = inputs.pool.architecture, inputs.pool
-    model = WorkingModel(whole(wanted.model_a, pool.tensors), Sources(pool, Path()), inputs.device, inputs.dtype)
-    scorer = BatchedScorer(model, inputs.datasets, inputs.tokenizer, inputs.stop_tokens, config.batch_tokens)
-    donor = pool[wanted.model_a]
-    now = float(scorer.score(architecture.model_unit(pool.tensors), [Candidate("A")]).mean(name)[0])
-    ranked = []
-    for layer in wanted.ranked_layers(architecture.n_blocks):
-        alone = replace(wanted, layers=(layer,))
-        unit = architecture.window_unit(pool.tensors, [layer])
-        values = {
-            tensor: alone.blend(tensor, layer, Copy(wanted.model_b, tensor), len(donor.tensors[tensor].shape))
-            for tensor in unit.tensors
-            if is_selected(alone, tensor, layer)
-        }
-        score = float(scorer.score(unit, [Candidate(str(layer), values)]).mean(name)[0])
-        ranked.append(Ranked(layer, score, score - now))
-    return sorted(ranked, key=lambda one: (one.score, one.layer))

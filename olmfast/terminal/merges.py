@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from olmfast.linear import Ranked
-from olmfast.merge_plan import Plan, memory_bytes
-from olmfast.output_folder import free_bytes
-from olmfast.static import Written, copy_rate
-from olmfast.weights.writer import OutputTensor
+from olmfast.output.folder import free_bytes
+from olmfast.output.writer import OutputTensor
+from olmfast.static.plan import Plan, memory_bytes
+from olmfast.static.sensitivity import Ranked
+from olmfast.static.write import Written, copy_rate
 
 
 def print_plan(plan: Plan, out: Path, as_json: bool) -> None:

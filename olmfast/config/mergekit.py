@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from olmfast.config import read_yaml
+from olmfast.config.loading import read_yaml
 from olmfast.errors import InputError, did_you_mean
 from olmfast.weights.methods import METHODS, Method, Parameter
 from olmfast.weights.recipe import Setting

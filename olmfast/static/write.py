@@ -14,14 +14,11 @@ import psutil
 import torch
 
 from olmfast import _shards
-from olmfast.card import merge_card
+from olmfast.config.mergekit import MergeConfig
 from olmfast.errors import FileChanged, InputError, Interrupted
-from olmfast.merge_config import MergeConfig
-from olmfast.merge_plan import Plan, memory_bytes, plan_merge
-from olmfast.output_folder import OutputFolder, check_space, parent_of
-from olmfast.report import REPORT
-from olmfast.weights.methods import Sources
-from olmfast.weights.writer import (
+from olmfast.output.card import merge_card
+from olmfast.output.folder import OutputFolder, check_space, parent_of
+from olmfast.output.writer import (
     OutputTensor,
     copy_file,
     tokenizer_files,
@@ -30,6 +27,10 @@ from olmfast.weights.writer import (
     write_weights,
     writing,
 )
+from olmfast.search.record import REPORT
+from olmfast.static.mergekit import plan_merge
+from olmfast.static.plan import Plan, memory_bytes
+from olmfast.weights.methods import Sources
 
 SHARD_SIZE = 5_000_000_000
 

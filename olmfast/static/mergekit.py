@@ -8,104 +8,25 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from olmfast import chat_templates
+from olmfast.config.mergekit import Group, MergeConfig, TokenSource, settings_of
 from olmfast.errors import InputError, did_you_mean
-from olmfast.merge_config import Group, MergeConfig, TokenSource, settings_of
+from olmfast.output.writer import OutputTensor, in_order
+from olmfast.static.plan import Plan
+from olmfast.weights import chat_templates
 from olmfast.weights.architecture import numbered
 from olmfast.weights.checkpoint import FLOATS, Checkpoint, TensorInfo
-from olmfast.weights.methods import METHODS, Sources
-from olmfast.weights.operands import STRETCH, Held, Operands
+from olmfast.weights.chunks import Held, Operands
+from olmfast.weights.methods import METHODS
 from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import Copy, Expression, Merge, Rows, Setting, merge
+from olmfast.weights.recipe import Copy, Expression, Rows, Setting, merge
 from olmfast.weights.vocabulary import Given, Origin, Vocabulary, plan_vocabulary, row_of, tokenizer_texts
-from olmfast.weights.writer import AT_ONCE, OutputTensor, in_order
 
 # Methods that draw random numbers: their masks depend on the seed and the tensor's name.
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a static merge writes, decided before any weight is read.
-
-    `base` is the model whose config and other files the result has, with `config` in place of its own keys.
-    `texts` are files that are written in place of copies of `tokenizer`'s. `left_out` says of tensors of the models
-    that the result has not why; `buffers` are integer tensors that have to be the same in all models.
-    """
-
-    title: str
-    pool: Pool
-    base: str
-    tensors: Sequence[OutputTensor]
-    config: Mapping[str, Any]
-    tokenizer: str
-    texts: Mapping[str, str] = field(default_factory=dict)
-    recipe_text: str = ""
-    recipe_file: str | None = None
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    buffers: Sequence[Sequence[tuple[str, str]]] = ()
-    notes: Sequence[str] = ()
-    vocabulary: Vocabulary | None = None
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of the result's weights."""
-        return sum(tensor.n_bytes for tensor in self.tensors)
-
-    @property
-    def n_bytes_read(self) -> int:
-        """Bytes of the models' weights that go into it, each time they do."""
-        sources = Sources(self.pool, Path())
-        return sum(info.n_bytes for tensor in self.tensors for info in sources.places(tensor.expression))
-
-    def account(self) -> str:
-        """One line that says of every tensor where it comes from."""
-        counts: Counter[str] = Counter(_origin(tensor.expression) for tensor in self.tensors)
-        parts = [f"{n} {what}" for what, n in counts.items()]
-        parts += [f"{n} {why}" for why, n in Counter(self.left_out.values()).items()]
-        return f"{len(self.tensors)} tensors written: {', '.join(parts)}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        counts = Counter(_origin(tensor.expression) for tensor in self.tensors)
-        return {
-            "method": self.title,
-            "models": self.pool.names,
-            "base": self.base,
-            "tokenizer": self.tokenizer,
-            "tensors": dict(counts),
-            "left_out": dict(self.left_out),
-            "config": dict(self.config),
-            "vocabulary": None if self.vocabulary is None else vocabulary_json(self.vocabulary),
-            "result_bytes": self.n_bytes,
-            "read_bytes": self.n_bytes_read,
-            "memory_bytes": memory_bytes(self),
-            "notes": list(self.notes),
-        }
-
-
-def memory_bytes(plan: Plan) -> int:
-    """An upper estimate of the memory that a merge takes beside Python and torch: what is read at a time."""
-    most = max((len(list(Sources(plan.pool, Path()).places(t.expression))) for t in plan.tensors), default=0)
-    row = max((tensor.shape[-1] for tensor in plan.tensors if tensor.shape), default=1)
-    # Each term has a buffer, and its thinned or weighted form; half a dozen more hold masks and sums. Then what is
-    # written at a time. Pages of files are not counted: the system takes them back when it wants.
-    return (2 * most + 8) * max(STRETCH, row) * 8 + AT_ONCE * 8
-
-
-def _origin(expression: Expression) -> str:
-    """What the closing line says of a tensor: merged how, or copied from where."""
-    if isinstance(expression, Merge):
-        return "scaled" if expression.method == "passthrough" else f"merged by {expression.method}"
-    if isinstance(expression, Copy):
-        return f"copied from {expression.donor}"
-    return "put together of rows"
 
 
 def plan_merge(config: MergeConfig, *, seed: int = 0) -> Plan:
@@ -473,14 +394,3 @@ def _chat_template(config: MergeConfig, pool: Pool, tokenizer: str, texts: Mappi
         if own.pop("chat_template", None) is not None:
             changed["tokenizer_config.json"] = json.dumps(own, ensure_ascii=False, indent=2) + "\n"
     return changed
-
-
-def vocabulary_json(vocabulary: Vocabulary) -> dict[str, Any]:
-    """What `check` says of a vocabulary."""
-    return {
-        "source": vocabulary.source,
-        "rows": vocabulary.n_rows,
-        "tokens": len(vocabulary.ids),
-        "added": [entry["content"] for entry in vocabulary.added],
-        "models": dict(vocabulary.model_rows),
-    }

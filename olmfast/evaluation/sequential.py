@@ -1,0 +1,129 @@
+"""The plain reference of every Scorer: candidate by candidate, every dataset in full, batched over samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from olmfast.evaluation import metrics
+from olmfast.evaluation.encoding import Dataset, Sample, make_batches
+from olmfast.evaluation.generation import greedy
+from olmfast.evaluation.model import WorkingModel
+from olmfast.evaluation.scorer import Candidate
+from olmfast.evaluation.scores import Scores, wanted_samples
+from olmfast.weights.architecture import Unit
+
+
+class SequentialScorer:
+    """One candidate after another, in place on the working model, which is left as it was."""
+
+    def __init__(
+        self,
+        model: WorkingModel,
+        datasets: Mapping[str, Dataset],
+        tokenizer: Any,
+        stop_tokens: Sequence[int],
+        batch_tokens: int,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.model, self.datasets, self.tokenizer = model, datasets, tokenizer
+        self.sizes = {name: len(dataset.samples) for name, dataset in datasets.items()}
+        self.stop_tokens, self.batch_tokens, self.progress = tuple(stop_tokens), batch_tokens, progress
+
+    def score(
+        self,
+        unit: Unit,  # noqa: ARG002 (the reference evaluates whole models)
+        candidates: Sequence[Candidate],
+        datasets: Sequence[str] | None = None,
+        samples: Mapping[str, Sequence[int]] | None = None,
+    ) -> Scores:
+        """See `Scorer.score`. Samples not asked for are NaN and marked as not evaluated."""
+        wanted = wanted_samples(self.datasets, datasets, samples)
+        result = Scores.empty(len(candidates), {name: self.datasets[name] for name in wanted}, self.model.dtype)
+        for row, candidate in enumerate(candidates):
+            with self.model.trial(candidate.values, candidate.settings):
+                if row + 1 < len(candidates):
+                    self.model.prefetch(candidates[row + 1].values)
+                for name, indices in wanted.items():
+                    if not indices:
+                        continue
+                    scores, truncated = self._score_dataset(self.datasets[name], indices)
+                    result.samples[name][row, indices] = scores.to(result.samples[name].dtype)
+                    result.evaluated[name][row, indices] = True
+                    result.truncated[name][row, indices] = truncated
+            self.progress(candidate.label)
+        return result
+
+    def decided(self, label: str) -> None:
+        """See `Scorer.decided`. Nothing is kept from one step to the next here."""
+
+    state: None = None
+
+    def _score_dataset(self, dataset: Dataset, wanted: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        samples = [dataset.samples[index] for index in wanted]
+        mode = dataset.config.mode
+        truncated = torch.zeros(len(samples), dtype=torch.bool)
+        if mode in metrics.GENERATIVE:
+            return self._generate(dataset, samples)
+        if mode == "exact_match":
+            return self._exact_match(dataset, samples), truncated
+        return self._teacher_forced(mode, samples), truncated
+
+    @torch.inference_mode()
+    def _teacher_forced(self, mode: str, samples: list[Sample]) -> torch.Tensor:
+        """Right-padded: padding comes after every scored token and so cannot reach it (causal attention)."""
+        found: dict[int, torch.Tensor] = {}
+        inputs = [sample.prompt + sample.response[:-1] for sample in samples]
+        for batch in make_batches([len(ids) for ids in inputs], self.batch_tokens):
+            width = len(inputs[batch[0]])
+            ids = torch.zeros(len(batch), width, dtype=torch.long)
+            for row, index in enumerate(batch):
+                ids[row, : len(inputs[index])] = torch.tensor(inputs[index])
+            logits = self.model.module(input_ids=ids.to(self.model.device), use_cache=False).logits
+            for row, index in enumerate(batch):
+                sample = samples[index]
+                rows = logits[row, len(sample.prompt) - 1 : len(inputs[index])]
+                found[index] = _score_response(mode, rows, sample).cpu()
+        return torch.stack([found[index] for index in range(len(samples))])
+
+    def _exact_match(self, dataset: Dataset, samples: list[Sample]) -> torch.Tensor:
+        found: dict[int, torch.Tensor] = {}
+        lengths = [len(sample.prompt) + len(sample.response) for sample in samples]
+        for batch in make_batches(lengths, self.batch_tokens):
+            chosen = [samples[index] for index in batch]
+            limits = [len(s.response) for s in chosen]
+            decoded = greedy(self.model.module, [s.prompt for s in chosen], limits, self.model.context)
+            tokens, max_prob = decoded.tokens.cpu(), decoded.max_prob.cpu()
+            for row, (index, sample) in enumerate(zip(batch, chosen, strict=True)):
+                n = len(sample.response)
+                right = tokens[row, :n] == torch.tensor(sample.response)
+                found[index] = metrics.exact_match(max_prob[row, :n], right, dataset.config.strict)
+        return torch.stack([found[index] for index in range(len(samples))])
+
+    def _generate(self, dataset: Dataset, samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A generation that reaches `max_new_tokens`, or the model's context, is counted as truncated."""
+        scores = torch.zeros(len(samples), dtype=torch.float64)
+        truncated = torch.zeros(len(samples), dtype=torch.bool)
+        formula = metrics.GENERATIVE[dataset.config.mode]
+        longest = dataset.config.max_new_tokens
+        for batch in make_batches([len(s.prompt) + longest for s in samples], self.batch_tokens):
+            prompts = [samples[index].prompt for index in batch]
+            limits = [min(longest, self.model.context - len(prompt)) for prompt in prompts]
+            decoded = greedy(self.model.module, prompts, limits, self.model.context, self.stop_tokens)
+            for row, index in enumerate(batch):
+                length = int(decoded.lengths[row])
+                text = self.tokenizer.decode(decoded.tokens[row, :length].tolist(), skip_special_tokens=True)
+                failed = bool(decoded.max_prob[row, : length + 1].isnan().any())
+                scores[index] = torch.nan if failed else formula(text, dataset.config.forbid)
+                truncated[index] = not bool(decoded.stopped[row])
+        return scores, truncated
+
+
+def _score_response(mode: str, logits: torch.Tensor, sample: Sample) -> torch.Tensor:
+    if mode == "choice":
+        options = torch.tensor(sample.options, device=logits.device)
+        return metrics.choice(logits[0, options], sample.options.index(sample.response[0]))
+    labels = torch.tensor(sample.response, device=logits.device)
+    return metrics.TEACHER_FORCED[mode](metrics.token_scores(logits, labels))

@@ -22,8 +22,10 @@ import torch
 from olmfast.evaluation import metrics
 from olmfast.evaluation.encoding import Dataset, Sample
 from olmfast.evaluation.scores import Scores
-from olmfast.search.evolve import NORM_DECAY, SVD_DECAY, normal, offspring_count
+from olmfast.search.evolve import NORM_DECAY, SVD_DECAY
 from olmfast.search.ranking import Rules, choose, order
+from olmfast.weights.draws import normal
+from olmfast.weights.offspring import offspring_count
 
 
 @dataclass

@@ -26,8 +26,8 @@ from olmfast.search import evolve
 from olmfast.search.candidates import swap
 from olmfast.testing import CHATML, SPECIAL
 from olmfast.weights.architecture import Unit
+from olmfast.weights.expressions import Copy
 from olmfast.weights.offspring import Parent
-from olmfast.weights.recipe import Copy
 
 WORDS = 8000  # size of the vocabulary
 ANSWER = 20  # tokens

@@ -28,11 +28,12 @@ import torch
 
 from olmfast import _shards
 from olmfast.evaluation.model import WorkingModel
-from olmfast.output.writer import write_model
-from olmfast.weights.checkpoint import Checkpoint
-from olmfast.weights.methods import Sources
+from olmfast.output.writer import content_of, write_folder
+from olmfast.weights.checkpoint import Checkpoint, prefetch
+from olmfast.weights.expressions import Copy, merge
 from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import Copy, Recipe, merge
+from olmfast.weights.recipe import Recipe
+from olmfast.weights.sources import Sources
 
 N_BLOCKS = 16
 CONFIG = {
@@ -149,7 +150,7 @@ def test_swap_of_one_block(benchmark, pool, dtype):
 
     def torch_copy(i: int) -> None:
         for name, value in plain[i].items():
-            model._slots[name].copy_(value)
+            model.live(name).copy_(value)
 
     n_threads = torch.get_num_threads()
     workers = ThreadPoolExecutor(n_threads)
@@ -157,14 +158,14 @@ def test_swap_of_one_block(benchmark, pool, dtype):
     def thread_copy(i: int) -> None:
         """The same without torch's own threads, which suffer most on a machine that does other work as well."""
         torch.set_num_threads(1)
-        parts = [(model._slots[n].view(-1).tensor_split(8), v.view(-1).tensor_split(8)) for n, v in plain[i].items()]
+        parts = [(model.live(n).view(-1).tensor_split(8), v.view(-1).tensor_split(8)) for n, v in plain[i].items()]
         pairs = [pair for targets, sources in parts for pair in zip(targets, sources, strict=True)]
         list(workers.map(lambda pair: pair[0].copy_(pair[1]), pairs))
         torch.set_num_threads(n_threads)
 
     def spoil(i: int) -> None:
         for name in plain[i]:
-            model._slots[name].zero_()
+            model.live(name).zero_()
 
     for name in pool.tensors:  # no page of the donor is in the process's map yet, all are in the page cache
         info = pool["two"].tensors[name]
@@ -183,7 +184,8 @@ def test_swap_of_one_block(benchmark, pool, dtype):
             for name in blocks[i]:
                 info = pool["two"].tensors[name]
                 info.shard.advise(info.offset, info.n_bytes, "release")
-            pool["two"].prefetch(list(blocks[i]))  # in a search, while the block before is evaluated
+            # In a search, while the block before is evaluated.
+            prefetch(pool["two"].tensors[name] for name in blocks[i])
             times["prefetched"].append(timed(ours[i]))
             times["torch"].append(timed(lambda i=i: torch_copy(i)))
             times["threads"].append(timed(lambda i=i: thread_copy(i)))
@@ -193,7 +195,7 @@ def test_swap_of_one_block(benchmark, pool, dtype):
         spoil(i)
         ours[i]()
         for name, value in plain[i].items():
-            assert torch.equal(model._slots[name], value.to(dtype))
+            assert torch.equal(model.live(name), value.to(dtype))
     benchmark.pedantic(ours[0], rounds=5)
     workers.shutdown()
     for kind, pick in (("median", statistics.median), ("best", min)):
@@ -241,7 +243,8 @@ def test_writing_a_merged_folder(benchmark, folder, pool, tmp_path):
 
     def write(target: Path) -> None:
         target.mkdir()
-        write_model(mixed(pool), Sources(pool, Path()), target, source, 10**12)
+        sources = Sources(pool, Path())
+        write_folder(content_of(mixed(pool), sources, pool["one"]), sources, target, 10**12)
 
     def copy(target: Path) -> None:
         target.mkdir()
@@ -295,7 +298,8 @@ def test_memory_while_writing(benchmark, folder, tmp_path, size):
     target.mkdir()
 
     def write() -> None:
-        write_model(recipe, Sources(pool, Path()), target, places[0], 10**12)
+        sources = Sources(pool, Path())
+        write_folder(content_of(recipe, sources, pool["one"]), sources, target, 10**12)
 
     growth = growth_while(lambda: benchmark.pedantic(write, rounds=1))
     largest = max(info.n_bytes for info in pool["one"].tensors.values())
@@ -359,7 +363,7 @@ def test_swap_of_a_7b_block_to_the_device(benchmark, tmp_path):
     times = {name: statistics.median(on_device(call) for _ in range(7)) for name, call in calls.items()}
     benchmark.pedantic(lambda: on_device(calls["swap"]), rounds=3)
     for name in block:
-        assert torch.equal(model._slots[name].cpu(), pool["two"].read(name))
+        assert torch.equal(model.live(name).cpu(), pool["two"].read(name))
     hidden = (times["swap"] + times["compute"] - times["both"]) / min(times["swap"], times["compute"])
     rates = {name: f"{n_bytes / times[name] / 1e9:.1f} GB/s" for name in ("swap", "pinned", "pageable")}
     share = f"{times['pinned'] / times['swap']:.0%}"

@@ -266,7 +266,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
 ) -> None:
     """Score a model on datasets, alone or beside the donors it was merged from."""
-    from olmfast.runs.session import evaluate as evaluate_model
+    from olmfast.runs.scoreboard import evaluate as evaluate_model
     from olmfast.terminal.runs import print_scoreboard
 
     _quiet_libraries()

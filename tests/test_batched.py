@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import weakref
 from pathlib import Path
 
@@ -19,15 +20,15 @@ from olmfast.evaluation.batched import PREFIX_SHARE, BatchedScorer
 from olmfast.evaluation.blocks import Decoder
 from olmfast.evaluation.encoding import load_datasets
 from olmfast.evaluation.memory import Memory
-from olmfast.evaluation.model import WorkingModel
+from olmfast.evaluation.model import WorkingModel, draw_up
 from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.sequential import SequentialScorer
 from olmfast.evaluation.stacked import ScaledLeaf, StackedLeaf, stack_leaves
 from olmfast.testing import FAMILIES, sums, tiny_model, tiny_run, tiny_tokenizer, write_dataset
-from olmfast.weights.methods import Sources
-from olmfast.weights.offspring import NormOffspring, Parent, SvdOffspring
+from olmfast.weights.expressions import Copy, merge, whole
+from olmfast.weights.offspring import NormOffspring, SvdOffspring
 from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import Copy, whole
+from olmfast.weights.sources import Sources
 
 CPU = torch.device("cpu")
 MODES = {
@@ -67,15 +68,15 @@ class World:
         )
         self.plain = SequentialScorer(self.plain_model, self.datasets, tiny_tokenizer(), STOP, 4096)
         self.fast = self.scorer(4096)
-        self.tensors = tuple(self.fast_model.in_parameter_order(self.pool.tensors))
+        self.tensors = draw_up(self.fast_model.recipe, self.pool, dtype).tensors
 
     def scorer(self, batch_tokens):
         return BatchedScorer(self.fast_model, self.datasets, tiny_tokenizer(), STOP, batch_tokens)
 
     def commit(self, candidate):
-        for model in (self.plain_model, self.fast_model):
-            model.set_recipe(model.recipe.with_values(candidate.values))
-        self.fast.decided(candidate.label)
+        recipe = candidate.of(self.fast_model.recipe)
+        for scorer in (self.plain, self.fast):
+            scorer.commit(recipe, candidate.label)
 
     def block(self, *blocks):
         return self.pool.architecture.window_unit(self.tensors, blocks)
@@ -88,14 +89,12 @@ class World:
         name = next((n for n in unit.tensors if len(self.pool["d0"].tensors[n].shape) == 2), None)
         if name is None:
             return []
-        parent = Parent(self.pool["d0"].read(name))
-        draws = torch.Generator().manual_seed(5)
-        k, axis = len(parent.factors.s), architecture.row_axis(name)
-        svd = [torch.randn(k, generator=draws, dtype=torch.float64) * 0.05 for _ in range(3)]
-        norm = [torch.randn(parent.weight.shape[axis], generator=draws, dtype=torch.float64) * 0.05 for _ in range(3)]
+        saved = str(self.pool["d0"].tensors[name].dtype).removeprefix("torch.")
+        told = (Copy("d0", name), saved, 0.05, 5, name, 0)
+        axis = architecture.row_axis(name)
         return [
-            *(Candidate(f"svd{i}", {name: SvdOffspring(parent, x)}) for i, x in enumerate(svd)),
-            *(Candidate(f"norm{i}", {name: NormOffspring(parent, x, axis)}) for i, x in enumerate(norm)),
+            *(Candidate(f"svd{i}", {name: SvdOffspring(*told, i)}) for i in range(3)),
+            *(Candidate(f"norm{i}", {name: NormOffspring(*told, i, axis)}) for i in range(3)),
         ]
 
 
@@ -309,10 +308,10 @@ def test_offspring_of_row_norms_scale_outputs_where_that_is_the_same(tmp_path):
 def test_a_candidate_of_no_numbers_scores_nan(tmp_path):
     world = World(tmp_path, "llama", torch.float32)
     unit = next(u for u in world.pool.architecture.module_units(world.tensors) if u.name.endswith("1.mlp.up_proj"))
-    weight = world.pool["d0"].read(unit.tensors[0])
-    none = torch.zeros(len(weight), dtype=torch.float64)
-    scaled = NormOffspring(Parent(weight), none + torch.inf, 0)
-    other = NormOffspring(Parent(torch.full_like(weight, torch.nan)), none, 0)
+    (name,) = unit.tensors
+    scaled = NormOffspring(Copy("d0", name), "float32", math.inf, 0, name, 0, 0)
+    nothing = merge("passthrough", [Copy("d0", name)], scale=(math.nan,))
+    other = NormOffspring(nothing, "float32", 0.0, 0, name, 0, 0)
     broken = [Candidate(label, {unit.tensors[0]: own}) for label, own in (("scaled", scaled), ("other", other))]
     for candidate in broken:
         scores = world.fast.score(unit, [Candidate("now"), candidate])

@@ -14,14 +14,17 @@ from safetensors.torch import load_file, save_file
 
 from olmfast import load_config, run
 from olmfast.evaluation.model import WorkingModel
+from olmfast.evaluation.scorer import Candidate
 from olmfast.observer import Observer
 from olmfast.runs.estimate import estimate
 from olmfast.runs.inputs import Inputs
 from olmfast.runs.session import Result
 from olmfast.testing import FAMILIES, tiny_model, tiny_run, write_choices
-from olmfast.weights.methods import METHODS, Sources
+from olmfast.weights.expressions import Copy, Merge, Stored, merge, whole
+from olmfast.weights.methods import METHODS
 from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import Copy, Expression, Merge, Stored, leaves, merge, whole
+from olmfast.weights.recipe import Expression, leaves
+from olmfast.weights.sources import Sources
 
 EVERYTHING = {
     "candidates": ["swap", {"linear": [0.3, 0.6]}, "slerp", {"ties": [0.4]}, "task_arithmetic"],
@@ -166,7 +169,7 @@ def test_a_refined_tensor_that_was_blended_on_is_kept_as_long_as_it_is_needed(tm
 
 
 def test_the_written_model_scores_as_the_last_step_said(everything):
-    from olmfast.runs.session import evaluate
+    from olmfast.runs.scoreboard import evaluate
 
     path = everything.output_dir.parent / "more.json"
     board = evaluate(str(everything.output_dir), {str(path): {"mode": "bigram_loss"}}, device="cpu")
@@ -238,13 +241,13 @@ def test_neither_a_trial_nor_what_follows_it_computes_what_is_there_again(tmp_pa
         nest = merge("linear", [nest, donors[1]], weight=(1 - share, share))
     sources = Sources(inputs.pool, tmp_path, memory=1 << 20)
     recipe = whole("donor0", inputs.pool.tensors).with_values({name: nest})
-    model = WorkingModel(recipe, sources, inputs.device, inputs.dtype)
+    model = WorkingModel(recipe, sources, inputs.settings.device, inputs.settings.dtype)
     there = model.module.get_parameter(name).clone()
     computed = []
     plain = METHODS["linear"]
     monkeypatch.setitem(METHODS, "linear", lambda *arguments: computed.append(1) or plain(*arguments))
     for share in (0.1, 0.7):
-        with model.trial({name: merge("linear", [nest, donors[2]], weight=(1 - share, share))}):
+        with model.trial(Candidate("", {name: merge("linear", [nest, donors[2]], weight=(1 - share, share))})):
             assert not torch.equal(model.module.get_parameter(name), there)
     assert torch.equal(model.module.get_parameter(name), there)
     assert len(computed) == 2  # one per trial

@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from olmfast.errors import OlmfastError
 from olmfast.evaluation.upload import Uploader
-from olmfast.output.writer import PAGE_BYTES, write_model
+from olmfast.output.writer import PAGE_BYTES, content_of, write_folder
 from olmfast.testing import tiny_model, tiny_run
 from olmfast.weights.checkpoint import Checkpoint, copy_tensors, read_header
 from olmfast.weights.digests import DIGESTS, DigestCache
-from olmfast.weights.methods import Sources
+from olmfast.weights.expressions import Copy, merge, whole
 from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import Copy, Recipe, merge
+from olmfast.weights.recipe import Recipe
+from olmfast.weights.sources import Sources
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_written_tensors_are_what_the_recipe_says(donors, tmp_path, shard_size):
     recipe, sources = recipe_of(donors), Sources(donors, tmp_path)
     out = tmp_path / "out"
     out.mkdir()
-    write_model(recipe, sources, out, tmp_path / "one", shard_size)
+    write_folder(content_of(recipe, sources, donors["one"]), sources, out, shard_size)
     written: dict[str, torch.Tensor] = {}
     for path in sorted(out.glob("model*.safetensors")):
         written |= load_file(path)
@@ -63,7 +64,8 @@ def test_a_plain_copy_keeps_every_byte_in_its_place_within_a_page(tmp_path):
     pool = Pool.open(["one", "two"], tmp_path, tmp_path)
     out = tmp_path / "out"
     out.mkdir()
-    write_model(Recipe("one", {n: Copy("one", n) for n in pool.tensors}), Sources(pool, tmp_path), out, tmp_path, 10**9)
+    sources = Sources(pool, tmp_path)
+    write_folder(content_of(whole("one", pool.tensors), sources, pool["one"]), sources, out, 10**9)
     for name, info in Checkpoint(out).tensors.items():
         assert (info.offset - pool["one"].tensors[name].offset) % PAGE_BYTES == 0
     raw = (out / "model.safetensors").read_bytes()
@@ -75,8 +77,9 @@ def test_a_donor_that_shrinks_while_the_result_is_written_is_named(donors, tmp_p
     out = tmp_path / "out"
     out.mkdir()
     os.truncate(tmp_path / "two" / "model.safetensors", 5000)
+    sources = Sources(donors, tmp_path)
     with pytest.raises(OlmfastError, match=r"two.model\.safetensors: .*shrank from \d+ to 5000 bytes while in use"):
-        write_model(recipe_of(donors), Sources(donors, tmp_path), out, tmp_path / "one", 10**9)
+        write_folder(content_of(recipe_of(donors), sources, donors["one"]), sources, out, 10**9)
 
 
 LAYOUTS = {

@@ -12,9 +12,14 @@ from safetensors.torch import load_file
 
 from olmfast import load_config, run
 from olmfast.evaluation.scores import Scores
-from olmfast.search.evolve import Parent, SvdOffspring, _accept_any, normal, offspring_count, svd_coefficients
+from olmfast.search.evolve import _accept_any
 from olmfast.search.ranking import Rules, choose
-from olmfast.testing import sums, tiny_run, tiny_tokenizer
+from olmfast.testing import sums, tiny_model, tiny_run, tiny_tokenizer
+from olmfast.weights.draws import normal
+from olmfast.weights.expressions import Copy
+from olmfast.weights.offspring import SvdOffspring, offspring_count, svd_coefficients
+from olmfast.weights.pool import Pool
+from olmfast.weights.sources import Sources
 
 UNIT = "model.layers.0.self_attn.q_proj"
 TENSOR = f"{UNIT}.weight"
@@ -144,13 +149,14 @@ def test_population_size_follows_the_dimension():
     assert [offspring_count(n) for n in (1, 2, 32, 4096)] == [4, 6, 14, 28]
 
 
-def test_the_parent_is_never_changed_and_a_step_of_zero_gives_it_back():
-    weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
-    parent = Parent(weight.clone())
-    zero = SvdOffspring(parent, torch.zeros(4))
-    assert torch.equal(zero.compute(None), weight)
-    SvdOffspring(parent, torch.ones(4)).compute(None)
-    assert torch.equal(parent.weight, weight)
+def test_the_parent_is_never_changed_and_a_step_of_zero_gives_it_back(tmp_path):
+    tiny_model(tmp_path / "one", dtype=torch.bfloat16)
+    pool = Pool.open(["one"], tmp_path, tmp_path)
+    sources, weight = Sources(pool, tmp_path), pool["one"].read(TENSOR)
+    still, moved = (SvdOffspring(Copy("one", TENSOR), "bfloat16", sigma, 0, TENSOR, 0, 0) for sigma in (0.0, 1.0))
+    assert torch.equal(sources.value(still), weight)
+    assert not torch.equal(sources.value(moved), weight)
+    assert torch.equal(sources.parent(Copy("one", TENSOR), torch.bfloat16).weight, weight)
 
 
 def test_when_nothing_improves_the_tensor_stays_bit_identical(tmp_path):

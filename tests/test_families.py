@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from olmfast.config.run import DatasetConfig
 from olmfast.evaluation.encoding import load_datasets
-from olmfast.evaluation.model import WorkingModel
+from olmfast.evaluation.model import WorkingModel, draw_up
 from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.sequential import SequentialScorer
-from olmfast.output.writer import write_model
+from olmfast.output.writer import content_of, write_folder
 from olmfast.testing import FAMILIES, sums, tiny_model, tiny_tokenizer, write_dataset
-from olmfast.weights.methods import Sources
+from olmfast.weights.expressions import Copy, whole
 from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import Copy, whole
+from olmfast.weights.sources import Sources
 
 CPU = torch.device("cpu")
 CASES = [
@@ -43,7 +43,7 @@ def test_written_model_computes_the_working_models_logits(family, dtype, config,
     sources = Sources(pool, tmp_path)
     model = WorkingModel(whole("first", pool.tensors), sources, CPU, torch.float32)
     architecture = pool.architecture
-    tensors = tuple(model.in_parameter_order(pool.tensors))
+    tensors = draw_up(model.recipe, pool, torch.float32).tensors
     ids = torch.randint(5, 100, (2, 24), generator=torch.Generator().manual_seed(0))
     before = model.module(ids).logits
 
@@ -61,7 +61,7 @@ def test_written_model_computes_the_working_models_logits(family, dtype, config,
     assert not torch.equal(logits, before)
     out = tmp_path / "merged"
     out.mkdir()
-    write_model(model.recipe, sources, out, pool["first"].folder, 5_000_000_000)
+    write_folder(content_of(model.recipe, sources, pool["first"]), sources, out, 5_000_000_000)
     loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     torch.testing.assert_close(loaded(ids).logits, logits, rtol=0, atol=0)
 
@@ -97,7 +97,8 @@ def test_untouched_merge_is_the_base_byte_for_byte(tmp_path):
     pool = open_pool(tmp_path, ["base"])
     out = tmp_path / "out"
     out.mkdir()
-    write_model(whole("base", pool.tensors), Sources(pool, tmp_path), out, tmp_path / "base", 20_000)
+    sources = Sources(pool, tmp_path)
+    write_folder(content_of(whole("base", pool.tensors), sources, pool["base"]), sources, out, 20_000)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == pool["base"].n_bytes
     for name, info in pool["base"].tensors.items():

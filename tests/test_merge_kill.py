@@ -21,6 +21,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from olmfast.output import folder as output_folder
+from olmfast.output import writer
 from olmfast.static import write as static
 from olmfast.config.mergekit import load_merge_config
 
@@ -32,7 +33,7 @@ def written(tensor):
     if moment.isdigit() and len(seen) == int(moment):
         die()
 if moment == "other files":
-    static._write_other_files = die
+    writer.copy_file = die
 if moment == "card":
     static.merge_card = die
 if moment == "before renaming":

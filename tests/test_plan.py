@@ -20,8 +20,8 @@ from olmfast.runs.estimate import estimate
 from olmfast.runs.inputs import Inputs
 from olmfast.testing import sums, tiny_model, tiny_run, write_dataset
 from olmfast.weights import checkpoint
-from olmfast.weights.methods import Sources
-from olmfast.weights.recipe import whole
+from olmfast.weights.expressions import whole
+from olmfast.weights.sources import Sources
 
 STAGES = {"boundary_select": True, "layer_swap": True, "tensor_swap": True, "es_svd": True, "es_norm": True}
 LOSS = {"mode": "bigram_loss"}
@@ -138,17 +138,17 @@ def test_time_is_in_proportion_to_questions_and_grows_with_whole_models(cfg):
 def test_the_least_memory_is_the_model_one_candidate_and_what_enters_its_block(cfg):
     config = load_config(cfg)
     inputs = Inputs.open(config, Observer())
-    model = WorkingModel(
-        whole("donor0", inputs.pool.tensors), Sources(inputs.pool, cfg.parent), inputs.device, inputs.dtype
-    )
+    settings, datasets = inputs.settings, inputs.questions.datasets
+    sources = Sources(inputs.pool, cfg.parent)
+    model = WorkingModel(whole("donor0", inputs.pool.tensors), sources, settings.device, settings.dtype)
     live = sum(parameter.nbytes for parameter in model.module.parameters())
-    block = sum(model.live_bytes(name) for name in inputs.pool.tensors if ".layers.0." in name)
+    block = sum(model.live(name).nbytes for name in inputs.pool.tensors if ".layers.0." in name)
     found = estimate(config)
     held = found.memory_bytes - live - block
     n_tokens = sum(
-        len(s.prompt) + len(s.response) - 1 for n in ("sums.json", "more.json") for s in inputs.datasets[n].samples
+        len(s.prompt) + len(s.response) - 1 for n in ("sums.json", "more.json") for s in datasets[n].samples
     )
-    n_tokens += sum(len(s.prompt) + 7 for s in inputs.datasets["talk.json"].samples)
+    n_tokens += sum(len(s.prompt) + 7 for s in datasets["talk.json"].samples)
     assert held - n_tokens * 32 * 4 > 0  # what the interpreter and the libraries take already
     alone = estimate(load_config(cfg, {"scorer": "sequential"}))
     assert found.memory_bytes - alone.memory_bytes == pytest.approx(block + n_tokens * 32 * 4, abs=1 << 22)

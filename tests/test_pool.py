@@ -371,7 +371,7 @@ def test_a_merge_of_tied_and_untied_donors_is_saved_as_it_was_scored(donors, tmp
         assert not config["tie_word_embeddings"]
     else:
         assert config["tie_word_embeddings"]
-    from olmfast.runs.session import evaluate
+    from olmfast.runs.scoreboard import evaluate
 
     data = str(tmp_path / "heldout.json")
     board = evaluate(str(tmp_path / "out"), {data: {"mode": "perplexity"}}, device="cpu")

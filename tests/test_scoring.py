@@ -22,9 +22,9 @@ from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.scores import Scores
 from olmfast.evaluation.sequential import SequentialScorer
 from olmfast.testing import sums, tiny_model, tiny_tokenizer, write_dataset
-from olmfast.weights.methods import Sources
+from olmfast.weights.expressions import whole
 from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import whole
+from olmfast.weights.sources import Sources
 
 PAIRS = [*sums(4, 5), ("Say x", "x"), ("Name the largest number below ten.", "nine")]
 

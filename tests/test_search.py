@@ -45,7 +45,7 @@ def full(tmp_path_factory):
 
 
 def test_a_run_writes_a_folder_that_transformers_loads_and_that_scores_as_reported(full):
-    from olmfast.runs.session import evaluate
+    from olmfast.runs.scoreboard import evaluate
 
     heldout = full.output_dir.parent / "heldout.json"
     board = evaluate(str(full.output_dir), {str(heldout): {"mode": "perplexity"}}, device="cpu")
@@ -202,7 +202,7 @@ def test_a_donor_without_a_score_is_no_end_of_the_scale_and_none_of_its_twins_ei
 
 
 def test_a_donor_scored_whole_keeps_its_own_settings_and_a_merge_has_the_bases(tmp_path):
-    from olmfast.runs.session import evaluate
+    from olmfast.runs.scoreboard import evaluate
 
     path = tiny_run(tmp_path, layer_swap=True)
     config = load_config(path)
@@ -225,20 +225,21 @@ def test_a_donor_scored_whole_keeps_its_own_settings_and_a_merge_has_the_bases(t
 
 def test_the_next_units_donors_are_read_while_the_present_one_is_evaluated(tmp_path, monkeypatch):
     from olmfast.evaluation.batched import BatchedScorer
-    from olmfast.evaluation.model import WorkingModel
+    from olmfast.weights.sources import Sources
 
     events: list[str] = []
-    prefetch, score = WorkingModel.prefetch, BatchedScorer.score
+    prefetch, score = Sources.prefetch, BatchedScorer.score
 
-    def watched_prefetch(self, values):
-        events.append("read " + " ".join(sorted({name.split(".")[2] for name in values if ".layers." in name})))
-        prefetch(self, values)
+    def watched_prefetch(self, expressions):
+        copies = list(expressions)
+        events.append("read " + " ".join(sorted({x.tensor.split(".")[2] for x in copies if ".layers." in x.tensor})))
+        prefetch(self, copies)
 
     def watched_score(self, unit, *rest):
         events.append(f"evaluate {unit.name}")
         return score(self, unit, *rest)
 
-    monkeypatch.setattr(WorkingModel, "prefetch", watched_prefetch)
+    monkeypatch.setattr(Sources, "prefetch", watched_prefetch)
     monkeypatch.setattr(BatchedScorer, "score", watched_score)
     run(load_config(tiny_run(tmp_path, layer_swap=True)))
     assert events.index("read 1") < events.index("evaluate 0") < events.index("evaluate 1")

@@ -37,8 +37,9 @@ from olmfast.runs.inputs import Inputs
 from olmfast.runs.scoreboard import AVERAGE, RESULT, plain_average
 from olmfast.runs.session import SCORERS
 from olmfast.search.record import Report
-from olmfast.weights.methods import Sources
-from olmfast.weights.recipe import Copy, Expression, Recipe, merge, whole
+from olmfast.weights.expressions import Copy, merge, whole
+from olmfast.weights.recipe import Expression, Recipe
+from olmfast.weights.sources import Sources
 
 DEMO = Path(__file__).parent
 RESAMPLES, SEED = 10_000, 0

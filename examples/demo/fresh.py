@@ -12,7 +12,7 @@ from pathlib import Path
 from skills import write_datasets
 
 from olmfast.config.run import DatasetConfig, RunConfig, load_config
-from olmfast.runs.session import evaluate
+from olmfast.runs.scoreboard import evaluate
 from olmfast.terminal.runs import print_scoreboard
 
 DEMO = Path(__file__).parent

@@ -17,8 +17,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 
 from olmfast.config.loading import read_yaml
 from olmfast.errors import InputError, did_you_mean
+from olmfast.weights.chunks import Setting
 from olmfast.weights.methods import METHODS, Method, Parameter
-from olmfast.weights.recipe import Setting
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Scalar = bool | int | float

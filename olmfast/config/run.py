@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -292,6 +292,24 @@ def _check_pattern(dataset: str, pattern: str | None) -> None:
         re.compile(pattern or "")
     except re.error as error:
         raise ValueError(f"dataset {dataset!r}: forbid: not a regular expression: {error}") from None
+
+
+class _Datasets(BaseModel):
+    dataset: dict[str, DatasetConfig]
+
+    @model_validator(mode="after")
+    def _check(self) -> _Datasets:
+        for name, entry in self.dataset.items():
+            _check_pattern(name, entry.forbid)
+        return self
+
+
+def parse_datasets(entries: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, DatasetConfig]:
+    """Check plain data as dataset entries: file name -> how it is scored. Raises InputError with all faults."""
+    try:
+        return _Datasets.model_validate({"dataset": entries}).dataset
+    except ValidationError as error:
+        raise InputError("\n".join(_explain(where, fault) for fault in error.errors())) from None
 
 
 def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:

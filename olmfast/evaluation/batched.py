@@ -16,7 +16,7 @@ from olmfast.evaluation.blocks import Decoder, Needed, Recorder
 from olmfast.evaluation.encoding import Dataset, make_batches
 from olmfast.evaluation.generation import Cut, resume
 from olmfast.evaluation.memory import Memory, is_out_of_memory
-from olmfast.evaluation.model import WorkingModel
+from olmfast.evaluation.model import WorkingModel, builds_alike
 from olmfast.evaluation.prefix import Batch, Prefix
 from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.scores import Scores, wanted_samples
@@ -24,7 +24,7 @@ from olmfast.evaluation.sequential import SequentialScorer
 from olmfast.evaluation.stacked import Leaf, Start, is_stackable, stack_leaves
 from olmfast.evaluation.tasks import Followed, Task
 from olmfast.weights.architecture import Architecture, Unit
-from olmfast.weights.methods import Values
+from olmfast.weights.recipe import Expression, Recipe
 
 MEASURED_TOKENS = 512  # in the pass whose memory is measured
 # Shares of the memory left beside the model; the rest is slack for what comes and goes.
@@ -116,7 +116,7 @@ class BatchedScorer:
         if self._decoder.module is not self.model.module:
             self._take_apart()
         left = list(range(len(candidates)))
-        current = next((row for row in left if not candidates[row].values), None)
+        current = next((row for row in left if candidates[row].is_current), None)
         if any(self._tasks[number].expected is None for number in tasks):
             self._find_trajectories(unit, candidates, current, tasks, scores)
             left = [row for row in left if row != current]
@@ -131,9 +131,14 @@ class BatchedScorer:
                 self._score_stack(unit, candidates, rows[begin : begin + n], tasks, scores)
         return scores
 
-    def decided(self, label: str) -> None:
-        """See `Scorer.decided`. What the candidate generated is what the next ones are expected to."""
-        for number, tokens in self._followed.get(label, {}).items():
+    def value(self, expression: Expression) -> torch.Tensor:
+        """See `Scorer.value`."""
+        return self.model.sources.value(expression)
+
+    def commit(self, recipe: Recipe, label: str | None = None) -> None:
+        """See `Scorer.commit`. What the candidate generated is what the next ones are expected to."""
+        self.model.set_recipe(recipe)
+        for number, tokens in (self._followed.get(label, {}) if label is not None else {}).items():
             self._tasks[number].latest = tuple(tokens)
         self._followed = {}
 
@@ -265,9 +270,9 @@ class BatchedScorer:
         blocks = [self._architecture.block_of(name) for name in unit.tensors]
         return None if None in blocks else min(block for block in blocks if block is not None)
 
-    def _fitting(self, values: Sequence[Mapping[str, Values]]) -> int:
+    def _fitting(self, values: Sequence[Mapping[str, Expression]]) -> int:
         """How many candidates' values are stacked at a time."""
-        one = sum(self.model.live_bytes(name) for name in values[0])
+        one = sum(self.model.live(name).nbytes for name in values[0])
         return max(1, int(STACK_SHARE * self._room) // max(one, 1))
 
     def _score_stack(
@@ -301,15 +306,15 @@ class BatchedScorer:
         wanted: Mapping[str, Sequence[int]],
     ) -> None:
         """One candidate, whose values are made the live ones meanwhile."""
-        settings = candidate.settings
-        if settings is not None and self.model.sources.pool.settings_differ(self.model.recipe.base, settings):
+        model, whole = self.model, candidate.recipe
+        if whole is not None and not builds_alike(model.recipe, whole, model.sources.pool):
             plain = SequentialScorer(self.model, self.datasets, self.tokenizer, self.stop_tokens, self.batch_tokens)
             scores.put(row, plain.score(unit, [candidate], list(wanted), wanted))
         else:
             first = self._first_block(unit)
             if first is not None:
                 self._bring_to(first, tasks)  # while the current model's values are live
-            with self.model.trial(candidate.values):
+            with self.model.trial(candidate):
                 self._evaluate(_Work(scores, [row], [candidate.label], tasks, first, []))
         self.progress(candidate.label)
 

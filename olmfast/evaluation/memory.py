@@ -26,7 +26,10 @@ class Memory:
     Without a limit of the user's it is nine tenths of what the machine, or the container, has.
     """
 
-    def __init__(self, device: torch.device, max_ram: int | None = None, max_vram: int | None = None) -> None:
+    def __init__(
+        self, device: torch.device, max_ram: int | None = None, max_vram: int | None = None, needed: int = 0
+    ) -> None:
+        """Raises InputError where no more than `needed` bytes are left, those of a model still to be built."""
         self.device = device
         self.on_gpu = device.type == "cuda"
         wanted = max_vram if self.on_gpu else max_ram
@@ -34,10 +37,11 @@ class Memory:
         self.limit = wanted if wanted is not None else int(0.9 * total)
         if wanted is not None and not self.on_gpu:
             _return_what_is_freed()
-        if self.room <= 0:
+        if self.room <= needed:
             key = "max_vram" if self.on_gpu else "max_ram"
+            taken = self.used + needed
             raise InputError(
-                f"{key}: {self.limit / 1e9:.2f} GB; the model and the libraries alone take {self.used / 1e9:.2f} GB"
+                f"{key}: {self.limit / 1e9:.2f} GB; the model and the libraries alone take {taken / 1e9:.2f} GB"
             )
 
     @property

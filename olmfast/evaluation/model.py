@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from olmfast.errors import InputError
+from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.upload import Uploader
 from olmfast.weights.architecture import Architecture
 from olmfast.weights.checkpoint import FLOATS, TensorInfo, copy_tensors
-from olmfast.weights.methods import Sources, Values
-from olmfast.weights.offspring import Offspring
-from olmfast.weights.recipe import Copy, Recipe
+from olmfast.weights.pool import Pool
+from olmfast.weights.recipe import Expression, Recipe
+from olmfast.weights.sources import Sources
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -48,70 +49,55 @@ class WorkingModel:
     def __init__(self, recipe: Recipe, sources: Sources, device: torch.device, dtype: torch.dtype) -> None:
         self.sources, self.device, self.dtype = sources, device, dtype
         self._uploader: Uploader | None = None
-        self._reader = ThreadPoolExecutor(1, "prefetch")
-        self.rebuild(recipe)
+        self._rebuild(recipe)
 
-    def rebuild(self, recipe: Recipe) -> None:
-        """Build the module that the recipe's base configures, and fill it."""
+    def _rebuild(self, recipe: Recipe) -> None:
+        """Build the module that the recipe configures, and fill it."""
         self.recipe = recipe
-        self._build(recipe.base)
-        self._order = {name: i for i, (name, _) in enumerate(self.module.named_parameters())}
+        self._build(recipe)
         self.apply(recipe.tensors)
 
-    def _build(self, donor: str) -> None:
-        pool = self.sources.pool
-        self.module = build_module(pool[donor].folder, pool.tied, self.dtype).to(self.device)
-        self._slots = _map_slots(self.module, pool.architecture, self.recipe)
+    def _build(self, recipe: Recipe) -> None:
+        self.module = build_module(recipe, self.sources.pool, self.dtype).to(self.device)
+        self._slots = map_slots(self.module, self.sources.pool.architecture, recipe)
 
-    def in_parameter_order(self, tensors: tuple[str, ...]) -> list[str]:
-        """Canonical names in the order in which the module declares its parameters."""
-        architecture = self.sources.pool.architecture
-        last = len(self._order)
-        return sorted(tensors, key=lambda name: self._order.get(architecture.slot(name).parameter, last))
-
-    def apply(self, values: Mapping[str, Values]) -> None:
-        """Copy values (canonical name -> values) over the live parameters; the recipe is not changed."""
+    def apply(self, values: Mapping[str, Expression]) -> None:
+        """Copy values (canonical name -> expression) over the live parameters; the recipe is not changed."""
         self._fill((name, wanted, self._slots[name]) for name, wanted in values.items() if name in self._slots)
 
-    def stack(self, name: str, several: Sequence[Values]) -> torch.Tensor:
+    def stack(self, name: str, several: Sequence[Expression]) -> torch.Tensor:
         """K values of one tensor as they would be live: (K, *shape) in the module's dtype, on its device."""
-        first = several[0]
-        saved = self.sources.pool[self.recipe.base].tensors[name].dtype
-        if isinstance(first, Offspring):
-            siblings = [one for one in several if type(one) is type(first) and one.parent is first.parent]
-            if len(siblings) == len(several):
-                return first.stack(siblings).to(self.device, saved).to(self.dtype)
+        kind = type(several[0])
+        if all(type(one) is kind for one in several):
+            stacked = kind.stack(several, self.sources)
+            if stacked is not None:
+                return stacked.to(self.device, self._saved_dtype(name, several[0])).to(self.dtype)
         slot = self._slots[name]
         result = slot.new_empty(len(several), *slot.shape)
         self._fill((name, wanted, target) for wanted, target in zip(several, result, strict=True))
         return result
 
-    def live_bytes(self, name: str) -> int:
-        """Bytes of one tensor as it is live."""
-        return self._slots[name].nbytes
+    def live(self, name: str) -> torch.Tensor:
+        """The parameter, or the view of one, that a tensor fills."""
+        return self._slots[name]
 
-    def _fill(self, wanted: Iterable[tuple[str, Values, torch.Tensor]]) -> None:
-        """Name, values and the tensor they are copied into, rounded on the way as saving would round them."""
-        base = self.sources.pool[self.recipe.base]
+    def _saved_dtype(self, name: str, expression: Expression) -> torch.dtype:
+        """The dtype that a tensor of the recipe is saved in: the base's, or its own where the base has none."""
+        info = self.sources.pool[self.recipe.base].tensors.get(name)
+        return expression.open(self.sources).dtype if info is None else info.dtype
+
+    def _fill(self, wanted: Iterable[tuple[str, Expression, torch.Tensor]]) -> None:
+        """Name, expression and the tensor its values are copied into, rounded on the way as saving would round them."""
         direct = []
         with torch.no_grad():
-            for name, values, target in wanted:
-                saved = base.tensors[name].dtype
-                info = self.sources.info(values)
+            for name, expression, target in wanted:
+                saved = self._saved_dtype(name, expression)
+                info = expression.info(self.sources)
                 if info is not None and _passes_unchanged(info, saved, target):
                     direct.append((info, target))
                 else:
-                    target.copy_(self.sources.value(values).to(saved))
+                    target.copy_(self.sources.value(expression).to(saved))
             self._copy(direct)
-
-    def prefetch(self, values: Mapping[str, Values]) -> None:
-        """Let a thread read from disk what `apply` will want next; returns at once."""
-        wanted: dict[str, list[str]] = {}
-        for name, value in values.items():
-            if name in self._slots and isinstance(value, Copy):
-                wanted.setdefault(value.donor, []).append(value.tensor)
-        for donor, tensors in wanted.items():
-            self._reader.submit(self.sources.pool[donor].prefetch, tensors)
 
     def _copy(self, pairs: list[tuple[TensorInfo, torch.Tensor]]) -> None:
         """Bytes from mapped files straight into the parameters, converted on the way."""
@@ -123,21 +109,23 @@ class WorkingModel:
         self._uploader.upload(pairs)
 
     @contextmanager
-    def trial(self, values: Mapping[str, Values], settings: str | None = None) -> Iterator[None]:
-        """The model with other values, until the block ends.
+    def trial(self, candidate: Candidate) -> Iterator[None]:
+        """The model as the candidate has it, until the block ends.
 
-        `settings` names a donor of which `values` are all tensors. Where its config differs in what acts on the
-        values (the base of its rotary embedding, say), it is tried in a module of its own.
+        A candidate that is a whole model, built in another way (with another base of its rotary embedding, say, or
+        fewer blocks), is tried in a module of its own.
         """
-        pool, kept = self.sources.pool, (self.module, self._slots)
-        if settings is not None and pool.settings_differ(self.recipe.base, settings):
+        whole = candidate.recipe
+        if whole is not None and not builds_alike(self.recipe, whole, self.sources.pool):
+            kept = self.module, self._slots
             try:
-                self._build(settings)
-                self.apply(values)
+                self._build(whole)
+                self.apply(whole.tensors)
                 yield
             finally:
                 self.module, self._slots = kept
             return
+        values = candidate.values if whole is None else whole.tensors
         try:
             self.apply(values)
             yield
@@ -145,8 +133,15 @@ class WorkingModel:
             self.apply({name: self.recipe.tensors[name] for name in values})
 
     def set_recipe(self, recipe: Recipe) -> None:
-        """Make `recipe` the model's: the tensors whose expressions changed are copied, nothing else."""
-        changed = {n: e for n, e in recipe.tensors.items() if self.recipe.tensors.get(n) != e}
+        """Make `recipe` the model's: the tensors whose expressions changed are copied, nothing else.
+
+        A recipe of another base, or with another config, gets a module of its own.
+        """
+        before = self.recipe
+        if (recipe.base, recipe.config_edits) != (before.base, before.config_edits):
+            self._rebuild(recipe)
+            return
+        changed = {n: e for n, e in recipe.tensors.items() if before.tensors.get(n) != e}
         self.recipe = recipe
         self.apply(changed)
 
@@ -154,6 +149,11 @@ class WorkingModel:
     def context(self) -> int:
         """The longest input the model is made for, in tokens."""
         return self.sources.pool.architecture.context
+
+
+def builds_alike(recipe: Recipe, other: Recipe, pool: Pool) -> bool:
+    """Whether two recipes' modules compute alike but for their weights."""
+    return recipe.config_edits == other.config_edits and not pool.settings_differ(recipe.base, other.base)
 
 
 def _passes_unchanged(info: TensorInfo, saved: torch.dtype, slot: torch.Tensor) -> bool:
@@ -164,26 +164,56 @@ def _passes_unchanged(info: TensorInfo, saved: torch.dtype, slot: torch.Tensor) 
     return floats and torch.promote_types(info.dtype, saved) == saved and info.shape == tuple(slot.shape)
 
 
-def build_module(folder: Path, tied: bool, dtype: torch.dtype) -> Any:
-    """An empty Transformers module. Raises InputError when its config is not one Transformers can build."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def build_module(recipe: Recipe, pool: Pool, dtype: torch.dtype) -> Any:
+    """An empty Transformers module, as the recipe's config says. Raises InputError if Transformers cannot build it."""
+    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    base = pool[recipe.base]
+    data = recipe.config(base.config)
     try:
-        config = AutoConfig.from_pretrained(folder)
-        config.tie_word_embeddings = tied
+        config = CONFIG_MAPPING[data["model_type"]].from_dict(data)
+        config.tie_word_embeddings = pool.tied
         if dtype == torch.float64:
             config._experts_implementation = "eager"  # torch's grouped product knows no float64
         with no_init_weights():
             module = AutoModelForCausalLM.from_config(config, dtype=dtype)
         module.tie_weights()  # part of the initialisation that was just left out
-    except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / 'config.json'}: Transformers cannot build this model: {error}") from None
+    except (ValueError, OSError, ImportError, KeyError, TypeError, AttributeError) as error:
+        where: Path = base.folder / "config.json"
+        raise InputError(f"{where}: Transformers cannot build this model: {error}") from None
     return module.eval().requires_grad_(False)
 
 
-def _map_slots(module: Any, architecture: Architecture, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """Canonical name -> the view of the live parameter it fills; every parameter must be filled."""
+@dataclass(frozen=True)
+class Blueprint:
+    """What a module would be, found on the meta device: the recipe's tensors in the order in which it declares its
+    parameters, and the bytes of these."""
+
+    tensors: tuple[str, ...]
+    n_bytes: int
+
+
+def draw_up(recipe: Recipe, pool: Pool, dtype: torch.dtype) -> Blueprint:
+    """Build the recipe's module without memory.
+
+    Raises InputError if Transformers cannot build it, or checkpoint and module do not match.
+    """
+    with torch.device("meta"):
+        module = build_module(recipe, pool, dtype)
+    map_slots(module, pool.architecture, recipe)
+    order = {name: i for i, (name, _) in enumerate(module.named_parameters())}
+    slot = pool.architecture.slot
+    names = sorted(recipe.tensors, key=lambda name: order.get(slot(name).parameter, len(order)))
+    return Blueprint(tuple(names), sum(parameter.nbytes for parameter in module.parameters()))
+
+
+def map_slots(module: Any, architecture: Architecture, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Canonical name -> the view of the live parameter it fills.
+
+    Raises InputError if a parameter is filled by nothing, or a tensor fills none.
+    """
     parameters = dict(module.named_parameters())
     buffers = dict(module.named_buffers())
     slots: dict[str, torch.Tensor] = {}

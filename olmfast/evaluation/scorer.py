@@ -1,7 +1,7 @@
 """The one door between search and evaluation: candidates of a unit in, scores per sample out.
 
-`SequentialScorer` is the plain reference: candidate by candidate, every dataset in full, batched over samples.
-Every faster scorer is tested against it.
+A search knows no model. It has candidates scored, and tells its Scorer which recipe came of it; whoever scores, in
+this process or in another, keeps a model in step with that.
 """
 
 from __future__ import annotations
@@ -10,22 +10,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
+
 from olmfast.evaluation.scores import Scores
 from olmfast.weights.architecture import Unit
-from olmfast.weights.methods import Values
+from olmfast.weights.recipe import Expression, Recipe
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A unit's proposed values: canonical name -> values. Without values it is what is there now.
+    """A unit's proposed values, canonical name -> expression. Without values it is the current model.
 
-    `settings` names the donor whose config.json the module is built by, for a donor that is scored whole; None is
-    the base's, which every merge has.
+    `recipe`, in place of values, is a model altogether: a donor with the settings of its own config.json, or one of
+    fewer blocks. A candidate pickles to little more than its names.
     """
 
     label: str
-    values: Mapping[str, Values] = field(default_factory=dict)
-    settings: str | None = None
+    values: Mapping[str, Expression] = field(default_factory=dict)
+    recipe: Recipe | None = None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it is the current model."""
+        return self.recipe is None and not self.values
+
+    def of(self, current: Recipe) -> Recipe:
+        """The recipe that the current one becomes with it."""
+        return current.with_values(self.values) if self.recipe is None else self.recipe
 
 
 class Scorer(Protocol):
@@ -46,8 +57,15 @@ class Scorer(Protocol):
         """Score all candidates of one unit; `datasets` and `samples` (indices per dataset) narrow it down."""
         ...
 
-    def decided(self, label: str) -> None:
-        """The step is over: the model is now as the candidate of this label, out of those just scored, was."""
+    def value(self, expression: Expression) -> torch.Tensor:
+        """The tensor that an expression was scored as, on the CPU: what is kept of a transient one that was chosen."""
+        ...
+
+    def commit(self, recipe: Recipe, label: str | None = None) -> None:
+        """The current model is this recipe from now on.
+
+        `label`: it is, but for what was stored meanwhile, the candidate of this label, out of those just scored.
+        """
         ...
 
     @property

@@ -96,15 +96,17 @@ class Scores:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values that `from_json` reads back exactly."""
-        return {name: [values.tolist(), self.truncated[name].int().tolist()] for name, values in self.samples.items()}
+        return {
+            name: [str(values.dtype).removeprefix("torch."), values.tolist(), self.truncated[name].int().tolist()]
+            for name, values in self.samples.items()
+        }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], dtype: torch.dtype) -> Scores:
+    def from_json(cls, data: Mapping[str, Any]) -> Scores:
         """Scores of samples that have all been evaluated, as `to_json` wrote them."""
-        dtype = torch.promote_types(dtype, torch.float32)
-        samples = {name: torch.tensor(values, dtype=dtype) for name, (values, _) in data.items()}
+        samples = {name: torch.tensor(x, dtype=getattr(torch, dtype)) for name, (dtype, x, _) in data.items()}
         evaluated = {name: torch.ones_like(values, dtype=torch.bool) for name, values in samples.items()}
-        return cls(samples, evaluated, {name: torch.tensor(cut, dtype=torch.bool) for name, (_, cut) in data.items()})
+        return cls(samples, evaluated, {name: torch.tensor(cut, dtype=torch.bool) for name, (*_, cut) in data.items()})
 
     @classmethod
     def empty(cls, n: int, datasets: Mapping[str, Dataset], dtype: torch.dtype) -> Scores:

@@ -14,6 +14,7 @@ from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.scores import Scores, wanted_samples
 from olmfast.weights.architecture import Unit
+from olmfast.weights.recipe import Expression, Recipe
 
 
 class SequentialScorer:
@@ -43,9 +44,9 @@ class SequentialScorer:
         wanted = wanted_samples(self.datasets, datasets, samples)
         result = Scores.empty(len(candidates), {name: self.datasets[name] for name in wanted}, self.model.dtype)
         for row, candidate in enumerate(candidates):
-            with self.model.trial(candidate.values, candidate.settings):
+            with self.model.trial(candidate):
                 if row + 1 < len(candidates):
-                    self.model.prefetch(candidates[row + 1].values)
+                    self.model.sources.prefetch(candidates[row + 1].values.values())
                 for name, indices in wanted.items():
                     if not indices:
                         continue
@@ -56,8 +57,13 @@ class SequentialScorer:
             self.progress(candidate.label)
         return result
 
-    def decided(self, label: str) -> None:
-        """See `Scorer.decided`. Nothing is kept from one step to the next here."""
+    def value(self, expression: Expression) -> torch.Tensor:
+        """See `Scorer.value`."""
+        return self.model.sources.value(expression)
+
+    def commit(self, recipe: Recipe, label: str | None = None) -> None:  # noqa: ARG002
+        """See `Scorer.commit`. Nothing is kept from one step to the next here."""
+        self.model.set_recipe(recipe)
 
     state: None = None
 

@@ -18,8 +18,8 @@ from torch.nn.functional import linear
 from olmfast import kernels
 from olmfast.evaluation.blocks import Decoder, Needed, Recorder
 from olmfast.evaluation.model import WorkingModel
-from olmfast.weights.methods import Values
 from olmfast.weights.offspring import NormOffspring
+from olmfast.weights.recipe import Expression
 
 
 class Leaf(Protocol):
@@ -110,7 +110,7 @@ def is_stackable(model: WorkingModel, name: str) -> bool:
     return not slot.index and (kind.__name__ in ("Linear", "Conv1D") or architecture.is_norm(module))
 
 
-def stack_leaves(model: WorkingModel, values: Sequence[Mapping[str, Values]]) -> list[Leaf]:
+def stack_leaves(model: WorkingModel, values: Sequence[Mapping[str, Expression]]) -> list[Leaf]:
     """The leaves in which candidates differ, given each candidate's values of the same tensors, all of them stacked."""
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for name in values[0]:
@@ -122,16 +122,16 @@ def stack_leaves(model: WorkingModel, values: Sequence[Mapping[str, Values]]) ->
     return [StackedLeaf(model.module.get_submodule(name), own) for name, own in modules.items()]
 
 
-def _output_factors(model: WorkingModel, module: str, values: Sequence[Values]) -> torch.Tensor | None:
+def _output_factors(model: WorkingModel, module: str, values: Sequence[Expression]) -> torch.Tensor | None:
     """(K, out) where scaling a Linear's outputs is the same as scaling its rows: if these are not rounded more."""
     leaf = model.module.get_submodule(module)
     scaled = [value for value in values if isinstance(value, NormOffspring) and value.axis == 0]
     if len(scaled) < len(values) or not isinstance(leaf, torch.nn.Linear):
         return None
-    parent = scaled[0].parent.weight
+    parent = scaled[0].weight(model.sources)
     if not (parent.dtype == model.dtype in (torch.float32, torch.float64) and torch.equal(parent, leaf.weight)):
         return None
-    return torch.stack([value.log_scale for value in scaled]).to(leaf.weight).exp()
+    return torch.stack([value.log_scale(model.sources) for value in scaled]).to(leaf.weight).exp()
 
 
 @contextmanager

@@ -7,13 +7,13 @@ import os
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -21,8 +21,8 @@ from olmfast import _shards
 from olmfast.errors import InputError, OlmfastError
 from olmfast.weights.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo, reading
 from olmfast.weights.chunks import STRETCH, Readable, Scratch, stretch_on
-from olmfast.weights.methods import Sources
-from olmfast.weights.recipe import Copy, Expression, Recipe
+from olmfast.weights.recipe import Expression, Recipe
+from olmfast.weights.sources import Sources
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -60,20 +60,64 @@ class OutputTensor:
         return self.n_values * self.dtype.itemsize
 
 
-def plan_tensors(recipe: Recipe, sources: Sources) -> list[OutputTensor]:
-    """The tensors of the result in the order they are written: wide dtypes first, so that all are aligned."""
+@dataclass(frozen=True)
+class Content:
+    """What a result folder is to hold, decided before anything is written.
+
+    `config` are the keys of its config.json, which is `base`'s own file where they are the same. `texts` are files
+    written in place of copies of `tokenizer`'s. `left_out` says of tensors that the result has not why.
+    """
+
+    tensors: Sequence[OutputTensor]
+    base: Checkpoint
+    config: Mapping[str, Any]
+    tokenizer: Checkpoint
+    texts: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(tensor.n_bytes for tensor in self.tensors)
+
+    def origins(self) -> Counter[str]:
+        """How many tensors come from where."""
+        return Counter(tensor.expression.origin for tensor in self.tensors)
+
+    def account(self) -> str:
+        """One line that says of every tensor where it comes from."""
+        parts = [f"{n} {what}" for what, n in self.origins().items()]
+        parts += [f"{n} {why}" for why, n in Counter(self.left_out.values()).items()]
+        return f"{len(self.tensors)} tensors written: {', '.join(parts)}"
+
+
+TIED = "tied to the embedding and not written twice"
+
+
+def content_of(recipe: Recipe, sources: Sources, tokenizer: Checkpoint) -> Content:
+    """The folder that a recipe describes, with the tokenizer's files of one model."""
     base = sources.pool[recipe.base]
-    head, embedding = base.architecture.family.head, base.architecture.family.embedding
-    skip_head = is_tied(recipe, sources)
-    planned = [
-        OutputTensor(base.file_names.get(name, name), base.tensors[name].dtype, base.tensors[name].shape, expression)
-        for name, expression in recipe.tensors.items()
-        if not (skip_head and name == head and embedding in recipe.tensors)
-    ]
-    return in_order(planned)
+    family = base.architecture.family
+    tied = _is_tied(recipe, sources)
+    tensors, left_out = [], {}
+    for name, expression in recipe.tensors.items():
+        if tied and name == family.head and family.embedding in recipe.tensors:
+            continue
+        info = base.tensors.get(name)
+        held = expression.open(sources) if info is None else info
+        tensors.append(OutputTensor(base.file_names.get(name, name), held.dtype, tuple(held.shape), expression))
+    written = {tensor.name for tensor in tensors}
+    for name, stored in base.file_names.items():
+        if stored not in written:
+            computed = base.architecture.is_ignored(name)
+            left_out[stored] = "left out that the model computes itself" if computed else TIED
+    config = recipe.config(base.config)
+    if not tied and base.architecture.tied_in_config:
+        config["tie_word_embeddings"] = False
+    return Content(in_order(tensors), base, config, tokenizer, left_out=left_out)
 
 
-def is_tied(recipe: Recipe, sources: Sources) -> bool:
+def _is_tied(recipe: Recipe, sources: Sources) -> bool:
     """Whether the result's head is its embedding: the base ties them and their values are the same."""
     base = sources.pool[recipe.base]
     family = base.architecture.family
@@ -82,22 +126,34 @@ def is_tied(recipe: Recipe, sources: Sources) -> bool:
     if not base.architecture.tied_in_config:
         return False
     head, embedding = recipe.tensors[family.head], recipe.tensors[family.embedding]
-    return sources.identity(head) == sources.identity(embedding)
+    return head.identity(sources) == embedding.identity(sources)
 
 
-def write_model(recipe: Recipe, sources: Sources, folder: Path, tokenizer: Path, shard_size: int) -> str:
-    """Write weights, index, config and tokenizer files into the existing `folder`; all synced to disk.
+def write_folder(
+    content: Content,
+    sources: Sources,
+    folder: Path,
+    shard_size: int,
+    finite: bool = False,
+    written: Callable[[OutputTensor], None] = lambda _: None,
+) -> None:
+    """Write weights, index, config and tokenizer files into the existing `folder`; all on the disk when this returns.
 
-    Returns a line that accounts for every tensor. What an interrupted earlier write left is replaced.
-    Raises OlmfastError when the disk is full or refuses.
+    What an interrupted earlier write left is replaced. `finite`: raise InputError naming the tensor when a value that
+    is written is NaN or infinite. `written` is told of each tensor that is done.
     """
-    tensors = plan_tensors(recipe, sources)
-    with writing(folder, "--resume"):
-        write_weights(tensors, sources, folder, shard_size)
-        _write_config(recipe, sources, folder)
-        copy_files(sources.pool[recipe.base], tokenizer, folder)
-        _shards.sync_folder(folder)
-    return _account(recipe, tensors, sources)
+    write_weights(content.tensors, sources, folder, shard_size, finite, written)
+    if content.config == content.base.config:
+        copy_file(content.base.folder / "config.json", folder / "config.json")
+    else:
+        write_json(folder / "config.json", content.config)
+    generation = content.tokenizer.folder / "generation_config.json"
+    for path in (*([generation] if generation.is_file() else []), *tokenizer_files(content.tokenizer.folder)):
+        if path.name not in content.texts:
+            copy_file(path, folder / path.name)
+    for name, text in content.texts.items():
+        write_text(folder / name, text)
+    _shards.sync_folder(folder)
 
 
 @contextmanager
@@ -193,7 +249,7 @@ def _header(tensors: list[OutputTensor], positions: list[int]) -> bytes:
 
 def _unchanged(tensor: OutputTensor, sources: Sources) -> TensorInfo | None:
     """Where the tensor's bytes lie in a donor's file, if they can be taken as they are."""
-    info = sources.info(tensor.expression)
+    info = tensor.expression.info(sources)
     return info if info and (info.dtype, info.shape) == (tensor.dtype, tensor.shape) else None
 
 
@@ -232,7 +288,7 @@ def _write_computed(
 ) -> None:
     """The tensor's values, a stretch at a time: computed, rounded, checked, written."""
     try:
-        source = sources.readable(tensor.expression, memory)
+        source = tensor.expression.open(sources, memory)
         if tuple(source.shape) != tensor.shape:
             raise ValueError(f"has shape {list(source.shape)}, expected {list(tensor.shape)}")
         if not tensor.n_values:
@@ -244,14 +300,14 @@ def _write_computed(
             if finite and not _is_finite(values):
                 raise not_finite(tensor, sources)
             output.write(place + start * tensor.dtype.itemsize, values.view(torch.uint8).numpy().data)
-        for info in sources.places(tensor.expression):  # read once more only by chance; else memory fills with it
+        for info in tensor.expression.places(sources):  # read once more only by chance; else memory fills with it
             info.shard.advise(info.offset, info.n_bytes, "release")
     except (TypeError, ValueError) as error:
         raise InputError(f"{tensor.name}: {error}") from None
 
 
 def _check_finite(tensor: OutputTensor, sources: Sources) -> None:
-    source = sources.readable(tensor.expression)
+    source = tensor.expression.open(sources)
     if tensor.dtype.is_floating_point and not all(_is_finite(values) for _, values in stretches_of(source)):
         raise not_finite(tensor, sources)
 
@@ -274,7 +330,7 @@ def _is_finite(values: torch.Tensor) -> bool:
 def not_finite(tensor: OutputTensor, sources: Sources) -> InputError:
     """The error that names which input holds NaN or infinity, or says that it is the result alone."""
     advice = "repair it, or use --allow-nonfinite to go on all the same"
-    for info in sources.places(tensor.expression):
+    for info in tensor.expression.places(sources):
         if info.dtype.is_floating_point and not all(bool(values.isfinite().all()) for _, values in stretches_of(info)):
             return InputError(f"{info.file}: {info.name}: holds NaN or infinity; {advice}")
     return InputError(f"{tensor.name}: the merge makes NaN or infinity of finite inputs; {advice}")
@@ -294,21 +350,6 @@ def _index(shards: dict[str, list[OutputTensor]]) -> dict[str, object]:
     total = sum(tensor.n_bytes for shard in shards.values() for tensor in shard)
     placed = {tensor.name: file for file, shard in shards.items() for tensor in shard}
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
-
-
-def _write_config(recipe: Recipe, sources: Sources, folder: Path) -> None:
-    base = sources.pool[recipe.base]
-    if is_tied(recipe, sources) or not base.architecture.tied_in_config:
-        copy_file(base.folder / "config.json", folder / "config.json")
-    else:
-        write_json(folder / "config.json", {**base.config, "tie_word_embeddings": False})
-
-
-def copy_files(base: Checkpoint, tokenizer: Path, folder: Path) -> None:
-    if (base.folder / "generation_config.json").is_file():
-        copy_file(base.folder / "generation_config.json", folder / "generation_config.json")
-    for path in tokenizer_files(tokenizer):
-        copy_file(path, folder / path.name)
 
 
 def tokenizer_files(folder: Path) -> Iterator[Path]:
@@ -339,19 +380,3 @@ def write_text(path: Path, text: str) -> None:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _account(recipe: Recipe, tensors: list[OutputTensor], sources: Sources) -> str:
-    counts: Counter[str] = Counter()
-    for tensor in tensors:
-        source = tensor.expression
-        counts[f"copied from {source.donor}" if isinstance(source, Copy) else "computed"] += 1
-    parts = [f"{n} {what}" for what, n in counts.items()]
-    base, written = sources.pool[recipe.base], {tensor.name for tensor in tensors}
-    left_out = [name for name, stored in base.file_names.items() if stored not in written]
-    n_buffers = sum(base.architecture.is_ignored(name) for name in left_out)
-    if len(left_out) > n_buffers:
-        parts.append(f"{len(left_out) - n_buffers} tied to the embedding and not written twice")
-    if n_buffers:
-        parts.append(f"{n_buffers} left out that the model computes itself")
-    return f"{len(tensors)} tensors written: {', '.join(parts)}"

@@ -20,9 +20,9 @@ from olmfast.evaluation.tasks import Task
 from olmfast.observer import Observer
 from olmfast.output.folder import free_bytes
 from olmfast.runs.inputs import Inputs
-from olmfast.search.evolve import offspring_count
 from olmfast.search.units import STAGES, units_of
 from olmfast.weights.architecture import Unit
+from olmfast.weights.offspring import offspring_count
 from olmfast.weights.pool import Pool, token_ids
 
 TRIAL_TOKENS, TRIAL_SECONDS = 1024, 0.3  # of the product that the rate is measured with
@@ -145,14 +145,15 @@ def estimate(config: RunConfig, observer: Observer | None = None) -> Estimate:
     """Check a config and everything it names but the weights' values, and say what a run would do. Writes nothing."""
     inputs = Inputs.open(config, observer or Observer(), weights=False)
     pool, base = inputs.pool, inputs.pool[config.base_name]
-    stages = plan_stages(config, pool)
+    stages, settings = plan_stages(config, pool), inputs.settings
     context = pool.architecture.context
-    judged, held_out = (Work.of(some.values(), context) for some in (inputs.datasets, inputs.holdout))
-    memory = Memory(inputs.device, config.max_ram, config.max_vram)
+    judged, held_out = (Work.of(some.datasets.values(), context) for some in (inputs.selection, inputs.holdout))
+    memory = Memory(settings.device, config.max_ram, config.max_vram)
     n_rows, hidden = base.tensors[pool.architecture.family.embedding].shape
+    least = _least_memory(config, pool, stages, judged.tokens * hidden)
     return Estimate(
         stages=stages,
-        datasets={n: (d.config.mode, len(d.samples)) for n, d in {**inputs.datasets, **inputs.holdout}.items()},
+        datasets={n: (d.config.mode, len(d.samples)) for n, d in inputs.questions.datasets.items()},
         n_bytes=base.n_bytes,
         output_dir=config.output_dir,
         candidates=", ".join(
@@ -163,13 +164,13 @@ def estimate(config: RunConfig, observer: Observer | None = None) -> Estimate:
         tokenizer=base.name,
         n_rows=n_rows,
         vocabulary={donor.name: len(token_ids(donor.folder)) for donor in pool},
-        device=inputs.device,
-        dtype=inputs.dtype,
+        device=settings.device,
+        dtype=settings.dtype,
         free_bytes=free_bytes(config.output_dir),
-        memory_bytes=memory.used + _least_memory(config, pool, stages, judged.tokens * hidden) * inputs.dtype.itemsize,
+        memory_bytes=memory.used + least * settings.dtype.itemsize,
         memory_limit=memory.limit,
         flop=_operations(config, pool, stages, judged, held_out),
-        flop_per_s=product_rate(pool, inputs.device, inputs.dtype),
+        flop_per_s=product_rate(pool, settings.device, settings.dtype),
     )
 
 

@@ -13,8 +13,8 @@ from olmfast.output.folder import OutputFolder
 from olmfast.runs.original import original_choices
 from olmfast.search.record import LEDGER, REFINED, REPORT, Outcome, Report
 from olmfast.weights.digests import DIGESTS
+from olmfast.weights.expressions import Copy, whole
 from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import Copy, whole
 
 
 class RunFolder(OutputFolder):

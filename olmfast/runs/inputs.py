@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,27 +15,26 @@ from olmfast import __version__
 from olmfast.config.run import RunConfig
 from olmfast.errors import InputError
 from olmfast.evaluation.conversations import load_conversations
-from olmfast.evaluation.encoding import Dataset, load_datasets
-from olmfast.evaluation.model import pick_device, pick_dtype
+from olmfast.evaluation.open import Questions, Settings, order_of_tensors
 from olmfast.observer import Observer
 from olmfast.output.folder import check_space
-from olmfast.weights.checkpoint import Checkpoint, read_json
 from olmfast.weights.digests import DIGESTS, DigestCache
+from olmfast.weights.expressions import whole
 from olmfast.weights.pool import Pool
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything a run reads, opened and checked; nothing has been written yet."""
+    """Everything a run reads, opened and checked; nothing has been written yet.
+
+    `order` are the tensors in the order in which the model declares its parameters.
+    """
 
     config: RunConfig
     pool: Pool
-    tokenizer: Any
-    datasets: Mapping[str, Dataset]
-    holdout: Mapping[str, Dataset]
-    stop_tokens: tuple[int, ...]
-    device: torch.device
-    dtype: torch.dtype
+    questions: Questions
+    settings: Settings
+    order: tuple[str, ...]
 
     @classmethod
     def open(cls, config: RunConfig, observer: Observer, download: bool = True, weights: bool = True) -> Inputs:
@@ -44,49 +43,60 @@ class Inputs:
         Raises InputError with a line for everything that is unusable, as far as one fault does not hide another.
         """
         faults: list[str] = []
-        pool = None
+        pool = settings = None
         with _noted(faults):
-            device = pick_device(config.device)
-            dtype = pick_dtype(config.dtype, device)
+            limits = {key: getattr(config, key) for key in ("batch_tokens", "max_ram", "max_vram", "scorer")}
+            settings = Settings.of(config.device, config.dtype, **limits)
         names = [config.base_name, *(name for name in config.models if name != config.base_name)]
         digests = DigestCache()
         digests.load([config.output_dir.with_name(f"{config.output_dir.name}.partial") / DIGESTS])
         with _noted(faults):
             pool = Pool.open(names, config.models_dir, config.config_dir, digests=digests, download=download)
+        entries = {**config.dataset, **config.holdout}
         if pool is None:  # without a tokenizer, what can be said of the datasets
-            for name, entry in {**config.dataset, **config.holdout}.items():
+            for name, entry in entries.items():
                 with _noted(faults):
                     load_conversations(config.dataset_dir / name, entry.mode, entry.samples)
             raise InputError("\n".join(faults))
         for warning in pool.warnings:
             observer.note(warning)
-        context = pool.architecture.context
-        datasets: dict[str, Dataset] = {}
+        order: tuple[str, ...] = ()
+        if settings is not None:
+            with _noted(faults):
+                order = order_of_tensors(whole(config.base_name, pool.tensors), pool, settings)
+        questions = Questions(None, (), {})
         with _noted(faults):
-            tokenizer, stop_tokens = load_tokenizer(pool[config.base_name])
-            for name, entry in {**config.dataset, **config.holdout}.items():
-                with _noted(faults):
-                    datasets |= load_datasets(config.dataset_dir, {name: entry}, tokenizer, context)
-        for name, dataset in datasets.items():
+            questions = Questions.load(pool[config.base_name], config.dataset_dir, entries)
+        for name, dataset in questions.datasets.items():
             if dataset.left_out:
+                context = pool.architecture.context
                 observer.note(f"{name}: {dataset.left_out} samples longer than {context} tokens are left out")
         for check in (check_output, check_units):
             with _noted(faults):
                 check(config, pool)
         with _noted(faults):
             check_space(config.output_dir, max(donor.n_bytes for donor in pool))
-        if faults:
+        if faults or settings is None:
             raise InputError("\n".join(faults))
         if weights:
             pool.check_finite()
-        judged, held_out = ({name: datasets[name] for name in part} for part in (config.dataset, config.holdout))
         if config.metric_dir is not None:
             observer.note("metric_dir: accepted for compatibility and ignored; metrics lie in the output folder")
-        return cls(config, pool, tokenizer, judged, held_out, stop_tokens, device, dtype)
+        return cls(config, pool, questions, settings, order)
+
+    @property
+    def selection(self) -> Questions:
+        """The questions that decide."""
+        return self.questions.only(self.config.dataset)
+
+    @property
+    def holdout(self) -> Questions:
+        """The questions that do not."""
+        return self.questions.only(self.config.holdout)
 
     def header(self) -> dict[str, Any]:
         """What identifies the run: a resumed run must have the same config, donors and datasets."""
-        every = {**self.datasets, **self.holdout}
+        every = self.questions.datasets
         return {
             "version": 1,
             "config": self.config.decisive(),
@@ -94,24 +104,8 @@ class Inputs:
             "datasets": {name: dataset.digest for name, dataset in every.items()},
             "samples": {name: len(dataset.samples) for name, dataset in every.items()},
             "left_out": {name: dataset.left_out for name, dataset in every.items() if dataset.left_out},
-            "environment": environment(self.device, self.dtype),
+            "environment": environment(self.settings),
         }
-
-
-def load_tokenizer(donor: Checkpoint) -> tuple[Any, tuple[int, ...]]:
-    """The donor's tokenizer and the tokens that end a generation. Raises InputError if there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(donor.folder, trust_remote_code=False)
-    except Exception as error:  # many types, depending on the tokenizer's class
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{donor.folder}: the tokenizer cannot be loaded: {reason}") from None
-    generation = donor.folder / "generation_config.json"
-    ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    listed = ends if isinstance(ends, list) else [ends]
-    stops = {token for token in (*listed, tokenizer.eos_token_id) if isinstance(token, int)}
-    return tokenizer, tuple(sorted(stops))
 
 
 def check_output(config: RunConfig, pool: Pool) -> None:
@@ -144,15 +138,16 @@ def _noted(faults: list[str]) -> Iterator[None]:
         faults.append(str(error))
 
 
-def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def environment(settings: Settings) -> dict[str, Any]:
     """What the result's bytes depend on beside config, donors and datasets."""
     import transformers
 
+    device = settings.device
     return {
         "olmfast": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(settings.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from olmfast.config.run import parse_datasets
+from olmfast.evaluation.open import Evaluation, Questions, Settings
 from olmfast.evaluation.scorer import Candidate, Scorer
 from olmfast.search.ranking import skill_retained
+from olmfast.weights.expressions import Copy, merge, whole
 from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import Copy, Recipe, merge
+from olmfast.weights.recipe import Recipe
 
 AVERAGE = "plain average"
 RESULT = "merged"
@@ -68,12 +72,7 @@ class Scoreboard:
     def score(self, scorer: Scorer, recipes: Mapping[str, Recipe | None], names: Sequence[str], pool: Pool) -> None:
         """Add a row per recipe (None: the model as it is now)."""
         unit = pool.architecture.model_unit(pool.tensors)
-        candidates = [
-            Candidate(label, {name: recipe.tensors[name] for name in unit.tensors}, settings=recipe.base)
-            if recipe
-            else Candidate(label)
-            for label, recipe in recipes.items()
-        ]
+        candidates = [Candidate(label, recipe=recipe) for label, recipe in recipes.items()]
         scores = scorer.score(unit, candidates, list(names))
         for row, label in enumerate(recipes):
             self.rows[label] = {name: float(scores.mean(name)[row]) for name in names}
@@ -92,3 +91,31 @@ def plain_average(base: str, donors: Sequence[str], pool: Pool) -> Recipe:
             for name in pool.tensors
         },
     )
+
+
+def evaluate(
+    model: str,
+    datasets: Mapping[str, Mapping[str, Any]],
+    against: Sequence[str] = (),
+    *,
+    models_dir: Path = Path("models"),
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Scoreboard:
+    """Score a model on datasets (file -> the keys of a config's dataset entry), beside donors if any are given.
+
+    With donors, the board also has their plain average, and skill retained is on their scale.
+    Raises InputError naming what is unusable.
+    """
+    here = Path.cwd()
+    entries = parse_datasets(datasets, where="evaluate")
+    pool = Pool.open(list(dict.fromkeys([*against, model])), here / models_dir, here)
+    questions = Questions.load(pool[model], here, entries)
+    evaluation = Evaluation(whole(model, pool.tensors), pool, Settings.of(device, dtype))
+    rows: dict[str, Recipe | None] = {name: whole(name, pool.tensors) for name in against}
+    if len(against) > 1:
+        rows[AVERAGE] = plain_average(against[0], against, pool)
+    rows[model] = None
+    board = Scoreboard(list(against) or [model])
+    board.score(evaluation.scorer(questions), rows, list(questions.datasets), pool)
+    return board

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from olmfast.config.run import RunConfig, Scale, parse_config
+from olmfast.config.run import RunConfig, Scale
 from olmfast.errors import FileChanged, OlmfastError
-from olmfast.evaluation.batched import BatchedScorer
-from olmfast.evaluation.encoding import Dataset, load_datasets
-from olmfast.evaluation.memory import Memory
-from olmfast.evaluation.model import WorkingModel, pick_device, pick_dtype
+from olmfast.evaluation.open import Evaluation, Questions
 from olmfast.evaluation.scorer import Scorer
-from olmfast.evaluation.sequential import SequentialScorer
 from olmfast.observer import Observer
 from olmfast.output.card import write_card
-from olmfast.output.writer import write_model
+from olmfast.output.writer import content_of, write_folder, writing
 from olmfast.runs.estimate import plan_stages
 from olmfast.runs.folder import RunFolder
-from olmfast.runs.inputs import Inputs, load_tokenizer
+from olmfast.runs.inputs import Inputs
 from olmfast.runs.scoreboard import AVERAGE, RESULT, Scoreboard, plain_average
 from olmfast.search.candidates import score_donors, swap
 from olmfast.search.evolve import refine
@@ -31,9 +26,8 @@ from olmfast.search.ranking import Rules
 from olmfast.search.record import Report
 from olmfast.search.units import STAGES, in_order, units_of
 from olmfast.weights.architecture import Unit
-from olmfast.weights.methods import Sources
-from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import Recipe, whole
+from olmfast.weights.expressions import whole
+from olmfast.weights.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -99,31 +93,23 @@ class Session:
         stop_requested: Callable[[], bool],
     ) -> None:
         self.config, self.inputs, self.report, self.observer = config, inputs, report, observer
-        # What blends are worth is kept, so that going back after a trial does not compute them again.
-        memory = min(1 << 30, config.max_ram // 8) if config.max_ram else 1 << 30
-        self.sources = Sources(inputs.pool, report.folder, memory)
         recipe = report.recipe or whole(config.base_name, inputs.pool.tensors)
-        self.model = WorkingModel(recipe, self.sources, inputs.device, inputs.dtype)
-        # Checked once: the scorers that come later find what the first one keeps.
-        self.memory = Memory(inputs.device, config.max_ram, config.max_vram)
-        tolerance = 1e-6 if inputs.dtype in (torch.float32, torch.float64) else 1e-3
+        self.evaluation = Evaluation(recipe, inputs.pool, inputs.settings, report.folder)
+        tolerance = 1e-6 if inputs.settings.dtype in (torch.float32, torch.float64) else 1e-3
         rules = Rules(
             config.selection,
             tolerance if config.tie_tolerance is None else config.tie_tolerance,
             config.significance,
             {name: entry.weight for name, entry in config.dataset.items()},
         )
-        scorer = self._scorer(inputs.datasets)
-        self.search = Search(config, self.model, scorer, report, rules, observer, stop_requested)
+        scorer = self._scorer(inputs.selection)
+        sources = self.evaluation.sources
+        self.search = Search(config, recipe, inputs.order, sources, scorer, report, rules, observer, stop_requested)
         self.selection = Scoreboard(inputs.pool.names)
         self.holdout = Scoreboard(inputs.pool.names)
 
-    def _scorer(self, datasets: Mapping[str, Dataset]) -> Scorer:
-        inputs, config = self.inputs, self.config
-        told = (datasets, inputs.tokenizer, inputs.stop_tokens, config.batch_tokens, self.observer.candidate)
-        if config.scorer == "sequential":
-            return SequentialScorer(self.model, *told)
-        return BatchedScorer(self.model, *told, self.memory)
+    def _scorer(self, questions: Questions) -> Scorer:
+        return self.evaluation.scorer(questions, self.observer.candidate)
 
     def search_all(self) -> str:
         """Walk the stages in order; returns `finished`, or `stopped` when the budget is spent."""
@@ -153,31 +139,33 @@ class Session:
 
     def write(self) -> str:
         """Score the result beside its donors and write it; returns the line that accounts for every tensor."""
-        pool, recipe = self.inputs.pool, self.model.recipe
+        pool, recipe, sources = self.inputs.pool, self.search.recipe, self.evaluation.sources
         average = {AVERAGE: plain_average(recipe.base, self.selection.donors, pool)} if len(pool) > 1 else {}
         rows: dict[str, Recipe | None] = {**average, RESULT: None}
-        for board, datasets in ((self.selection, self.inputs.datasets), (self.holdout, self.inputs.holdout)):
-            if datasets and board.rows:  # without the donors' scores there is no scale
-                board.score(self._scorer(datasets), rows, list(datasets), pool)
-        tokenizer = pool[self.config.base_name].folder
-        account = write_model(recipe, self.sources, self.report.folder, tokenizer, self.config.shard_size)
+        for board, questions in ((self.selection, self.inputs.selection), (self.holdout, self.inputs.holdout)):
+            if questions.datasets and board.rows:  # without the donors' scores there is no scale
+                board.score(self._scorer(questions), rows, list(questions.datasets), pool)
+        content = content_of(recipe, sources, pool[self.config.base_name])
+        with writing(self.report.folder, "--resume"):
+            write_folder(content, sources, self.report.folder, self.config.shard_size)
+        account = content.account()
         boards = {"Selection": self.selection, "Held-out": self.holdout}
         # The recipe too: it is nowhere yet when the budget ended the run before its first step.
-        content = {"recipe": recipe.to_json(), "recipe_digest": recipe.digest(), "account": account}
-        self.report.update(selection=self.selection.to_json(), holdout=self.holdout.to_json(), **content)
+        told = {"recipe": recipe.to_json(), "recipe_digest": recipe.digest(), "account": account}
+        self.report.update(selection=self.selection.to_json(), holdout=self.holdout.to_json(), **told)
         card = write_card(self.config, self.report, recipe, boards, account)
         (self.report.folder / "README.md").write_text(card, encoding="utf-8")
         return account
 
     def _score_holdout_of_donors(self) -> None:
         pool = self.inputs.pool
-        if not self.inputs.holdout:
+        questions = self.inputs.holdout
+        if not questions.datasets:
             return
         if "donors_holdout" not in self.report.own:
             self.observer.step("held-out", "donors", len(pool))
             recipes = {name: whole(name, pool.tensors) for name in pool.names}
-            names = list(self.inputs.holdout)
-            self.holdout.score(self._scorer(self.inputs.holdout), dict(recipes), names, pool)
+            self.holdout.score(self._scorer(questions), dict(recipes), list(questions.datasets), pool)
             self.report.update(donors_holdout=self.holdout.to_json())
         self.holdout = Scoreboard.from_json(self.report.own["donors_holdout"])
 
@@ -194,7 +182,7 @@ class Session:
         }
         self.selection = Scoreboard(list(rows), rows, truncated)
         search.set_scale(self.selection.spans, self.selection.rows[outcome.winner])
-        if outcome.winner != self.model.recipe.base:
+        if outcome.winner != search.recipe.base:
             search.rebase(whole(outcome.winner, pool.tensors))
         if self.config.max_models is not None:
             search.donors = [outcome.winner, *outcome.order][: self.config.max_models]
@@ -206,38 +194,3 @@ def _result(config: RunConfig, report: Report) -> Result:
         raise OlmfastError(f"{report.folder}: the report holds no recipe")
     boards = [Scoreboard.from_json(report.own[key]) for key in ("selection", "holdout")]
     return Result(config.output_dir, report.status, recipe, report, *boards)
-
-
-def evaluate(
-    model: str,
-    datasets: Mapping[str, Mapping[str, Any]],
-    against: Sequence[str] = (),
-    *,
-    models_dir: Path = Path("models"),
-    device: str = "auto",
-    dtype: str = "auto",
-) -> Scoreboard:
-    """Score a model on datasets (file -> the keys of a config's dataset entry), beside donors if any are given.
-
-    With donors, the board also has their plain average, and skill retained is on their scale.
-    Raises InputError naming what is unusable.
-    """
-    names = list(dict.fromkeys([*against, model]))
-    keys = {"models_dir": models_dir.absolute(), "output_dir": ".", "models": names, "base_model_name": model}
-    keys |= {"dataset": {name: dict(entry) for name, entry in datasets.items()}, "device": device, "dtype": dtype}
-    config = parse_config(keys, where="evaluate", folder=Path.cwd())
-    pool = Pool.open(names, config.models_dir, config.config_dir)
-    tokenizer, stop_tokens = load_tokenizer(pool[model])
-    loaded = load_datasets(config.dataset_dir, config.dataset, tokenizer, pool.architecture.context)
-    chosen = pick_device(device)
-    recipe = whole(model, pool.tensors)
-    working = WorkingModel(recipe, Sources(pool, Path()), chosen, pick_dtype(dtype, chosen))
-    scorer = BatchedScorer(working, loaded, tokenizer, stop_tokens, config.batch_tokens)
-    rows: dict[str, Recipe | None] = {name: whole(name, pool.tensors) for name in against}
-    donors = list(against) or [model]
-    if len(against) > 1:
-        rows[AVERAGE] = plain_average(against[0], against, pool)
-    rows[model] = None
-    board = Scoreboard(donors)
-    board.score(scorer, rows, list(loaded), pool)
-    return board

@@ -11,18 +11,19 @@ from olmfast.search.loop import Search, Step
 from olmfast.search.ranking import order
 from olmfast.search.record import Outcome
 from olmfast.weights.architecture import Unit
-from olmfast.weights.recipe import Copy, Expression, Recipe, merge
+from olmfast.weights.expressions import Copy, merge, whole
+from olmfast.weights.recipe import Expression, Recipe
 
 
 def score_donors(search: Search) -> Outcome:
     """Evaluate every donor whole; the outcome orders them, and its winner is the base of the config."""
     unit = search.architecture.model_unit(search.tensors)
-    base = search.model.recipe.base
-    untouched = owner(search.model.recipe, unit) == base  # not so where another tool's report was taken over
+    base = search.recipe.base
+    untouched = owner(search.recipe, unit) == base  # not so where another tool's report was taken over
 
     def propose() -> list[Candidate]:
-        others = [_donor(name, unit) for name in search.donors if name != base]
-        return [Candidate(base) if untouched else _donor(base, unit), *others]
+        donors = {name: Candidate(name, recipe=whole(name, search.sources.pool.tensors)) for name in search.donors}
+        return [Candidate(base) if untouched else donors[base], *(donors[name] for name in donors if name != base)]
 
     def accept(scores: Scores, alive: list[int]) -> list[int]:
         # The donors' own scores are the scale here: no earlier step has set one.
@@ -45,7 +46,7 @@ def swap(search: Search, stage: str, unit: Unit, following: Unit | None = None) 
 
     def propose() -> list[Candidate]:
         for donor in search.donors:
-            search.model.prefetch({name: Copy(donor, name) for name in (following.tensors if following else ())})
+            search.sources.prefetch(Copy(donor, name) for name in (following.tensors if following else ()))
         return swap_candidates(search, unit)
 
     return search.take(Step(key, stage, unit, propose))
@@ -68,7 +69,7 @@ def swap_candidates(search: Search, unit: Unit) -> list[Candidate]:
 
 def _options(search: Search, part: Unit) -> list[Candidate]:
     """What a part may become; the first is what it is."""
-    recipe = search.model.recipe
+    recipe = search.recipe
     options = [Candidate(owner(recipe, part), {name: recipe.tensors[name] for name in part.tensors})]
     others = [donor for donor in search.donors if donor != options[0].label]
     for kind in search.config.candidates:
@@ -83,9 +84,9 @@ def _options(search: Search, part: Unit) -> list[Candidate]:
 
 def _blend(search: Search, method: str, value: float, donor: Copy) -> Expression:
     """A tensor's current values blended with a donor's; as they are where there is nothing to blend."""
-    sources, recipe = search.model.sources, search.model.recipe
+    sources, recipe = search.sources, search.recipe
     current, info = recipe.tensors[donor.tensor], sources.pool[donor.donor].tensors[donor.tensor]
-    if not info.dtype.is_floating_point or sources.identity(current) == sources.identity(donor):
+    if not info.dtype.is_floating_point or current.identity(sources) == donor.identity(sources):
         return current
     base, pair = Copy(recipe.base, donor.tensor), (current, donor)
     if method == "task_arithmetic":
@@ -102,7 +103,3 @@ def owner(recipe: Recipe, unit: Unit) -> str:
     sources = {recipe.tensors[name] for name in unit.tensors}
     donors = {source.donor if isinstance(source, Copy) else "current" for source in sources}
     return donors.pop() if len(donors) == 1 else "current"
-
-
-def _donor(name: str, unit: Unit) -> Candidate:
-    return Candidate(name, {tensor: Copy(name, tensor) for tensor in unit.tensors}, settings=name)

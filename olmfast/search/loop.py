@@ -10,14 +10,13 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import itemgetter
 from typing import Any
 
 import torch
 
 from olmfast.config.run import Budget, RunConfig
 from olmfast.errors import Interrupted, OlmfastError
-from olmfast.evaluation.model import WorkingModel
+from olmfast.evaluation.model import builds_alike
 from olmfast.evaluation.scorer import Candidate, Scorer
 from olmfast.evaluation.scores import Scores
 from olmfast.observer import Observer
@@ -25,7 +24,8 @@ from olmfast.search.racing import heats, left_to_score
 from olmfast.search.ranking import Rules, choose, is_degraded
 from olmfast.search.record import Outcome, Report
 from olmfast.weights.architecture import Architecture, Unit
-from olmfast.weights.recipe import Copy, Expression, Merge, Recipe, Stored
+from olmfast.weights.recipe import Recipe
+from olmfast.weights.sources import Sources
 
 
 class BudgetSpent(Exception):
@@ -49,10 +49,15 @@ class Step:
 
 @dataclass
 class Search:
-    """Everything the loop works on, and what it has spent."""
+    """Everything the loop works on, and what it has spent. It owns a recipe; a model is the Scorer's business.
+
+    `order` are the recipe's tensors as its module declares its parameters.
+    """
 
     config: RunConfig
-    model: WorkingModel
+    recipe: Recipe
+    order: tuple[str, ...]
+    sources: Sources
     scorer: Scorer
     report: Report
     rules: Rules
@@ -61,7 +66,7 @@ class Search:
     base_means: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.donors: list[str] = self.model.sources.pool.names  # whose values are tried, in this order
+        self.donors: list[str] = self.sources.pool.names  # whose values are tried, in this order
         self._spent_before = float(self.report.own["elapsed_s"])
         self._started = time.monotonic()
         self._evaluations = int(self.report.own["evaluations"])
@@ -75,21 +80,22 @@ class Search:
 
     @property
     def architecture(self) -> Architecture:
-        """What the tensor names mean."""
-        return self.model.sources.pool.architecture
+        """What the tensor names mean, of as many blocks as the recipe has."""
+        return self.sources.pool.architecture.edited(self.recipe.config_edits)
 
     @property
     def tensors(self) -> tuple[str, ...]:
         """Canonical names in the module's parameter order."""
-        return tuple(self.model.in_parameter_order(self.model.sources.pool.tensors))
+        known = [name for name in self.order if name in self.recipe.tensors]
+        return (*known, *(name for name in self.recipe.tensors if name not in set(known)))
 
     def saved_dtype(self, tensor: str) -> torch.dtype:
         """The dtype the result stores this tensor in."""
-        return self.model.sources.pool[self.model.recipe.base].tensors[tensor].dtype
+        return self.sources.pool[self.recipe.base].tensors[tensor].dtype
 
     def is_matrix(self, tensor: str) -> bool:
         """Whether the tensor is a matrix of floating-point numbers, which evolution strategies can refine."""
-        info = self.model.sources.pool[self.model.recipe.base].tensors[tensor]
+        info = self.sources.pool[self.recipe.base].tensors[tensor]
         return len(info.shape) == 2 and info.dtype.is_floating_point
 
     def set_scale(self, spans: Mapping[str, tuple[float, float]], base_means: dict[str, float]) -> None:
@@ -99,7 +105,8 @@ class Search:
 
     def rebase(self, recipe: Recipe) -> None:
         """Go on from another donor, whole; a recorded recipe that already stands on it is kept."""
-        self.model.rebuild(recipe)
+        self.recipe = recipe
+        self.scorer.commit(recipe)
         self._current = None
 
     def take(self, step: Step) -> Outcome:
@@ -118,16 +125,16 @@ class Search:
         ranked = (step.accept or self._choose)(scores, alive)
         winner = ranked[0]
         if step.commit and winner != 0:
-            self._commit(step, candidates[winner])
-        self.scorer.decided(candidates[winner].label)
-        if step.commit or not candidates[0].values:
+            self.recipe = self._kept(step, candidates[winner]).of(self.recipe)
+        self.scorer.commit(self.recipe, candidates[winner].label)
+        if step.commit or candidates[0].is_current:
             self._current = scores.rows([winner if step.commit else 0])
         outcome = self._outcome(step, candidates, twin, scores, dropped, winner)
         outcome.order = [candidates[row].label for row in ranked[1:]]
         self._evaluations += len(candidates)
         now = self._current.to_json() if self._current is not None else None
         standing = json.dumps({"scores": now, "scorer": self.scorer.state})
-        self.report.record(step.key, outcome, self.model.recipe, self._evaluations, self.elapsed_s, standing)
+        self.report.record(step.key, outcome, self.recipe, self._evaluations, self.elapsed_s, standing)
         self.observer.chosen(outcome)
         return outcome
 
@@ -138,29 +145,20 @@ class Search:
         standing = json.loads(self.report.own["standing"])
         self.scorer.state = standing["scorer"]
         if standing["scores"] is not None:
-            self._current = Scores.from_json(standing["scores"], self.model.dtype)
+            self._current = Scores.from_json(standing["scores"])
 
     def _choose(self, scores: Scores, alive: list[int]) -> list[int]:
         return [choose(scores, alive, self.rules)]
 
     def _distinct(self, candidates: Sequence[Candidate]) -> tuple[list[Candidate], dict[str, int]]:
         """Candidates of different bytes, and for each label that is left out the row of its equal."""
-        seen: dict[tuple[str, ...], int] = {}
-        base, pool = self.model.recipe.base, self.model.sources.pool
+        seen: dict[tuple[object, ...], int] = {}
         kept: list[Candidate] = []
         twin: dict[str, int] = {}
+        names = {n for one in candidates for n in (one.values if one.recipe is None else one.recipe.tensors)}
+        names = {name for name in names if not self.architecture.is_ignored(name)}
         for candidate in candidates:
-            values = {**candidate.values} or self._current_values(candidates)
-            known = [
-                value
-                for _, value in sorted(values.items(), key=itemgetter(0))
-                if isinstance(value, (Copy, Stored, Merge))
-            ]
-            if len(known) < len(values):
-                kept.append(candidate)  # offspring differ; comparing their bytes would cost making them twice
-                continue
-            own = candidate.settings is not None and pool.settings_differ(base, candidate.settings)
-            identity = (*map(self.model.sources.identity, known), candidate.label if own else "")
+            identity = self._identity(candidate, sorted(names))
             if identity in seen:
                 twin[candidate.label] = seen[identity]
             else:
@@ -168,9 +166,11 @@ class Search:
                 kept.append(candidate)
         return kept, twin
 
-    def _current_values(self, candidates: Sequence[Candidate]) -> dict[str, Expression]:
-        names = {name for candidate in candidates for name in candidate.values}
-        return {name: self.model.recipe.tensors[name] for name in names}
+    def _identity(self, candidate: Candidate, names: Sequence[str]) -> tuple[object, ...]:
+        """What tells a candidate's model from those of the others, which differ in the tensors `names`."""
+        recipe = candidate.of(self.recipe)
+        own = "" if builds_alike(self.recipe, recipe, self.sources.pool) else candidate.label
+        return (own, *((n, recipe.tensors[n].identity(self.sources)) for n in names if n in recipe.tensors))
 
     def _check_budget(self, n_candidates: int) -> None:
         budget: Budget | None = self.config.budget
@@ -236,7 +236,7 @@ class Search:
     ) -> Scores:
         """Have the Scorer score some candidates on some samples; what is there may have been scored before."""
         names = list(samples)
-        if not (rows and rows[0] == 0 and not candidates[0].values and self._current is not None):
+        if not (rows and rows[0] == 0 and candidates[0].is_current and self._current is not None):
             return self.scorer.score(step.unit, [candidates[row] for row in rows], names, samples)
         self.observer.candidate(candidates[0].label)
         known = self._current.only(names).limited_to(samples)
@@ -272,16 +272,14 @@ class Search:
                 )
         self.report.append_evaluations(lines)
 
-    def _commit(self, step: Step, winner: Candidate) -> None:
-        """Make the winner's values the model's: donors by name, computed tensors stored beside the report."""
-        values: dict[str, Expression] = {}
-        for name, value in winner.values.items():
-            if isinstance(value, (Copy, Stored, Merge)):
-                values[name] = value
-            else:
-                tensor = self.model.sources.value(value)
-                values[name] = self.report.store(step.key.replace("/", "."), name, tensor)
-        self.model.set_recipe(self.model.recipe.with_values(values))
+    def _kept(self, step: Step, winner: Candidate) -> Candidate:
+        """The winner with what is transient stored beside the record, as it was scored."""
+        values = {
+            name: self.report.store(step.key.replace("/", "."), name, self.scorer.value(value))
+            for name, value in winner.values.items()
+            if value.is_transient
+        }
+        return replace(winner, values={**winner.values, **values})
 
     def _outcome(
         self,

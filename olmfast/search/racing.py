@@ -13,8 +13,8 @@ import torch
 
 from olmfast.config.run import Racing
 from olmfast.evaluation.scores import Scores
-from olmfast.search.draws import normal
 from olmfast.search.ranking import Comparison, Rules, choose
+from olmfast.weights.draws import normal
 
 Samples = Mapping[str, list[int]]
 

@@ -19,7 +19,9 @@ import torch
 from safetensors.torch import save
 
 from olmfast.errors import InputError, OlmfastError
-from olmfast.weights.recipe import Recipe, Stored, digest_tensor, leaves
+from olmfast.weights.digests import digest_tensor
+from olmfast.weights.expressions import Stored
+from olmfast.weights.recipe import Recipe, leaves
 
 REPORT = "merge_report.json"
 LEDGER = "evaluations.jsonl"

@@ -14,19 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from olmfast.config.loading import read_any_yaml
+from olmfast.config.run import DatasetConfig, parse_datasets
 from olmfast.errors import InputError, did_you_mean
-from olmfast.output.writer import OutputTensor, in_order
+from olmfast.output.writer import Content, OutputTensor, in_order
 from olmfast.static.plan import Plan
-from olmfast.static.sensitivity import _ranking_config
 from olmfast.weights.checkpoint import Checkpoint, read_json
+from olmfast.weights.chunks import Setting
+from olmfast.weights.expressions import Copy, Rows, merge
 from olmfast.weights.pool import Pool, vocabulary_differences
-from olmfast.weights.recipe import Copy, Expression, Rows, Setting, merge
+from olmfast.weights.recipe import Expression
 
 METHODS = ("linear", "slerp", "ties", "dare")
 # What is called attention's query, key and value; q_norm and k_norm are norms.
 QKV = re.compile(
     r"\.(q_proj|k_proj|v_proj|qkv_proj|c_attn|query|key|value|query_key_value|qkv|W_?pack|wqkv|wq|wk|wv)\.(weight|bias)$"
 )
+RANKED_ON = 200  # conversations of the dataset that ranks layers, at most
 MOST_LISTED = 10  # more layers than this are counted in the name of the output folder, not listed
 
 
@@ -170,17 +173,8 @@ def plan_linear(wanted: LinearMerge) -> Plan:
         notes.append(f"Rows of {len(special)} special tokens are those of {a.name}")
     notes += [f"{b.name}: {difference}; rows are merged by id" for difference in vocabulary_differences(a, b)]
     title = f"{wanted.method} (adaptive)"
-    return Plan(
-        title,
-        pool,
-        a.name,
-        in_order(tensors),
-        a.config,
-        a.name,
-        texts,
-        recipe_text=wanted.command or wanted.folder_name,
-        notes=notes,
-    )
+    content = Content(in_order(tensors), a, a.config, a, texts)
+    return Plan(title, pool, content, recipe_text=wanted.command or wanted.folder_name, notes=notes)
 
 
 def _layer_faults(wanted: LinearMerge, n_blocks: int) -> Iterator[str]:
@@ -195,12 +189,18 @@ def _ranking_faults(wanted: LinearMerge, n_blocks: int) -> Iterator[str]:
     if not wanted.sensitivity[0].is_file():
         yield f"--sensitivity: {wanted.sensitivity[0]}: no such file"
     try:
-        _ranking_config(wanted)
+        ranking_dataset(wanted)
     except InputError as error:
         yield str(error)
     ranked = wanted.ranked_layers(n_blocks)
     if wanted.top > len(ranked):
         yield f"--top {wanted.top}: expected at most {len(ranked)}, the number of layers that are ranked"
+
+
+def ranking_dataset(wanted: LinearMerge) -> dict[str, DatasetConfig]:
+    """The dataset that ranks the layers and how it is scored. Raises InputError for a mode that is none."""
+    path, mode = wanted.sensitivity or (Path(), "")
+    return parse_datasets({str(path): {"mode": mode, "samples": RANKED_ON}}, where="--sensitivity")
 
 
 def is_selected(wanted: LinearMerge, tensor: str, block: int | None) -> bool:

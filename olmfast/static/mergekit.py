@@ -14,15 +14,16 @@ import torch
 
 from olmfast.config.mergekit import Group, MergeConfig, TokenSource, settings_of
 from olmfast.errors import InputError, did_you_mean
-from olmfast.output.writer import OutputTensor, in_order
+from olmfast.output.writer import TIED, Content, OutputTensor, in_order
 from olmfast.static.plan import Plan
 from olmfast.weights import chat_templates
 from olmfast.weights.architecture import numbered
 from olmfast.weights.checkpoint import FLOATS, Checkpoint, TensorInfo
-from olmfast.weights.chunks import Held, Operands
+from olmfast.weights.chunks import Held, Operands, Setting
+from olmfast.weights.expressions import Copy, Rows, merge
 from olmfast.weights.methods import METHODS
 from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import Copy, Expression, Rows, Setting, merge
+from olmfast.weights.recipe import Expression
 from olmfast.weights.vocabulary import Given, Origin, Vocabulary, plan_vocabulary, row_of, tokenizer_texts
 
 # Methods that draw random numbers: their masks depend on the seed and the tensor's name.
@@ -44,17 +45,13 @@ def plan_merge(config: MergeConfig, *, seed: int = 0) -> Plan:
     texts = tokenizer_texts(vocabulary, pool[tokenizer].folder) if vocabulary else {}
     if config.chat_template is not None:
         texts |= _chat_template(config, pool, tokenizer, texts)
+    content = Content(tensors, pool[base], planner.model_config(), pool[tokenizer], texts, planner.left_out)
     return Plan(
         config.merge_method,
         pool,
-        base,
-        tensors,
-        planner.model_config(),
-        tokenizer,
-        texts,
+        content,
         config.text,
         "mergekit_config.yml",
-        planner.left_out,
         planner.buffers,
         planner.notes,
         vocabulary,
@@ -192,7 +189,7 @@ class _Planner:
         if output == family.head:
             names = [_head_name(donor, name) for donor, name in zip(donors, names, strict=True)]
             if all(_is_tied(donor) for donor in donors):
-                self.left_out[output] = "tied to the embedding and not written twice"
+                self.left_out[output] = TIED
                 return None
             self.head_written = True
         held = {d.name: (d, n) for d, n in zip(donors, names, strict=True) if n in d.tensors}

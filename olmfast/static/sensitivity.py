@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from olmfast.config.run import RunConfig, parse_config
-from olmfast.static.adaptive import LinearMerge, is_selected
-from olmfast.weights.recipe import Copy
-
-RANKED_ON = 200  # conversations of the dataset that ranks layers, at most
+from olmfast.static.adaptive import LinearMerge, is_selected, ranking_dataset
+from olmfast.weights.expressions import Copy, whole
+from olmfast.weights.pool import Pool
 
 
 @dataclass(frozen=True)
@@ -21,38 +19,22 @@ class Ranked:
     change: float
 
 
-def _ranking_config(wanted: LinearMerge) -> RunConfig:
-    """What the run is told whose scorer ranks the layers. Raises InputError for a mode that is none."""
-    dataset, mode = wanted.sensitivity or (Path(), "")
-    data = {
-        "models_dir": ".",
-        "output_dir": str(Path("merged_models") / wanted.folder_name),
-        "models": list(dict.fromkeys([wanted.model_a, wanted.model_b])),
-        "dataset_dir": str(dataset.parent),
-        "dataset": {dataset.name: {"mode": mode, "samples": RANKED_ON}},
-    }
-    return parse_config(data, where="--sensitivity", folder=Path.cwd())
-
-
-def rank_layers(wanted: LinearMerge) -> list[Ranked]:
+def rank_layers(wanted: LinearMerge, device: str = "auto") -> list[Ranked]:
     """Merge each layer alone and score it: the layers (all, or those of `wanted`), the best first.
 
     Raises InputError if the models cannot be evaluated, or the dataset cannot be read.
     """
-    from olmfast.evaluation.batched import BatchedScorer
-    from olmfast.evaluation.model import WorkingModel
+    from olmfast.evaluation.open import Evaluation, Questions, Settings
     from olmfast.evaluation.scorer import Candidate
-    from olmfast.observer import Observer
-    from olmfast.runs.inputs import Inputs
-    from olmfast.weights.methods import Sources
-    from olmfast.weights.recipe import whole
 
-    config = _ranking_config(wanted)
-    (name,) = config.dataset
-    inputs = Inputs.open(config, Observer(), download=False)
-    architecture, pool = inputs.pool.architecture, inputs.pool
-    model = WorkingModel(whole(wanted.model_a, pool.tensors), Sources(pool, Path()), inputs.device, inputs.dtype)
-    scorer = BatchedScorer(model, inputs.datasets, inputs.tokenizer, inputs.stop_tokens, config.batch_tokens)
+    settings = Settings.of(device, "auto")
+    pool = Pool.open([wanted.model_a, wanted.model_b], Path.cwd(), Path.cwd(), download=False)
+    pool.check_finite()
+    entries = ranking_dataset(wanted)
+    (name,) = entries
+    questions = Questions.load(pool[wanted.model_a], Path.cwd(), entries)
+    scorer = Evaluation(whole(wanted.model_a, pool.tensors), pool, settings).scorer(questions)
+    architecture = pool.architecture
     donor = pool[wanted.model_a]
     now = float(scorer.score(architecture.model_unit(pool.tensors), [Candidate("A")]).mean(name)[0])
     ranked = []

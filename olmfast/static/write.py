@@ -20,17 +20,14 @@ from olmfast.output.card import merge_card
 from olmfast.output.folder import OutputFolder, check_space, parent_of
 from olmfast.output.writer import (
     OutputTensor,
-    copy_file,
-    tokenizer_files,
-    write_json,
+    write_folder,
     write_text,
-    write_weights,
     writing,
 )
 from olmfast.search.record import REPORT
 from olmfast.static.mergekit import plan_merge
 from olmfast.static.plan import Plan, memory_bytes
-from olmfast.weights.methods import Sources
+from olmfast.weights.sources import Sources
 
 SHARD_SIZE = 5_000_000_000
 
@@ -105,7 +102,7 @@ def write_merge(
     with folder.lock(empty=True), writing(folder.partial, "the same command"), _one_thread(target):
         sources = Sources(plan.pool, folder.partial, device=target)
         try:
-            write_weights(plan.tensors, sources, folder.partial, shard_size, not allow_nonfinite, written)
+            write_folder(plan.content, sources, folder.partial, shard_size, not allow_nonfinite, written)
         except InputError:
             shutil.rmtree(folder.partial)  # it would be refused again
             raise
@@ -114,10 +111,10 @@ def write_merge(
             raise Interrupted(f"{output}: stopped; nothing of it is left") from None
         except FileChanged as error:
             raise error.with_advice("the same command") from None
-        _write_other_files(plan, folder.partial)
+        _write_recipe_and_card(plan, folder.partial)
         _shards.sync_folder(folder.partial)
         folder.rename()
-    return Written(output, plan.account(), plan.n_bytes, time.monotonic() - started)
+    return Written(output, plan.content.account(), plan.n_bytes, time.monotonic() - started)
 
 
 @contextmanager
@@ -170,23 +167,13 @@ def check_buffers(plan: Plan) -> None:
             raise InputError(f"{copies[0][1]}: holds integers and differs between {listed}; it cannot be merged")
 
 
-def _write_other_files(plan: Plan, folder: Path) -> None:
-    base, tokenizer = plan.pool[plan.base], plan.pool[plan.tokenizer]
-    if plan.config == base.config:
-        copy_file(base.folder / "config.json", folder / "config.json")
-    else:
-        write_json(folder / "config.json", plan.config)
-    if (tokenizer.folder / "generation_config.json").is_file():
-        copy_file(tokenizer.folder / "generation_config.json", folder / "generation_config.json")
-    for path in tokenizer_files(tokenizer.folder):
-        if path.name not in plan.texts:
-            copy_file(path, folder / path.name)
-    for name, text in plan.texts.items():
-        write_text(folder / name, text)
+def _write_recipe_and_card(plan: Plan, folder: Path) -> None:
     if plan.recipe_file:
         write_text(folder / plan.recipe_file, plan.recipe_text)
-    names = [plan.base, *(name for name in plan.pool.names if name != plan.base)]
-    write_text(folder / "README.md", merge_card(names, plan.title, plan.recipe_text, plan.account(), plan.notes))
+    base = plan.content.base.name
+    names = [base, *(name for name in plan.pool.names if name != base)]
+    card = merge_card(names, plan.title, plan.recipe_text, plan.content.account(), plan.notes)
+    write_text(folder / "README.md", card)
 
 
 def copy_rate(plan: Plan, near: Path, n_bytes: int = 32 << 20) -> float:

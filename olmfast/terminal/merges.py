@@ -29,25 +29,27 @@ def print_plan(plan: Plan, out: Path, as_json: bool) -> None:
         measured = {"copy_bytes_per_s": rate, "estimated_s": seconds, "free_bytes": free}
         print(json.dumps({**plan.to_json(), "output_dir": str(out), **measured}, indent=2))
         return
-    print(f"{plan.title} of {len(plan.pool)} models; config and other files from {plan.base}")
+    print(f"{plan.title} of {len(plan.pool)} models; config and other files from {plan.content.base.name}")
     for donor in plan.pool:
         kinds = Counter(str(info.dtype).removeprefix("torch.") for info in donor.tensors.values())
         dtypes = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
         print(f"  {donor.name}: {len(donor.tensors)} tensors ({dtypes}), {decimal(donor.n_bytes)}")
-    print(plan.account().replace("tensors written", "tensors"))
-    for name, why in plan.left_out.items():
+    print(plan.content.account().replace("tensors written", "tensors"))
+    for name, why in plan.content.left_out.items():
         print(f"  {name}: {why}")
-    changed = [key for key, value in plan.config.items() if plan.pool[plan.base].config.get(key) != value]
+    content = plan.content
+    changed = [key for key, value in content.config.items() if content.base.config.get(key) != value]
     if changed:
-        print("config.json: " + ", ".join(f"{key} becomes {plan.config[key]!r}" for key in changed))
-    print(f"tokenizer: {plan.tokenizer}'s" + (f", changed: {', '.join(plan.texts)}" if plan.texts else ", as it is"))
+        print("config.json: " + ", ".join(f"{key} becomes {content.config[key]!r}" for key in changed))
+    how = f"changed: {', '.join(content.texts)}" if content.texts else "as it is"
+    print(f"tokenizer: {content.tokenizer.name}'s, {how}")
     if plan.vocabulary is not None:
         vocabulary = plan.vocabulary
         print(
             f"vocabulary: {vocabulary.n_rows} rows, {len(vocabulary.ids)} tokens, {len(vocabulary.added)} of them added"
         )
         for model in plan.pool.names:
-            counts = vocabulary.counts(model, plan.pool.names, plan.base)
+            counts = vocabulary.counts(model, plan.pool.names, content.base.name)
             print(f"  {model}: " + ", ".join(f"{n} rows {what}" for what, n in counts.items() if n))
     for note in plan.notes:
         print(note)

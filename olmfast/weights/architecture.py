@@ -8,8 +8,8 @@ olmfast sees; the *slot* is the live module's parameter, or the part of it, that
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -167,6 +167,11 @@ class Architecture:
             ignored=_ROTARY,
         )
         return cls(str(config.get("model_type")), family, counts.get(blocks, 0), config)
+
+    def edited(self, config_edits: Mapping[str, Any]) -> Architecture:
+        """The architecture of a result whose config differs in these keys."""
+        config = {**self.config, **config_edits}
+        return replace(self, config=config, n_blocks=stated_blocks(config) or self.n_blocks)
 
     @property
     def context(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -164,17 +164,6 @@ class Checkpoint:
             self.digests.put(*file, info.name, known)
         return known
 
-    def prefetch(self, tensors: Sequence[str]) -> None:
-        """Read these tensors from disk and map them, so that copying them costs no more than a copy.
-
-        An error shows when they are copied.
-        """
-        for how in ("prefetch", "load"):
-            for tensor in tensors:
-                info = self.tensors[tensor]
-                with suppress(OSError):
-                    info.shard.advise(info.offset, info.n_bytes, how)
-
     def fingerprint(self) -> str:
         """xxh3-128 of all tensors (names and digests) and of config.json."""
         state = xxhash.xxh3_128(json.dumps(self.config, sort_keys=True).encode())
@@ -190,6 +179,18 @@ class Checkpoint:
                     f"{info.file}: {info.name}: holds NaN or infinity, so this donor is refused; "
                     "repair it or take it out of models"
                 )
+
+
+def prefetch(infos: Iterable[TensorInfo]) -> None:
+    """Read these tensors from disk and map them, so that copying them costs no more than a copy.
+
+    An error shows when they are copied.
+    """
+    infos = list(infos)
+    for how in ("prefetch", "load"):
+        for info in infos:
+            with suppress(OSError):
+                info.shard.advise(info.offset, info.n_bytes, how)
 
 
 def copy_tensors(transfers: Sequence[_shards.Transfer]) -> None:

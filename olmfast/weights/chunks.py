@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 
 from olmfast import kernels
-from olmfast.weights.recipe import Setting
+
+Setting = bool | int | float | str | tuple[float, ...]  # of a merge
 
 # Values at a time on a CPU: what its caches hold. On a GPU a stretch has to be worth a launch.
 STRETCH, GPU_STRETCH = 1 << 19, 1 << 26

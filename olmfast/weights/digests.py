@@ -6,6 +6,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+import xxhash
+
 DIGESTS = "digests.jsonl"
 
 
@@ -49,3 +52,12 @@ class DigestCache:
         lines = (json.dumps([*key, digest]) + "\n" for key, digest in self._known.items())
         file.write_text("".join(lines), encoding="utf-8")
         self._file = file
+
+
+def digest_tensor(tensor: torch.Tensor) -> str:
+    """xxh3-128 of a tensor's dtype, shape and bytes, as `Checkpoint.digest` computes it from a file."""
+    values = tensor.detach().cpu().contiguous()
+    state = xxhash.xxh3_128(f"{values.dtype} {tuple(values.shape)}".encode())
+    if values.numel():
+        state.update(values.view(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()

@@ -1,29 +1,20 @@
-"""What an expression is worth: reads donors and stored tensors, and composes the formulas of the kernels.
+"""The methods of merging, composed of the formulas of the kernels.
 
 Adding a method of merging is adding a function to METHODS.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from math import prod
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
-import xxhash
 
 from olmfast import kernels
-from olmfast.errors import OlmfastError
 from olmfast.kernels.spherical import coefficients, products_ref
 from olmfast.weights import combining, row_wise
-from olmfast.weights.checkpoint import TensorInfo, read_header
-from olmfast.weights.chunks import Held, Operands, Piece, Readable, RowsOf, Scratch, Settings, Streamed
-from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import Copy, Expression, MeanRow, Merge, Rows, Setting, Stored
+from olmfast.weights.chunks import Held, Operands, Piece, Setting, Settings
 from olmfast.weights.task_vectors import (
     TaskVectors,
     arcee_fusion,
@@ -34,16 +25,6 @@ from olmfast.weights.task_vectors import (
     sce,
 )
 
-
-class Computed(Protocol):
-    """A candidate's values that are computed on demand and are no part of a recipe until they are chosen."""
-
-    def compute(self, sources: Sources) -> torch.Tensor:
-        """The tensor, in the dtype it would be saved with."""
-        ...
-
-
-Values = Expression | Computed
 Whole = Callable[[list[torch.Tensor], torch.Tensor | None, Settings], torch.Tensor]
 
 
@@ -262,145 +243,3 @@ def _term_weights(operands: Operands, settings: Settings) -> list[float]:
         return weights
     weights, total = combining.normalised(weights)
     return [weight / total for weight in weights]
-
-
-class Sources:
-    """The donors and the folder of stored tensors that expressions refer to.
-
-    The values of merges that were wanted last are kept, `memory` bytes of them. `device` is where what is read a
-    stretch at a time is computed.
-    """
-
-    def __init__(self, pool: Pool, folder: Path, memory: int = 0, device: torch.device | str = "cpu") -> None:
-        self.pool = pool
-        self.device = torch.device(device)
-        self.folder = folder
-        self.memory = memory
-        self._opened: dict[Stored, TensorInfo] = {}
-        self._kept: OrderedDict[Merge, torch.Tensor] = OrderedDict()
-        self._n_kept = 0
-
-    def value(self, values: Values) -> torch.Tensor:
-        """The tensor that `values` describes, on the CPU, in the dtype it is or would be saved with.
-
-        It is not the caller's to change.
-        """
-        if isinstance(values, (Copy, Stored)):
-            return self._place(values).read()
-        if isinstance(values, (Rows, MeanRow)):
-            return _read(self.readable(values))
-        if not isinstance(values, Merge):
-            return values.compute(self)
-        if values in self._kept:
-            self._kept.move_to_end(values)
-            return self._kept[values]
-        result = self._merged(values)
-        self._keep(values, result)
-        return result
-
-    def _merged(self, merge: Merge) -> torch.Tensor:
-        if "dtype" in dict(merge.settings):
-            return _read(self.readable(merge))
-        terms = [self.value(term) for term in merge.terms]
-        base = self.value(merge.base) if merge.base is not None else None
-        every = terms if base is None else [*terms, base]
-        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in every))
-        terms = [term.to(dtype) for term in terms]
-        return METHODS[merge.method](terms, base.to(dtype) if base is not None else None, dict(merge.settings))
-
-    def _keep(self, merge: Merge, value: torch.Tensor) -> None:
-        self._kept[merge] = value
-        self._n_kept += value.nbytes
-        while self._n_kept > self.memory:
-            self._n_kept -= self._kept.popitem(last=False)[1].nbytes
-
-    def readable(self, expression: Expression, memory: Scratch | None = None) -> Readable:
-        """The tensor an expression is worth, to be read a stretch at a time: what a writer wants.
-
-        Its values are those of `value`. Merges inside a merge are computed whole and kept. What is read with the same
-        `memory` must be read one after the other.
-        Raises ValueError or TypeError for shapes or settings that do not fit.
-        """
-        if isinstance(expression, (Copy, Stored)):
-            return self._place(expression)
-        if isinstance(expression, Rows):
-            sources = [
-                (None if source is None else self._operand(source), begin, end)
-                for source, begin, end in expression.parts
-            ]
-            return RowsOf(sources)
-        if isinstance(expression, MeanRow):
-            return Held(_mean_row(self._operand(expression.of)))
-        base = self._operand(expression.base) if expression.base is not None else None
-        settings = dict(expression.settings)
-        dtype = getattr(torch, str(settings["dtype"])) if "dtype" in settings else None
-        operands = Operands([self._operand(term) for term in expression.terms], base, self.device, dtype, memory)
-        method = METHODS[expression.method]
-        return Streamed(operands, lambda: method.prepare(operands, method.settings(settings)))
-
-    def _operand(self, expression: Expression) -> Readable:
-        return Held(self.value(expression)) if isinstance(expression, Merge) else self.readable(expression)
-
-    def places(self, expression: Expression | None) -> Iterator[TensorInfo]:
-        """Every tensor of a file that an expression is made of."""
-        if isinstance(expression, (Copy, Stored)):
-            yield self._place(expression)
-        elif isinstance(expression, Merge):
-            for term in (*expression.terms, expression.base):
-                yield from self.places(term)
-        elif isinstance(expression, Rows):
-            for source, _, _ in expression.parts:
-                yield from self.places(source)
-        elif isinstance(expression, MeanRow):
-            yield from self.places(expression.of)
-
-    def info(self, values: Values) -> TensorInfo | None:
-        """Where the bytes of `values` lie in a file of a donor or of the report; None if they are computed."""
-        return self._place(values) if isinstance(values, (Copy, Stored)) else None
-
-    def identity(self, expression: Expression) -> str:
-        """A digest that says, without computing anything, whether two expressions are worth the same bytes.
-
-        Equal digests, equal bytes. The other way round it holds for tensors that lie in a file; bytes that were
-        computed in different ways may be equal all the same.
-        """
-        if isinstance(expression, Copy):
-            return self.pool[expression.donor].digest(expression.tensor)
-        if isinstance(expression, Stored):
-            return expression.digest
-        if isinstance(expression, Rows):
-            parts = [(source and self.identity(source), begin, end) for source, begin, end in expression.parts]
-            return xxhash.xxh3_128(f"rows {parts}".encode()).hexdigest()
-        if isinstance(expression, MeanRow):
-            return xxhash.xxh3_128(f"mean row {self.identity(expression.of)}".encode()).hexdigest()
-        terms = [self.identity(term) for term in expression.terms]
-        base = self.identity(expression.base) if expression.base is not None else None
-        return xxhash.xxh3_128(f"{expression.method} {terms} {base} {expression.settings}".encode()).hexdigest()
-
-    def _place(self, stored: Copy | Stored) -> TensorInfo:
-        """Where the bytes lie; those of a refined tensor are checked when it is first used."""
-        if isinstance(stored, Copy):
-            return self.pool[stored.donor].tensors[stored.tensor]
-        if stored not in self._opened:
-            path = self.folder / stored.file
-            info = next((info for info in read_header(path) if info.name == stored.tensor), None)
-            if info is None or info.digest() != stored.digest:
-                raise OlmfastError(f"{path}: {stored.tensor}: the bytes have changed since the report was written")
-            self._opened[stored] = info
-        return self._opened[stored]
-
-
-def _read(tensor: Readable) -> torch.Tensor:
-    out = torch.empty(prod(tensor.shape), dtype=tensor.dtype)
-    tensor.read_into(out, 0)
-    return out.view(tensor.shape)
-
-
-def _mean_row(tensor: Readable) -> torch.Tensor:
-    """(1, ...) the mean over the first dimension, in the tensor's dtype, summed in float64."""
-    width = prod(tensor.shape[1:])
-    total, row = torch.zeros(width, dtype=torch.float64), torch.empty(width, dtype=torch.float64)
-    for start in range(0, prod(tensor.shape), width):
-        tensor.read_into(row, start)
-        total += row
-    return (total / tensor.shape[0]).to(tensor.dtype).view(1, *tensor.shape[1:])

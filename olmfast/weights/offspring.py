@@ -1,22 +1,30 @@
-"""Offspring of evolution strategies: a parent's weight and a few numbers that say how it is changed.
+"""Offspring of evolution strategies: a parent, and the address of the random numbers by which it is changed.
 
-A candidate described so is small, can be computed anywhere, and many of one parent are computed at once.
+An offspring described so is small and can be computed anywhere, and many of one parent are computed at once. Its
+random numbers come from a counter-based generator, so that offspring k of generation g of a tensor is the same
+wherever and whenever it is made.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
 from olmfast import kernels
+from olmfast.weights.chunks import Held, Readable, Scratch
+from olmfast.weights.draws import normal
+from olmfast.weights.recipe import Expression, expression_from_json
 
 if TYPE_CHECKING:
-    from olmfast.weights.methods import Sources
+    from olmfast.weights.sources import Sources
+
+MIN_SPREAD = 1e-10
 
 
 @dataclass
@@ -31,48 +39,130 @@ class Parent:
         return kernels.svd_factors(self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)))
 
 
-@dataclass(frozen=True)
-class Offspring(ABC):
-    """One change of a parent's weight."""
+def offspring_count(dimensions: int) -> int:
+    """lambda = max(4, int(4 + 3 ln n)) (Hansen, arXiv 1604.00772, table 1)."""
+    return max(4, int(4 + 3 * math.log(dimensions)))
 
-    parent: Parent
+
+def svd_coefficients(s: torch.Tensor, sigma: float, draws: torch.Tensor) -> torch.Tensor:
+    """Draws (n,) ~ N(0, 1) -> coefficients (k,) = d * g: d = sigma' * draw, g inverse damping of mean 1.
+
+    sigma' = sigma * max(std(S), 1e-10); g_j = sqrt(max S / (S_j + 1e-10)), divided by mean(g).
+    """
+    s = s.double().cpu()
+    spread = float(s.std(unbiased=True)) if len(s) > 1 else 0.0
+    damping = torch.sqrt(s.max() / (s + 1e-10))
+    return draws * (sigma * max(spread, MIN_SPREAD)) * damping / damping.mean()
+
+
+Kind = TypeVar("Kind", bound="Offspring")
+
+
+@dataclass(frozen=True)
+class Offspring(Expression):
+    """One change of a parent's weight, of which its values are rounded to `dtype`, by name.
+
+    `sigma` is the step size; seed, tensor, generation and index are the address of its random numbers.
+    """
+
+    method: ClassVar[str]  # as reports name it
+    is_transient: ClassVar[bool] = True
+    parent: Expression
+    dtype: str
+    sigma: float
+    seed: int
+    tensor: str
+    generation: int
+    index: int
+
+    @abstractmethod
+    def dimensions(self, sources: Sources) -> int:
+        """How many random numbers it takes; 0 where the parent leaves nothing to change."""
 
     @classmethod
     @abstractmethod
-    def stack(cls, siblings: Sequence[Offspring]) -> torch.Tensor:
+    def _stack(cls: type[Kind], siblings: Sequence[Kind], sources: Sources) -> torch.Tensor:
         """(K, rows, cols) in the dtype and on the device of their one parent."""
 
-    def compute(self, sources: Sources) -> torch.Tensor:  # noqa: ARG002
-        """(rows, cols) in the parent's dtype."""
-        return self.stack([self])[0]
+    @property
+    def parts(self) -> tuple[Expression, ...]:
+        """The parent."""
+        return (self.parent,)
+
+    def to_json(self) -> dict[str, Any]:
+        """See `Expression.to_json`."""
+        own = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "parent"}
+        return {self.key: self.parent.to_json(), **own}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Offspring:
+        """See `Expression.from_json`."""
+        own = {key: value for key, value in entry.items() if key != cls.key}
+        return cls(expression_from_json(entry[cls.key]), **own)
+
+    def weight(self, sources: Sources) -> torch.Tensor:
+        """The parent's weight: (rows, cols) in `dtype`, where parents lie."""
+        return self._parent(sources).weight
+
+    def open(self, sources: Sources, memory: Scratch | None = None) -> Readable:  # noqa: ARG002
+        """See `Expression.open`."""
+        return Held(self.value(sources))
+
+    def value(self, sources: Sources) -> torch.Tensor:
+        """See `Expression.value`."""
+        return self._stack([self], sources)[0].cpu()
+
+    @classmethod
+    def stack(cls, several: Sequence[Expression], sources: Sources) -> torch.Tensor | None:
+        """See `Expression.stack`. Siblings are computed at once."""
+        siblings = [one for one in several if isinstance(one, cls)]
+        family = {(one.parent, one.dtype) for one in siblings}
+        return cls._stack(siblings, sources) if len(siblings) == len(several) and len(family) == 1 else None
+
+    def _parent(self, sources: Sources) -> Parent:
+        return sources.parent(self.parent, getattr(torch, self.dtype))
+
+    def _draws(self, n: int) -> torch.Tensor:
+        return normal(n, self.seed, self.tensor, self.method, self.generation, self.index)
 
 
 @dataclass(frozen=True)
 class SvdOffspring(Offspring):
-    """weight * exp(clamp(U diag(coefficients) Vh, -3, 3)); coefficients is (k,)."""
+    """weight * exp(clamp(U diag(coefficients) Vh, -3, 3)), the coefficients by `svd_coefficients`."""
 
-    coefficients: torch.Tensor
+    key: ClassVar[str] = "svd_offspring"
+    method: ClassVar[str] = "svd_es"
+
+    def dimensions(self, sources: Sources) -> int:
+        """The number of singular values."""
+        return len(self._parent(sources).factors.s)
 
     @classmethod
-    def stack(cls, siblings: Sequence[Offspring]) -> torch.Tensor:
-        """See `Offspring.stack`."""
-        parent = siblings[0].parent
-        u, _, vh = parent.factors
-        rows = [sibling.coefficients for sibling in siblings if isinstance(sibling, cls)]
+    def _stack(cls, siblings: Sequence[SvdOffspring], sources: Sources) -> torch.Tensor:
+        parent = siblings[0]._parent(sources)
+        u, s, vh = parent.factors
+        rows = [svd_coefficients(s, one.sigma, one._draws(len(s))) for one in siblings]
         return kernels.svd_noise(parent.weight, u, vh, torch.stack(rows).to(u))
 
 
 @dataclass(frozen=True)
 class NormOffspring(Offspring):
-    """weight * exp(log_scale) per row; log_scale is (rows,), rows counted along `axis`."""
+    """weight * exp(sigma * draws) per row, of which there is one draw each; rows are counted along `axis`."""
 
-    log_scale: torch.Tensor
-    axis: int
+    key: ClassVar[str] = "norm_offspring"
+    method: ClassVar[str] = "norm_es"
+    axis: int = 0
+
+    def dimensions(self, sources: Sources) -> int:
+        """The number of rows."""
+        return self.weight(sources).shape[self.axis]
+
+    def log_scale(self, sources: Sources) -> torch.Tensor:
+        """(rows,) float64: by what the logarithm of each row's norm grows."""
+        return self._draws(self.dimensions(sources)) * self.sigma
 
     @classmethod
-    def stack(cls, siblings: Sequence[Offspring]) -> torch.Tensor:
-        """See `Offspring.stack`."""
-        parent = siblings[0].parent
-        norm = [sibling for sibling in siblings if isinstance(sibling, cls)]
-        rows = torch.stack([sibling.log_scale for sibling in norm]).to(parent.weight.device)
-        return kernels.row_scale(parent.weight, rows, axis=norm[0].axis)
+    def _stack(cls, siblings: Sequence[NormOffspring], sources: Sources) -> torch.Tensor:
+        weight = siblings[0].weight(sources)
+        rows = torch.stack([one.log_scale(sources) for one in siblings]).to(weight.device)
+        return kernels.row_scale(weight, rows, axis=siblings[0].axis)

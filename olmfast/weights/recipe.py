@@ -1,165 +1,167 @@
-"""A merged model as data: output tensor -> where its values come from. JSON in and out.
+"""A merged model as data: output tensor -> the expression it is worth, and what its config says. JSON in and out.
 
-Everything that is saved, resumed or replayed is a recipe; it says nothing about files of the machine it was
-made on except for refined tensors, which lie beside the report that names them.
+Everything that is saved, resumed, replayed or sent to another process is a recipe; it says nothing about files of the
+machine it was made on except for refined tensors, which lie beside the record that names them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import xxhash
 
 from olmfast.errors import InputError
 
+if TYPE_CHECKING:
+    from olmfast.weights.checkpoint import TensorInfo
+    from olmfast.weights.chunks import Readable, Scratch
+    from olmfast.weights.sources import Sources
 
-@dataclass(frozen=True)
-class Copy:
-    """The tensor of one donor, byte for byte."""
-
-    donor: str
-    tensor: str
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A computed tensor kept in a safetensors file beside the report; `digest` is xxh3-128 of its bytes."""
-
-    file: str
-    tensor: str
-    digest: str
+VERSION = 1  # of a recipe's JSON
 
 
-Setting = bool | int | float | str | tuple[float, ...]
+class Expression(ABC):
+    """What one tensor is worth: small, immutable, hashable and picklable, so that it can be sent anywhere.
 
-
-@dataclass(frozen=True)
-class Merge:
-    """What a method of `weights/methods.py` makes of its terms, which may be merges themselves.
-
-    Its value is computed in float32 and rounded once, to the terms' dtype or to that of the setting `dtype`.
-    `base` is what task vectors are taken from; `settings` are sorted by name.
+    One kind of expression is one class, and nothing else knows of it. It is told in JSON by `key`, the first key of
+    its entry. Its values are the same bytes wherever and however often they are computed.
     """
 
-    method: str
-    terms: tuple[Expression, ...]
-    base: Expression | None = None
-    settings: tuple[tuple[str, Setting], ...] = ()
+    key: ClassVar[str]
+    # Whether its values are to be kept in a file once they are chosen: what is costly to compute, or to compute alike.
+    is_transient: ClassVar[bool] = False
+    kinds: ClassVar[dict[str, type[Expression]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "key" in cls.__dict__:
+            Expression.kinds[cls.key] = cls
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[Expression, ...]:
+        """The expressions it is directly made of."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, `key` first, readable back by `from_json`."""
+
+    @classmethod
+    @abstractmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Expression:
+        """Read what `to_json` wrote."""
+
+    @abstractmethod
+    def open(self, sources: Sources, memory: Scratch | None = None) -> Readable:
+        """Its values, to be read a chunk at a time.
+
+        What is opened with the same `memory` must be read one after the other. Raises ValueError or TypeError for
+        shapes or settings that do not fit.
+        """
+
+    def value(self, sources: Sources) -> torch.Tensor:
+        """The whole tensor on the CPU, in the dtype it is or would be saved with; not the caller's to change."""
+        readable = self.open(sources)
+        out = torch.empty(prod(readable.shape), dtype=readable.dtype)
+        readable.read_into(out, 0)
+        return out.view(readable.shape)
+
+    @classmethod
+    def stack(cls, several: Sequence[Expression], sources: Sources) -> torch.Tensor | None:  # noqa: ARG003
+        """(K, *shape) of K expressions of this class at once, on any device; None where nothing is gained by it."""
+        return None
+
+    def operand(self, sources: Sources) -> Readable:
+        """Its values as a part of another expression, which may read them several times."""
+        return self.open(sources)
+
+    def info(self, sources: Sources) -> TensorInfo | None:  # noqa: ARG002
+        """Where its bytes lie in a file, if they do."""
+        return None
+
+    def places(self, sources: Sources) -> Iterator[TensorInfo]:
+        """Every tensor of a file that it is made of, however deep."""
+        for part in self.parts:
+            yield from part.places(sources)
+
+    def identity(self, sources: Sources) -> str:
+        """A digest that says, without computing anything, whether two expressions are worth the same bytes.
+
+        Equal digests, equal bytes. The other way round it holds for tensors that lie in a file; bytes that were
+        computed in different ways may be equal all the same.
+        """
+
+        def told(value: object) -> object:
+            if isinstance(value, list):
+                return [told(item) for item in value]
+            if isinstance(value, dict) and next(iter(value), None) in Expression.kinds:
+                return expression_from_json(value).identity(sources)
+            return value
+
+        entry = {name: told(value) for name, value in self.to_json().items()}
+        return xxhash.xxh3_128(str(entry).encode()).hexdigest()
+
+    @property
+    def origin(self) -> str:
+        """Where a tensor of this expression comes from, in the words of the closing line."""
+        return "computed"
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Rows of other tensors, one stretch under another: how a vocabulary is put together.
-
-    Each part is (source, begin, end): rows begin to end of it, or as many rows of zeros where it is None.
-    """
-
-    parts: tuple[tuple[Expression | None, int, int], ...]
+def expression_from_json(entry: Mapping[str, Any]) -> Expression:
+    """The expression that an entry tells. Raises InputError for a kind that is not known."""
+    kind = Expression.kinds.get(next(iter(entry), ""))
+    if kind is None:
+        raise InputError(f"recipe: unknown expression {str(entry)[:300]}; it was written by a newer version")
+    return kind.from_json(entry)
 
 
-@dataclass(frozen=True)
-class MeanRow:
-    """The mean over all rows of a tensor, as a tensor of one row."""
-
-    of: Expression
-
-
-Expression = Copy | Stored | Merge | Rows | MeanRow
-
-
-def merge(method: str, terms: Iterable[Expression], base: Expression | None = None, **settings: Setting) -> Merge:
-    """A Merge with its settings in order."""
-    return Merge(method, tuple(terms), base, tuple(sorted(settings.items())))
-
-
-def leaves(expression: Expression) -> Iterator[Copy | Stored]:
-    """The tensors in files that an expression is made of, however deep."""
-    if isinstance(expression, (Copy, Stored)):
+def leaves(expression: Expression) -> Iterator[Expression]:
+    """The expressions without parts, such as tensors in files, that an expression is made of, however deep."""
+    if not expression.parts:
         yield expression
-        return
-    if isinstance(expression, Merge):
-        parts = [*expression.terms, expression.base]
-    elif isinstance(expression, Rows):
-        parts = [source for source, _, _ in expression.parts]
-    else:
-        parts = [expression.of]
-    for part in parts:
-        if part is not None:
-            yield from leaves(part)
+    for part in expression.parts:
+        yield from leaves(part)
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The base (whose config and other files the result carries) and an expression per canonical tensor.
 
-    `tensors` maps each canonical name to its expression. The result's dtype is each base tensor's own.
+    `config_edits` are keys of the base's config.json that the result has in its own way, such as the number of its
+    blocks. A tensor that the base has too is saved in the base's dtype, another in its expression's own.
     """
 
     base: str
     tensors: Mapping[str, Expression]
+    config_edits: Mapping[str, Any] = field(default_factory=dict)
 
     def with_values(self, values: Mapping[str, Expression]) -> Recipe:
         """The recipe with some tensors' expressions replaced."""
-        return Recipe(self.base, {**self.tensors, **values})
+        return Recipe(self.base, {**self.tensors, **values}, self.config_edits)
+
+    def config(self, base: Mapping[str, Any]) -> dict[str, Any]:
+        """The result's config.json, of which the base's is given."""
+        return {**base, **self.config_edits}
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, readable back by `from_json`."""
-        return {"base": self.base, "tensors": {name: _to_json(e) for name, e in self.tensors.items()}}
+        tensors = {name: expression.to_json() for name, expression in self.tensors.items()}
+        return {"version": VERSION, "base": self.base, "config_edits": dict(self.config_edits), "tensors": tensors}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Recipe:
-        """Read what `to_json` wrote. Raises InputError for an expression it does not know."""
-        return cls(data["base"], {name: _from_json(entry) for name, entry in data["tensors"].items()})
+    def from_json(cls, data: Mapping[str, Any]) -> Recipe:
+        """Read what `to_json` wrote. Raises InputError for a version or an expression that is not known."""
+        if data.get("version") != VERSION:
+            raise InputError(f"recipe: expected version {VERSION}, got {data.get('version')!r}; use a newer olmfast")
+        tensors = {name: expression_from_json(entry) for name, entry in data["tensors"].items()}
+        return cls(data["base"], tensors, data["config_edits"])
 
     def digest(self) -> str:
         """xxh3-128 of the recipe's JSON: of one pool, equal digests make equal models."""
         return xxhash.xxh3_128(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
-
-
-def _to_json(expression: Expression) -> dict[str, Any]:
-    if isinstance(expression, Copy):
-        return {"copy": expression.donor, "tensor": expression.tensor}
-    if isinstance(expression, Stored):
-        return {"stored": expression.file, "tensor": expression.tensor, "digest": expression.digest}
-    if isinstance(expression, Rows):
-        return {"rows": [[source and _to_json(source), begin, end] for source, begin, end in expression.parts]}
-    if isinstance(expression, MeanRow):
-        return {"mean_row": _to_json(expression.of)}
-    entry: dict[str, Any] = {"merge": expression.method, "terms": [_to_json(term) for term in expression.terms]}
-    if expression.base is not None:
-        entry["base"] = _to_json(expression.base)
-    return {**entry, "settings": dict(expression.settings)}
-
-
-def _from_json(entry: dict[str, Any]) -> Expression:
-    if "copy" in entry:
-        return Copy(entry["copy"], entry["tensor"])
-    if "stored" in entry:
-        return Stored(entry["stored"], entry["tensor"], entry["digest"])
-    if "merge" in entry:
-        base = _from_json(entry["base"]) if "base" in entry else None
-        settings = {key: tuple(x) if isinstance(x, list) else x for key, x in entry["settings"].items()}
-        return merge(entry["merge"], map(_from_json, entry["terms"]), base, **settings)
-    if "rows" in entry:
-        return Rows(tuple((source and _from_json(source), begin, end) for source, begin, end in entry["rows"]))
-    if "mean_row" in entry:
-        return MeanRow(_from_json(entry["mean_row"]))
-    raise InputError(f"recipe: unknown expression {entry!r}; it was written by a newer version")
-
-
-def digest_tensor(tensor: torch.Tensor) -> str:
-    """xxh3-128 of a tensor's dtype, shape and bytes, as `Checkpoint.digest` computes it from a file."""
-    values = tensor.detach().cpu().contiguous()
-    state = xxhash.xxh3_128(f"{values.dtype} {tuple(values.shape)}".encode())
-    if values.numel():
-        state.update(values.view(-1).view(torch.uint8).numpy().data)
-    return state.hexdigest()
-
-
-def whole(donor: str, tensors: tuple[str, ...]) -> Recipe:
-    """The recipe that is one donor, unchanged."""
-    return Recipe(donor, {name: Copy(donor, name) for name in tensors})

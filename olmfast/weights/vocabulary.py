@@ -14,8 +14,9 @@ from typing import Any
 
 from olmfast.errors import InputError, did_you_mean
 from olmfast.weights.checkpoint import Checkpoint, read_json
+from olmfast.weights.expressions import Copy, MeanRow, Rows, merge
 from olmfast.weights.pool import Pool, token_ids
-from olmfast.weights.recipe import Copy, Expression, MeanRow, Rows, merge
+from olmfast.weights.recipe import Expression
 
 # Where a row comes from: a model and a row of it, the same row of several models on average, or nothing (zeros).
 Origin = tuple[tuple[str, int], ...]

@@ -1,0 +1,125 @@
+"""The one place that puts together what evaluation needs: tokenizer, datasets, sources, live model, scorers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from olmfast.config.run import DatasetConfig
+from olmfast.errors import InputError
+from olmfast.evaluation.batched import BatchedScorer
+from olmfast.evaluation.encoding import Dataset, load_datasets
+from olmfast.evaluation.memory import Memory
+from olmfast.evaluation.model import WorkingModel, draw_up, pick_device, pick_dtype
+from olmfast.evaluation.scorer import Scorer
+from olmfast.evaluation.sequential import SequentialScorer
+from olmfast.weights.checkpoint import Checkpoint, read_json
+from olmfast.weights.pool import Pool
+from olmfast.weights.recipe import Recipe
+from olmfast.weights.sources import Sources
+
+KEPT_BYTES = 1 << 30  # of what blends are worth, so that going back after a trial does not compute them again
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How candidates are evaluated; see the keys of the same names in docs/config.md. Limits are in bytes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    batch_tokens: int = 8192
+    max_ram: int | None = None
+    max_vram: int | None = None
+    scorer: str = "batched"
+
+    @classmethod
+    def of(cls, device: str, dtype: str, **limits: Any) -> Settings:
+        """The settings that a config or a command line names. Raises InputError for a device that is not there."""
+        chosen = pick_device(device)
+        return cls(chosen, pick_dtype(dtype, chosen), **limits)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Datasets as a tokenizer encodes them; `stop_tokens` end a generation."""
+
+    tokenizer: Any
+    stop_tokens: tuple[int, ...]
+    datasets: Mapping[str, Dataset]
+
+    @classmethod
+    def load(cls, donor: Checkpoint, folder: Path, entries: Mapping[str, DatasetConfig]) -> Questions:
+        """Read datasets (file name in `folder` -> how it is scored) with a donor's tokenizer.
+
+        Raises InputError that names each dataset that is unusable, or the tokenizer.
+        """
+        tokenizer, stop_tokens = load_tokenizer(donor)
+        datasets: dict[str, Dataset] = {}
+        faults: list[str] = []
+        for name, entry in entries.items():
+            try:
+                datasets |= load_datasets(folder, {name: entry}, tokenizer, donor.architecture.context)
+            except InputError as error:
+                faults.append(str(error))
+        if faults:
+            raise InputError("\n".join(faults))
+        return cls(tokenizer, stop_tokens, datasets)
+
+    def only(self, names: Iterable[str]) -> Questions:
+        """Some of the datasets."""
+        return Questions(self.tokenizer, self.stop_tokens, {name: self.datasets[name] for name in names})
+
+
+def load_tokenizer(donor: Checkpoint) -> tuple[Any, tuple[int, ...]]:
+    """The donor's tokenizer and the tokens that end a generation. Raises InputError if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(donor.folder, trust_remote_code=False)
+    except Exception as error:  # many types, depending on the tokenizer's class
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{donor.folder}: the tokenizer cannot be loaded: {reason}") from None
+    generation = donor.folder / "generation_config.json"
+    ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    listed = ends if isinstance(ends, list) else [ends]
+    stops = {token for token in (*listed, tokenizer.eos_token_id) if isinstance(token, int)}
+    return tokenizer, tuple(sorted(stops))
+
+
+def order_of_tensors(recipe: Recipe, pool: Pool, settings: Settings) -> tuple[str, ...]:
+    """The recipe's tensors in the order in which its module declares its parameters; no memory is taken.
+
+    Raises InputError for what would fail once the model is built: a config that Transformers refuses, a checkpoint
+    that its module does not match, a limit of memory that the model alone exceeds.
+    """
+    blueprint = draw_up(recipe, pool, settings.dtype)
+    Memory(settings.device, settings.max_ram, settings.max_vram, needed=blueprint.n_bytes)
+    return blueprint.tensors
+
+
+class Evaluation:
+    """A live model, and the scorers that evaluate candidates on it."""
+
+    def __init__(self, recipe: Recipe, pool: Pool, settings: Settings, folder: Path = Path()) -> None:
+        """Build the recipe's model; `folder` is where tensors that the recipe stores lie.
+
+        Raises InputError if the model cannot be built or does not fit its limit of memory.
+        """
+        self.settings = settings
+        kept = min(KEPT_BYTES, settings.max_ram // 8) if settings.max_ram else KEPT_BYTES
+        self.sources = Sources(pool, folder, kept, evolve_on=settings.device)
+        self.model = WorkingModel(recipe, self.sources, settings.device, settings.dtype)
+        # Checked once: the scorers that come later find what the first one keeps.
+        self.memory = Memory(settings.device, settings.max_ram, settings.max_vram)
+
+    def scorer(self, questions: Questions, progress: Callable[[str], None] = lambda _: None) -> Scorer:
+        """A scorer of these questions; `progress` is told the label of each candidate that has been evaluated."""
+        batch_tokens = self.settings.batch_tokens
+        told = (questions.datasets, questions.tokenizer, questions.stop_tokens, batch_tokens, progress)
+        if self.settings.scorer == "sequential":
+            return SequentialScorer(self.model, *told)
+        return BatchedScorer(self.model, *told, self.memory)

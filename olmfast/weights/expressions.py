@@ -1,0 +1,243 @@
+"""The kinds of expressions: a donor's tensor, a stored one, a merge, rows put together, a mean row."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+
+from olmfast.weights.checkpoint import TensorInfo
+from olmfast.weights.chunks import Held, Operands, Readable, RowsOf, Scratch, Setting, Streamed
+from olmfast.weights.methods import METHODS
+from olmfast.weights.recipe import Expression, Recipe, expression_from_json
+from olmfast.weights.sources import Sources
+
+
+class InFile(Expression):
+    """A tensor whose bytes lie in a file."""
+
+    @property
+    def parts(self) -> tuple[Expression, ...]:
+        """None: it is read as it is."""
+        return ()
+
+    @abstractmethod
+    def info(self, sources: Sources) -> TensorInfo:
+        """See `Expression.info`."""
+
+    def open(self, sources: Sources, memory: Scratch | None = None) -> Readable:  # noqa: ARG002
+        """See `Expression.open`."""
+        return self.info(sources)
+
+    def value(self, sources: Sources) -> torch.Tensor:
+        """See `Expression.value`."""
+        return self.info(sources).read()
+
+    def places(self, sources: Sources) -> Iterator[TensorInfo]:
+        """See `Expression.places`."""
+        yield self.info(sources)
+
+
+@dataclass(frozen=True)
+class Copy(InFile):
+    """The tensor of one donor, byte for byte."""
+
+    key: ClassVar[str] = "copy"
+    donor: str
+    tensor: str
+
+    def to_json(self) -> dict[str, Any]:
+        """See `Expression.to_json`."""
+        return {"copy": self.donor, "tensor": self.tensor}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Copy:
+        """See `Expression.from_json`."""
+        return cls(entry["copy"], entry["tensor"])
+
+    def info(self, sources: Sources) -> TensorInfo:
+        """See `Expression.info`."""
+        return sources.pool[self.donor].tensors[self.tensor]
+
+    def identity(self, sources: Sources) -> str:
+        """See `Expression.identity`."""
+        return sources.pool[self.donor].digest(self.tensor)
+
+    @property
+    def origin(self) -> str:
+        """See `Expression.origin`."""
+        return f"copied from {self.donor}"
+
+
+@dataclass(frozen=True)
+class Stored(InFile):
+    """A computed tensor kept in a safetensors file beside the record; `digest` is xxh3-128 of its bytes."""
+
+    key: ClassVar[str] = "stored"
+    file: str
+    tensor: str
+    digest: str
+
+    def to_json(self) -> dict[str, Any]:
+        """See `Expression.to_json`."""
+        return {"stored": self.file, "tensor": self.tensor, "digest": self.digest}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Stored:
+        """See `Expression.from_json`."""
+        return cls(entry["stored"], entry["tensor"], entry["digest"])
+
+    def info(self, sources: Sources) -> TensorInfo:
+        """See `Expression.info`. Its bytes are checked when it is first used."""
+        return sources.stored(self.file, self.tensor, self.digest)
+
+    def identity(self, sources: Sources) -> str:  # noqa: ARG002
+        """See `Expression.identity`."""
+        return self.digest
+
+
+@dataclass(frozen=True)
+class Merge(Expression):
+    """What a method of `weights/methods.py` makes of its terms, which may be merges themselves.
+
+    Its value is computed in float32 and rounded once, to the terms' dtype or to that of the setting `dtype`.
+    `base` is what task vectors are taken from; `settings` are sorted by name.
+    """
+
+    key: ClassVar[str] = "merge"
+    method: str
+    terms: tuple[Expression, ...]
+    base: Expression | None = None
+    settings: tuple[tuple[str, Setting], ...] = ()
+
+    @property
+    def parts(self) -> tuple[Expression, ...]:
+        """The terms and, behind them, the base."""
+        return self.terms if self.base is None else (*self.terms, self.base)
+
+    def to_json(self) -> dict[str, Any]:
+        """See `Expression.to_json`."""
+        entry: dict[str, Any] = {"merge": self.method, "terms": [term.to_json() for term in self.terms]}
+        if self.base is not None:
+            entry["base"] = self.base.to_json()
+        return {**entry, "settings": dict(self.settings)}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Merge:
+        """See `Expression.from_json`."""
+        base = expression_from_json(entry["base"]) if "base" in entry else None
+        settings = {key: tuple(x) if isinstance(x, list) else x for key, x in entry["settings"].items()}
+        return merge(entry["merge"], map(expression_from_json, entry["terms"]), base, **settings)
+
+    def open(self, sources: Sources, memory: Scratch | None = None) -> Readable:
+        """See `Expression.open`. Merges among its parts are computed whole."""
+        base = self.base.operand(sources) if self.base is not None else None
+        settings = dict(self.settings)
+        dtype = getattr(torch, str(settings["dtype"])) if "dtype" in settings else None
+        operands = Operands([term.operand(sources) for term in self.terms], base, sources.device, dtype, memory)
+        method = METHODS[self.method]
+        return Streamed(operands, lambda: method.prepare(operands, method.settings(settings)))
+
+    def value(self, sources: Sources) -> torch.Tensor:
+        """See `Expression.value`. What is wanted again soon is kept."""
+        return sources.kept(self, lambda: self._compute(sources))
+
+    def operand(self, sources: Sources) -> Readable:
+        """See `Expression.operand`."""
+        return Held(self.value(sources))
+
+    @property
+    def origin(self) -> str:
+        """See `Expression.origin`."""
+        return "scaled" if self.method == "passthrough" else f"merged by {self.method}"
+
+    def _compute(self, sources: Sources) -> torch.Tensor:
+        if "dtype" in dict(self.settings):
+            return super().value(sources)
+        values = [part.value(sources) for part in self.parts]
+        dtype = reduce(torch.promote_types, (value.dtype for value in values))
+        values = [value.to(dtype) for value in values]
+        base = values.pop() if self.base is not None else None
+        return METHODS[self.method](values, base, dict(self.settings))
+
+
+@dataclass(frozen=True)
+class Rows(Expression):
+    """Rows of other tensors, one chunk under another: how a vocabulary is put together.
+
+    Each entry is (source, begin, end): rows begin to end of it, or as many rows of zeros where it is None.
+    """
+
+    key: ClassVar[str] = "rows"
+    entries: tuple[tuple[Expression | None, int, int], ...]
+
+    @property
+    def parts(self) -> tuple[Expression, ...]:
+        """The sources of rows."""
+        return tuple(source for source, _, _ in self.entries if source is not None)
+
+    def to_json(self) -> dict[str, Any]:
+        """See `Expression.to_json`."""
+        return {"rows": [[source and source.to_json(), begin, end] for source, begin, end in self.entries]}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Rows:
+        """See `Expression.from_json`."""
+        rows = ((source and expression_from_json(source), begin, end) for source, begin, end in entry["rows"])
+        return cls(tuple(rows))
+
+    def open(self, sources: Sources, memory: Scratch | None = None) -> Readable:  # noqa: ARG002
+        """See `Expression.open`."""
+        return RowsOf([(s.operand(sources) if s else None, begin, end) for s, begin, end in self.entries])
+
+    @property
+    def origin(self) -> str:
+        """See `Expression.origin`."""
+        return "put together of rows"
+
+
+@dataclass(frozen=True)
+class MeanRow(Expression):
+    """The mean over all rows of a tensor, as a tensor of one row, summed in float64."""
+
+    key: ClassVar[str] = "mean_row"
+    of: Expression
+
+    @property
+    def parts(self) -> tuple[Expression, ...]:
+        """The tensor."""
+        return (self.of,)
+
+    def to_json(self) -> dict[str, Any]:
+        """See `Expression.to_json`."""
+        return {"mean_row": self.of.to_json()}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> MeanRow:
+        """See `Expression.from_json`."""
+        return cls(expression_from_json(entry["mean_row"]))
+
+    def open(self, sources: Sources, memory: Scratch | None = None) -> Readable:  # noqa: ARG002
+        """See `Expression.open`."""
+        tensor = self.of.operand(sources)
+        width = prod(tensor.shape[1:])
+        total, row = torch.zeros(width, dtype=torch.float64), torch.empty(width, dtype=torch.float64)
+        for start in range(0, prod(tensor.shape), width):
+            tensor.read_into(row, start)
+            total += row
+        return Held((total / tensor.shape[0]).to(tensor.dtype).view(1, *tensor.shape[1:]))
+
+
+def merge(method: str, terms: Iterable[Expression], base: Expression | None = None, **settings: Setting) -> Merge:
+    """A Merge with its settings in order."""
+    return Merge(method, tuple(terms), base, tuple(sorted(settings.items())))
+
+
+def whole(donor: str, tensors: Iterable[str]) -> Recipe:
+    """The recipe that is one donor, unchanged."""
+    return Recipe(donor, {name: Copy(donor, name) for name in tensors})

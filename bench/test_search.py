@@ -33,9 +33,10 @@ from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.scores import Scores
 from olmfast.search import evolve
 from olmfast.search.candidates import swap
+from olmfast.search.log import Outcome
 from olmfast.search.racing import heats
 from olmfast.search.ranking import Rules, choose
-from olmfast.search.record import LEDGER, Outcome
+from olmfast.search.record import LEDGER
 from olmfast.weights.architecture import Unit
 
 pytestmark = pytest.mark.timeout(0)
@@ -112,7 +113,7 @@ def test_a_search_decides_as_the_plain_driver(benchmark, case):
     keys = {"base_select": True, "es_svd": True, "es_norm": True, "es_norm_generations": 1}
     with session(case.config(samples, "search", **keys)) as engine:
         ours = cpu(lambda: benchmark.pedantic(lambda: walk(engine, BLOCKS, refined), rounds=1))
-        decisions = [Outcome(**step) for step in engine.report.own["steps"].values()]
+        decisions = list(engine.report.steps.values())
         unit_of = {block: engine.search.architecture.window_unit(engine.search.tensors, [block]) for block in BLOCKS}
         baseline = Baseline(case.folders, engine.inputs.datasets, case.folder / "plain")
 

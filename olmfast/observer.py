@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from olmfast.search.record import Outcome
+from olmfast.search.log import Outcome
 
 
 class Observer:

@@ -121,10 +121,10 @@ def test_a_blend_of_a_blend_starts_from_its_rounded_values(tmp_path):
     wanted = {name: linear(blocks[name], second[name], 0.25).bfloat16() for name in base}
     path = prepared(tmp_path, wanted, model=model)
     result = search(path, candidates=[{"linear": [0.25, 0.5]}], scales=["model", "block", "boundary"])
-    terms = [json.dumps(entry) for entry in result.report.own["recipe"]["tensors"].values()]
+    terms = [json.dumps(entry) for entry in result.report.data["olmfast"]["recipe"]["tensors"].values()]
     assert any(text.count("linear") == 2 for text in terms)  # the test is about something
     board = result.selection.rows["merged"]["own.json"]
-    last = list(result.report.own["steps"].values())[-1]
+    last = list(result.report.data["olmfast"]["steps"].values())[-1]
     assert board == last["metrics"]["own.json"][last["winner"]]  # what is written scores as the live model did
 
 
@@ -137,7 +137,7 @@ def everything(tmp_path_factory):
 def test_every_scale_is_walked_in_the_order_it_is_listed(everything):
     stages = [outcome.stage for outcome in everything.report.choices()]
     assert list(dict.fromkeys(stages)) == ["model", "depth", "kind", "boundary", "layers", "tensors"]
-    keys = list(everything.report.own["steps"])
+    keys = list(everything.report.steps)
     assert keys[1:8] == ["model", "depth/0", "depth/1", "depth/2", "kind/attention", "kind/mlp", "boundary"]
 
 
@@ -184,7 +184,7 @@ def test_the_plan_is_never_exceeded_and_is_exact_where_no_candidates_coincide(ev
     assert [name for name in planned if name != "base"] == ["model", "depth", "kind", "boundary", "layers", "tensors"]
     for stage, planned_stage in planned.items():
         n_units, n_candidates = len(planned_stage.units), planned_stage.n_candidates
-        steps = [e for e in everything.report.own["steps"].values() if e["stage"] == stage]
+        steps = [e for e in everything.report.data["olmfast"]["steps"].values() if e["stage"] == stage]
         assert len(steps) == n_units
         taken = sum(len(step["metrics"]["more.json"]) for step in steps)
         assert n_candidates - (n_units * 6 if stage not in ("base", "model") else 0) <= taken <= n_candidates
@@ -265,7 +265,7 @@ def test_blends_of_equal_donors_and_of_equal_tensors_cost_nothing(tmp_path):
         save_file(both, tmp_path / "models" / donor / "model.safetensors", metadata={"format": "pt"})
     result = run(load_config(path, {"candidates": ["swap", "linear"], "scales": ["block"]}))
     report = result.report
-    assert report.own["evaluations"] == 2 + 1 + 3  # base; block 0 is the same in all; block 1: two others
+    assert report.evaluations == 2 + 1 + 3  # base; block 0 is the same in all; block 1: two others
     by = report.outcome("layers/1").metrics["sums.json"]
     assert by["linear 0.5 donor1"] == by["linear 0.5 donor2"]
     assert set(report.outcome("layers/0").metrics["sums.json"].values()) == {by["donor0"]}

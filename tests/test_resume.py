@@ -87,16 +87,16 @@ def test_another_process_and_hash_seed_give_the_same_bytes(config, uninterrupted
     result = run(load_config(config))
     assert weights(result.output_dir) == weights(uninterrupted)
     other = json.loads((uninterrupted / "merge_report.json").read_text())
-    assert result.report.own["steps"] == other["olmfast"]["steps"]
+    assert result.report.data["olmfast"]["steps"] == other["olmfast"]["steps"]
 
 
 def test_killed_ten_times_at_random_moments_and_resumed_it_gives_the_same_bytes(config, uninterrupted):
     dice = random.Random(os.urandom(8))
     out = config.parent / "out"
-    report = config.parent / "out.partial" / "merge_report.json"
+    log, report = (config.parent / "out.partial" / name for name in ("steps.jsonl", "merge_report.json"))
     for _ in range(10):
         process = command(config, "--resume")
-        wait_for_changes(report, dice.randint(0, 2), process)
+        wait_for_lines(log, dice.randint(0, 2), process)
         time.sleep(dice.uniform(0, 0.05))
         assert process.poll() is None, "the run ended before it was killed"
         process.send_signal(signal.SIGKILL)
@@ -112,16 +112,16 @@ def test_killed_ten_times_at_random_moments_and_resumed_it_gives_the_same_bytes(
     assert len(ledgers[0]) == len(ledgers[1])
 
 
-def wait_for_changes(path: Path, n: int, process: subprocess.Popen[bytes]) -> None:
-    """Wait until a file has been replaced n times, or the process has ended."""
+def wait_for_lines(path: Path, n: int, process: subprocess.Popen[bytes]) -> None:
+    """Wait until a log has grown n times, or the process has ended."""
 
-    def identity() -> int:
-        return path.stat().st_ino if path.exists() else 0
+    def size() -> int:
+        return path.stat().st_size if path.exists() else 0
 
-    seen = identity()
+    seen = size()
     while n and process.poll() is None:
-        if identity() != seen:
-            seen, n = identity(), n - 1
+        if size() != seen:
+            seen, n = size(), n - 1
         time.sleep(0.002)
 
 
@@ -262,7 +262,7 @@ def test_a_report_of_the_original_tool_is_continued(config, pool):
     assert torch.equal(merged["model.embed_tokens.weight"], donors[2]["model.embed_tokens.weight"])
     assert torch.equal(merged["model.layers.0.mlp.up_proj.weight"], donors[1]["model.layers.0.mlp.up_proj.weight"])
     assert torch.equal(merged["model.layers.0.mlp.gate_proj.weight"], donors[2]["model.layers.0.mlp.gate_proj.weight"])
-    steps = result.report.own["steps"]
+    steps = result.report.data["olmfast"]["steps"]
     assert steps["layers/0"]["winner"] == "donor1"
     assert "layers/1" in steps
     kept = out.with_name("out.original")

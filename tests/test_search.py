@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from olmfast import load_config, run
 from olmfast.evaluation.scores import Scores
 from olmfast.search.ranking import Rules, choose
-from olmfast.search.record import Report
+from olmfast.search.record import Record
 from olmfast.terminal.runs import print_result
 from olmfast.testing import tiny_run, write_choices
 
@@ -79,7 +79,7 @@ def test_the_report_has_the_originals_shape_and_is_strict_json(full):
 
 def test_the_ledger_has_a_line_per_candidate_and_dataset_whose_samples_have_its_mean(full):
     lines = ledger(full.output_dir)
-    assert len(lines) == 3 * full.report.own["evaluations"]
+    assert len(lines) == 3 * full.report.evaluations
     for line in lines:
         assert line["score"] == pytest.approx(sum(line["samples"]) / len(line["samples"]), rel=1e-4)
 
@@ -108,7 +108,7 @@ def test_the_recipes_digest_stands_in_report_and_card_and_tells_two_results_apar
     digests = [result.recipe.digest() for result in (full, other)]
     assert digests[0] != digests[1]
     for result, digest in zip((full, other), digests, strict=True):
-        assert result.report.own["recipe_digest"] == digest
+        assert result.report.values["recipe_digest"] == digest
         assert f"Recipe {digest}." in (result.output_dir / "README.md").read_text()
 
 
@@ -146,7 +146,7 @@ def test_a_window_of_blocks_tries_all_combinations(tmp_path):
 
 def test_backward_walks_blocks_and_modules_from_the_end(tmp_path):
     path = tiny_run(tmp_path, n_donors=2, layer_swap=True, tensor_swap=True, direction="backward", units=["*_proj"])
-    steps = list(run(load_config(path)).report.own["steps"])
+    steps = list(run(load_config(path)).report.steps)
     assert steps[1:3] == ["layers/1", "layers/0"]
     assert steps[3] == "tensors/model.layers.1.mlp.down_proj"
     assert steps[-1] == "tensors/model.layers.0.self_attn.q_proj"
@@ -181,7 +181,7 @@ def test_identical_donors_are_evaluated_once(tmp_path):
     result = run(config)
     metrics = result.report.outcome("layers/0").metrics["sums.json"]
     assert metrics["donor1"] == metrics["donor2"]
-    assert result.report.own["evaluations"] == 2 + 2 * 2  # base and two blocks: two different donors each
+    assert result.report.evaluations == 2 + 2 * 2  # base and two blocks: two different donors each
 
 
 def test_a_donor_without_a_score_is_no_end_of_the_scale_and_none_of_its_twins_either(tmp_path):
@@ -250,7 +250,7 @@ def test_a_budget_of_evaluations_ends_cleanly_and_a_larger_one_goes_on_to_the_sa
     expected = run(load_config(whole))
     stopped = run(load_config(parts, {"budget": 9}))
     assert stopped.status == "stopped"
-    assert stopped.report.own["evaluations"] <= 9
+    assert stopped.report.evaluations <= 9
     assert weights(stopped.output_dir)  # the best so far is a complete model
     resumed = run(load_config(parts, {"budget": 10_000}), resume=True)
     assert resumed.status == "finished"
@@ -261,7 +261,7 @@ def test_a_budget_of_evaluations_ends_cleanly_and_a_larger_one_goes_on_to_the_sa
 
 def test_float64_evaluation_is_available_and_decides_on_float64_scores(tmp_path):
     path = tiny_run(tmp_path, layer_swap=True, dtype="float64")
-    report: Report = run(load_config(path)).report
+    report: Record = run(load_config(path)).report
     score = report.outcome("layers/0").metrics["sums.json"]["donor1"]
-    assert report.own["environment"]["dtype"] == "float64"
+    assert report.header["environment"]["dtype"] == "float64"
     assert score != float(torch.tensor(score, dtype=torch.float32))

@@ -36,7 +36,7 @@ from olmfast.observer import Observer
 from olmfast.runs.inputs import Inputs
 from olmfast.runs.scoreboard import AVERAGE, RESULT, plain_average
 from olmfast.runs.session import SCORERS
-from olmfast.search.record import Report
+from olmfast.search.record import Record
 from olmfast.weights.expressions import Copy, merge, whole
 from olmfast.weights.recipe import Expression, Recipe
 from olmfast.weights.sources import Sources
@@ -178,8 +178,8 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, help="merges in each grid; default: what the run has spent")
     arguments = parser.parse_args()
     config = load_config(DEMO / "olm_config.yaml")
-    report = Report.load(config.output_dir)
-    count = arguments.evaluations or int(report.own["evaluations"])
+    report = Record.load(config.output_dir)
+    count = arguments.evaluations or report.evaluations
     inputs = Inputs.open(config, Observer())
     judge, pool = Judge(inputs, config.output_dir), inputs.pool
     grid = Grid(pool.names, list(pool.tensors))

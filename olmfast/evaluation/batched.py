@@ -143,15 +143,21 @@ class BatchedScorer:
         self._followed = {}
 
     @property
-    def state(self) -> list[list[list[int] | None]]:
+    def state(self) -> Mapping[str, Any]:
         """Per task that runs freely, the tokens that are expected and those of the current model."""
-        pairs = [(task.expected, task.latest) for task in self._tasks if task.runs_freely]
-        return [[list(tokens) if tokens is not None else None for tokens in pair] for pair in pairs]
+        return {
+            f"{task.name}/{task.index}": [
+                list(tokens) if tokens is not None else None for tokens in (task.expected, task.latest)
+            ]
+            for task in self._tasks
+            if task.runs_freely
+        }
 
     @state.setter
-    def state(self, state: Sequence[Sequence[Sequence[int] | None]]) -> None:
+    def state(self, state: Mapping[str, Any]) -> None:
         free = [task for task in self._tasks if task.runs_freely]
-        for task, pair in zip(free, state, strict=True):
+        for task in free:
+            pair = state[f"{task.name}/{task.index}"]
             task.expected, task.latest = (tuple(tokens) if tokens is not None else None for tokens in pair)
         self._arrange({task.name for task in free})
 

@@ -69,9 +69,12 @@ class Scorer(Protocol):
         ...
 
     @property
-    def state(self) -> Any:
-        """What a scorer of a resumed run has to know to go on in the same way: plain JSON values."""
+    def state(self) -> Mapping[str, Any]:
+        """What a scorer of a resumed run has to know to go on in the same way: JSON values by key, none of them null.
+
+        A step writes down the entries that it has changed, so each thing that changes by itself has one of its own.
+        """
         ...
 
     @state.setter
-    def state(self, state: Any) -> None: ...
+    def state(self, state: Mapping[str, Any]) -> None: ...

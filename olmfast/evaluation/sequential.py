@@ -32,6 +32,7 @@ class SequentialScorer:
         self.model, self.datasets, self.tokenizer = model, datasets, tokenizer
         self.sizes = {name: len(dataset.samples) for name, dataset in datasets.items()}
         self.stop_tokens, self.batch_tokens, self.progress = tuple(stop_tokens), batch_tokens, progress
+        self.state: Mapping[str, Any] = {}
 
     def score(
         self,
@@ -64,8 +65,6 @@ class SequentialScorer:
     def commit(self, recipe: Recipe, label: str | None = None) -> None:  # noqa: ARG002
         """See `Scorer.commit`. Nothing is kept from one step to the next here."""
         self.model.set_recipe(recipe)
-
-    state: None = None
 
     def _score_dataset(self, dataset: Dataset, wanted: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         samples = [dataset.samples[index] for index in wanted]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from olmfast.errors import InputError
+from olmfast.errors import InputError, OlmfastError
 from olmfast.output.folder import OutputFolder
-from olmfast.runs.original import original_choices
-from olmfast.search.record import LEDGER, REFINED, REPORT, Outcome, Report
+from olmfast.runs.original import original_choices, read_original
+from olmfast.search.log import STEPS, Outcome
+from olmfast.search.record import LEDGER, REFINED, REPORT, Record
 from olmfast.weights.digests import DIGESTS
 from olmfast.weights.expressions import Copy, whole
 from olmfast.weights.pool import Pool
@@ -38,72 +39,87 @@ class RunFolder(OutputFolder):
             raise InputError(f"{output}: exists; use --overwrite to replace it or --resume to continue its run")
 
     @contextmanager
-    def locked(self, header: dict[str, Any], pool: Pool) -> Iterator[Report]:
-        """The run's report, begun or loaded and checked against `header`; one process at a time."""
-        if self.resume and not self.partial.exists() and (self.output / REPORT).is_file():
-            report = Report.load(self.output)
-            if report.status == "finished":
-                _check_same(self.output, report, header)
-                yield report
+    def locked(self, header: dict[str, Any], pool: Pool) -> Iterator[Record]:
+        """The run's record, begun or loaded and checked against `header`; one process at a time.
+
+        Its report is brought up to date whatever happens meanwhile.
+        """
+        if self.resume and not self.partial.exists() and (self.output / STEPS).is_file():
+            record = Record.load(self.output)
+            if record.status == "finished":
+                _check_same(self.output, record, header)
+                yield record
                 return
         with self.lock(empty=self.overwrite):
             try:
-                report = self._open(header, pool)
+                record = self._open(header, pool)
             except InputError:
                 self.forget_if_empty()
                 raise
-            if report.folder == self.output:
+            if record.folder == self.output:
                 shutil.rmtree(self.partial)
             else:
                 pool.digests.keep_in(self.partial / DIGESTS)
-            yield report
+            try:
+                yield record
+            except BaseException:
+                with suppress(OlmfastError):  # a full disk; what is to be told is what failed first
+                    record.write_report()
+                raise
 
-    def publish(self, report: Report) -> None:
+    def publish(self, record: Record) -> None:
         """Rename the complete `OUT.partial` to `OUT`; what was there is removed after, or kept if not ours.
 
         Nothing to do for a run that had been published before.
         """
-        if report.folder != self.output:
+        if record.folder != self.output:
+            record.write_report()
             (self.partial / DIGESTS).unlink(missing_ok=True)
             self.rename(keep=self._is_of_the_original())
 
     def _is_of_the_original(self) -> bool:
         try:
-            return (self.output / REPORT).is_file() and Report.load(self.output).status == "original"
+            return read_original(self.output) is not None
         except InputError:  # damaged; only --overwrite comes this far
             return False
 
     def _is_foreign(self) -> bool:
-        begun = self.partial.exists() or (self.output / REPORT).is_file()
+        begun = self.partial.exists() or any((self.output / name).is_file() for name in (STEPS, REPORT))
         return self.output.exists() and any(self.output.iterdir()) and not begun
 
-    def _open(self, header: dict[str, Any], pool: Pool) -> Report:
-        if self.resume and not (self.partial / REPORT).is_file() and (self.output / REPORT).is_file():
-            before = Report.load(self.output)
-            if before.status == "original":
-                return self._import_original(before, header, pool)
+    def _open(self, header: dict[str, Any], pool: Pool) -> Record:
+        if not self.resume:
+            return Record.create(self.partial, header)
+        if not (self.partial / STEPS).is_file():
+            for folder in (self.partial, self.output):
+                if (original := read_original(folder)) is not None:
+                    return self._import_original(original, header, pool)
+            if not (self.output / STEPS).is_file():
+                return Record.create(self.partial, header)
+            before = Record.load(self.output)
             _check_same(self.output, before, header)
             if before.status == "finished":
                 return before  # what lies in OUT.partial is of a run that was killed before it began
             self._take_over()
-        if self.resume and (self.partial / REPORT).is_file():
-            report = Report.load(self.partial)
-            _check_same(self.partial, report, header)
-            report.discard_unrecorded()
-            return report
-        return Report.create(self.partial, header)
+        record = Record.load(self.partial)
+        _check_same(self.partial, record, header)
+        record.discard_unrecorded()
+        if record.status == "stopped":
+            record.update(status="running")
+        record.write_report()
+        return record
 
     def _take_over(self) -> None:
         """Go on from a run that stopped at its budget: its state is copied, the result stays until replaced."""
         shutil.copytree(self.output / REFINED, self.partial / REFINED, dirs_exist_ok=True)
         shutil.copyfile(self.output / LEDGER, self.partial / LEDGER)
-        # Last and in one step: with a report in it, the folder counts as taken over.
-        copied = shutil.copyfile(self.output / REPORT, self.partial / f"{REPORT}.tmp")
-        copied.replace(self.partial / REPORT)
+        # Last and in one step: with a log in it, the folder counts as taken over.
+        copied = shutil.copyfile(self.output / STEPS, self.partial / f"{STEPS}.tmp")
+        copied.replace(self.partial / STEPS)
 
-    def _import_original(self, before: Report, header: dict[str, Any], pool: Pool) -> Report:
+    def _import_original(self, original: dict[str, Any], header: dict[str, Any], pool: Pool) -> Record:
         """Begin from the decisions of the original tool's report; they count as steps taken."""
-        choices = original_choices(before.data, list(pool.tensors), pool.names)
+        choices = original_choices(original, list(pool.tensors), pool.names)
         base = choices["base"] or pool.names[0]
         recipe = whole(base, pool.tensors)
         architecture = pool.architecture
@@ -124,14 +140,14 @@ class RunFolder(OutputFolder):
             recipe = recipe.with_values({t: Copy(donor, t) for t in tensors})
             outcomes[key] = Outcome(stage, unit_name, donor, changed=donor != base, metrics={})
         decided = bool(choices["base"] or taken)
-        return Report.create(self.partial, {**header, "imported_base": base if decided else None}, outcomes, recipe)
+        return Record.create(self.partial, {**header, "imported_base": base if decided else None}, outcomes, recipe)
 
 
-def _check_same(folder: Path, report: Report, header: dict[str, Any]) -> None:
-    """Raise InputError naming every config key, donor and dataset that differs from the report's."""
+def _check_same(folder: Path, record: Record, header: dict[str, Any]) -> None:
+    """Raise InputError naming every config key, donor and dataset that differs from the record's."""
     changed = []
     for part, label in (("config", "config key"), ("donors", "donor"), ("datasets", "dataset")):
-        before, now = report.own.get(part, {}), header[part]
+        before, now = record.header.get(part, {}), header[part]
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         changed += [f"{label} {name}" for name in names]
     if changed:

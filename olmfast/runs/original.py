@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from olmfast.errors import InputError
+from olmfast.search.log import STEPS
 from olmfast.search.record import REPORT
+
+
+def read_original(folder: Path) -> dict[str, Any] | None:
+    """The original tool's report in a folder, or None where there is no report, or it lies beside its log.
+
+    Raises InputError for one that cannot be read, is no merge report, or is ours and has lost its log.
+    """
+    path = folder / REPORT
+    if not path.is_file() or (folder / STEPS).is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(data, dict) or not isinstance(data.get("base_model", {}), dict):
+        raise InputError(f"{path}: is not a merge report")
+    if "olmfast" in data:
+        raise InputError(
+            f"{folder / STEPS}: is missing, and {REPORT} alone cannot be continued; put it back, or use --overwrite "
+            "to start anew"
+        )
+    return data
 
 
 def original_choices(data: dict[str, Any], tensors: list[str], known: list[str]) -> dict[str, Any]:

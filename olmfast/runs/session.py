@@ -23,7 +23,7 @@ from olmfast.search.candidates import score_donors, swap
 from olmfast.search.evolve import refine
 from olmfast.search.loop import BudgetSpent, Search
 from olmfast.search.ranking import Rules
-from olmfast.search.record import Report
+from olmfast.search.record import Record
 from olmfast.search.units import STAGES, in_order, units_of
 from olmfast.weights.architecture import Unit
 from olmfast.weights.expressions import whole
@@ -37,7 +37,7 @@ class Result:
     output_dir: Path
     status: str
     recipe: Recipe
-    report: Report
+    report: Record
     selection: Scoreboard
     holdout: Scoreboard
 
@@ -78,7 +78,7 @@ def run(
             f"{error.filename or folder.partial}: {error.strerror}; what was decided before is saved, "
             "mend it and use --resume"
         ) from None
-    return _result(config, Report.load(config.output_dir))
+    return _result(config, Record.load(config.output_dir))
 
 
 class Session:
@@ -88,7 +88,7 @@ class Session:
         self,
         config: RunConfig,
         inputs: Inputs,
-        report: Report,
+        report: Record,
         observer: Observer,
         stop_requested: Callable[[], bool],
     ) -> None:
@@ -151,8 +151,8 @@ class Session:
         account = content.account()
         boards = {"Selection": self.selection, "Held-out": self.holdout}
         # The recipe too: it is nowhere yet when the budget ended the run before its first step.
-        told = {"recipe": recipe.to_json(), "recipe_digest": recipe.digest(), "account": account}
-        self.report.update(selection=self.selection.to_json(), holdout=self.holdout.to_json(), **told)
+        told = {"recipe_digest": recipe.digest(), "account": account}
+        self.report.update(recipe, selection=self.selection.to_json(), holdout=self.holdout.to_json(), **told)
         card = write_card(self.config, self.report, recipe, boards, account)
         (self.report.folder / "README.md").write_text(card, encoding="utf-8")
         return account
@@ -162,12 +162,12 @@ class Session:
         questions = self.inputs.holdout
         if not questions.datasets:
             return
-        if "donors_holdout" not in self.report.own:
+        if "donors_holdout" not in self.report.values:
             self.observer.step("held-out", "donors", len(pool))
             recipes = {name: whole(name, pool.tensors) for name in pool.names}
             self.holdout.score(self._scorer(questions), dict(recipes), list(questions.datasets), pool)
             self.report.update(donors_holdout=self.holdout.to_json())
-        self.holdout = Scoreboard.from_json(self.report.own["donors_holdout"])
+        self.holdout = Scoreboard.from_json(self.report.values["donors_holdout"])
 
     def _choose_base(self) -> None:
         search, pool = self.search, self.inputs.pool
@@ -188,9 +188,9 @@ class Session:
             search.donors = [outcome.winner, *outcome.order][: self.config.max_models]
 
 
-def _result(config: RunConfig, report: Report) -> Result:
+def _result(config: RunConfig, report: Record) -> Result:
     recipe = report.recipe
     if recipe is None:
-        raise OlmfastError(f"{report.folder}: the report holds no recipe")
-    boards = [Scoreboard.from_json(report.own[key]) for key in ("selection", "holdout")]
+        raise OlmfastError(f"{report.folder}: the record holds no recipe")
+    boards = [Scoreboard.from_json(report.values[key]) for key in ("selection", "holdout")]
     return Result(config.output_dir, report.status, recipe, report, *boards)

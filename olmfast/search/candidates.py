@@ -7,9 +7,9 @@ from itertools import product
 
 from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.scores import Scores
+from olmfast.search.log import Outcome
 from olmfast.search.loop import Search, Step
 from olmfast.search.ranking import order
-from olmfast.search.record import Outcome
 from olmfast.weights.architecture import Unit
 from olmfast.weights.expressions import Copy, merge, whole
 from olmfast.weights.recipe import Expression, Recipe
@@ -30,7 +30,7 @@ def score_donors(search: Search) -> Outcome:
         means = {name: scores.mean(name)[alive] for name in scores.samples}
         spans = {name: (float(values.min()), float(values.max())) for name, values in means.items()}
         ranked = order(scores, alive, replace(search.rules, spans=spans))
-        if search.config.base_select and search.report.own.get("imported_base") is None:
+        if search.config.base_select and search.report.header.get("imported_base") is None:
             return ranked
         return [0, *(row for row in ranked if row != 0)]
 

@@ -6,7 +6,6 @@ step is never taken twice: a resumed run walks the same steps and gets their out
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,9 +19,10 @@ from olmfast.evaluation.model import builds_alike
 from olmfast.evaluation.scorer import Candidate, Scorer
 from olmfast.evaluation.scores import Scores
 from olmfast.observer import Observer
+from olmfast.search.log import Outcome, Standing
 from olmfast.search.racing import heats, left_to_score
 from olmfast.search.ranking import Rules, choose, is_degraded
-from olmfast.search.record import Outcome, Report
+from olmfast.search.record import Record
 from olmfast.weights.architecture import Architecture, Unit
 from olmfast.weights.recipe import Recipe
 from olmfast.weights.sources import Sources
@@ -59,7 +59,7 @@ class Search:
     order: tuple[str, ...]
     sources: Sources
     scorer: Scorer
-    report: Report
+    report: Record
     rules: Rules
     observer: Observer = field(default_factory=Observer)
     stop_requested: Callable[[], bool] = lambda: False
@@ -67,9 +67,9 @@ class Search:
 
     def __post_init__(self) -> None:
         self.donors: list[str] = self.sources.pool.names  # whose values are tried, in this order
-        self._spent_before = float(self.report.own["elapsed_s"])
+        self._spent_before = self.report.elapsed_s
         self._started = time.monotonic()
-        self._evaluations = int(self.report.own["evaluations"])
+        self._evaluations = self.report.evaluations
         self._current: Scores | None = None  # scores of what is there now, if they are known
         self._recall()
 
@@ -132,20 +132,19 @@ class Search:
         outcome = self._outcome(step, candidates, twin, scores, dropped, winner)
         outcome.order = [candidates[row].label for row in ranked[1:]]
         self._evaluations += len(candidates)
-        now = self._current.to_json() if self._current is not None else None
-        standing = json.dumps({"scores": now, "scorer": self.scorer.state})
-        self.report.record(step.key, outcome, self.recipe, self._evaluations, self.elapsed_s, standing)
+        known = self._current.to_json() if self._current is not None else {}
+        standing = Standing(self.recipe, known, self.scorer.state)
+        self.report.record(step.key, outcome, standing, self._evaluations, self.elapsed_s)
         self.observer.chosen(outcome)
         return outcome
 
     def _recall(self) -> None:
         """Take up what an earlier session's last step left: a resumed run compares with the very same numbers."""
-        if "standing" not in self.report.own:
-            return
-        standing = json.loads(self.report.own["standing"])
-        self.scorer.state = standing["scorer"]
-        if standing["scores"] is not None:
-            self._current = Scores.from_json(standing["scores"])
+        standing = self.report.standing
+        if standing.scorer:
+            self.scorer.state = standing.scorer
+        if standing.scores:
+            self._current = Scores.from_json(standing.scores)
 
     def _choose(self, scores: Scores, alive: list[int]) -> list[int]:
         return [choose(scores, alive, self.rules)]

@@ -24,7 +24,7 @@ from olmfast.output.writer import (
     write_text,
     writing,
 )
-from olmfast.search.record import REPORT
+from olmfast.search.log import STEPS
 from olmfast.static.mergekit import plan_merge
 from olmfast.static.plan import Plan, memory_bytes
 from olmfast.weights.sources import Sources
@@ -150,7 +150,7 @@ def check_output(plan: Plan, folder: OutputFolder, max_ram: int | None) -> None:
     if not folder.overwrite:
         if folder.output.exists() and any(folder.output.iterdir()):
             raise InputError(f"{folder.output}: exists; use --overwrite to replace it")
-        if (folder.partial / REPORT).exists():
+        if (folder.partial / STEPS).exists():
             raise InputError(f"{folder.partial}: holds an unfinished run; use --overwrite to replace it")
     check_space(folder.output, plan.n_bytes)
     held = psutil.Process().memory_info().rss + memory_bytes(plan)

@@ -29,7 +29,7 @@ from olmfast.observer import Observer
 from olmfast.runs.estimate import Estimate
 from olmfast.runs.scoreboard import Scoreboard
 from olmfast.runs.session import Result
-from olmfast.search.record import Outcome
+from olmfast.search.log import Outcome
 
 
 class Watcher(Observer):

@@ -1,0 +1,251 @@
+"""The log of a run, `steps.jsonl`: a line of JSON per entry, added and never rewritten; all that a resumed run reads.
+
+A line is as long as what happened is large, however large the model: of the recipe, the scores and the Scorer's state
+it holds what has changed since the line before.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from olmfast.errors import InputError, OlmfastError
+from olmfast.weights.recipe import Recipe
+
+STEPS = "steps.jsonl"
+FORMAT = 1  # another number is not read
+ADVICE = "put the file back as it was, or use --overwrite to start anew"
+
+
+@dataclass
+class Outcome:
+    """What one step decided. `metrics` is dataset -> candidate label -> mean score (None: not evaluated)."""
+
+    stage: str
+    unit: str
+    winner: str
+    changed: bool
+    metrics: dict[str, dict[str, float | None]]
+    dropped: dict[str, str] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+    truncated: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        """Stage and unit, as tables name them."""
+        return self.unit if self.stage == self.unit else f"{self.stage} {self.unit}"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the next step stands on.
+
+    `recipe` is None before the first step. `scores` are the current model's, `Scores.to_json` of one candidate, empty
+    where they are not known; `scorer` is `Scorer.state`.
+    """
+
+    recipe: Recipe | None = None
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    scorer: Mapping[str, Any] = field(default_factory=dict)
+
+    def change_to(self, now: Standing) -> Change:
+        """What has to be written down to come from here to `now`."""
+        scores, scorer = _difference(self.scores, now.scores), _difference(self.scorer, now.scorer)
+        before, recipe = self.recipe, now.recipe
+        if before is None or recipe is None:
+            return Change(recipe, None, scores, scorer)
+        if before.tensors.keys() != recipe.tensors.keys() or replace(before, tensors=recipe.tensors) != recipe:
+            return Change(recipe, None, scores, scorer)
+        changed = {name: value for name, value in recipe.tensors.items() if value != before.tensors[name]}
+        return Change(None, replace(recipe, tensors=changed) if changed else None, scores, scorer)
+
+    def changed_by(self, change: Change) -> Standing:
+        """What `change_to` was given."""
+        recipe = change.recipe or self.recipe
+        if change.part is not None:
+            if recipe is None:
+                raise ValueError("changes tensors of a recipe that no line has given")
+            recipe = recipe.with_values(change.part.tensors)
+        return Standing(recipe, _merged(self.scores, change.scores), _merged(self.scorer, change.scorer))
+
+
+@dataclass(frozen=True)
+class Change:
+    """What differs between two standings: as large as what happened, however large the model.
+
+    `recipe` is given whole where more than tensors' expressions differ; `part` holds only those tensors. In `scores`
+    and `scorer`, None stands for an entry that is gone.
+    """
+
+    recipe: Recipe | None = None
+    part: Recipe | None = None
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    scorer: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, and nothing for what is as it was."""
+        recipes = {"recipe": self.recipe, "part": self.part}
+        written = {key: recipe.to_json() for key, recipe in recipes.items() if recipe is not None}
+        return written | {key: part for key, part in (("scores", self.scores), ("scorer", self.scorer)) if part}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Change:
+        """Read what `to_json` wrote."""
+        recipe, part = (Recipe.from_json(data[key]) if key in data else None for key in ("recipe", "part"))
+        return cls(recipe, part, dict(data.get("scores", {})), dict(data.get("scorer", {})))
+
+
+@dataclass(frozen=True)
+class RunEntry:
+    """The first line of the log: what the run is made of."""
+
+    header: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"entry": "run", "format": FORMAT, "header": self.header}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RunEntry:
+        """Read what `to_json` wrote. Raises InputError for another format."""
+        if data["format"] != FORMAT:
+            raise InputError(f"is of format {data['format']}, and this version reads format {FORMAT}")
+        return cls(dict(data["header"]))
+
+
+@dataclass(frozen=True)
+class StepEntry:
+    """A step that was taken; `evaluations`, `elapsed_s` and `ledger_bytes` are the run's, this step included."""
+
+    key: str
+    outcome: Outcome
+    evaluations: int = 0
+    elapsed_s: float = 0.0
+    ledger_bytes: int = 0
+    change: Change = field(default_factory=Change)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        counts = {"evaluations": self.evaluations, "elapsed_s": self.elapsed_s, "ledger_bytes": self.ledger_bytes}
+        outcome = asdict(self.outcome)
+        return {"entry": "step", "key": self.key, "outcome": outcome, **counts, "change": self.change.to_json()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> StepEntry:
+        """Read what `to_json` wrote."""
+        counts = int(data["evaluations"]), float(data["elapsed_s"]), int(data["ledger_bytes"])
+        return cls(data["key"], Outcome(**data["outcome"]), *counts, Change.from_json(data["change"]))
+
+
+@dataclass(frozen=True)
+class ValuesEntry:
+    """What is to be known of the run beside its steps: its status, the closing tables."""
+
+    values: dict[str, Any]
+    change: Change = field(default_factory=Change)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"entry": "values", "values": self.values, "change": self.change.to_json()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ValuesEntry:
+        """Read what `to_json` wrote."""
+        return cls(dict(data["values"]), Change.from_json(data["change"]))
+
+
+Entry = RunEntry | StepEntry | ValuesEntry
+KINDS: dict[str, type[Entry]] = {"run": RunEntry, "step": StepEntry, "values": ValuesEntry}
+
+
+def read_log(folder: Path, apply: Callable[[Entry], None]) -> int:
+    """Hand on every entry of a run's log, and return how many bytes count: what a kill left of the last line does not.
+
+    Raises InputError naming the file, and the line where it is damaged in any other way.
+    """
+    path = folder / STEPS
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; {ADVICE}") from None
+    *lines, rest = content.split(b"\n")
+    if not lines:
+        raise InputError(f"{path}: holds no whole line; {ADVICE}")
+    end = 0
+    for number, line in enumerate(lines, 1):
+        where = f"{path}: line {number}"
+        try:
+            data = json.loads(line)
+        except ValueError as error:
+            if number == len(lines) > 1 and not rest:
+                break
+            raise InputError(f"{where}: is damaged: {error}; {ADVICE}") from None
+        try:
+            entry = parse(data)
+            if isinstance(entry, RunEntry) != (number == 1):
+                raise ValueError("what the run is made of stands in the first line, and only there")
+            apply(entry)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = f"has no {error}" if isinstance(error, KeyError) else error
+            raise InputError(f"{where}: is damaged: {reason}; {ADVICE}") from None
+        end += len(line) + 1
+    return end
+
+
+def parse(data: Mapping[str, Any]) -> Entry:
+    """The entry that `to_json` made this of."""
+    if data["entry"] not in KINDS:
+        raise InputError(f"unknown entry {data['entry']!r}; it was written by a newer version")
+    return KINDS[data["entry"]].from_json(data)
+
+
+def json_line(data: Mapping[str, Any]) -> bytes:
+    """One line of strict JSON."""
+    return json.dumps(strict(data), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def append(path: Path, content: bytes, at: int | None = None) -> None:
+    """Add to a file and wait until it is on the disk. What lies behind byte `at`, left by a write that failed, goes."""
+    try:
+        with path.open("ab") as file:
+            if at is not None:
+                file.truncate(at)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise disk_error(path, error) from None
+
+
+def strict(value: Any) -> Any:
+    """The value with null for NaN and infinity, which are no JSON."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    return value
+
+
+def disk_error(path: Path, error: OSError) -> OlmfastError:
+    """What a full disk is met with."""
+    return OlmfastError(
+        f"{path}: cannot be written: {error.strerror}; what was decided before is saved, "
+        "free some space and use --resume"
+    )
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: now.get(key) for key in {**before, **now} if before.get(key) != now.get(key)}
+
+
+def _merged(before: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in {**before, **change}.items() if value is not None}

@@ -194,14 +194,16 @@ def test_what_a_killed_write_left_behind_is_dropped(config, uninterrupted):
     partial = config.parent / "out.partial"
     (partial / "refined" / "orphan.safetensors").write_bytes(b"half")
     (partial / "merge_report.json.tmp").write_text('{"half')
-    with (partial / "evaluations.jsonl").open("a") as file:
-        file.write('{"step": "half')
+    for name in ("evaluations.jsonl", "steps.jsonl"):
+        with (partial / name).open("a") as file:
+            file.write('{"step": "half')
     (partial / "model.safetensors").write_bytes(b"half a model")
     result = run(load_config(config), resume=True)
     assert weights(result.output_dir) == weights(uninterrupted)
     assert not (result.output_dir / "refined" / "orphan.safetensors").exists()
-    for line in (result.output_dir / "evaluations.jsonl").read_text().splitlines():
-        json.loads(line)
+    for name in ("evaluations.jsonl", "steps.jsonl"):
+        for line in (result.output_dir / name).read_text().splitlines():
+            json.loads(line)
 
 
 def test_a_changed_config_donor_or_dataset_is_named(pool, tmp_path):

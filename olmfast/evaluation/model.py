@@ -20,26 +20,6 @@ from olmfast.weights.recipe import Expression, Recipe
 from olmfast.weights.sources import Sources
 
 
-def pick_device(wanted: str) -> torch.device:
-    """`auto`: the GPU if there is one. Raises InputError for a device that is not there."""
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device: {wanted!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 on a GPU, float32 on a CPU, whatever the checkpoints' own dtype is."""
-    if wanted == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype: torch.dtype = getattr(torch, wanted)
-    return dtype
-
-
 class WorkingModel:
     """A module in `dtype` on `device` whose parameters always equal `recipe`, outside of a trial.
 

@@ -14,10 +14,11 @@ from olmfast.errors import InputError
 from olmfast.evaluation.batched import BatchedScorer
 from olmfast.evaluation.encoding import Dataset, load_datasets
 from olmfast.evaluation.memory import Memory
-from olmfast.evaluation.model import WorkingModel, draw_up, pick_device, pick_dtype
+from olmfast.evaluation.model import WorkingModel, draw_up
 from olmfast.evaluation.scorer import Scorer
 from olmfast.evaluation.sequential import SequentialScorer
 from olmfast.weights.checkpoint import Checkpoint, read_json
+from olmfast.weights.devices import pick_device, pick_dtype
 from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Recipe
 from olmfast.weights.sources import Sources
@@ -37,9 +38,12 @@ class Settings:
     scorer: str = "batched"
 
     @classmethod
-    def of(cls, device: str, dtype: str, **limits: Any) -> Settings:
-        """The settings that a config or a command line names. Raises InputError for a device that is not there."""
-        chosen = pick_device(device)
+    def of(cls, device: str, dtype: str, where: str = "device", **limits: Any) -> Settings:
+        """The settings that a config or a command line names, the device by the option `where`.
+
+        Raises InputError for a device that is not there.
+        """
+        chosen = pick_device(device, where)
         return cls(chosen, pick_dtype(dtype, chosen), **limits)
 
 

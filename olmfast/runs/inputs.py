@@ -71,7 +71,7 @@ class Inputs:
             if dataset.left_out:
                 context = pool.architecture.context
                 observer.note(f"{name}: {dataset.left_out} samples longer than {context} tokens are left out")
-        for check in (check_output, check_units):
+        for check in (check_apart, check_units):
             with _noted(faults):
                 check(config, pool)
         with _noted(faults):
@@ -108,8 +108,8 @@ class Inputs:
         }
 
 
-def check_output(config: RunConfig, pool: Pool) -> None:
-    """Raise InputError when replacing the output folder would delete what the run reads."""
+def check_apart(config: RunConfig, pool: Pool) -> None:
+    """Raise InputError when the output folder holds what the run reads: replacing it would delete that."""
     output = config.output_dir.resolve()
     read = {f"the donor {donor.name}": donor.folder for donor in pool}
     read |= {f"the dataset {name}": config.dataset_dir / name for name in (*config.dataset, *config.holdout)}

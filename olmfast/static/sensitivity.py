@@ -27,7 +27,7 @@ def rank_layers(wanted: LinearMerge, device: str = "auto") -> list[Ranked]:
     from olmfast.evaluation.open import Evaluation, Questions, Settings
     from olmfast.evaluation.scorer import Candidate
 
-    settings = Settings.of(device, "auto")
+    settings = Settings.of(device, "auto", where="--device")
     pool = Pool.open([wanted.model_a, wanted.model_b], Path.cwd(), Path.cwd(), download=False)
     pool.check_finite()
     entries = ranking_dataset(wanted)

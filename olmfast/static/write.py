@@ -27,6 +27,7 @@ from olmfast.output.writer import (
 from olmfast.search.log import STEPS
 from olmfast.static.mergekit import plan_merge
 from olmfast.static.plan import Plan, memory_bytes
+from olmfast.weights.devices import pick_device
 from olmfast.weights.sources import Sources
 
 SHARD_SIZE = 5_000_000_000
@@ -95,7 +96,7 @@ def write_merge(
     does not do, or (unless `allow_nonfinite`) for NaN and infinity.
     """
     started = time.monotonic()
-    target = pick_device(device)
+    target = pick_device(device, "--device")
     folder = OutputFolder(output, overwrite=overwrite)
     check_output(plan, folder, max_ram)
     check_buffers(plan)
@@ -126,19 +127,6 @@ def _one_thread(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device by name; `auto` is the GPU if there is one. Raises InputError for one that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name}: expected cpu, cuda, cuda:1 or auto") from None
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise InputError(f"--device {name}: not available here; use --device cpu")
-    return device
 
 
 def check_output(plan: Plan, folder: OutputFolder, max_ram: int | None) -> None:

@@ -174,6 +174,7 @@ def linear_command(
     from olmfast.static.sensitivity import rank_layers
     from olmfast.static.write import check_output, write_merge
     from olmfast.terminal import merges
+    from olmfast.weights.devices import pick_device
 
     # An option takes one value here: the layers after the first arrive as arguments, of which there are no others.
     listed = [*(layers or []), *(more_layers or [])]
@@ -204,7 +205,8 @@ def linear_command(
         if output_dir is not None:  # else it is named after the layers
             check_output(plan, OutputFolder(output_dir, overwrite=overwrite), None)
         _quiet_libraries()
-        ranked = rank_layers(wanted)
+        pick_device(device, "--device")
+        ranked = rank_layers(wanted, out, device)
         merges.print_ranked(ranked, top, as_json)
         picked = tuple(one.layer for one in ranked[:top])
         wanted = replace(wanted, layers=picked, sensitivity=None, top=None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -331,3 +333,33 @@ def test_nan_is_refused_unless_it_is_allowed_as_the_error_advises(here, linear):
     assert not (here / "out").exists()
     assert linear(f"{line} --allow-nonfinite")[::2] == (0, "")
     assert weights(here / "out")["model.norm.weight"].isnan().sum() == 1
+
+
+def test_layers_are_ranked_on_the_device_that_is_named(here, linear, monkeypatch):
+    make(here, "a", "b")
+    write_dataset(here / "sums.json", sums(4))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # what `auto` would take
+    wanted = "--sensitivity sums.json:perplexity --top 1 --output_dir out"
+    assert linear(f"--model_a a --model_b b --alpha 0.5 {wanted} --device cpu")[::2] == (0, "")
+    code, said, error = linear(f"--model_a a --model_b b --alpha 0.5 {wanted} --device cuda:99 --overwrite")
+    assert (code, said) == (2, "")  # nothing has been ranked
+    assert error.startswith("olmfast: --device: 'cuda:99' cannot be used here: ")
+
+
+def test_ranking_layers_asks_for_space_where_the_result_goes(here, linear, monkeypatch):
+    make(here, "a", "b")
+    write_dataset(here / "sums.json", sums(4))
+    (here / "roomy").mkdir()
+    (here / "roomy/full").mkdir()
+
+    def usage(path):
+        free = 10**9 if Path(path).name == "roomy" else 0
+        return SimpleNamespace(total=10**9, used=10**9 - free, free=free)
+
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    wanted = "--model_a a --model_b b --alpha 0.5 --sensitivity sums.json:perplexity --top 1"
+    assert linear(f"{wanted} --output_dir roomy/out")[::2] == (0, "")
+    for place in ("--output_dir roomy/full/out", ""):
+        code, said, error = linear(f"{wanted} {place}")
+        assert (code, said) == (2, "")
+        assert "GB free" in error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from olmfast.output.folder import check_space
 from olmfast.static.adaptive import LinearMerge, is_selected, ranking_dataset
 from olmfast.weights.expressions import Copy, whole
 from olmfast.weights.pool import Pool
@@ -19,16 +20,18 @@ class Ranked:
     change: float
 
 
-def rank_layers(wanted: LinearMerge, device: str = "auto") -> list[Ranked]:
+def rank_layers(wanted: LinearMerge, output: Path, device: str) -> list[Ranked]:
     """Merge each layer alone and score it: the layers (all, or those of `wanted`), the best first.
 
-    Raises InputError if the models cannot be evaluated, or the dataset cannot be read.
+    Raises InputError if the models cannot be evaluated on `device`, the dataset cannot be read, or where `output`
+    goes there is no space for the result.
     """
     from olmfast.evaluation.open import Evaluation, Questions, Settings
     from olmfast.evaluation.scorer import Candidate
 
     settings = Settings.of(device, "auto", where="--device")
     pool = Pool.open([wanted.model_a, wanted.model_b], Path.cwd(), Path.cwd(), download=False)
+    check_space(output, pool[wanted.model_a].n_bytes)
     pool.check_finite()
     entries = ranking_dataset(wanted)
     (name,) = entries

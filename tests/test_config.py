@@ -194,6 +194,7 @@ def test_an_unknown_key_is_an_error_with_a_suggestion(keys, message):
         ({"shard_size": 0}, "shard_size: expected a size in bytes such as '5GB', got 0"),
         ({"racing": {"rung": [25]}}, "racing.rung: unknown key; did you mean 'rungs'?"),
         ({"racing": {"rungs": [75, 25]}}, "racing: rungs: expected growing numbers of samples, got [75, 25]"),
+        ({"direction": 16**5000}, "direction: expected 'forward' or 'backward', got a number of thousands of digits"),
         ({"seed": 16**5000}, "seed: expected less than 9223372036854775808, got a number of thousands of digits"),
     ],
 )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from olmfast.errors import InputError
+from olmfast.errors import InputError, did_you_mean
+
+Location = tuple[str | int, ...]  # the keys and places in lists that lead to a value
 
 
 def parse_size(value: object) -> int:
@@ -97,3 +99,35 @@ def show(value: object) -> str:
     except ValueError:  # Python refuses to spell out an integer of thousands of digits
         return "a number of thousands of digits"
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def explain(where: str, faults: Iterable[Mapping[str, Any]], known: Callable[[Location], Iterable[str]]) -> InputError:
+    """What pydantic found, a line for each fault: where, which key, what was expected and what was given.
+
+    `known` gives the keys that there are at the place of an unknown one.
+    """
+    return InputError("\n".join(line for fault in faults for line in _explain_one(where, fault, known)))
+
+
+def _explain_one(where: str, fault: Mapping[str, Any], known: Callable[[Location], Iterable[str]]) -> list[str]:
+    location: Location = tuple(part for part in fault["loc"] if not str(part).startswith("function-"))
+    kind, given, context = fault["type"], fault["input"], fault.get("ctx", {})
+    message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
+    if kind == "extra_forbidden":
+        message = "unknown key" + did_you_mean(str(location[-1]), known(location))
+    elif kind == "missing":
+        message = "entry is missing" if isinstance(location[-1], int) else "required key is missing"
+    elif kind in ("too_short", "too_long"):
+        bound = context.get("min_length", context.get("max_length"))
+        message = f"expected {bound} {'or more ' * (kind == 'too_short')}entries, got {show(given)}"
+    elif kind == "literal_error":
+        allowed = context["expected"]
+        message = f"expected {allowed}, got {show(given)}"
+        message += did_you_mean(given, re.findall(r"'([^']+)'", allowed)) if isinstance(given, str) else ""
+    elif kind == "path_type":
+        message = f"expected a path, got {show(given)}"
+    elif kind != "value_error":
+        message = re.sub(r" or (instance of|object to extract fields from).*", " of keys", message)
+        message += f", got {show(given)}"
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    return [f"{where}: {name}: {line}" if name else f"{where}: {line}" for line in message.split("\n")]

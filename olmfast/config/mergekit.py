@@ -6,16 +6,15 @@ docs/mergekit.md says for users what of them works here, and what differs.
 from __future__ import annotations
 
 import json
-import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from olmfast.config.loading import read_yaml
+from olmfast.config.loading import explain, read_yaml, show
 from olmfast.errors import InputError, did_you_mean
 from olmfast.weights.chunks import Setting
 from olmfast.weights.methods import METHODS, Method, Parameter
@@ -83,8 +82,8 @@ def _parse_filtered(entry: dict[str, object]) -> Varying:
 def _parse_values(value: object, wanted: str | None = None) -> Varying:
     listed = [_number(x) for x in (value if isinstance(value, list) else [value])]
     for x in listed:
-        if not isinstance(x, (bool, int, float)) or x != x or x in (float("inf"), float("-inf")):
-            raise ValueError(f"expected a number, true or false, a list of them or of {{filter, value}}, got {x!r}")
+        if not isinstance(x, (bool, int, float)) or not abs(x) <= sys.float_info.max:
+            raise ValueError(f"expected a number, true or false, a list of them or of {{filter, value}}, got {show(x)}")
     if not listed:
         raise ValueError("expected at least one number, got []")
     return Varying(tuple(listed), wanted)  # type: ignore[arg-type]
@@ -199,7 +198,7 @@ class TokenizerConfig(_Strict):
 
     source: Model = "union"
     tokens: dict[str, TokenConfig] = {}
-    pad_to_multiple_of: int | None = Field(default=None, ge=1)
+    pad_to_multiple_of: int | None = Field(default=None, ge=1, lt=2**31)
 
 
 class MergeConfig(_Strict):
@@ -448,7 +447,7 @@ def parse_merge_config(data: dict[str, Any], where: str, folder: Path) -> MergeC
     try:
         config = MergeConfig.model_validate(data)
     except ValidationError as error:
-        raise InputError("\n".join(line for fault in error.errors() for line in _explain(where, fault))) from None
+        raise explain(where, error.errors(), lambda _: _KEYS) from None
     config._folder = folder
     config._text = json.dumps(data, indent=2)
     return config
@@ -461,24 +460,3 @@ _KEYS = sorted(
         for key in model.model_fields
     }
 )
-
-
-def _explain(where: str, fault: Any) -> list[str]:
-    location = [part for part in fault["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
-    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
-    message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
-    if fault["type"] == "extra_forbidden":
-        close = get_close_matches(str(location[-1]), _KEYS, n=1)
-        message = "unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
-    elif fault["type"] == "missing":
-        message = "entry is missing" if isinstance(location[-1], int) else "required key is missing"
-    elif fault["type"] in ("too_short", "too_long"):
-        bound = fault["ctx"].get("min_length", fault["ctx"].get("max_length"))
-        message = f"expected {bound} {'or more ' * (fault['type'] == 'too_short')}entries, got {fault['input']!r}"[:200]
-    elif fault["type"] == "literal_error":
-        allowed = fault["ctx"]["expected"]
-        message = f"expected {allowed}, got {fault['input']!r}"
-        message += did_you_mean(str(fault["input"]), re.findall(r"'([^']+)'", allowed))
-    elif fault["type"] != "value_error":
-        message = re.sub(r" or instance of.*", "", message) + f", got {fault['input']!r}"[:200]
-    return [f"{where}: {name}: {line}" if name else f"{where}: {line}" for line in message.split("\n")]

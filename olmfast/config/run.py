@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from olmfast.config.loading import absolute, parse_size, read_yaml, set_key, show
+from olmfast.config.loading import Location, absolute, explain, parse_size, read_yaml, set_key, show
 from olmfast.errors import InputError, did_you_mean
 
 Mode = Literal["exact_match", "bigram_loss", "diversity", "exact", "bigram", "quality", "perplexity", "choice"]
@@ -309,7 +309,7 @@ def parse_datasets(entries: Mapping[str, Mapping[str, Any]], where: str) -> dict
     try:
         return _Datasets.model_validate({"dataset": entries}).dataset
     except ValidationError as error:
-        raise InputError("\n".join(_explain(where, fault) for fault in error.errors())) from None
+        raise explain(where, error.errors(), _known_keys) from None
 
 
 def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
@@ -352,28 +352,13 @@ def parse_config(data: dict[str, Any], where: str, folder: Path) -> RunConfig:
     except ValidationError as error:
         # A wrong default is told where it stands, not once more for each dataset that takes it.
         faults = [fault for fault in error.errors() if fault["loc"][:3] not in inherited]
-        raise InputError("\n".join(_explain(where, fault) for fault in faults)) from None
+        raise explain(where, faults, _known_keys) from None
     config._config_dir = folder
     return config
 
 
-def _explain(where: str, fault: Any) -> str:
-    location: list[str | int] = list(fault["loc"])
-    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
-    if fault["type"] == "extra_forbidden":
-        nested: dict[str, type[BaseModel]] = {"dataset": DatasetConfig, "holdout": DatasetConfig}
-        nested |= {"budget": Budget, "racing": Racing}
-        model: type[BaseModel] = nested[str(location[0])] if len(location) > 1 else RunConfig
-        return f"{where}: {name}: unknown key{did_you_mean(str(location[-1]), model.model_fields)}"
-    if fault["type"] == "missing":
-        return f"{where}: {name}: required key is missing"
-    message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
-    message = re.sub(r" or (instance of|object to extract fields from).*", " of keys", message)
-    if fault["type"] == "path_type":
-        message = "expected a path"
-    if fault["type"] == "literal_error":
-        message = f"expected {fault['ctx']['expected']}, got {show(fault['input'])}"
-        message += did_you_mean(str(fault["input"]), re.findall(r"'([^']+)'", fault["ctx"]["expected"]))
-    elif fault["type"] != "value_error":
-        message += f", got {show(fault['input'])}"
-    return f"{where}: {name}: {message}" if name else f"{where}: {message}"
+def _known_keys(location: Location) -> Iterable[str]:
+    nested: dict[str, type[BaseModel]] = {"dataset": DatasetConfig, "holdout": DatasetConfig}
+    nested |= {"budget": Budget, "racing": Racing}
+    model: type[BaseModel] = nested[str(location[0])] if len(location) > 1 else RunConfig
+    return model.model_fields

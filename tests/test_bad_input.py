@@ -351,6 +351,42 @@ def test_a_dataset_of_which_nothing_fits_the_context_is_named(refused, cfg):
     assert refused(cfg) == message
 
 
+def drop_tensor(folder: Path) -> None:
+    for donor in ("donor0", "donor1"):
+        path = folder / "models" / donor / "model.safetensors"
+        tensors = load_file(path)
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        save_file(tensors, path, {"format": "pt"})
+
+
+def invent_activation(folder: Path) -> None:
+    for donor in ("donor0", "donor1"):
+        path = folder / "models" / donor / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_act": "wobble"}))
+
+
+def forbid_memory(folder: Path) -> None:
+    path = folder / "cfg.yaml"
+    path.write_text(path.read_text() + "max_ram: 20MB\n")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (drop_tensor, "checkpoint and module do not match: nothing in the files fills"),
+        (invent_activation, "Transformers cannot build this model: 'wobble'"),
+        (forbid_memory, "max_ram: 0.02 GB; the model and the libraries alone take"),
+    ],
+    ids=["no donor has a tensor", "unknown activation", "too little memory"],
+)
+def test_a_model_that_cannot_be_built_is_refused_before_a_folder_is_begun(refused, olmfast, cfg, spoil, message):
+    spoil(cfg.parent)
+    assert message in refused(cfg)
+    assert message in refused(cfg, "--dry-run")
+    code, _, err = olmfast("check", cfg)
+    assert (code, message in err) == (2, True)
+
+
 def test_a_folder_without_a_tokenizer_is_named(refused, cfg):
     for path in donor(cfg, "donor0").glob("tokenizer*"):
         path.unlink()

@@ -51,6 +51,7 @@ class RunFolder(OutputFolder):
                 yield record
                 return
         with self.lock(empty=self.overwrite):
+            is_new = not (self.partial / STEPS).is_file()
             try:
                 record = self._open(header, pool)
             except InputError:
@@ -62,7 +63,10 @@ class RunFolder(OutputFolder):
                 pool.digests.keep_in(self.partial / DIGESTS)
             try:
                 yield record
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, InputError) and is_new and not record.steps:
+                    shutil.rmtree(self.partial)  # refused before it began
+                    raise
                 with suppress(OlmfastError):  # a full disk; what is to be told is what failed first
                     record.write_report()
                 raise

@@ -13,8 +13,8 @@ from olmfast.errors import FileChanged, OlmfastError
 from olmfast.evaluation.open import Evaluation, Questions
 from olmfast.evaluation.scorer import Scorer
 from olmfast.observer import Observer
-from olmfast.output.card import write_card
 from olmfast.output.writer import content_of, write_folder, writing
+from olmfast.runs.card import write_card
 from olmfast.runs.estimate import plan_stages
 from olmfast.runs.folder import RunFolder
 from olmfast.runs.inputs import Inputs

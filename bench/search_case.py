@@ -27,7 +27,7 @@ from olmfast.search.candidates import swap
 from olmfast.testing import CHATML, SPECIAL
 from olmfast.weights.architecture import Unit
 from olmfast.weights.expressions import Copy
-from olmfast.weights.offspring import Parent
+from olmfast.weights.sources import Parent
 
 WORDS = 8000  # size of the vocabulary
 ANSWER = 20  # tokens

@@ -23,8 +23,7 @@ from olmfast.testing import FAMILIES, tiny_model, tiny_run, write_choices
 from olmfast.weights.expressions import Copy, Merge, Stored, merge, whole
 from olmfast.weights.methods import METHODS
 from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import Expression, leaves
-from olmfast.weights.sources import Sources
+from olmfast.weights.sources import Expression, Sources, leaves
 
 EVERYTHING = {
     "candidates": ["swap", {"linear": [0.3, 0.6]}, "slerp", {"ties": [0.4]}, "task_arithmetic"],

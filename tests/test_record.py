@@ -171,8 +171,12 @@ def test_a_write_that_failed_halfway_leaves_nothing_for_the_next(tmp_path):
         (b'{"entry": "step", "key": "layers/0"}', "is damaged: has no 'evaluations'"),
         (b'{"entry": "run", "format": 1, "header": {}}', "is damaged: what the run is made of stands in the first"),
         (b'{"entry": "dream"}', "unknown entry 'dream'; it was written by a newer version"),
-        (b'{"entry": "values", "values": {}, "change": {"part": {"base": "x", "tensors": {"a": {}}}}}', "recipe: "),
-        (b'{"entry": "values", "values": {}, "change": {"part": {"base": "x", "tensors": {}}}}', "is damaged: changes"),
+        (b'{"entry": "values", "values": {}, "change": {"part": {"version": 1, "base": "x", "tensors": {"a": {}}}}}', "recipe: "),
+        (
+            b'{"entry": "values", "values": {}, "change": {"part": '
+            b'{"version": 1, "base": "x", "config_edits": {}, "tensors": {}}}}',
+            "is damaged: changes",
+        ),
     ],
 )  # fmt: skip
 def test_damage_before_the_last_line_is_an_error_that_names_the_line(tmp_path, line, reason):

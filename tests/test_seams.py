@@ -31,7 +31,7 @@ from olmfast.static.write import write_merge
 from olmfast.testing import tiny_run
 from olmfast.weights.chunks import Held
 from olmfast.weights.expressions import Copy, whole
-from olmfast.weights.recipe import Expression, expression_from_json
+from olmfast.weights.sources import Expression, expression_from_json
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 

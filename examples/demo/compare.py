@@ -38,8 +38,8 @@ from olmfast.runs.scoreboard import AVERAGE, RESULT, plain_average
 from olmfast.runs.session import SCORERS
 from olmfast.search.record import Record
 from olmfast.weights.expressions import Copy, merge, whole
-from olmfast.weights.recipe import Expression, Recipe
-from olmfast.weights.sources import Sources
+from olmfast.weights.recipe import Recipe
+from olmfast.weights.sources import Expression, Sources
 
 DEMO = Path(__file__).parent
 RESAMPLES, SEED = 10_000, 0

@@ -24,7 +24,8 @@ from olmfast.evaluation.sequential import SequentialScorer
 from olmfast.evaluation.stacked import Leaf, Start, is_stackable, stack_leaves
 from olmfast.evaluation.tasks import Followed, Task
 from olmfast.weights.architecture import Architecture, Unit
-from olmfast.weights.recipe import Expression, Recipe
+from olmfast.weights.recipe import Recipe
+from olmfast.weights.sources import Expression
 
 MEASURED_TOKENS = 512  # in the pass whose memory is measured
 # Shares of the memory left beside the model; the rest is slack for what comes and goes.

@@ -16,8 +16,8 @@ from olmfast.evaluation.upload import Uploader
 from olmfast.weights.architecture import Architecture
 from olmfast.weights.checkpoint import FLOATS, TensorInfo, copy_tensors
 from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import Expression, Recipe
-from olmfast.weights.sources import Sources
+from olmfast.weights.recipe import Recipe
+from olmfast.weights.sources import Expression, Sources
 
 
 class WorkingModel:

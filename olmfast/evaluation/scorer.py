@@ -14,7 +14,8 @@ import torch
 
 from olmfast.evaluation.scores import Scores
 from olmfast.weights.architecture import Unit
-from olmfast.weights.recipe import Expression, Recipe
+from olmfast.weights.recipe import Recipe
+from olmfast.weights.sources import Expression
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.scores import Scores, wanted_samples
 from olmfast.weights.architecture import Unit
-from olmfast.weights.recipe import Expression, Recipe
+from olmfast.weights.recipe import Recipe
+from olmfast.weights.sources import Expression
 
 
 class SequentialScorer:

@@ -19,7 +19,7 @@ from olmfast import kernels
 from olmfast.evaluation.blocks import Decoder, Needed, Recorder
 from olmfast.evaluation.model import WorkingModel
 from olmfast.weights.offspring import NormOffspring
-from olmfast.weights.recipe import Expression
+from olmfast.weights.sources import Expression
 
 
 class Leaf(Protocol):

@@ -21,8 +21,8 @@ from olmfast import _shards
 from olmfast.errors import InputError, OlmfastError
 from olmfast.weights.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo, reading
 from olmfast.weights.chunks import STRETCH, Readable, Scratch, stretch_on
-from olmfast.weights.recipe import Expression, Recipe
-from olmfast.weights.sources import Sources
+from olmfast.weights.recipe import Recipe
+from olmfast.weights.sources import Expression, Sources
 
 TOKENIZER_FILES = (
     "tokenizer*",

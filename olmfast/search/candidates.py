@@ -12,7 +12,8 @@ from olmfast.search.loop import Search, Step
 from olmfast.search.ranking import order
 from olmfast.weights.architecture import Unit
 from olmfast.weights.expressions import Copy, merge, whole
-from olmfast.weights.recipe import Expression, Recipe
+from olmfast.weights.recipe import Recipe
+from olmfast.weights.sources import Expression
 
 
 def score_donors(search: Search) -> Outcome:

@@ -39,7 +39,8 @@ from olmfast.search.log import (
 )
 from olmfast.weights.digests import digest_tensor
 from olmfast.weights.expressions import Stored
-from olmfast.weights.recipe import Recipe, leaves
+from olmfast.weights.recipe import Recipe
+from olmfast.weights.sources import leaves
 
 REPORT = "merge_report.json"
 LEDGER = "evaluations.jsonl"

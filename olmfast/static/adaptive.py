@@ -22,7 +22,7 @@ from olmfast.weights.checkpoint import Checkpoint, read_json
 from olmfast.weights.chunks import Setting
 from olmfast.weights.expressions import Copy, Rows, merge
 from olmfast.weights.pool import Pool, vocabulary_differences
-from olmfast.weights.recipe import Expression
+from olmfast.weights.sources import Expression
 
 METHODS = ("linear", "slerp", "ties", "dare")
 # What is called attention's query, key and value; q_norm and k_norm are norms.

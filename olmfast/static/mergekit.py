@@ -23,7 +23,7 @@ from olmfast.weights.chunks import Held, Operands, Setting
 from olmfast.weights.expressions import Copy, Rows, merge
 from olmfast.weights.methods import METHODS
 from olmfast.weights.pool import Pool
-from olmfast.weights.recipe import Expression
+from olmfast.weights.sources import Expression
 from olmfast.weights.vocabulary import Given, Origin, Vocabulary, plan_vocabulary, row_of, tokenizer_texts
 
 # Methods that draw random numbers: their masks depend on the seed and the tensor's name.

@@ -14,8 +14,8 @@ import torch
 from olmfast.weights.checkpoint import TensorInfo
 from olmfast.weights.chunks import Held, Operands, Readable, RowsOf, Scratch, Setting, Streamed
 from olmfast.weights.methods import METHODS
-from olmfast.weights.recipe import Expression, Recipe, expression_from_json
-from olmfast.weights.sources import Sources
+from olmfast.weights.recipe import Recipe
+from olmfast.weights.sources import Expression, Sources, expression_from_json
 
 
 class InFile(Expression):

@@ -11,32 +11,16 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
 from olmfast import kernels
 from olmfast.weights.chunks import Held, Readable, Scratch
 from olmfast.weights.draws import normal
-from olmfast.weights.recipe import Expression, expression_from_json
-
-if TYPE_CHECKING:
-    from olmfast.weights.sources import Sources
+from olmfast.weights.sources import Expression, Parent, Sources, expression_from_json
 
 MIN_SPREAD = 1e-10
-
-
-@dataclass
-class Parent:
-    """The weight that a generation starts from: (rows, cols) in its stored dtype, on the search's device."""
-
-    weight: torch.Tensor
-
-    @cached_property
-    def factors(self) -> kernels.SvdFactors:
-        """Singular factors of weight / max|weight|; computed once per parent."""
-        return kernels.svd_factors(self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)))
 
 
 def offspring_count(dimensions: int) -> int:

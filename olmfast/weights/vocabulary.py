@@ -16,7 +16,7 @@ from olmfast.errors import InputError, did_you_mean
 from olmfast.weights.checkpoint import Checkpoint, read_json
 from olmfast.weights.expressions import Copy, MeanRow, Rows, merge
 from olmfast.weights.pool import Pool, token_ids
-from olmfast.weights.recipe import Expression
+from olmfast.weights.sources import Expression
 
 # Where a row comes from: a model and a row of it, the same row of several models on average, or nothing (zeros).
 Origin = tuple[tuple[str, int], ...]

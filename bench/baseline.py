@@ -212,7 +212,7 @@ def score_sample(model: Any, dataset: Dataset, sample: Sample) -> torch.Tensor:
         return metrics.exact_match(torch.stack(top), right, dataset.config.strict)
     ids = [*sample.prompt, *sample.response[:-1]]
     logits = _logits(model, ids)[len(sample.prompt) - 1 :]
-    return metrics.TEACHER_FORCED[mode](metrics.token_scores(logits, labels.to(logits.device))).cpu()
+    return metrics.TEACHER_FORCED[mode](metrics.response_logits(logits, labels.to(logits.device))).cpu()
 
 
 def _logits(model: Any, ids: Sequence[int]) -> torch.Tensor:

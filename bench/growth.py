@@ -31,7 +31,7 @@ def decision_seconds(blocks: int, donors: int, questions: int) -> float:
             now, *others = swap_candidates(search, unit)
             search.scorer.score(unit, [now])  # its scores are known in a search
             search.scorer.decided(now.label)
-            search.scorer._take_apart()  # but no activations are
+            search.scorer.forget()  # but no activations are
             began = time.process_time()
             search.scorer.score(unit, others)
             return time.process_time() - began

@@ -49,7 +49,6 @@ from peak import elapsed, watched
 from search_case import Case, candidates_of, llama_config, session, with_chatml, word_tokenizer, write_questions
 
 from olmfast.evaluation.conversations import load_conversations
-from olmfast.evaluation.encoding import make_batches
 from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.scores import Scores
 from olmfast.testing import SPECIAL
@@ -218,20 +217,19 @@ def rate_of_matmul(dtype: torch.dtype, tokens: int, shape: Shape) -> float:
 @torch.inference_mode()
 def plain_inference(scorer: Any, block: int, names: Sequence[str]) -> Callable[[], None]:
     """One model's blocks from `block` on, on the datasets' inputs in the scorer's batches and nothing else."""
-    decoder, numbers = scorer._decoder, numbers_of(scorer, names)
-    batches = make_batches([len(scorer._tasks[number].ids) for number in numbers], scorer._pass_tokens)
-    entering = [scorer._entering(block, [numbers[place] for place in batch]) for batch in batches]
+    blockwise, passes = scorer.blockwise, scorer.passes
+    entering = [passes.entering(block, numbers) for numbers in passes.batches(numbers_of(scorer, names))]
 
     @torch.inference_mode()
     def run() -> None:
         for hidden in entering:
-            decoder.run(hidden, block, len(decoder.blocks))
+            blockwise.run(hidden, block, len(blockwise.blocks))
 
     return run
 
 
 def numbers_of(scorer: Any, names: Sequence[str]) -> list[int]:
-    return [number for number, task in enumerate(scorer._tasks) if task.name in names]
+    return [number for number, task in enumerate(scorer.trajectories.tasks) if task.name in names]
 
 
 @dataclass
@@ -296,12 +294,12 @@ def measure(benchmark: Any, engine: Any, shape: Shape) -> tuple[int, dict[str, M
                 found[kind].seconds[part] = median(elapsed(call, DEVICE) for _ in range(ROUNDS))
         benchmark.pedantic(call, rounds=1)
         reserved = torch.cuda.max_memory_reserved(DEVICE) if GPU else None
-    lengths = [len(task.ids) for task in scorer._tasks]
+    lengths = [len(task.ids) for task in scorer.trajectories.tasks]
     n_suffix = shape.n_blocks - block
     operations = 2 * n_suffix * shape.block_parameters  # of a token
-    matmul = rate_of_matmul(search.model.dtype, scorer._pass_tokens, shape)
+    matmul = rate_of_matmul(search.model.dtype, scorer.shares.pass_tokens, shape)
     for part, names in parts.items():
-        tokens = sum(len(scorer._tasks[number].ids) for number in numbers_of(scorer, names))
+        tokens = sum(len(scorer.trajectories.tasks[number].ids) for number in numbers_of(scorer, names))
         run = plain_inference(scorer, block, names)
         run()
         plain = tokens / median(elapsed(run, DEVICE) for _ in range(ROUNDS))

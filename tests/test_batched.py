@@ -16,14 +16,14 @@ from olmfast import run
 from olmfast.config.run import DatasetConfig, load_config
 from olmfast.errors import InputError
 from olmfast.evaluation import memory
-from olmfast.evaluation.batched import PREFIX_SHARE, BatchedScorer
-from olmfast.evaluation.blocks import Decoder
+from olmfast.evaluation.batched import BatchedScorer
+from olmfast.evaluation.blocks import BlockwiseModel
 from olmfast.evaluation.encoding import load_datasets
-from olmfast.evaluation.memory import Memory
+from olmfast.evaluation.leaves import ScaledLeaf, StackedLeaf, stack_leaves
+from olmfast.evaluation.memory import PREFIX_SHARE, Memory
 from olmfast.evaluation.model import WorkingModel, draw_up
 from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.sequential import SequentialScorer
-from olmfast.evaluation.stacked import ScaledLeaf, StackedLeaf, stack_leaves
 from olmfast.testing import FAMILIES, sums, tiny_model, tiny_run, tiny_tokenizer, write_dataset
 from olmfast.weights.expressions import Copy, merge, whole
 from olmfast.weights.offspring import NormOffspring, SvdOffspring
@@ -135,14 +135,14 @@ def test_scores_equal_the_sequential_ones_for_every_family_unit_and_mode(family,
 @pytest.mark.parametrize("limit", [0, 20_000, 1 << 30])
 def test_a_sweep_keeps_as_many_boundaries_as_it_may_and_scores_the_same(backward, limit, tmp_path):
     world = World(tmp_path, "llama", torch.float64)
-    world.fast._prefix.limit = limit
+    world.fast.shares.prefix_bytes = limit
     blocks = [0, 1, 2] if not backward else [2, 1, 0]
     kept = []
     for block in blocks:
         unit = world.block(block)
         candidates = world.donors(unit)
         assert_same(world.fast.score(unit, candidates), world.plain.score(unit, candidates), 1e-9)
-        kept.append({boundary for batch in world.fast._prefix.batches for boundary in batch.hidden})
+        kept.append({boundary for batch in world.fast.trajectories.batches for boundary in batch.hidden})
         world.commit(candidates[2])
     if limit == 0:
         assert kept == ([{2}, {1}, {0}] if backward else [{0}, {1}, {2}])
@@ -168,7 +168,7 @@ def test_what_does_not_fit_the_memory_is_halved_and_scores_the_same(fits, tmp_pa
     world = World(tmp_path, "llama", torch.float64)
     unit = world.block(1)
     candidates = world.donors(unit)
-    run, stack = Decoder.run, WorkingModel.stack
+    run, stack = BlockwiseModel.run, WorkingModel.stack
 
     def crowded(self, hidden, first, last, *rest):
         if len(hidden) > fits and last == 3:
@@ -180,12 +180,12 @@ def test_what_does_not_fit_the_memory_is_halved_and_scores_the_same(fits, tmp_pa
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
         return stack(self, name, several)
 
-    monkeypatch.setattr(Decoder, "run", crowded)
+    monkeypatch.setattr(BlockwiseModel, "run", crowded)
     monkeypatch.setattr(WorkingModel, "stack", crowded_stack)
     fast = world.fast.score(unit, candidates)
     assert world.fast.statistics.splits > 0
     assert_same(fast, world.plain.score(unit, candidates), 1e-9)
-    monkeypatch.setattr(Decoder, "run", lambda *_: (_ for _ in ()).throw(ValueError("another fault")))
+    monkeypatch.setattr(BlockwiseModel, "run", lambda *_: (_ for _ in ()).throw(ValueError("another fault")))
     with pytest.raises(ValueError, match="another fault"):
         world.fast.score(unit, candidates)
 
@@ -193,14 +193,14 @@ def test_what_does_not_fit_the_memory_is_halved_and_scores_the_same(fits, tmp_pa
 @pytest.mark.parametrize("fits", [2, 7])
 def test_a_prefix_that_does_not_fit_the_memory_is_halved_too(fits, tmp_path, monkeypatch):
     world = World(tmp_path, "llama", torch.float64)
-    run = Decoder.run
+    run = BlockwiseModel.run
 
     def crowded(self, hidden, first, last, *rest):
         if len(hidden) > fits:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return run(self, hidden, first, last, *rest)
 
-    monkeypatch.setattr(Decoder, "run", crowded)
+    monkeypatch.setattr(BlockwiseModel, "run", crowded)
     for unit in (world.block(2), world.block(0, 1)):
         candidates = world.donors(unit)
         assert_same(world.fast.score(unit, candidates), world.plain.score(unit, candidates), 1e-9)
@@ -245,8 +245,8 @@ def test_nothing_that_scoring_held_waits_for_the_garbage_collector(tmp_path):
 
 def test_a_dataset_that_is_scored_after_another_keeps_its_prefix(tmp_path, monkeypatch):
     world = World(tmp_path, "llama", torch.float64)
-    entered, enter = [], Decoder.enter
-    monkeypatch.setattr(Decoder, "enter", lambda self, ids: (entered.append(len(ids)), enter(self, ids))[1])
+    entered, enter = [], BlockwiseModel.enter
+    monkeypatch.setattr(BlockwiseModel, "enter", lambda self, ids: (entered.append(len(ids)), enter(self, ids))[1])
     for block in range(3):
         unit, before = world.block(block), len(entered)
         for name in ("pairs.json", "loss.json"):  # as the guard has them scored
@@ -259,12 +259,12 @@ def test_a_dataset_that_is_scored_after_another_keeps_its_prefix(tmp_path, monke
 def test_states_are_kept_only_where_those_of_the_longest_answers_fit(tmp_path):
     world = World(tmp_path, "llama", torch.float64)
     scorer = world.fast
-    free = [task for task in scorer._tasks if task.runs_freely]
+    free = [task for task in scorer.trajectories.tasks if task.runs_freely]
     longest = sum(len(task.sample.prompt) + task.limit for task in free)
     for tokens, kept in ((longest - 1, False), (longest + 1, True)):
-        scorer._room = int(2 * tokens * scorer._decoder.state_bytes / PREFIX_SHARE)
-        scorer._take_apart()
-        assert scorer._keeps_states == kept
+        scorer.shares.room = int(2 * tokens * scorer.blockwise.state_bytes / PREFIX_SHARE)
+        scorer.forget()
+        assert scorer.shares.keeps_states == kept
 
 
 def test_where_the_system_shows_no_peak_nothing_is_measured(tmp_path, monkeypatch):
@@ -280,7 +280,7 @@ def test_a_pass_that_fits_in_no_size_is_an_error(tmp_path, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Decoder, "run", full)
+    monkeypatch.setattr(BlockwiseModel, "run", full)
     with pytest.raises(torch.OutOfMemoryError):
         world.fast.score(world.block(1), world.donors(world.block(1)))
 

@@ -1,4 +1,4 @@
-"""A Transformers decoder taken apart: what enters its blocks, any run of them, and what follows them.
+"""A Transformers model taken apart into blocks: what enters them, any run of them, and what follows them.
 
 No family is known here. What a block is called with depends on the width of the input alone (inputs are padded on
 the right, positions count from 0), so it is recorded once per width and handed over again.
@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import torch
 
 from olmfast import kernels
+from olmfast.evaluation.forwards import replaced
 from olmfast.weights.architecture import Architecture
 
 WIDTH_STEP = 8  # widths are multiples of it, so that few are recorded
+State = tuple[torch.Tensor, torch.Tensor]  # one block's keys and values
 
 
 class _Entered(Exception):
@@ -59,18 +61,16 @@ class Recorder:
     """Stands in for a KV cache while whole inputs run through blocks: keeps each block's keys and values."""
 
     def __init__(self) -> None:
-        self.states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.states: dict[int, State] = {}
 
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object) -> State:
         """Called by the attention of block `layer_idx`; keys and values are (batch, heads, width, head size)."""
         self.states[layer_idx] = (key, value)
         return key, value
 
 
-class Decoder:
-    """The parts of a causal language model, run on right-padded inputs of positions 0, 1, 2, ..."""
+class BlockwiseModel:
+    """A causal language model that is run block by block, on right-padded inputs of positions 0, 1, 2, ..."""
 
     def __init__(self, module: Any, architecture: Architecture) -> None:
         family = architecture.family
@@ -81,6 +81,7 @@ class Decoder:
         self.head = module.get_output_embeddings()
         self.softcap: float | None = getattr(module.config, "final_logit_softcapping", None)
         self.device: torch.device = self.head.weight.device
+        self.hidden_bytes: int = self.head.weight[0].nbytes  # of a token's activations between two blocks
         self.state_bytes = 0  # of a token's keys and values in all blocks; known once a call has been recorded
         self._calls: dict[int, list[_Call]] = {}
 
@@ -148,7 +149,7 @@ class Decoder:
         if needed is None or mlp is None:
             yield
             return
-        replaced, compute = mlp.__dict__.get("forward"), mlp.forward
+        compute = mlp.forward
 
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             out = compute(needed.of(x)[:, None], *args, **kwargs)
@@ -156,13 +157,8 @@ class Decoder:
                 return needed.spread(out[0][:, 0], x), *out[1:]
             return needed.spread(out[:, 0], x)
 
-        try:
-            mlp.forward = forward
+        with replaced({mlp: forward}):
             yield
-        finally:
-            mlp.__dict__.pop("forward")
-            if replaced is not None:
-                mlp.forward = replaced
 
     def token_scores(self, hidden: torch.Tensor, labels: torch.Tensor) -> kernels.TokenScores:
         """Scores of labels (tokens,) from what leaves the last block, (tokens, hidden)."""

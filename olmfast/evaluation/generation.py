@@ -1,18 +1,24 @@
-"""Batched greedy decoding with a KV cache, through Transformers' own modules; from the start, or from a cut."""
+"""Greedy decoding in batches with a KV cache, through Transformers' own modules: from prompts, or from rollouts."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from olmfast.evaluation.stacked import Leaf, stacked
+from olmfast.evaluation.blocks import BlockwiseModel, State
+from olmfast.evaluation.cache import filled_cache
+from olmfast.evaluation.group import Group, Statistics
+from olmfast.evaluation.leaves import Leaf, computing_for
+from olmfast.evaluation.memory import Shares, is_out_of_memory
+from olmfast.evaluation.tasks import OwnTokens
+from olmfast.evaluation.trajectories import Trajectories
 
 
-class Decoded(NamedTuple):
+class Generated(NamedTuple):
     """Greedy continuations. Of each row only the first `lengths` tokens count."""
 
     tokens: torch.Tensor  # (batch, steps)
@@ -22,13 +28,13 @@ class Decoded(NamedTuple):
 
 
 @torch.inference_mode()
-def greedy(
+def generate(
     module: Any,
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
     context: int,
     stop: Collection[int] = (),
-) -> Decoded:
+) -> Generated:
     """Feed the model its own most probable token until each row met a stop token or its limit of tokens.
 
     Prompts are padded on the left, the padding masked, positions counted from each prompt's first token. A row
@@ -47,19 +53,9 @@ def greedy(
     cache = DynamicCache(config=module.config)
     tokens, probabilities = [], []
     for step in range(max(limits)):
-        out = module(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits = out.logits[:, -1]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        top, token = logits.max(dim=1)
+        token, max_prob = _next_tokens(module, ids, mask, positions, cache)
         tokens.append(token)
-        probabilities.append(torch.exp(top - torch.logsumexp(logits, dim=1)))
+        probabilities.append(max_prob)
         stopped |= alive & torch.isin(token, stop_ids)
         alive &= ~stopped
         lengths += alive
@@ -68,7 +64,7 @@ def greedy(
             break
         ids, positions = token[:, None], (positions[:, -1:] + 1).clamp(max=context - 1)
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
-    return Decoded(torch.stack(tokens, 1), torch.stack(probabilities, 1), lengths, stopped)
+    return Generated(torch.stack(tokens, 1), torch.stack(probabilities, 1), lengths, stopped)
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,60 +77,65 @@ def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[t
     return ids.to(device), mask.to(device)
 
 
-class Cut(NamedTuple):
-    """A greedy continuation to go on with, of one candidate on one input."""
+def _next_tokens(
+    module: Any, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's most probable next token and its probability, both (batch,)."""
+    out = module(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    logits = out.logits[:, -1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    top, token = logits.max(dim=1)
+    return token, torch.exp(top - torch.logsumexp(logits, dim=1))
 
-    candidate: int  # its row in the stack of `leaves`
-    token: int  # the last token so far, not yet fed
-    states: list[tuple[torch.Tensor, torch.Tensor]]  # per block, keys and values of all tokens before it
+
+@dataclass
+class Rollout:
+    """A greedy continuation to go on with: of one candidate (by its place in a group) on one task (by number)."""
+
+    place: int
+    task: int
+    own: OwnTokens  # so far; the last one has not been fed yet
+    states: list[State]  # per block, keys and values (heads, tokens, head size) of all tokens before it
     limit: int  # how many tokens are still wanted, at least 1
 
 
-class Tail(NamedTuple):
-    """What followed a cut: tokens and their probabilities, (tokens,); the last may be a stop token."""
-
-    tokens: torch.Tensor
-    max_prob: torch.Tensor
-
-
 @torch.inference_mode()
-def resume(module: Any, cuts: Sequence[Cut], leaves: Sequence[Leaf], context: int, stop: Collection[int]) -> list[Tail]:
-    """Go on decoding where each cut stands, all in one batch, each with its candidate's values in `leaves`.
+def resume(
+    module: Any, rollouts: Sequence[Rollout], leaves: Sequence[Leaf], context: int, stop: Collection[int]
+) -> list[OwnTokens]:
+    """What follows each rollout, decoded in one batch, each with its candidate's values in `leaves`.
 
-    Rows that are done leave the batch once they are a quarter of it.
+    The last token may be a stop token. Rows that are done leave the batch once they are a quarter of it.
     """
-    order = sorted(range(len(cuts)), key=lambda index: cuts[index].candidate)
-    cuts = [cuts[index] for index in order]
+    order = sorted(range(len(rollouts)), key=lambda index: rollouts[index].place)
+    rollouts = [rollouts[index] for index in order]
     device = next(module.parameters()).device
-    cache, mask = _filled_cache(module.config, cuts)
+    n_steps = max(one.limit for one in rollouts)
+    cache, mask = filled_cache(module.config, [one.states for one in rollouts], n_steps)
     stop_ids = torch.tensor(sorted(stop), dtype=torch.long, device=device)
-    ids = torch.tensor([[cut.token] for cut in cuts], device=device)
+    ids = torch.tensor([[one.own.tokens[-1]] for one in rollouts], device=device)
     positions = mask.sum(1, keepdim=True)
-    left = torch.tensor([cut.limit for cut in cuts], device=device)
-    rows = torch.arange(len(cuts), device=device)  # which cut each row of the batch is
-    n_steps = max(cut.limit for cut in cuts)
-    tokens = torch.zeros(len(cuts), n_steps, dtype=torch.long, device=device)
+    left = torch.tensor([one.limit for one in rollouts], device=device)
+    rows = torch.arange(len(rollouts), device=device)  # which rollout each row of the batch is
+    tokens = torch.zeros(len(rollouts), n_steps, dtype=torch.long, device=device)
     probabilities: torch.Tensor | None = None
-    lengths = torch.zeros(len(cuts), dtype=torch.long, device=device)
+    lengths = torch.zeros(len(rollouts), dtype=torch.long, device=device)
     for step in range(n_steps):
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        here, counts = np.unique([cuts[row].candidate for row in rows.tolist()], return_counts=True)
-        with stacked(leaves, here.tolist(), counts.tolist()):
-            out = module(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        logits = out.logits[:, -1]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        top, token = logits.max(dim=1)
+        places, counts = np.unique([rollouts[row].place for row in rows.tolist()], return_counts=True)
+        with computing_for(leaves, places.tolist(), counts.tolist()):
+            token, max_prob = _next_tokens(module, ids, mask, positions, cache)
         if probabilities is None:
-            probabilities = logits.new_zeros(len(cuts), n_steps)
+            probabilities = max_prob.new_zeros(len(rollouts), n_steps)
         tokens[rows, step] = token  # what comes after a row's end is not read
-        probabilities[rows, step] = torch.exp(top - torch.logsumexp(logits, dim=1))
+        probabilities[rows, step] = max_prob
         lengths[rows] += left > 0
         left = torch.where(torch.isin(token, stop_ids), 0, left - 1)
         alive = left > 0
@@ -148,66 +149,66 @@ def resume(module: Any, cuts: Sequence[Cut], leaves: Sequence[Leaf], context: in
             rows, left, mask, ids, positions = rows[keep], left[keep], mask[keep], ids[keep], positions[keep]
     assert probabilities is not None
     found = {
-        index: Tail(tokens[row, :n].cpu(), probabilities[row, :n].cpu())
+        index: OwnTokens(tokens[row, :n].tolist(), probabilities[row, :n].cpu())
         for row, (index, n) in enumerate(zip(order, lengths.tolist(), strict=True))
     }
     return [found[index] for index in range(len(order))]
 
 
-def _filled_cache(config: Any, cuts: Sequence[Cut]) -> tuple[Any, torch.Tensor]:
-    """A cache that holds the cuts' states, aligned on the right, and the mask of what is in it."""
-    from transformers import DynamicCache
+class RolloutQueue:
+    """Rollouts of a group's candidates that wait until they fill a batch."""
 
-    lengths = [cut.states[0][0].shape[1] for cut in cuts]
-    width, room = max(lengths), max(cut.limit for cut in cuts)
-    cache = DynamicCache(config=config)
-    for block in range(len(cuts[0].states)):
-        filled = []
-        for part in range(2):
-            first = cuts[0].states[block][part]
-            buffer = first.new_zeros(len(cuts), first.shape[0], width + room, first.shape[2])
-            for row, (cut, n) in enumerate(zip(cuts, lengths, strict=True)):
-                buffer[row, :, width - n : width] = cut.states[block][part]
-            filled.append(buffer)
-        if block < len(cache.layers) and cache.layers[block].is_sliding:
-            cache.update(filled[0][:, :, :width], filled[1][:, :, :width], block)
-        else:
-            layer = _roomy_layer()(filled[0], filled[1], width)
-            cache.layers[block : block + 1] = [layer]
-    mask = torch.zeros(len(cuts), width, dtype=torch.long, device=first.device)
-    for row, n in enumerate(lengths):
-        mask[row, width - n :] = 1
-    return cache, mask
+    def __init__(
+        self,
+        group: Group,
+        blockwise: BlockwiseModel,
+        trajectories: Trajectories,
+        shares: Shares,
+        statistics: Statistics,
+    ) -> None:
+        self.group, self.blockwise, self.trajectories = group, blockwise, trajectories
+        self.shares, self.statistics = shares, statistics
+        self._waiting: list[Rollout] = []
 
+    def __len__(self) -> int:
+        return len(self._waiting)
 
-@functools.cache
-def _roomy_layer() -> Any:
-    """A class of cache layers over buffers with room to grow: (rows, heads, room, head size), `length` tokens filled.
+    def add(self, rollouts: Sequence[Rollout]) -> None:
+        """Let these wait too."""
+        self._waiting += rollouts
 
-    Transformers' own copies everything it holds for each new token. Made once, when Transformers is there: a class of
-    every call's own would hold that call's buffers until the garbage collector comes.
-    """
-    from transformers.cache_utils import DynamicLayer
+    @property
+    def fills_a_batch(self) -> bool:
+        """Whether those that wait are as many as are decoded at once."""
+        waiting = self._waiting
+        return bool(waiting) and len(waiting) * max(map(self._length, waiting)) >= self.shares.rollout_tokens
 
-    class RoomyLayer(DynamicLayer):  # type: ignore[misc]
-        def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
-            super().__init__()
-            self.buffers, self.length = (keys, values), length
-            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-            self._show()
+    def decode(self) -> None:
+        """Decode as many as fit a batch to their ends, those with most tokens to go first."""
+        ordered = sorted(self._waiting, key=lambda one: -one.limit)
+        n = max(1, self.shares.rollout_tokens // max(map(self._length, ordered)))
+        chosen, rest = ordered[:n], ordered[n:]
+        generative = [self.trajectories.tasks[one.task].generates for one in chosen]
+        if any(generative) and not all(generative):  # stop tokens end a generation, and nothing else
+            kind = generative[0]
+            rest = [one for one, own in zip(chosen, generative, strict=True) if own != kind] + rest
+            chosen = [one for one, own in zip(chosen, generative, strict=True) if own == kind]
+        stop = self.trajectories.stop_tokens if generative[0] else ()
+        try:
+            ends = resume(self.blockwise.module, chosen, self.group.leaves, self.blockwise.context, stop)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or len(chosen) == 1:
+                raise
+            self.statistics.splits += 1
+            self.shares.halve_rollouts()
+            self._waiting = [*chosen, *rest]
+            return
+        for one, end in zip(chosen, ends, strict=True):
+            self.statistics.decoded += len(end.tokens)
+            own = OwnTokens([*one.own.tokens, *end.tokens], torch.cat([one.own.max_prob, end.max_prob]))
+            self.trajectories.finish(self.group, one.place, one.task, own)
+        self._waiting = rest
 
-        def _show(self) -> None:
-            self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
-
-        def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> Any:
-            begin, self.length = self.length, self.length + key_states.shape[2]
-            for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
-                buffer[:, :, begin : self.length] = new
-            self._show()
-            return self.keys, self.values
-
-        def batch_select_indices(self, indices: torch.Tensor) -> None:
-            self.buffers = (self.buffers[0][indices], self.buffers[1][indices])
-            self._show()
-
-    return RoomyLayer
+    def _length(self, one: Rollout) -> int:
+        prompt = self.trajectories.tasks[one.task].sample.prompt
+        return len(prompt) + len(one.own.tokens) + one.limit

@@ -14,6 +14,9 @@ import torch
 
 from olmfast.errors import InputError
 
+# Shares of the memory left beside the model; the rest is slack for what comes and goes.
+PREFIX_SHARE, STACK_SHARE, PASS_SHARE = 0.4, 0.2, 0.25
+CPU_TOKENS = 1024  # in one pass on a CPU: the activations of more do not stay in its caches
 MMAP_THRESHOLD = -3  # of glibc's mallopt
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # What a container may use, by the second and the first version of Linux's control groups.
@@ -58,7 +61,7 @@ class Memory:
         return self.limit - self.used
 
     def taken_by(self, work: Callable[[], Any]) -> int:
-        """Bytes that `work` takes at its peak, beside what is there before; 0 where that cannot be seen."""
+        """Bytes that `work` takes at its peak, beside what is in use before; 0 where that cannot be seen."""
         gc.collect()
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -75,6 +78,54 @@ class Memory:
         before = _status("VmRSS")
         work()
         return _status("VmHWM") - before
+
+
+class Shares:
+    """What each kind of work may take of the memory beside the model; halved where that was too much.
+
+    `room` (bytes) is shared out once, so that what is split how does not depend on the moment. `pass_tokens` go
+    through the blocks at a time, `rollout_tokens` are decoded on, and `prefix_bytes` hold activations between units,
+    with the keys and values of free runs if `keeps_states`.
+    """
+
+    def __init__(self, memory: Memory, batch_tokens: int) -> None:
+        self.room = memory.room
+        self.pass_tokens = min(batch_tokens, CPU_TOKENS) if memory.device.type == "cpu" else batch_tokens
+        self.rollout_tokens = batch_tokens
+        self.prefix_bytes, self.keeps_states = 0, True
+
+    def fit(self, n_bytes: int, n_tokens: int, state_bytes: int, n_states: int) -> None:
+        """Keep each kind of work within its share, given that a pass of `n_tokens` takes `n_bytes`.
+
+        `state_bytes` are those of one token's keys and values, `n_states` the tokens of all free runs at their longest.
+        """
+        share = int(PASS_SHARE * self.room)
+        self.pass_tokens = min(self.pass_tokens, _power_of_two(share * n_tokens // max(n_bytes, 1)))
+        # Decoding holds the states of its tokens twice: those handed over, and its cache.
+        self.rollout_tokens = min(self.rollout_tokens, _power_of_two(share // (2 * state_bytes)))
+        self.prefix_bytes = int(PREFIX_SHARE * self.room)
+        self.keeps_states = state_bytes * n_states <= self.prefix_bytes / 2
+
+    def n_stacked(self, n_bytes: int) -> int:
+        """How many candidates' values are stacked at a time, of `n_bytes` each."""
+        return max(1, int(STACK_SHARE * self.room) // max(n_bytes, 1))
+
+    def halve_prefix(self) -> None:
+        """Activations that were to be kept did not fit: halve what is kept, and the batches that they come in."""
+        self.pass_tokens, self.prefix_bytes = self.pass_tokens // 2, self.prefix_bytes // 2
+
+    def halve_passes(self) -> None:
+        """A pass did not fit."""
+        self.pass_tokens = max(1, self.pass_tokens // 2)
+
+    def halve_rollouts(self) -> None:
+        """A batch of rollouts did not fit."""
+        self.rollout_tokens = max(1, self.rollout_tokens // 2)
+
+
+def _power_of_two(n: int) -> int:
+    """The largest up to n, at least 1: a size that does not change with every byte that is free."""
+    return 1 << (max(n, 1).bit_length() - 1)
 
 
 def machine_bytes() -> int:

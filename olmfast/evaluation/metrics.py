@@ -18,7 +18,7 @@ WORST_DIVERSITY = 4096.0
 WORST_QUALITY = 2048.0
 
 
-class TokenScores(NamedTuple):
+class ResponseLogits(NamedTuple):
     """What every metric needs of one response's logits; each field is (tokens,)."""
 
     max_logit: torch.Tensor
@@ -41,11 +41,11 @@ class TokenScores(NamedTuple):
         return self.logsumexp - self.label_logit
 
 
-def token_scores(logits: torch.Tensor, labels: torch.Tensor) -> TokenScores:
-    """Per-token scores of logits (tokens, vocabulary) against labels (tokens,), in at least float32."""
+def response_logits(logits: torch.Tensor, labels: torch.Tensor) -> ResponseLogits:
+    """Of logits (tokens, vocabulary), what metrics need of the labels (tokens,), in at least float32."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     label = logits.gather(1, labels[:, None]).squeeze(1)
-    return TokenScores(logits.amax(dim=1), label, torch.logsumexp(logits, dim=1))
+    return ResponseLogits(logits.amax(dim=1), label, torch.logsumexp(logits, dim=1))
 
 
 def exact_match(max_prob: torch.Tensor, right: torch.Tensor, strict: bool) -> torch.Tensor:
@@ -58,26 +58,26 @@ def exact_match(max_prob: torch.Tensor, right: torch.Tensor, strict: bool) -> to
     return torch.where(right, 1 - max_prob, 1 + max_prob).mean()
 
 
-def bigram_loss(scores: TokenScores) -> torch.Tensor:
+def bigram_loss(logits: ResponseLogits) -> torch.Tensor:
     """s_t = 1 if c_t < m_t else 1 - m_t; mean over i of s_i + s_{i+1}; one token alone scores 2 s_1."""
-    max_prob = scores.max_prob
-    single = torch.where(scores.is_top | max_prob.isnan(), 1 - max_prob, torch.ones_like(max_prob))
+    max_prob = logits.max_prob
+    single = torch.where(logits.is_top | max_prob.isnan(), 1 - max_prob, torch.ones_like(max_prob))
     return _pair_sums(single).mean()
 
 
-def exact(scores: TokenScores) -> torch.Tensor:
+def exact(logits: ResponseLogits) -> torch.Tensor:
     """Mean CE_t."""
-    return scores.cross_entropy.mean()
+    return logits.cross_entropy.mean()
 
 
-def perplexity(scores: TokenScores) -> torch.Tensor:
+def perplexity(logits: ResponseLogits) -> torch.Tensor:
     """exp(mean CE_t)."""
-    return scores.cross_entropy.mean().exp()
+    return logits.cross_entropy.mean().exp()
 
 
-def bigram(scores: TokenScores) -> torch.Tensor:
+def bigram(logits: ResponseLogits) -> torch.Tensor:
     """exp(mean over t of CE_t + CE_{t+1}); one token alone counts twice."""
-    return _pair_sums(scores.cross_entropy).mean().exp()
+    return _pair_sums(logits.cross_entropy).mean().exp()
 
 
 def choice(option_logits: torch.Tensor, answer: int) -> torch.Tensor:

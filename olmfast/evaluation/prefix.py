@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from olmfast.evaluation.blocks import Decoder, Recorder
+from olmfast.evaluation.blocks import BlockwiseModel, Recorder, State
+from olmfast.evaluation.memory import Shares
 from olmfast.evaluation.model import WorkingModel
 from olmfast.weights.recipe import Recipe
-
-State = tuple[torch.Tensor, torch.Tensor]  # one block's keys and values
 
 
 @dataclass
@@ -42,43 +41,42 @@ class Batch:
         """Drop what is kept."""
         self.hidden, self.states = {}, []
 
-    def cut(self, valid: int) -> None:
+    def keep_up_to(self, valid: int) -> None:
         """Drop what stands on block `valid` or on what comes after it; -1: on the embedding."""
         self.hidden = {boundary: x for boundary, x in self.hidden.items() if boundary <= valid}
         del self.states[max(valid, 0) :]
 
 
 class Prefix:
-    """Keeps activations of batches, in about `limit` bytes beside those of the boundary that is in use.
+    """Keeps activations of batches, in about `prefix_bytes` beside those of the boundary that is in use.
 
     What is valid stays as long as there is room. Then a sweep that goes forward keeps the one boundary that moves up
     with it. For one that goes backward, boundaries are kept evenly spaced below, as many as the limit allows; those
     between are computed again when needed.
     """
 
-    def __init__(self, model: WorkingModel, decoder: Decoder, limit: int) -> None:
-        self.model, self.decoder, self.limit = model, decoder, limit
-        self.batches: list[Batch] = []
+    def __init__(self, model: WorkingModel, blockwise: BlockwiseModel, shares: Shares) -> None:
+        self.model, self.blockwise, self.shares = model, blockwise, shares
         self._recipe: Recipe | None = None
         self._last, self._backward = -1, True
 
-    def bring_to(self, block: int, batches: Sequence[Batch]) -> None:
-        """Compute what enters `block` for these batches, as far as it is not kept."""
-        self._drop_stale()
+    def bring_to(self, block: int, batches: Sequence[Batch], kept: Sequence[Batch]) -> None:
+        """Compute what enters `block` for these batches, as far as it is not kept; `kept` are all that there are."""
+        self._drop_stale(kept)
         if self._last >= 0 and block != self._last:
             self._backward = block < self._last
         for batch in batches:
             at_most = min(block, len(batch.states)) if batch.wants_states else block
             start = max((boundary for boundary in batch.hidden if boundary <= at_most), default=-1)
             if start < block or (batch.wants_states and len(batch.states) < block):
-                self._advance(batch, start, block, self._stations(start, block) if self._backward else set())
-        if sum(batch.n_bytes for batch in self.batches) > self.limit:
-            self._drop_passed(block)
+                self._advance(batch, start, block, self._stations(start, block, kept) if self._backward else set())
+        if sum(batch.n_bytes for batch in kept) > self.shares.prefix_bytes:
+            self._drop_passed(block, kept)
         self._last = block
 
-    def _drop_passed(self, block: int) -> None:
+    def _drop_passed(self, block: int, kept: Sequence[Batch]) -> None:
         """Drop what the sweep has left behind."""
-        for batch in self.batches:
+        for batch in kept:
             moved_up = not self._backward and block in batch.hidden  # others of the same block may be asked for next
             for boundary in list(batch.hidden):
                 if boundary > block or (boundary < block and moved_up):
@@ -86,29 +84,28 @@ class Prefix:
 
     def _advance(self, batch: Batch, start: int, block: int, stations: set[int]) -> None:
         if start < 0:
-            hidden = self.decoder.enter(self.decoder.pad(batch.ids))
+            hidden = self.blockwise.enter(self.blockwise.pad(batch.ids))
             if block == 0:
                 batch.hidden[0] = hidden
         else:
             hidden = batch.hidden[start]
         for index in range(max(start, 0), block):
             recorder = Recorder() if len(batch.states) == index and batch.wants_states else None
-            hidden = self.decoder.run(hidden, index, index + 1, recorder)
+            hidden = self.blockwise.run(hidden, index, index + 1, recorder)
             if recorder is not None:
                 batch.states.append(recorder.states[index])
             if index + 1 == block or index + 1 in stations:
                 batch.hidden[index + 1] = hidden
 
-    def _stations(self, start: int, block: int) -> set[int]:
+    def _stations(self, start: int, block: int, kept: Sequence[Batch]) -> set[int]:
         """The boundaries between `start` and `block` that are worth keeping, as far as the limit allows."""
         low = max(start, 0)
-        weight = self.decoder.head.weight
-        one = sum(len(batch.ids) * max(map(len, batch.ids)) for batch in self.batches) * weight[0].nbytes
-        room = max(0, self.limit - sum(batch.n_bytes for batch in self.batches))
+        one = sum(len(batch.ids) * max(map(len, batch.ids)) for batch in kept) * self.blockwise.hidden_bytes
+        room = max(0, self.shares.prefix_bytes - sum(batch.n_bytes for batch in kept))
         n = min(block - low - 1, room // max(one, 1))
         return {low + round((block - low) * (i + 1) / (n + 1)) for i in range(n)} if n > 0 else set()
 
-    def _drop_stale(self) -> None:
+    def _drop_stale(self, kept: Sequence[Batch]) -> None:
         """Drop what stands on values that the recipe has replaced."""
         recipe, before = self.model.recipe, self._recipe
         self._recipe = recipe
@@ -118,6 +115,6 @@ class Prefix:
         changed = [block_of(name) for name, value in recipe.tensors.items() if before.tensors.get(name) != value]
         if recipe.base != before.base:
             changed.append(None)
-        valid = min((-1 if block is None else block for block in changed), default=len(self.decoder.blocks))
-        for batch in self.batches:
-            batch.cut(valid)
+        valid = min((-1 if block is None else block for block in changed), default=len(self.blockwise.blocks))
+        for batch in kept:
+            batch.keep_up_to(valid)

@@ -9,7 +9,7 @@ import torch
 
 from olmfast.evaluation import metrics
 from olmfast.evaluation.encoding import Dataset, Sample, make_batches
-from olmfast.evaluation.generation import greedy
+from olmfast.evaluation.generation import generate
 from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.scores import Scores, wanted_samples
@@ -100,7 +100,7 @@ class SequentialScorer:
         for batch in make_batches(lengths, self.batch_tokens):
             chosen = [samples[index] for index in batch]
             limits = [len(s.response) for s in chosen]
-            decoded = greedy(self.model.module, [s.prompt for s in chosen], limits, self.model.context)
+            decoded = generate(self.model.module, [s.prompt for s in chosen], limits, self.model.context)
             tokens, max_prob = decoded.tokens.cpu(), decoded.max_prob.cpu()
             for row, (index, sample) in enumerate(zip(batch, chosen, strict=True)):
                 n = len(sample.response)
@@ -117,7 +117,7 @@ class SequentialScorer:
         for batch in make_batches([len(s.prompt) + longest for s in samples], self.batch_tokens):
             prompts = [samples[index].prompt for index in batch]
             limits = [min(longest, self.model.context - len(prompt)) for prompt in prompts]
-            decoded = greedy(self.model.module, prompts, limits, self.model.context, self.stop_tokens)
+            decoded = generate(self.model.module, prompts, limits, self.model.context, self.stop_tokens)
             for row, index in enumerate(batch):
                 length = int(decoded.lengths[row])
                 text = self.tokenizer.decode(decoded.tokens[row, :length].tolist(), skip_special_tokens=True)
@@ -132,4 +132,4 @@ def _score_response(mode: str, logits: torch.Tensor, sample: Sample) -> torch.Te
         options = torch.tensor(sample.options, device=logits.device)
         return metrics.choice(logits[0, options], sample.options.index(sample.response[0]))
     labels = torch.tensor(sample.response, device=logits.device)
-    return metrics.TEACHER_FORCED[mode](metrics.token_scores(logits, labels))
+    return metrics.TEACHER_FORCED[mode](metrics.response_logits(logits, labels))

@@ -20,7 +20,7 @@ NO_LABEL = -100
 
 
 @dataclass
-class Followed:
+class OwnTokens:
     """A candidate's own greedy tokens, as far as they are known, and their probabilities (tokens,)."""
 
     tokens: list[int]
@@ -57,9 +57,14 @@ class Task:
         return self.dataset.config.mode
 
     @property
+    def generates(self) -> bool:
+        """Whether a text is generated, which a stop token ends."""
+        return self.mode in metrics.GENERATIVE
+
+    @property
     def runs_freely(self) -> bool:
         """Whether the candidate's own tokens are fed back. `strict` asks only whether all are the response's."""
-        return self.mode in metrics.GENERATIVE or (self.mode == "exact_match" and not self.dataset.config.strict)
+        return self.generates or (self.mode == "exact_match" and not self.dataset.config.strict)
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -74,38 +79,38 @@ class Task:
     @property
     def limit(self) -> int:
         """How many tokens a free run has at most."""
-        if self.mode in metrics.GENERATIVE:
+        if self.generates:
             return min(self.dataset.config.max_new_tokens, self.context - len(self.sample.prompt))
         return len(self.sample.response)
 
-    def teacher_forced(self, scores: metrics.TokenScores, argmax: torch.Tensor) -> torch.Tensor:
+    def teacher_forced(self, logits: metrics.ResponseLogits, argmax: torch.Tensor) -> torch.Tensor:
         """The score of a task that does not run freely; all fields are (labels,)."""
         if self.mode == "exact_match":
-            return metrics.exact_match(scores.max_prob, argmax == torch.tensor(self.labels), strict=True)
-        return metrics.TEACHER_FORCED[self.mode](scores)
+            return metrics.exact_match(logits.max_prob, argmax == torch.tensor(self.labels), strict=True)
+        return metrics.TEACHER_FORCED[self.mode](logits)
 
     def choice(self, option_logits: torch.Tensor) -> torch.Tensor:
         """The score of a multiple choice from the logits of its options (options,)."""
         return metrics.choice(option_logits, self.sample.options.index(self.sample.response[0]))
 
-    def follow(self, argmax: torch.Tensor, max_prob: torch.Tensor) -> Followed:
+    def follow(self, argmax: torch.Tensor, max_prob: torch.Tensor) -> OwnTokens:
         """The candidate's own tokens up to where it first leaves the trajectory; both are (labels,)."""
         agrees = argmax == torch.tensor(self.labels)
         n = len(agrees) if bool(agrees.all()) else int(agrees.int().argmin()) + 1
-        return Followed(argmax[:n].tolist(), max_prob[:n])
+        return OwnTokens(argmax[:n].tolist(), max_prob[:n])
 
-    def is_over(self, followed: Followed, stop: Collection[int]) -> bool:
+    def is_over(self, own: OwnTokens, stop: Collection[int]) -> bool:
         """Whether a free run ends with these tokens: by a stop token, its limit, or a score that is no number."""
-        stopped = self.mode in metrics.GENERATIVE and followed.tokens[-1] in stop
-        return stopped or len(followed.tokens) >= self.limit or bool(followed.max_prob.isnan().any())
+        stopped = self.generates and own.tokens[-1] in stop
+        return stopped or len(own.tokens) >= self.limit or bool(own.max_prob.isnan().any())
 
-    def free_run(self, followed: Followed, tokenizer: Any, stop: Collection[int]) -> tuple[torch.Tensor, bool]:
+    def free_run(self, own: OwnTokens, tokenizer: Any, stop: Collection[int]) -> tuple[torch.Tensor, bool]:
         """The score of a free run that is over, and whether it was cut off by its limit."""
-        failed = bool(followed.max_prob.isnan().any())
+        failed = bool(own.max_prob.isnan().any())
         if self.mode == "exact_match":
-            right = torch.tensor(followed.tokens) == torch.tensor(self.sample.response[: len(followed.tokens)])
-            return metrics.exact_match(followed.max_prob, right, strict=False), False
-        stopped = followed.tokens[-1] in stop
-        text = tokenizer.decode(followed.tokens[:-1] if stopped else followed.tokens, skip_special_tokens=True)
+            right = torch.tensor(own.tokens) == torch.tensor(self.sample.response[: len(own.tokens)])
+            return metrics.exact_match(own.max_prob, right, strict=False), False
+        stopped = own.tokens[-1] in stop
+        text = tokenizer.decode(own.tokens[:-1] if stopped else own.tokens, skip_special_tokens=True)
         score = metrics.GENERATIVE[self.mode](text, self.dataset.config.forbid)
         return torch.tensor(torch.nan if failed else score, dtype=torch.float64), not stopped

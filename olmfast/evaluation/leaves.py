@@ -1,14 +1,13 @@
 """Several candidates' values in one forward pass: only the leaf modules of a unit know that there are several.
 
 Rows of K candidates lie one candidate after another in the batch. The unit's leaves multiply each candidate's rows
-by its own weights; everything else sees an ordinary batch of K times the rows. What a block computes before its
-first such leaf is the same for all candidates, and is computed once.
+by its own weights; everything else sees an ordinary batch of K times the rows.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -16,7 +15,7 @@ import torch
 from torch.nn.functional import linear
 
 from olmfast import kernels
-from olmfast.evaluation.blocks import Decoder, Needed, Recorder
+from olmfast.evaluation.forwards import replaced
 from olmfast.evaluation.model import WorkingModel
 from olmfast.weights.offspring import NormOffspring
 from olmfast.weights.sources import Expression
@@ -135,117 +134,13 @@ def _output_factors(model: WorkingModel, module: str, values: Sequence[Expressio
 
 
 @contextmanager
-def stacked(leaves: Sequence[Leaf], candidates: Sequence[int], counts: Sequence[int]) -> Iterator[None]:
+def computing_for(leaves: Sequence[Leaf], candidates: Sequence[int], counts: Sequence[int]) -> Iterator[None]:
     """Let the leaves' modules compute for candidates of different numbers of rows, until the block ends."""
     forwards = {leaf.module: lambda x, leaf=leaf: leaf.each(x, candidates, counts) for leaf in leaves}
-    with _replaced(forwards):
+    with replaced(forwards):
         yield
-
-
-class Start:
-    """The first block of a suffix: what it computes before its first leaf, once for any number of candidates."""
-
-    def __init__(
-        self, decoder: Decoder, block: int, hidden: torch.Tensor, leaves: Sequence[Leaf], needed: Needed
-    ) -> None:
-        self.decoder, self.block, self.hidden, self.leaves, self.needed = decoder, block, hidden, leaves, needed
-        self.states_below: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # per input, where not kept
-        self._recorder = Recorder()
-        self._outputs: dict[Any, list[Any]] = {}  # module -> what it returned, call by call
-        self._first: Leaf | None = None
-        self._input = hidden
-        decoder.calls(hidden.shape[1])  # recorded now, while every module has its own forward and no hook
-        if leaves:
-            self._run_to_first_leaf()
-
-    def run(self, candidates: Sequence[int], recorder: Recorder | None) -> torch.Tensor:
-        """What leaves the block, (K * batch, width, hidden); keys and values shared by all are recorded once."""
-        k, sizes = len(candidates), (len(self.hidden), len(self.needed.rows))
-        forwards: dict[Any, Callable[..., Any]] = {
-            module: _replay(module, [_tile_all(out, k, sizes) for out in outputs])
-            for module, outputs in self._outputs.items()
-        }
-        for leaf in self.leaves:
-            if leaf is self._first:
-                forwards[leaf.module] = lambda _, leaf=leaf: leaf.shared(self._input, candidates)
-            else:
-                forwards[leaf.module] = lambda x, leaf=leaf: leaf.each(x, candidates, [len(x) // k] * k)
-        # Where the MLP's output is at hand, there is nothing of it to leave out.
-        mlp = getattr(self.decoder.blocks[self.block], "mlp", None)
-        needed = None if mlp in self._outputs else self.needed
-        with _replaced(forwards):
-            out = self.decoder.run(tile(self.hidden, k), self.block, self.block + 1, recorder, needed)
-        if recorder is not None:
-            recorder.states = {**self._recorder.states, **recorder.states}
-        return out
-
-    def _run_to_first_leaf(self) -> None:
-        """Run the block on one batch until a leaf is reached; keep what modules returned on the way."""
-        block, leaves = self.decoder.blocks[self.block], {leaf.module: leaf for leaf in self.leaves}
-        outputs: dict[Any, list[Any]] = {}
-
-        def reach(module: Any, args: tuple[Any, ...]) -> None:
-            self._first, self._input = leaves[module], args[0]
-            raise _Reached
-
-        def keep(module: Any, _: Any, out: Any) -> None:
-            outputs.setdefault(module, []).append(out)
-
-        hooks = [module.register_forward_pre_hook(reach) for module in leaves]
-        hooks += [module.register_forward_hook(keep) for module in block.modules() if module not in leaves]
-        try:
-            self.decoder.run(self.hidden, self.block, self.block + 1, self._recorder, self.needed)
-        except _Reached:
-            pass
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self._outputs = dict(_outermost(block, outputs))
-
-
-class _Reached(Exception):
-    pass
 
 
 def tile(x: torch.Tensor, k: int) -> torch.Tensor:
     """x (batch, ...) -> (k * batch, ...), one copy after another; x itself for k = 1."""
     return x if k == 1 else x.expand(k, *x.shape).flatten(0, 1)
-
-
-def _tile_all(out: Any, k: int, sizes: tuple[int, ...]) -> Any:
-    """Tile the tensors whose first dimension is the batch, or the positions needed of it."""
-    if isinstance(out, tuple):
-        return tuple(_tile_all(part, k, sizes) for part in out)
-    return tile(out, k) if isinstance(out, torch.Tensor) and out.dim() and len(out) in sizes else out
-
-
-def _replay(module: Any, outputs: list[Any]) -> Callable[..., Any]:
-    """A forward that returns these outputs, and computes again once they are used up (a dropout called twice)."""
-    left = iter(outputs)
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        for out in left:
-            return out
-        return type(module).forward(module, *args, **kwargs)
-
-    return forward
-
-
-def _outermost(module: Any, finished: Mapping[Any, list[Any]]) -> Iterator[tuple[Any, list[Any]]]:
-    """The finished modules below `module` that lie in no other finished one, with their outputs."""
-    for child in module.children():
-        if child in finished:
-            yield child, finished[child]
-        else:
-            yield from _outermost(child, finished)
-
-
-@contextmanager
-def _replaced(forwards: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module in forwards:
-            module.__dict__.pop("forward", None)

@@ -1,0 +1,169 @@
+"""Forward passes of several candidates on a batch of tasks: what one pass tells is scored, the rest decoded on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from olmfast.evaluation import metrics
+from olmfast.evaluation.blocks import BlockwiseModel, Needed, Recorder, State
+from olmfast.evaluation.encoding import make_batches
+from olmfast.evaluation.generation import Rollout
+from olmfast.evaluation.group import Group, Statistics
+from olmfast.evaluation.memory import Memory, Shares, is_out_of_memory
+from olmfast.evaluation.suffix import Suffix
+from olmfast.evaluation.tasks import OwnTokens, Task
+from olmfast.evaluation.trajectories import Trajectories
+
+MEASURED_TOKENS = 512  # in the pass whose memory is measured
+
+
+class Passes:
+    """Runs a group's candidates on tasks, given by their numbers, over the blocks that differ."""
+
+    def __init__(
+        self, blockwise: BlockwiseModel, trajectories: Trajectories, shares: Shares, statistics: Statistics
+    ) -> None:
+        self.blockwise, self.trajectories = blockwise, trajectories
+        self.shares, self.statistics = shares, statistics
+
+    def batches(self, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """Tasks in the batches that they pass in."""
+        lengths = [len(self.trajectories.tasks[number].ids) for number in numbers]
+        for batch in make_batches(lengths, self.shares.pass_tokens):
+            yield [numbers[i] for i in batch]
+
+    def measure(self, memory: Memory) -> tuple[int, int]:
+        """The bytes that a small pass over all blocks takes, and its tokens."""
+        blockwise, tasks = self.blockwise, self.trajectories.tasks
+        shortest = min(range(len(tasks)), key=lambda number: len(tasks[number].ids))
+        rows = -(-min(self.shares.pass_tokens, MEASURED_TOKENS) // len(tasks[shortest].ids))
+        ids = blockwise.pad([tasks[shortest].ids] * rows)
+        blockwise.calls(ids.shape[1])
+        needed = self._needed([shortest] * rows)
+        taken = memory.taken_by(
+            lambda: blockwise.run(blockwise.enter(ids), 0, len(blockwise.blocks), Recorder(), needed)
+        )
+        return taken, ids.numel()
+
+    def entering(self, first: int | None, numbers: Sequence[int]) -> torch.Tensor:
+        """What enters block `first`, (tasks, width, hidden), once the prefix is there; None: the first of all."""
+        tasks = [self.trajectories.tasks[number] for number in numbers]
+        if first is None:
+            return self.blockwise.enter(self.blockwise.pad([task.ids for task in tasks]))
+        places = [self.trajectories.place_of(number) for number in numbers]
+        kept = [(batch.hidden[first][row], len(task.ids)) for (batch, row), task in zip(places, tasks, strict=True)]
+        return self.blockwise.pad_hidden([hidden[:length] for hidden, length in kept])
+
+    def run(self, group: Group, places: Sequence[int], numbers: list[int]) -> list[Rollout]:
+        """Score candidates (places in the group) on a batch of tasks; returns what is to be decoded on.
+
+        What does not fit the memory is halved, and goes on.
+        """
+        rollouts: list[Rollout] = []
+        done = 0
+        try:
+            hidden = self.entering(group.first, numbers)
+            suffix = Suffix(self.blockwise, group.first or 0, hidden, group.leaves, self._needed(numbers))
+            per_pass = max(1, self.shares.pass_tokens // hidden.shape[:2].numel())
+            while done < len(places):
+                rollouts += self._pass(group, list(places[done : done + per_pass]), numbers, suffix)
+                done += per_pass
+            return rollouts
+        except (RuntimeError, MemoryError) as error:
+            left = places[done:]
+            if not is_out_of_memory(error) or (len(left) == len(numbers) == 1):
+                raise
+        self.statistics.splits += 1
+        self.shares.halve_passes()
+        if len(left) > 1:
+            halves = [(left[: len(left) // 2], numbers), (left[len(left) // 2 :], numbers)]
+        else:
+            halves = [(left, numbers[: len(numbers) // 2]), (left, numbers[len(numbers) // 2 :])]
+        return rollouts + [one for places, tasks in halves for one in self.run(group, places, tasks)]
+
+    def _pass(self, group: Group, places: list[int], numbers: list[int], suffix: Suffix) -> list[Rollout]:
+        """One forward pass of some candidates."""
+        tasks, k = [self.trajectories.tasks[number] for number in numbers], len(places)
+        recorder = Recorder() if any(task.runs_freely for task in tasks) else None
+        hidden = suffix.run(places, recorder)
+        n_blocks = len(self.blockwise.blocks) - suffix.first
+        self.statistics.passes += 1
+        self.statistics.tokens += k * n_blocks * sum(len(task.ids) for task in tasks)
+        self.statistics.padded += n_blocks * hidden.shape[:2].numel()
+        taken = suffix.needed.of(hidden)
+        needed = torch.split(taken.view(k, -1, taken.shape[-1]), [len(task.labels) for task in tasks], dim=1)
+        self._score_choices(group, places, tasks, needed)
+        rollouts: list[Rollout] = []
+        for at, logits, argmax in self._logits(needed, tasks):
+            task, number = tasks[at], numbers[at]
+            for i, place in enumerate(places):
+                of_one = metrics.ResponseLogits(*(part[i] for part in logits))
+                if not task.runs_freely:
+                    group.scores.set(group.rows[place], task.name, task.index, task.teacher_forced(of_one, argmax[i]))
+                    continue
+                own = task.follow(argmax[i], of_one.max_prob)
+                if task.is_over(own, self.trajectories.stop_tokens):
+                    self.trajectories.finish(group, place, number, own)
+                else:
+                    assert recorder is not None
+                    states = self._states(suffix, recorder, i * len(tasks) + at, number, own)
+                    rollouts.append(Rollout(place, number, own, states, task.limit - len(own.tokens)))
+        return rollouts
+
+    def _needed(self, numbers: Sequence[int]) -> Needed:
+        """The positions that predict the tasks' labels, task by task."""
+        tasks, device = [self.trajectories.tasks[number] for number in numbers], self.blockwise.device
+        rows = [torch.full((len(task.labels),), row) for row, task in enumerate(tasks)]
+        columns = [torch.arange(len(task.labels)) + len(task.sample.prompt) - 1 for task in tasks]
+        return Needed(len(tasks), torch.cat(rows).to(device), torch.cat(columns).to(device))
+
+    def _score_choices(
+        self, group: Group, places: Sequence[int], tasks: Sequence[Task], needed: Sequence[torch.Tensor]
+    ) -> None:
+        """Score what is a choice. `needed` holds per task what leaves the last block there, (K, labels, hidden)."""
+        for task, at_labels in zip(tasks, needed, strict=True):
+            if task.sample.options:
+                options = torch.tensor(task.sample.options, device=at_labels.device)
+                logits = self.blockwise.logits(at_labels[:, 0], options).cpu()
+                for i, place in enumerate(places):
+                    group.scores.set(group.rows[place], task.name, task.index, task.choice(logits[i]))
+
+    def _logits(
+        self, needed: Sequence[torch.Tensor], tasks: Sequence[Task]
+    ) -> Iterator[tuple[int, metrics.ResponseLogits, torch.Tensor]]:
+        """Per task that is no choice: its place, its logits and the argmax at its labels, (K, labels) on the CPU."""
+        places = [at for at, task in enumerate(tasks) if not task.sample.options]
+        if not places:
+            return
+        hidden = torch.cat([needed[at] for at in places], dim=1)
+        labels = torch.tensor([label for at in places for label in tasks[at].labels], device=hidden.device)
+        found = self.blockwise.token_scores(hidden.flatten(0, 1), labels.repeat(len(hidden)))
+        counts = [len(tasks[at].labels) for at in places]
+        parts = [torch.split(part.cpu().view(len(hidden), -1), counts, dim=1) for part in found]
+        for at, max_logit, argmax, logsumexp, label_logit in zip(places, *parts, strict=True):
+            yield at, metrics.ResponseLogits(max_logit, label_logit, logsumexp), argmax
+
+    def _states(self, suffix: Suffix, recorder: Recorder, row: int, number: int, own: OwnTokens) -> list[State]:
+        """Keys and values of all tokens but the last of a candidate's own, per block."""
+        n = len(self.trajectories.tasks[number].sample.prompt) + len(own.tokens) - 1
+        states = [(keys[:, :n], values[:, :n]) for keys, values in self._states_below(number, suffix)]
+        for block in range(suffix.first, len(self.blockwise.blocks)):
+            keys, values = recorder.states[block]
+            at = row % len(keys)  # what is shared by all candidates is recorded once
+            states.append((keys[at, :, :n].clone(), values[at, :, :n].clone()))
+        return states
+
+    def _states_below(self, number: int, suffix: Suffix) -> list[State]:
+        """Keys and values of the blocks below the suffix, (heads, tokens, head size): kept, or computed once more."""
+        batch, row = self.trajectories.place_of(number)
+        if len(batch.states) >= suffix.first:
+            return [(keys[row], values[row]) for keys, values in batch.states[: suffix.first]]
+        if number not in suffix.states_below:
+            recorder = Recorder()
+            hidden = self.blockwise.enter(self.blockwise.pad([self.trajectories.tasks[number].ids]))
+            self.blockwise.run(hidden, 0, suffix.first, recorder)
+            found = [(keys[0], values[0]) for _, (keys, values) in sorted(recorder.states.items())]
+            suffix.states_below[number] = found
+        return suffix.states_below[number]

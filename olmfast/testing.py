@@ -30,6 +30,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": {**_COMMON, "head_dim": 8},
     "gemma2": {**_COMMON, "head_dim": 8, "sliding_window": 16},
     "phi3": {**_COMMON, "pad_token_id": 0},
+    "granite": {**_COMMON, "logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.22},
+    "cohere": {**_COMMON, "pad_token_id": 0, "logit_scale": 0.0625, "use_qk_norm": True},
     "phi": _COMMON,
     "gpt2": _GPT2,
     "gptj": {**_GPT2, "rotary_dim": 4},

@@ -14,6 +14,7 @@ from olmfast.evaluation.blocks import BlockwiseModel
 from olmfast.evaluation.encoding import Dataset
 from olmfast.evaluation.generation import RolloutQueue
 from olmfast.evaluation.group import Group, Statistics
+from olmfast.evaluation.head import ModuleHead
 from olmfast.evaluation.leaves import Leaf, is_stackable, stack_leaves
 from olmfast.evaluation.memory import Memory, Shares, is_out_of_memory
 from olmfast.evaluation.model import WorkingModel, builds_alike
@@ -45,12 +46,15 @@ class BatchedScorer:
         batch_tokens: int,
         progress: Callable[[str], None] = lambda _: None,
         memory: Memory | None = None,
+        note: Callable[[str], None] = lambda _: None,
     ) -> None:
+        """`progress` is told the label of each candidate that has been scored, `note` what a user should know."""
         self.model, self.datasets, self.tokenizer = model, datasets, tokenizer
         self.sizes = {name: len(dataset.samples) for name, dataset in datasets.items()}
         self.stop_tokens, self.batch_tokens, self.progress = tuple(stop_tokens), batch_tokens, progress
         self.memory = memory or Memory(model.device)
         self.shares = Shares(self.memory, batch_tokens)
+        self.note, self._noted = note, False
         self.statistics = Statistics()
         self.trajectories = Trajectories(datasets, model.context, tokenizer, stop_tokens, self.shares)
         self.forget()
@@ -113,6 +117,12 @@ class BatchedScorer:
         self.shares.fit(*measured, self.blockwise.state_bytes, self.trajectories.n_states)
         self.prefix = Prefix(self.model, self.blockwise, self.shares)
         self.trajectories.arrange(set(self.datasets))
+        if isinstance(self.blockwise.head, ModuleHead) and not self._noted:
+            self._noted = True
+            kind = self._architecture.model_type
+            self.note(
+                f"{kind}: its head is more than norm, weight, bias and cap: the module's own forward gives the logits"
+            )
 
     @property
     def _architecture(self) -> Architecture:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from olmfast import kernels
 from olmfast.evaluation.forwards import replaced
+from olmfast.evaluation.head import head_of
 from olmfast.weights.architecture import Architecture
 
 WIDTH_STEP = 8  # widths are multiples of it, so that few are recorded
@@ -77,11 +77,10 @@ class BlockwiseModel:
         self.module, self.context = module, architecture.context
         self.blocks = list(module.get_submodule(family.blocks))
         norm = next(name for name in family.other_boundary if architecture.is_norm(name.rsplit(".", 1)[0]))
-        self.final_norm = module.get_submodule(norm.rsplit(".", 1)[0])
-        self.head = module.get_output_embeddings()
-        self.softcap: float | None = getattr(module.config, "final_logit_softcapping", None)
-        self.device: torch.device = self.head.weight.device
-        self.hidden_bytes: int = self.head.weight[0].nbytes  # of a token's activations between two blocks
+        self.head = head_of(module, self.blocks, module.get_submodule(norm.rsplit(".", 1)[0]))
+        weight = module.get_output_embeddings().weight
+        self.device: torch.device = weight.device
+        self.hidden_bytes: int = weight[0].nbytes  # of a token's activations between two blocks
         self.state_bytes = 0  # of a token's keys and values in all blocks; known once a call has been recorded
         self._calls: dict[int, list[_Call]] = {}
 
@@ -159,25 +158,6 @@ class BlockwiseModel:
 
         with replaced({mlp: forward}):
             yield
-
-    def token_scores(self, hidden: torch.Tensor, labels: torch.Tensor) -> kernels.TokenScores:
-        """Scores of labels (tokens,) from what leaves the last block, (tokens, hidden)."""
-        return kernels.token_scores(
-            self.final_norm(hidden),
-            self.head.weight,
-            labels,
-            bias=getattr(self.head, "bias", None),
-            softcap=self.softcap,
-            check=False,
-        )
-
-    def logits(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits of a few `tokens` (n,), before any cap, from what leaves the last block: (..., n)."""
-        bias = getattr(self.head, "bias", None)
-        rows = torch.nn.functional.linear(
-            self.final_norm(hidden), self.head.weight[tokens], bias[tokens] if bias is not None else None
-        )
-        return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
     def calls(self, width: int) -> list[_Call]:
         """What each block is called with for inputs of this width; batch dimensions are 1 and broadcast."""

@@ -120,10 +120,18 @@ class Evaluation:
         # Checked once: the scorers that come later find what the first one keeps.
         self.memory = Memory(settings.device, settings.max_ram, settings.max_vram)
 
-    def scorer(self, questions: Questions, progress: Callable[[str], None] = lambda _: None) -> Scorer:
-        """A scorer of these questions; `progress` is told the label of each candidate that has been evaluated."""
+    def scorer(
+        self,
+        questions: Questions,
+        progress: Callable[[str], None] = lambda _: None,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> Scorer:
+        """A scorer of these questions.
+
+        `progress` is told the label of each candidate that has been evaluated, `note` what a user should know.
+        """
         batch_tokens = self.settings.batch_tokens
         told = (questions.datasets, questions.tokenizer, questions.stop_tokens, batch_tokens, progress)
         if self.settings.scorer == "sequential":
             return SequentialScorer(self.model, *told)
-        return BatchedScorer(self.model, *told, self.memory)
+        return BatchedScorer(self.model, *told, self.memory, note)

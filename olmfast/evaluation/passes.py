@@ -126,7 +126,7 @@ class Passes:
         for task, at_labels in zip(tasks, needed, strict=True):
             if task.sample.options:
                 options = torch.tensor(task.sample.options, device=at_labels.device)
-                logits = self.blockwise.logits(at_labels[:, 0], options).cpu()
+                logits = self.blockwise.head.logits(at_labels[:, 0], options).cpu()
                 for i, place in enumerate(places):
                     group.scores.set(group.rows[place], task.name, task.index, task.choice(logits[i]))
 
@@ -139,7 +139,7 @@ class Passes:
             return
         hidden = torch.cat([needed[at] for at in places], dim=1)
         labels = torch.tensor([label for at in places for label in tasks[at].labels], device=hidden.device)
-        found = self.blockwise.token_scores(hidden.flatten(0, 1), labels.repeat(len(hidden)))
+        found = self.blockwise.head.token_scores(hidden.flatten(0, 1), labels.repeat(len(hidden)))
         counts = [len(tasks[at].labels) for at in places]
         parts = [torch.split(part.cpu().view(len(hidden), -1), counts, dim=1) for part in found]
         for at, max_logit, argmax, logsumexp, label_logit in zip(places, *parts, strict=True):

@@ -102,7 +102,7 @@ class Session:
             config.significance,
             {name: entry.weight for name, entry in config.dataset.items()},
         )
-        scorer = self._scorer(inputs.selection)
+        scorer = self.evaluation.scorer(inputs.selection, observer.candidate, observer.note)  # the first one tells
         sources = self.evaluation.sources
         self.search = Search(config, recipe, inputs.order, sources, scorer, report, rules, observer, stop_requested)
         self.selection = Scoreboard(inputs.pool.names)

@@ -51,6 +51,8 @@ FAMILIES: dict[str, Family] = {
     "gemma": _LLAMA,
     "gemma2": _LLAMA,
     "phi3": _LLAMA,
+    "granite": _LLAMA,
+    "cohere": _LLAMA,
     "phi": Family(
         other_boundary=("model.final_layernorm.weight", "model.final_layernorm.bias", "lm_head.bias"),
         ignored=_ROTARY,
@@ -181,7 +183,7 @@ class Architecture:
     @property
     def tied_in_config(self) -> bool:
         """Whether config.json ties the head to the embedding (absent means the model type's default)."""
-        default = self.model_type in ("gpt2", "gemma", "gemma2")
+        default = self.model_type in ("gpt2", "gemma", "gemma2", "cohere")
         return bool(self.config.get("tie_word_embeddings", default))
 
     def canonical(self, names: Iterable[str]) -> dict[str, str]:

@@ -117,12 +117,13 @@ def perplexity_of_sums(model) -> float:
 
 
 def test_scores_of_offspring_are_those_of_the_rounded_weights(tmp_path):
-    path = tiny_run(tmp_path, n_donors=2, units=[UNIT], es_svd=True, model={"dtype": torch.bfloat16})
+    path = tiny_run(tmp_path, n_donors=2, units=[UNIT], es_svd=True, dtype="float64", model={"dtype": torch.bfloat16})
     result = run(load_config(path))
     assert any(outcome.changed for outcome in result.report.choices())
     scored = result.report.choices()[-1]
     merged = {name: result.selection.rows["merged"][name] for name in result.selection.datasets}
-    assert merged == {name: by[scored.winner] for name, by in scored.metrics.items()}
+    # Offspring are scored together, the result alone: sums in another order.
+    assert merged == pytest.approx({name: by[scored.winner] for name, by in scored.metrics.items()}, rel=1e-9)
 
 
 def test_draws_are_a_function_of_their_address_alone():

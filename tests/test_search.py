@@ -204,7 +204,7 @@ def test_a_donor_without_a_score_is_no_end_of_the_scale_and_none_of_its_twins_ei
 def test_a_donor_scored_whole_keeps_its_own_settings_and_a_merge_has_the_bases(tmp_path):
     from olmfast.runs.scoreboard import evaluate
 
-    path = tiny_run(tmp_path, layer_swap=True)
+    path = tiny_run(tmp_path, layer_swap=True, dtype="float64")
     config = load_config(path)
     file = config.models_dir / "donor1" / "config.json"
     settings = json.loads(file.read_text())
@@ -215,12 +215,13 @@ def test_a_donor_scored_whole_keeps_its_own_settings_and_a_merge_has_the_bases(t
     )
     result = run(config)
     scores = {name: row["heldout.json"] for name, row in result.holdout.rows.items()}
-    assert scores["donor1"] != scores["donor2"]  # the same weights under other settings
+    assert scores["donor1"] != pytest.approx(scores["donor2"], rel=1e-3)  # the same weights under other settings
     held_out = {str(tmp_path / "heldout.json"): {"mode": "perplexity"}}
     for name in ("donor0", "donor1", "donor2", "merged"):
         folder = str(result.output_dir if name == "merged" else config.models_dir / name)
-        (alone,) = evaluate(folder, held_out, device="cpu").rows[folder].values()
-        assert alone == scores[name], name
+        (alone,) = evaluate(folder, held_out, device="cpu", dtype="float64").rows[folder].values()
+        # The run scores a donor of other settings sequentially: sums in another order.
+        assert alone == pytest.approx(scores[name], rel=1e-9), name
 
 
 def test_the_next_units_donors_are_read_while_the_present_one_is_evaluated(tmp_path, monkeypatch):

@@ -112,7 +112,7 @@ def sums(n: int, seed: int = 0) -> list[tuple[str, str]]:
 
 
 def write_choices(path: Path, model: Path, n: int = 24) -> Path:
-    """Write multiple-choice questions whose right answers are what `model` itself picks."""
+    """Write multiple-choice questions whose right answers are what `model` itself picks, in float32."""
     from transformers import AutoModelForCausalLM
 
     from olmfast.config.run import DatasetConfig
@@ -121,7 +121,8 @@ def write_choices(path: Path, model: Path, n: int = 24) -> Path:
     items = [{"question": f"No. {i}", "choices": ["w", "x", "y", "z"], "answer": 0} for i in range(n)]
     path.write_text(json.dumps(items), encoding="utf-8")
     entries = {path.name: DatasetConfig(mode="choice")}
-    module = AutoModelForCausalLM.from_pretrained(model)
+    # A model stored in bfloat16 would be run in it: rounded so coarsely that near ties are the processor's to decide.
+    module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     samples = load_datasets(path.parent, entries, tiny_tokenizer(), 128)[path.name].samples
     for item, sample in zip(items, samples, strict=True):
         logits = module(torch.tensor([sample.prompt])).logits[0, -1, list(sample.options)]

@@ -43,7 +43,7 @@ def from_transformers(folder: Path) -> Any:
 
 
 def assert_same(module: Any, other: Any, ids: torch.Tensor) -> None:
-    """Every parameter bit by bit, and the logits in float64: a product may add up in another order elsewhere in memory."""
+    """Parameters bit by bit, logits in float64: a product may add up in another order elsewhere in memory."""
     own, others = dict(module.named_parameters()), dict(other.named_parameters())
     assert own.keys() == others.keys()
     assert all(torch.equal(parameter, others[name]) for name, parameter in own.items())

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch
 
 from olmfast import cli
+from olmfast.testing import FAMILIES
 
 
 @pytest.fixture
@@ -21,3 +25,26 @@ def olmfast(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
         return (caught.value.code or 0, *capsys.readouterr())
 
     return call
+
+
+class Wide:
+    """The module torch, where float32 is float64."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@pytest.fixture
+def float64_throughout(monkeypatch) -> None:
+    """Transformers computes norms, and some attention, in float32 whatever the model's dtype is; here in float64.
+
+    Two float64 sums that differ in their last bit may be rounded to different float32: where, depends on the processor.
+    """
+    for family in FAMILIES:
+        modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        monkeypatch.setattr(modeling, "torch", Wide())
+        if family.startswith("gemma"):
+            norm = getattr(modeling, f"{family.capitalize()}RMSNorm")
+            monkeypatch.setattr(norm, "forward", lambda self, x: self._norm(x) * (1 + self.weight))

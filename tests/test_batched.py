@@ -106,6 +106,7 @@ def assert_same(fast, plain, tolerance):
         assert torch.allclose(own, other, rtol=tolerance, atol=tolerance, equal_nan=True), (name, own, other)
 
 
+@pytest.mark.usefixtures("float64_throughout")
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_scores_equal_the_sequential_ones_for_every_family_unit_and_mode(family, tmp_path):
     world = World(tmp_path, family, torch.float64)
@@ -122,8 +123,7 @@ def test_scores_equal_the_sequential_ones_for_every_family_unit_and_mode(family,
     ]
     for unit, candidates in steps:
         fast, plain = world.fast.score(unit, candidates), world.plain.score(unit, candidates)
-        # GPT-J's attention multiplies in float32 whatever the model's dtype is.
-        assert_same(fast, plain, 1e-5 if family == "gptj" else 1e-9)
+        assert_same(fast, plain, 1e-9)
         spread = [scores.mean("loss.json").max() - scores.mean("loss.json").min() for scores in (fast, plain)]
         assert min(spread) > 0
         if unit.kind != "model":
@@ -131,6 +131,7 @@ def test_scores_equal_the_sequential_ones_for_every_family_unit_and_mode(family,
     assert world.fast.statistics.decoded > 0
 
 
+@pytest.mark.usefixtures("float64_throughout")
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("limit", [0, 20_000, 1 << 30])
 def test_a_sweep_keeps_as_many_boundaries_as_it_may_and_scores_the_same(backward, limit, tmp_path):
@@ -150,6 +151,7 @@ def test_a_sweep_keeps_as_many_boundaries_as_it_may_and_scores_the_same(backward
         assert kept == ([{1, 2}, {1, 2}, {0, 1}] if backward else [{0}, {0, 1}, {0, 1, 2}])
 
 
+@pytest.mark.usefixtures("float64_throughout")
 @pytest.mark.parametrize("batch_tokens", [40, 150, 8192])
 def test_candidates_may_be_split_in_any_way(batch_tokens, tmp_path):
     world = World(tmp_path, "qwen2", torch.float64)
@@ -163,6 +165,7 @@ def test_candidates_may_be_split_in_any_way(batch_tokens, tmp_path):
     )
 
 
+@pytest.mark.usefixtures("float64_throughout")
 @pytest.mark.parametrize("fits", [2, 7, 20])
 def test_what_does_not_fit_the_memory_is_halved_and_scores_the_same(fits, tmp_path, monkeypatch):
     world = World(tmp_path, "llama", torch.float64)
@@ -190,6 +193,7 @@ def test_what_does_not_fit_the_memory_is_halved_and_scores_the_same(fits, tmp_pa
         world.fast.score(unit, candidates)
 
 
+@pytest.mark.usefixtures("float64_throughout")
 @pytest.mark.parametrize("fits", [2, 7])
 def test_a_prefix_that_does_not_fit_the_memory_is_halved_too(fits, tmp_path, monkeypatch):
     world = World(tmp_path, "llama", torch.float64)
@@ -243,6 +247,7 @@ def test_nothing_that_scoring_held_waits_for_the_garbage_collector(tmp_path):
     assert held <= left
 
 
+@pytest.mark.usefixtures("float64_throughout")
 def test_a_dataset_that_is_scored_after_another_keeps_its_prefix(tmp_path, monkeypatch):
     world = World(tmp_path, "llama", torch.float64)
     entered, enter = [], BlockwiseModel.enter
@@ -320,6 +325,7 @@ def test_a_candidate_of_no_numbers_scores_nan(tmp_path):
             assert scores.mean(name)[1].isnan()
 
 
+@pytest.mark.usefixtures("float64_throughout")
 def test_a_whole_search_decides_as_with_the_sequential_scorer(tmp_path):
     stages = {"base_select": True, "boundary_select": True, "layer_swap": True, "tensor_swap": True, "es_svd": True}
     config = tiny_run(

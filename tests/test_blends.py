@@ -221,6 +221,7 @@ def test_a_run_with_blends_is_resumed_to_the_same_bytes_after_every_step(everyth
         assert (result.output_dir / file).read_bytes() == (everything.output_dir / file).read_bytes()
 
 
+@pytest.mark.usefixtures("float64_throughout")
 def test_both_scorers_choose_the_same_and_measure_the_same(tmp_path):
     keys = {**EVERYTHING, "dtype": "float64"}
     batched, sequential = (

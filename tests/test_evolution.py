@@ -116,6 +116,7 @@ def perplexity_of_sums(model) -> float:
     return sum(scores) / len(scores)
 
 
+@pytest.mark.usefixtures("float64_throughout")
 def test_scores_of_offspring_are_those_of_the_rounded_weights(tmp_path):
     path = tiny_run(tmp_path, n_donors=2, units=[UNIT], es_svd=True, dtype="float64", model={"dtype": torch.bfloat16})
     result = run(load_config(path))

@@ -47,11 +47,10 @@ def assert_same(module: Any, other: Any, ids: torch.Tensor) -> None:
     own, others = dict(module.named_parameters()), dict(other.named_parameters())
     assert own.keys() == others.keys()
     assert all(torch.equal(parameter, others[name]) for name, parameter in own.items())
-    # GPT-J's attention multiplies in float32 whatever the model's dtype is.
-    tolerance = 1e-5 if module.config.model_type == "gptj" else 1e-9
-    torch.testing.assert_close(module(ids).logits, other(ids).logits, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(module(ids).logits, other(ids).logits, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.usefixtures("float64_throughout")
 @pytest.mark.parametrize(("family", "dtype", "config"), CASES, ids=lambda value: str(value))
 def test_written_model_computes_the_working_models_logits(family, dtype, config, tmp_path):
     for seed, name in enumerate(("first", "second")):
@@ -82,6 +81,7 @@ def test_written_model_computes_the_working_models_logits(family, dtype, config,
     assert_same(model.module, from_transformers(out), ids)
 
 
+@pytest.mark.usefixtures("float64_throughout")
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_working_model_of_a_whole_donor_equals_from_pretrained(family, tmp_path):
     folder = tiny_model(tmp_path / "donor", family, 3)

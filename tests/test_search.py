@@ -201,6 +201,7 @@ def test_a_donor_without_a_score_is_no_end_of_the_scale_and_none_of_its_twins_ei
     print_result(result, as_json=False)
 
 
+@pytest.mark.usefixtures("float64_throughout")
 def test_a_donor_scored_whole_keeps_its_own_settings_and_a_merge_has_the_bases(tmp_path):
     from olmfast.runs.scoreboard import evaluate
 

@@ -171,7 +171,10 @@ def test_a_write_that_failed_halfway_leaves_nothing_for_the_next(tmp_path):
         (b'{"entry": "step", "key": "layers/0"}', "is damaged: has no 'evaluations'"),
         (b'{"entry": "run", "format": 1, "header": {}}', "is damaged: what the run is made of stands in the first"),
         (b'{"entry": "dream"}', "unknown entry 'dream'; it was written by a newer version"),
-        (b'{"entry": "values", "values": {}, "change": {"part": {"version": 1, "base": "x", "tensors": {"a": {}}}}}', "recipe: "),
+        (
+            b'{"entry": "values", "values": {}, "change": {"part": {"version": 1, "base": "x", "tensors": {"a": {}}}}}',
+            "recipe: ",
+        ),
         (
             b'{"entry": "values", "values": {}, "change": {"part": '
             b'{"version": 1, "base": "x", "config_edits": {}, "tensors": {}}}}',

@@ -30,7 +30,7 @@ bench: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check olmfast
-	rm -rf build/typecheck build/lib  # what was built of modules that are gone would be installed again
+	rm -rf build/typecheck build/lib*  # else modules that are gone would be installed again
 	$(BIN)/python -m pip install --quiet --no-deps --target build/typecheck .
 	cd build && MYPYPATH=typecheck ../$(BIN)/mypy --config-file ../pyproject.toml
 

@@ -80,10 +80,10 @@ def watched(call):
     print(json.dumps({"wall": wall, "cpu": cpu - watching, "growth": growth}))
 """
 OURS = """
-from olmfast.static import write as static
-from olmfast.config.mergekit import load_merge_config
+import olmfast
+merge = olmfast.merge
 assert "transformers" not in sys.modules
-watched(lambda: static.merge_models(load_merge_config(Path(sys.argv[1])), Path(sys.argv[2])))
+watched(lambda: merge(sys.argv[1], sys.argv[2]))
 assert "transformers.models.qwen2.modeling_qwen2" not in sys.modules
 """
 THEIRS = """

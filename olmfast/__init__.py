@@ -7,15 +7,46 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from olmfast.config.run import RunConfig, load_config
+    from olmfast.errors import InputError, OlmfastError
+    from olmfast.runs.scoreboard import evaluate
     from olmfast.runs.session import Result, run
+    from olmfast.static.check import check
+    from olmfast.static.linear import linear
+    from olmfast.static.write import merge
 
-__all__ = ["Result", "RunConfig", "__version__", "load_config", "run"]
-
-_FILE = {"Result": "runs.session", "RunConfig": "config.run", "load_config": "config.run", "run": "runs.session"}
+_MODULES = {
+    "run": "runs.session",
+    "evaluate": "runs.scoreboard",
+    "merge": "static.write",
+    "linear": "static.linear",
+    "check": "static.check",
+    "load_config": "config.run",
+    "RunConfig": "config.run",
+    "Result": "runs.session",
+    "OlmfastError": "errors",
+    "InputError": "errors",
+}
+__all__ = [
+    "InputError",
+    "OlmfastError",
+    "Result",
+    "RunConfig",
+    "__version__",
+    "check",
+    "evaluate",
+    "linear",
+    "load_config",
+    "merge",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:
     # Lazy: `import olmfast.kernels` from another tool must not load Transformers.
-    if name not in _FILE:
+    if name not in _MODULES:
         raise AttributeError(f"module 'olmfast' has no attribute {name!r}")
-    return getattr(import_module(f"olmfast.{_FILE[name]}"), name)
+    return getattr(import_module(f"olmfast.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

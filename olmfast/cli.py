@@ -79,12 +79,12 @@ def run_command(
     from olmfast.terminal.runs import make_observer, print_plan, print_result
 
     observer = make_observer(quiet=quiet or as_json, verbose=verbose)
-    from olmfast.runs.estimate import estimate
     from olmfast.runs.session import run
+    from olmfast.static.check import check
 
     _quiet_libraries()
     if dry_run:
-        print_plan(estimate(loaded, observer), as_json)
+        print_plan(check(loaded, observer=observer), as_json)
         return
     with _graceful_stop() as stop_requested, observer:
         result = run(loaded, resume=resume, overwrite=overwrite, observer=observer, stop_requested=stop_requested)
@@ -108,25 +108,26 @@ def merge_command(
 ) -> None:
     """Merge models as a merge file says, without evaluating them."""
     from olmfast.config.mergekit import load_merge_config
-    from olmfast.static.mergekit import plan_merge
-    from olmfast.static.write import write_merge
+    from olmfast.static.check import check
+    from olmfast.static.write import merge, read_options
     from olmfast.terminal import merges
 
-    shard_bytes, ram = _size("--shard-size", shard_size), max_ram and _size("--max-ram", max_ram)
-    plan = plan_merge(load_merge_config(config), seed=seed)
+    loaded = load_merge_config(config)
     if dry_run:
-        merges.print_plan(plan, out, as_json)
+        read_options(device, shard_size, max_ram)
+        merges.print_plan(check(loaded), out, as_json)
         return
-    with merges.watched(plan, quiet=as_json) as written:
-        done = write_merge(
-            plan,
+    with merges.Watcher(as_json) as observer:
+        done = merge(
+            loaded,
             out,
             device=device,
-            shard_size=shard_bytes,
-            max_ram=ram or None,
+            shard_size=shard_size,
+            max_ram=max_ram,
+            seed=seed,
             overwrite=overwrite,
             allow_nonfinite=allow_nonfinite,
-            written=written,
+            observer=observer,
         )
     merges.print_written(done, as_json)
 
@@ -167,14 +168,10 @@ def linear_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Merge two models linearly, as a whole or in some layers."""
-    from dataclasses import replace
-
-    from olmfast.output.folder import OutputFolder
     from olmfast.static import adaptive
-    from olmfast.static.sensitivity import rank_layers
-    from olmfast.static.write import check_output, write_merge
+    from olmfast.static.linear import merge_linear
+    from olmfast.static.write import read_options
     from olmfast.terminal import merges
-    from olmfast.weights.devices import pick_device
 
     # An option takes one value here: the layers after the first arrive as arguments, of which there are no others.
     listed = [*(layers or []), *(more_layers or [])]
@@ -196,64 +193,39 @@ def linear_command(
         adaptive.read_sensitivity(sensitivity) if sensitivity else None,
         top,
     )
-    plan = adaptive.plan_linear(wanted)
-    out = output_dir or Path("merged_models") / wanted.folder_name
     if dry_run:
-        merges.print_plan(plan, out, as_json)
+        read_options(device)
+        merges.print_plan(adaptive.plan_linear(wanted), output_dir or wanted.default_output, as_json)
         return
     if top is not None:
-        if output_dir is not None:  # else it is named after the layers
-            check_output(plan, OutputFolder(output_dir, overwrite=overwrite), None)
         _quiet_libraries()
-        pick_device(device, "--device")
-        ranked = rank_layers(wanted, out, device)
-        merges.print_ranked(ranked, top, as_json)
-        picked = tuple(one.layer for one in ranked[:top])
-        wanted = replace(wanted, layers=picked, sensitivity=None, top=None)
-        plan, out = adaptive.plan_linear(wanted), output_dir or Path("merged_models") / wanted.folder_name
-    with merges.watched(plan, quiet=as_json) as written:
-        done = write_merge(
-            plan, out, device=device, overwrite=overwrite, allow_nonfinite=allow_nonfinite, written=written
-        )
+    with merges.Watcher(as_json) as observer:
+        options = {"overwrite": overwrite, "allow_nonfinite": allow_nonfinite}
+        done = merge_linear(wanted, output_dir, device=device, **options, observer=observer)
     merges.print_written(done, as_json)
 
 
-@app.command()
-def check(
+@app.command("check")
+def check_command(
     config: Annotated[Path, typer.Argument(help="A merge file, or the YAML file of a run.")],
     out: Annotated[Path, typer.Option(help="Where the result of a merge would go.")] = Path("merged"),
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Say what a file would do and what is wrong with it, before any weight is read."""
-    from olmfast.config.loading import read_yaml
-    from olmfast.config.mergekit import is_merge_file, load_merge_config
-    from olmfast.config.run import load_config
+    from olmfast.config.run import RunConfig
+    from olmfast.static.check import check, read_config
+    from olmfast.terminal import merges, runs
 
-    if is_merge_file(read_yaml(config)):
-        from olmfast.static.mergekit import plan_merge
-        from olmfast.terminal import merges
-
-        merges.print_plan(plan_merge(load_merge_config(config)), out, as_json)
-        return
-    loaded = load_config(config)
-    from olmfast.runs.estimate import estimate
-    from olmfast.terminal.runs import print_plan
-
-    _quiet_libraries()
-    print_plan(estimate(loaded), as_json)
+    loaded = read_config(config)
+    if isinstance(loaded, RunConfig):
+        _quiet_libraries()
+        runs.print_plan(check(loaded), as_json)
+    else:
+        merges.print_plan(check(loaded), out, as_json)
 
 
-def _size(option: str, value: str) -> int:
-    from olmfast.config.loading import parse_size
-
-    try:
-        return parse_size(value)
-    except ValueError as error:
-        raise InputError(f"{option}: {error}") from None
-
-
-@app.command()
-def evaluate(
+@app.command("evaluate")
+def evaluate_command(
     model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
     dataset: Annotated[list[str], typer.Option(metavar="FILE:MODE", help="A dataset and how to score it.")],
     against: Annotated[
@@ -268,7 +240,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
 ) -> None:
     """Score a model on datasets, alone or beside the donors it was merged from."""
-    from olmfast.runs.scoreboard import evaluate as evaluate_model
+    from olmfast.runs.scoreboard import evaluate
     from olmfast.terminal.runs import print_scoreboard
 
     _quiet_libraries()
@@ -278,7 +250,7 @@ def evaluate(
         if not separator:
             raise InputError(f"--dataset {entry}: expected FILE:MODE")
         entries[file] = {"mode": mode, "samples": samples, "max_new_tokens": max_new_tokens}
-    board = evaluate_model(model, entries, against or [], models_dir=models_dir, device=device, dtype=dtype)
+    board = evaluate(model, entries, against or [], models_dir=models_dir, device=device, dtype=dtype)
     print_scoreboard(board, "Scores", as_json)
 
 

@@ -1,12 +1,18 @@
-"""Who watches a run."""
+"""Who watches a run or a merge."""
 
 from __future__ import annotations
 
-from olmfast.search.log import Outcome
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from olmfast.output.writer import OutputTensor
+    from olmfast.search.log import Outcome
+    from olmfast.static.sensitivity import Ranked
 
 
 class Observer:
-    """Who watches a run. This one shows nothing; others override what they want to be told."""
+    """Who watches a run or a merge. This one shows nothing; others override what they want to be told."""
 
     def planned(self, n_candidates: int) -> None:
         """How many candidates the whole run has at most."""
@@ -25,3 +31,12 @@ class Observer:
 
     def note(self, text: str) -> None:
         """Something the user should know."""
+
+    def ranked(self, layers: Sequence[Ranked], n_merged: int) -> None:
+        """Before a merge of the layers that gain most: all that were tried, the best first."""
+
+    def merging(self, method: str, n_bytes: int) -> None:
+        """A merge begins to write a result with `n_bytes` of weights."""
+
+    def written(self, tensor: OutputTensor) -> None:
+        """One of its tensors has been written."""

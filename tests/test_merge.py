@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from olmfast.config.mergekit import load_merge_config
 from olmfast.errors import InputError, Interrupted, OlmfastError
+from olmfast.observer import Observer
 from olmfast.static.mergekit import plan_merge
-from olmfast.static.write import Written, merge_models, write_merge
+from olmfast.static.write import Written, merge, write_merge
 from olmfast.testing import FAMILIES, tiny_model, tiny_run
 from olmfast.weights.chunks import Held, Operands, Scratch
 from olmfast.weights.methods import METHODS
@@ -46,6 +47,13 @@ def place(models, tmp_path) -> Path:
     return tmp_path
 
 
+def told(written) -> Observer:
+    """An observer that tells a function of each tensor."""
+    observer = Observer()
+    observer.written = written
+    return observer
+
+
 def merged(place: Path, method: str = "linear", names: str = "ab", **keys: Any) -> Written:
     options = {key: keys.pop(key) for key in OPTIONS if key in keys}
     if "slices" not in keys:
@@ -54,7 +62,7 @@ def merged(place: Path, method: str = "linear", names: str = "ab", **keys: Any) 
         keys.setdefault("parameters", {"weight": 0.5})
     path = place / "m.yml"
     path.write_text(yaml.safe_dump({"merge_method": method, **keys}))
-    return merge_models(load_merge_config(path), place / "out", **options)
+    return merge(load_merge_config(path), place / "out", **options)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -355,7 +363,7 @@ def test_a_result_never_replaces_a_model_it_is_made_of(place):
     plan_file = place / "m.yml"
     plan_file.write_text(yaml.safe_dump({"merge_method": "passthrough", "models": [{"model": "a"}]}))
     with pytest.raises(InputError, match="holds the model a"):
-        merge_models(load_merge_config(plan_file), place / "a", overwrite=True)
+        merge(load_merge_config(plan_file), place / "a", overwrite=True)
 
 
 def test_too_little_memory_is_refused_before_anything_is_written(place):
@@ -405,10 +413,10 @@ def test_a_hub_id_is_taken_from_the_local_cache_and_never_from_the_network(place
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("used the network"))
     config = {"merge_method": "linear", "parameters": {"weight": 1}}
     (place / "m.yml").write_text(yaml.safe_dump({**config, "models": [{"model": "a"}, {"model": "org/far"}]}))
-    merge_models(load_merge_config(place / "m.yml"), place / "out")
+    merge(load_merge_config(place / "m.yml"), place / "out")
     (place / "m.yml").write_text(yaml.safe_dump({**config, "models": [{"model": "org/nowhere"}]}))
     with pytest.raises(InputError, match="merging uses no network; get it with: hf download org/nowhere"):
-        merge_models(load_merge_config(place / "m.yml"), place / "out2")
+        merge(load_merge_config(place / "m.yml"), place / "out2")
 
 
 def test_a_model_that_is_cut_off_during_a_merge_is_named_and_the_same_command_completes_it(place, olmfast):
@@ -425,7 +433,7 @@ def test_a_model_that_is_cut_off_during_a_merge_is_named_and_the_same_command_co
     plan = plan_merge(load_merge_config(place / "m.yml"))
     message = r"model.safetensors: .*while in use; put the file back as it was and use the same command$"
     with pytest.raises(OlmfastError, match=message) as caught:
-        write_merge(plan, place / "new", written=written)
+        write_merge(plan, place / "new", observer=told(written))
     assert caught.value.exit_code == 1
     assert not (place / "new").exists()
     file.write_bytes(whole)
@@ -487,7 +495,7 @@ def test_a_merge_that_is_interrupted_says_so_and_leaves_nothing(place):
 
     plan = plan_merge(load_merge_config(place / "m.yml"))
     with pytest.raises(Interrupted, match="new: stopped; nothing of it is left") as caught:
-        write_merge(plan, place / "new", written=written)
+        write_merge(plan, place / "new", observer=told(written))
     assert caught.value.exit_code == 130
     assert {path.name for path in place.iterdir()} == {"a", "b", "m.yml", "out"}
 

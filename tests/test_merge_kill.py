@@ -14,7 +14,7 @@ import yaml
 
 from olmfast.config.mergekit import load_merge_config
 from olmfast.errors import InputError
-from olmfast.static.write import merge_models
+from olmfast.static.write import merge
 from olmfast.testing import tiny_model
 
 KILLED = """
@@ -24,6 +24,7 @@ from olmfast.output import folder as output_folder
 from olmfast.output import writer
 from olmfast.static import write as static
 from olmfast.config.mergekit import load_merge_config
+from olmfast.observer import Observer
 
 moment, place = sys.argv[1], Path(sys.argv[2])
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -45,7 +46,9 @@ if moment == "removing the old":
     output_folder.shutil.rmtree = die
 overwrite = (place / "out").exists()
 config = load_merge_config(place / "m.yml")
-static.merge_models(config, place / "out", shard_size=60_000, overwrite=overwrite, written=written)
+observer = Observer()
+observer.written = written
+static.merge(config, place / "out", shard_size=60_000, overwrite=overwrite, observer=observer)
 """
 
 
@@ -71,14 +74,14 @@ def killed_at(moment: str, place: Path) -> None:
 def test_a_killed_merge_leaves_no_result_and_the_same_command_completes_it(moment, place):
     killed_at(moment, place)
     assert not (place / "out").exists()
-    merge_models(load_merge_config(place / "m.yml"), place / "out", shard_size=60_000)
-    merge_models(load_merge_config(place / "m.yml"), place / "undisturbed", shard_size=60_000)
+    merge(load_merge_config(place / "m.yml"), place / "out", shard_size=60_000)
+    merge(load_merge_config(place / "m.yml"), place / "undisturbed", shard_size=60_000)
     assert files(place / "out") == files(place / "undisturbed")
     assert not (place / "out.partial").exists()
 
 
 def test_what_was_there_stays_whole_until_the_new_result_is(place):
-    merge_models(load_merge_config(place / "m.yml"), place / "out")
+    merge(load_merge_config(place / "m.yml"), place / "out")
     before = files(place / "out")
     killed_at("before renaming", place)
     assert files(place / "out") == before
@@ -87,31 +90,31 @@ def test_what_was_there_stays_whole_until_the_new_result_is(place):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_an_old_result_that_was_out_of_its_place_at_a_kill_is_put_back_by_the_next_merge(place, overwrite):
     config = load_merge_config(place / "m.yml")
-    merge_models(config, place / "out")
+    merge(config, place / "out")
     before = files(place / "out")
     killed_at("between two names", place)
     assert not (place / "out").exists()
     assert files(place / "out.replaced") == before
     if overwrite:
-        merge_models(config, place / "out", shard_size=60_000, overwrite=True)
-        merge_models(config, place / "undisturbed", shard_size=60_000)
+        merge(config, place / "out", shard_size=60_000, overwrite=True)
+        merge(config, place / "undisturbed", shard_size=60_000)
         before = files(place / "undisturbed")
     else:
         with pytest.raises(InputError, match="out: exists; use --overwrite to replace it"):
-            merge_models(config, place / "out")
+            merge(config, place / "out")
     assert files(place / "out") == before
     assert not (place / "out.replaced").exists()
 
 
 def test_an_old_result_that_was_being_removed_at_a_kill_is_removed_by_the_next_merge(place):
     config = load_merge_config(place / "m.yml")
-    merge_models(config, place / "out")
+    merge(config, place / "out")
     killed_at("removing the old", place)
-    merge_models(config, place / "undisturbed", shard_size=60_000)
+    merge(config, place / "undisturbed", shard_size=60_000)
     assert (place / "out.replaced").is_dir()
     assert files(place / "undisturbed").items() <= files(place / "out").items()  # the new one is whole
     with pytest.raises(InputError, match="out: exists; use --overwrite to replace it"):
-        merge_models(config, place / "out")
+        merge(config, place / "out")
     assert files(place / "out") == files(place / "undisturbed")
     assert not (place / "out.replaced").exists()
 
@@ -121,9 +124,9 @@ def test_a_folder_of_the_users_that_is_called_like_an_old_result_is_left_alone(p
     (place / "out.replaced" / "notes.txt").write_text("mine")
     config = load_merge_config(place / "m.yml")
     for overwrite in (False, True):
-        merge_models(config, place / "out", overwrite=overwrite)
+        merge(config, place / "out", overwrite=overwrite)
     killed_at("between two names", place)
-    merge_models(config, place / "out", overwrite=True)
+    merge(config, place / "out", overwrite=True)
     assert files(place / "out.replaced") == {"notes.txt": b"mine"}
     assert {path.name for path in place.iterdir()} == {"a", "b", "m.yml", "out", "out.replaced"}
 
@@ -131,7 +134,7 @@ def test_a_folder_of_the_users_that_is_called_like_an_old_result_is_left_alone(p
 def test_a_process_killed_from_outside_at_any_time_leaves_a_whole_result_or_none(place):
     arguments = ["merge", str(place / "m.yml"), str(place / "out"), "--shard-size", "60KB"]
     command = [sys.executable, "-m", "olmfast.cli", *arguments]
-    merge_models(load_merge_config(place / "m.yml"), place / "whole", shard_size=60_000)
+    merge(load_merge_config(place / "m.yml"), place / "whole", shard_size=60_000)
     for delay in (0.0, 0.002, 0.01, 0.03, 0.1):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not (place / "out.partial").exists() and not (place / "out").exists():

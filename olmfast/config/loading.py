@@ -26,6 +26,14 @@ def parse_size(value: object) -> int:
     return int(float(parts[1]) * base ** " KMGT".index(parts[2].upper() or " "))
 
 
+def read_size(value: int | str, where: str) -> int:
+    """`parse_size` of an option. Raises InputError that names it."""
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """Safe YAML that refuses a key given twice, which plain YAML silently overwrites."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -423,15 +423,21 @@ def _resolve(parameter: Parameter, scopes: Sequence[Parameters], tensor: str, de
     return None
 
 
-def is_merge_file(data: dict[str, Any]) -> bool:
+def is_merge_file(data: Mapping[str, Any]) -> bool:
     """Whether a YAML file is a merge file, perhaps with misspelt keys, rather than a run's configuration."""
     models = data.get("models")
     described = isinstance(models, list) and any(isinstance(entry, dict) for entry in models)
     return described or any(key in data for key in ("merge_method", "slices"))
 
 
-def load_merge_config(path: Path) -> MergeConfig:
-    """Read and check a merge file. Raises InputError that lists every fault, unknown keys with a suggestion."""
+def load_merge_config(source: str | Path | Mapping[str, Any]) -> MergeConfig:
+    """Read and check a merge file, or what one holds, whose paths are then relative to the working directory.
+
+    Raises InputError that lists every fault, unknown keys with a suggestion.
+    """
+    if isinstance(source, Mapping):
+        return parse_merge_config(dict(source), "config", Path.cwd())
+    path = Path(source)
     data = read_yaml(path)
     if "dataset" in data and not is_merge_file(data):
         raise InputError(f"{path}: is the configuration of a run and no merge file; use: olmfast run {path}")
@@ -449,7 +455,7 @@ def parse_merge_config(data: dict[str, Any], where: str, folder: Path) -> MergeC
     except ValidationError as error:
         raise explain(where, error.errors(), lambda _: _KEYS) from None
     config._folder = folder
-    config._text = json.dumps(data, indent=2)
+    config._text = json.dumps(data, indent=2, default=str)
     return config
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -312,12 +313,14 @@ def parse_datasets(entries: Mapping[str, Mapping[str, Any]], where: str) -> dict
         raise explain(where, error.errors(), _known_keys) from None
 
 
-def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
+def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """Read and check a run's configuration; `overrides` maps dotted keys to values and wins over the file.
 
+    `source` is the YAML file, or what one holds, whose paths are then relative to the working directory.
     Raises InputError that lists every fault at once, unknown keys with a suggestion.
     """
-    data = read_yaml(path)
+    path = Path("config" if isinstance(source, Mapping) else source)
+    data = deepcopy(dict(source)) if isinstance(source, Mapping) else read_yaml(path)
     if "merge_method" in data:
         raise InputError(f"{path}: is a merge file and no run's configuration; use: olmfast merge {path} OUT")
     for dotted, value in (overrides or {}).items():

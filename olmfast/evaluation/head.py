@@ -79,7 +79,7 @@ class ModuleHead:
     def token_scores(self, hidden: torch.Tensor, labels: torch.Tensor) -> kernels.TokenScores:
         """See `Head.token_scores`."""
         parts = []
-        for rows, own in zip(hidden.split(self._n_rows), labels.split(self._n_rows), strict=True):
+        for rows, own in zip(*(torch.split(part, self._n_rows) for part in (hidden, labels)), strict=True):
             logits = self._all_logits(rows)
             max_logit, argmax = logits.max(dim=1)
             label_logit = logits.gather(1, own.clamp(min=0)[:, None])[:, 0].masked_fill(own < 0, torch.nan)
@@ -88,7 +88,7 @@ class ModuleHead:
 
     def logits(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """See `Head.logits`."""
-        return torch.cat([self._all_logits(rows)[:, tokens] for rows in hidden.split(self._n_rows)])
+        return torch.cat([self._all_logits(rows)[:, tokens] for rows in torch.split(hidden, self._n_rows)])
 
     def _all_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(rows, vocabulary): every row as an input of one token, which any family takes."""

@@ -94,28 +94,29 @@ def plain_average(base: str, donors: Sequence[str], pool: Pool) -> Recipe:
 
 
 def evaluate(
-    model: str,
-    datasets: Mapping[str, Mapping[str, Any]],
-    against: Sequence[str] = (),
+    model: str | Path,
+    datasets: Mapping[str, Mapping[str, Any]] | Mapping[Path, Mapping[str, Any]],
+    against: Sequence[str | Path] = (),
     *,
-    models_dir: Path = Path("models"),
+    models_dir: str | Path = "models",
     device: str = "auto",
     dtype: str = "auto",
 ) -> Scoreboard:
     """Score a model on datasets (file -> the keys of a config's dataset entry), beside donors if any are given.
 
-    With donors, the board also has their plain average, and skill retained is on their scale.
-    Raises InputError naming what is unusable.
+    Models are folders or Hub ids, looked for in `models_dir` and downloaded to there. With donors, the board also has
+    their plain average, and skill retained is on their scale. Raises InputError naming what is unusable.
     """
-    here = Path.cwd()
-    entries = parse_datasets(datasets, where="evaluate")
-    pool = Pool.open(list(dict.fromkeys([*against, model])), here / models_dir, here)
-    questions = Questions.load(pool[model], here, entries)
-    evaluation = Evaluation(whole(model, pool.tensors), pool, Settings.of(device, dtype))
-    rows: dict[str, Recipe | None] = {name: whole(name, pool.tensors) for name in against}
-    if len(against) > 1:
-        rows[AVERAGE] = plain_average(against[0], against, pool)
-    rows[model] = None
-    board = Scoreboard(list(against) or [model])
+    here, name, donors = Path.cwd(), str(model), [str(donor) for donor in against]
+    entries = parse_datasets({str(file): entry for file, entry in datasets.items()}, where="evaluate")
+    settings = Settings.of(device, dtype)
+    pool = Pool.open(list(dict.fromkeys([*donors, name])), here / models_dir, here)
+    questions = Questions.load(pool[name], here, entries)
+    rows: dict[str, Recipe | None] = {donor: whole(donor, pool.tensors) for donor in donors}
+    if len(donors) > 1:
+        rows[AVERAGE] = plain_average(donors[0], donors, pool)
+    rows[name] = None
+    board = Scoreboard(donors or [name])
+    evaluation = Evaluation(whole(name, pool.tensors), pool, settings)
     board.score(evaluation.scorer(questions), rows, list(questions.datasets), pool)
     return board

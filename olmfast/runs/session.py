@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from olmfast.config.run import RunConfig, Scale
+from olmfast.config.run import RunConfig, Scale, load_config
 from olmfast.errors import FileChanged, OlmfastError
 from olmfast.evaluation.open import Evaluation, Questions
 from olmfast.evaluation.scorer import Scorer
@@ -43,7 +44,7 @@ class Result:
 
 
 def run(
-    config: RunConfig,
+    config: RunConfig | Mapping[str, Any] | str | Path,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -52,9 +53,14 @@ def run(
 ) -> Result:
     """Search for the best merge of the config's pool and write it to `output_dir`.
 
+    `config` is what `load_config` returned or takes. `resume` goes on with an unfinished run, `overwrite` replaces a
+    result that is there; `observer` is told of each step, and `stop_requested` asked between two steps.
+
     Raises InputError before anything is written when the input is unusable, Interrupted when
     `stop_requested` said so between two steps, OlmfastError when the run failed; what was decided is kept.
     """
+    if not isinstance(config, RunConfig):
+        config = load_config(config)
     observer = observer or Observer()
     folder = RunFolder(config.output_dir, resume=resume or config.load_merge_report, overwrite=overwrite)
     inputs = Inputs.open(config, observer)

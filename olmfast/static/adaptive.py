@@ -73,6 +73,8 @@ class LinearMerge:
             yield f"--method {self.method}: expected one of {', '.join(METHODS)}{did_you_mean(self.method, METHODS)}"
         if not 0 < self.density <= 1:
             yield f"--density must be in range (0, 1], got {self.density:g}"
+        if self.top is not None and self.top < 1:
+            yield f"--top {self.top}: expected 1 or more"
         if (self.sensitivity is None) != (self.top is None):
             yield "--sensitivity and --top: one ranks the layers, the other says how many are merged; give both"
 
@@ -90,6 +92,11 @@ class LinearMerge:
         parts += ["qkv"] * self.qkv_only + ["layeralphas"] * bool(self.layer_alphas)
         parts += [self.method] * (self.method != "linear")
         return "_".join(parts)
+
+    @property
+    def default_output(self) -> Path:
+        """Where the result goes if nothing else is said."""
+        return Path("merged_models") / self.folder_name
 
     def ranked_layers(self, n_blocks: int) -> tuple[int, ...]:
         """The layers that `sensitivity` ranks: those of `layers`, or all."""
@@ -124,21 +131,23 @@ def read_sensitivity(text: str) -> tuple[Path, str]:
     return Path(file).absolute(), mode
 
 
-def read_layer_alphas(path: Path) -> dict[int, float]:
-    """Layer -> alpha from a JSON or YAML file: a list with one number per layer, or a mapping of some.
+def read_layer_alphas(source: Mapping[int, float] | Sequence[float] | str | Path) -> dict[int, float]:
+    """Layer -> alpha: a list with one number per layer, a mapping of some, or the JSON or YAML file of either.
 
     Raises InputError for anything else.
     """
-    data = read_any_yaml(path)
-    entries = dict(enumerate(data)) if isinstance(data, list) else data
-    if not isinstance(entries, dict) or not entries:
-        raise InputError(f"{path}: expected a list of alphas, or a mapping of layers to alphas, got {data!r}")
+    named = isinstance(source, (str, Path))
+    data = read_any_yaml(Path(source)) if named else source  # type: ignore[arg-type]
+    where = source if named else "--layer_alphas"
+    entries = dict(enumerate(data)) if isinstance(data, Sequence) and not isinstance(data, str) else data
+    if not isinstance(entries, Mapping) or not entries:
+        raise InputError(f"{where}: expected a list of alphas, or a mapping of layers to alphas, got {data!r}")
     alphas = {}
     for key, value in entries.items():
         if isinstance(key, bool) or not re.fullmatch(r"\d+", str(key)):
-            raise InputError(f"{path}: expected a layer index, got {key!r}")
+            raise InputError(f"{where}: expected a layer index, got {key!r}")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise InputError(f"{path}: layer {key}: alpha must be in range [0, 1], got {value!r}")
+            raise InputError(f"{where}: layer {key}: alpha must be in range [0, 1], got {value!r}")
         alphas[int(key)] = float(value)
     return alphas
 

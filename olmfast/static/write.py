@@ -1,10 +1,10 @@
-"""Static merges: a plan -> a folder, streamed. No model is built and nothing is evaluated."""
+"""Static merges: a merge file or a plan -> a folder, streamed. No model is built and nothing is evaluated."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,13 @@ import psutil
 import torch
 
 from olmfast import _shards
-from olmfast.config.mergekit import MergeConfig
+from olmfast.config.loading import read_size
+from olmfast.config.mergekit import MergeConfig, load_merge_config
 from olmfast.errors import FileChanged, InputError, Interrupted
+from olmfast.observer import Observer
 from olmfast.output.card import merge_card
 from olmfast.output.folder import OutputFolder, check_space, parent_of
 from olmfast.output.writer import (
-    OutputTensor,
     write_folder,
     write_text,
     writing,
@@ -52,29 +53,40 @@ class Written:
         }
 
 
-def merge_models(
-    config: MergeConfig,
-    output: Path,
+def merge(
+    config: MergeConfig | Mapping[str, Any] | str | Path,
+    output: str | Path,
     *,
     device: str = "cpu",
-    shard_size: int = SHARD_SIZE,
-    max_ram: int | None = None,
+    shard_size: int | str = SHARD_SIZE,
+    max_ram: int | str | None = None,
+    seed: int = 0,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
-    seed: int = 0,
-    written: Callable[[OutputTensor], None] = lambda _: None,
+    observer: Observer | None = None,
 ) -> Written:
-    """Do what a merge file says. Raises InputError before anything is written if it cannot be done."""
-    plan = plan_merge(config, seed=seed)
+    """Merge models as a merge file in mergekit's form says, and write the result to the folder `output`.
+
+    `config` is the file's path, what it holds (paths are then relative to the working directory), or a MergeConfig.
+    Tensors are computed on `device` (`cpu`, `cuda`, `cuda:1`, `auto`); no file of weights is larger than `shard_size`,
+    a number of bytes or `5GB`; `seed` is that of DARE and DELLA.
+
+    Raises InputError, before anything is written, for a merge file or models that do not fit, an output that is there
+    (unless `overwrite`), too little space, a merge that is estimated to need more memory than `max_ram`, and, unless
+    `allow_nonfinite`, for NaN and infinity; Interrupted after Ctrl-C, OlmfastError when a model's file is changed
+    meanwhile. Both leave no folder `output`.
+    """
+    if not isinstance(config, MergeConfig):
+        config = load_merge_config(config)
     return write_merge(
-        plan,
-        output,
+        plan_merge(config, seed=seed),
+        Path(output),
         device=device,
         shard_size=shard_size,
         max_ram=max_ram,
         overwrite=overwrite,
         allow_nonfinite=allow_nonfinite,
-        written=written,
+        observer=observer,
     )
 
 
@@ -83,27 +95,27 @@ def write_merge(
     output: Path,
     *,
     device: str = "cpu",
-    shard_size: int = SHARD_SIZE,
-    max_ram: int | None = None,
+    shard_size: int | str = SHARD_SIZE,
+    max_ram: int | str | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
-    written: Callable[[OutputTensor], None] = lambda _: None,
+    observer: Observer | None = None,
 ) -> Written:
     """Write a plan to `output`: first to `output.partial`, renamed when all is on the disk.
 
-    What a killed merge left in `output.partial` is replaced. `max_ram` is in bytes, `written` is told of each tensor.
-    Raises InputError if the output exists and is not to be replaced, holds a model, does not fit the disk, if memory
-    does not do, or (unless `allow_nonfinite`) for NaN and infinity.
+    What a killed merge left in `output.partial` is replaced. Raises what `merge` raises.
     """
     started = time.monotonic()
-    target = pick_device(device, "--device")
+    observer = observer or Observer()
+    target, shard_bytes, limit = read_options(device, shard_size, max_ram)
     folder = OutputFolder(output, overwrite=overwrite)
-    check_output(plan, folder, max_ram)
+    check_output(plan, folder, limit)
     check_buffers(plan)
+    observer.merging(plan.title, plan.n_bytes)
     with folder.lock(empty=True), writing(folder.partial, "the same command"), _one_thread(target):
         sources = Sources(plan.pool, folder.partial, device=target)
         try:
-            write_folder(plan.content, sources, folder.partial, shard_size, not allow_nonfinite, written)
+            write_folder(plan.content, sources, folder.partial, shard_bytes, not allow_nonfinite, observer.written)
         except InputError:
             shutil.rmtree(folder.partial)  # it would be refused again
             raise
@@ -116,6 +128,14 @@ def write_merge(
         _shards.sync_folder(folder.partial)
         folder.rename()
     return Written(output, plan.content.account(), plan.n_bytes, time.monotonic() - started)
+
+
+def read_options(
+    device: str, shard_size: int | str = SHARD_SIZE, max_ram: int | str | None = None
+) -> tuple[torch.device, int, int | None]:
+    """What these options of a merge mean: sizes are in bytes. Raises InputError for what they cannot be."""
+    limit = None if max_ram is None else read_size(max_ram, "--max-ram")
+    return pick_device(device, "--device"), read_size(shard_size, "--shard-size"), limit
 
 
 @contextmanager

@@ -6,14 +6,14 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from olmfast.observer import Observer
 from olmfast.output.folder import free_bytes
 from olmfast.output.writer import OutputTensor
 from olmfast.static.plan import Plan, memory_bytes
@@ -63,16 +63,37 @@ def print_plan(plan: Plan, out: Path, as_json: bool) -> None:
     print(f"result: {out}{there}; {decimal(free)} free there{little}; nothing has been written")
 
 
-@contextmanager
-def watched(plan: Plan, quiet: bool) -> Iterator[Callable[[OutputTensor], None]]:
-    """A bar on a terminal, silence elsewhere; gives what is to be told of each tensor."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task(plan.title, total=plan.n_bytes)
-        yield lambda tensor: progress.update(task, advance=tensor.n_bytes)
+class Watcher(Observer):
+    """Silence where the result is printed as JSON or there is no terminal; else a bar while tensors are written."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        shown = sys.stderr.isatty() and not as_json
+        self.progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown)
+
+    def __enter__(self) -> Watcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def ranked(self, layers: Sequence[Ranked], n_merged: int) -> None:
+        """The layers by what merging each alone does to the score; nothing beside JSON."""
+        if self.as_json:
+            return
+        print("layer  score alone  change (below 0 is better)")
+        for place, one in enumerate(layers):
+            print(f"{one.layer:>5}  {one.score:>11.4f}  {one.change:>+7.4f}{'  merged' if place < n_merged else ''}")
+
+    def merging(self, method: str, n_bytes: int) -> None:
+        """The bar begins."""
+        self.task = self.progress.add_task(method, total=n_bytes)
+        self.progress.start()
+
+    def written(self, tensor: OutputTensor) -> None:
+        """The bar moves on."""
+        self.progress.update(self.task, advance=tensor.n_bytes)
 
 
 def print_written(done: Written, as_json: bool) -> None:
@@ -84,12 +105,3 @@ def print_written(done: Written, as_json: bool) -> None:
     rate = decimal(round(done.n_bytes / max(done.elapsed_s, 1e-9)))
     print(f"{done.account}")
     print(f"{shown}: {decimal(done.n_bytes)} in {done.elapsed_s:.1f} s ({rate}/s)")
-
-
-def print_ranked(ranked: Sequence[Ranked], top: int, as_json: bool) -> None:
-    """The layers by what merging each alone does to the score; nothing as JSON, where only the result counts."""
-    if as_json:
-        return
-    print("layer  score alone  change (below 0 is better)")
-    for place, one in enumerate(ranked):
-        print(f"{one.layer:>5}  {one.score:>11.4f}  {one.change:>+7.4f}{'  merged' if place < top else ''}")

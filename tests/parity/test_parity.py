@@ -20,8 +20,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from olmfast.config.mergekit import load_merge_config
-from olmfast.static.write import merge_models
+import olmfast
 from olmfast.testing import tiny_model
 from olmfast.weights import task_vectors
 
@@ -223,7 +222,7 @@ def test_the_tensors_are_those_of_mergekit(case, merged, monkeypatch):
 
 
 def merge(case: Case, root: Path) -> dict[str, torch.Tensor]:
-    merge_models(load_merge_config(root / f"{case.name}.yml"), case.folder(root, "olmfast"))
+    olmfast.merge(root / f"{case.name}.yml", case.folder(root, "olmfast"))
     return tensors(case.folder(root, "olmfast"))
 
 

@@ -1,0 +1,47 @@
+"""What a run or a merge would do, said before it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from olmfast.config.loading import read_yaml
+from olmfast.config.mergekit import MergeConfig, is_merge_file, load_merge_config
+from olmfast.config.run import RunConfig, load_config
+from olmfast.observer import Observer
+from olmfast.static.mergekit import plan_merge
+from olmfast.static.plan import Plan
+
+if TYPE_CHECKING:
+    from olmfast.runs.estimate import Estimate
+
+
+@overload
+def check(config: RunConfig, *, observer: Observer | None = None) -> Estimate: ...
+@overload
+def check(config: MergeConfig, *, observer: Observer | None = None) -> Plan: ...
+@overload
+def check(config: Mapping[str, Any] | str | Path, *, observer: Observer | None = None) -> Estimate | Plan: ...
+def check(
+    config: RunConfig | MergeConfig | Mapping[str, Any] | str | Path, *, observer: Observer | None = None
+) -> Estimate | Plan:
+    """Check a run or a merge, and say what it would do: an Estimate of the run, or the Plan of the merge.
+
+    `config` is the path of a run's config or of a merge file, what one of them holds, or either loaded. Writes nothing,
+    but for donors of a run that have to be downloaded, and reads no weights; `observer` is told what is noteworthy.
+    Raises InputError that lists everything that does not fit.
+    """
+    if not isinstance(config, (RunConfig, MergeConfig)):
+        config = read_config(config)
+    if isinstance(config, MergeConfig):
+        return plan_merge(config)
+    from olmfast.runs.estimate import estimate  # what evaluates models, which no merge needs
+
+    return estimate(config, observer)
+
+
+def read_config(source: Mapping[str, Any] | str | Path) -> RunConfig | MergeConfig:
+    """The config of a run or the merge file, whichever it is. Raises InputError that lists every fault."""
+    held = source if isinstance(source, Mapping) else read_yaml(Path(source))
+    return load_merge_config(source) if is_merge_file(held) else load_config(source)

@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo demo-fresh demo-compare test bench lint parity sanitize clean
 
-.venv/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+.venv/installed: pyproject.toml setup.py constraints.txt olmfast/__init__.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'

@@ -306,7 +306,7 @@ def test_attention_and_mlp_are_told_apart_in_every_family(family, tmp_path):
 
 
 @pytest.mark.parametrize("n_blocks", [1, 2, 3, 7, 32])
-def test_stretches_of_depth_are_contiguous_and_as_equal_as_can_be(n_blocks, tmp_path):
+def test_parts_of_the_depth_are_contiguous_and_as_equal_as_can_be(n_blocks, tmp_path):
     tiny_model(tmp_path / "one", num_hidden_layers=n_blocks)
     pool = Pool.open(["one"], tmp_path, tmp_path)
     units = pool.architecture.depth_units(tuple(pool.tensors))

@@ -333,7 +333,7 @@ def test_dare_draws_the_same_masks_again_and_others_from_another_seed(place):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_stretch_at_a_time_gives_what_the_whole_tensor_does(name):
+def test_a_chunk_at_a_time_gives_what_the_whole_tensor_does(name):
     method, numbers = METHODS[name], torch.Generator().manual_seed(3)
     base = torch.randn(1400, 513, generator=numbers)
     others = [(base + 0.05 * torch.randn(base.shape, generator=numbers)).bfloat16() for _ in range(3)]

@@ -20,7 +20,7 @@ import torch
 from olmfast import _shards
 from olmfast.errors import InputError, OlmfastError
 from olmfast.weights.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo, reading
-from olmfast.weights.chunks import STRETCH, Readable, Scratch, stretch_on
+from olmfast.weights.chunks import CHUNK, Readable, Scratch, chunk_size
 from olmfast.weights.recipe import Recipe
 from olmfast.weights.sources import Expression, Sources
 
@@ -37,7 +37,7 @@ TOKENIZER_FILES = (
 
 PAGE_BYTES = 4096
 # Values that are written together: the disk is asked once for all of them.
-AT_ONCE = 4 * STRETCH
+AT_ONCE = 4 * CHUNK
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def _padding(n_text: int, tensors: list[OutputTensor], positions: list[int], unc
 
 
 def _runs(tensors: list[OutputTensor], positions: list[int], unchanged: dict[str, TensorInfo]) -> Iterator[range]:
-    """Stretches of tensors that lie in one donor's file as they shall lie in the result; else one at a time."""
+    """Runs of tensors stored in one donor's file just as the result stores them; else one at a time."""
     begin = 0
     for end in range(1, len(tensors) + 1):
         first = unchanged.get(tensors[begin].name)
@@ -286,14 +286,14 @@ def _lie_alike(first: TensorInfo, here: TensorInfo, distance: int) -> bool:
 def _write_computed(
     output: _shards.Output, place: int, tensor: OutputTensor, sources: Sources, memory: Scratch, finite: bool
 ) -> None:
-    """The tensor's values, a stretch at a time: computed, rounded, checked, written."""
+    """The tensor's values, a chunk at a time: computed, rounded, checked, written."""
     try:
         source = tensor.expression.open(sources, memory)
         if tuple(source.shape) != tensor.shape:
             raise ValueError(f"has shape {list(source.shape)}, expected {list(tensor.shape)}")
         if not tensor.n_values:
             return
-        block = memory.take("written", min(max(AT_ONCE, stretch_on(sources.device)), tensor.n_values), tensor.dtype)
+        block = memory.take("written", min(max(AT_ONCE, chunk_size(sources.device)), tensor.n_values), tensor.dtype)
         for start in range(0, tensor.n_values, len(block)):
             values = block[: tensor.n_values - start]
             source.read_into(values, start)
@@ -308,11 +308,11 @@ def _write_computed(
 
 def _check_finite(tensor: OutputTensor, sources: Sources) -> None:
     source = tensor.expression.open(sources)
-    if tensor.dtype.is_floating_point and not all(_is_finite(values) for _, values in stretches_of(source)):
+    if tensor.dtype.is_floating_point and not all(_is_finite(values) for _, values in chunks_of(source)):
         raise not_finite(tensor, sources)
 
 
-def stretches_of(source: Readable, step: int = STRETCH) -> Iterator[tuple[int, torch.Tensor]]:
+def chunks_of(source: Readable, step: int = CHUNK) -> Iterator[tuple[int, torch.Tensor]]:
     """(start, values) of a floating-point tensor, flat, in float32 or float64; the memory is used again."""
     n_values = prod(source.shape)
     dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
@@ -331,7 +331,7 @@ def not_finite(tensor: OutputTensor, sources: Sources) -> InputError:
     """The error that names which input holds NaN or infinity, or says that it is the result alone."""
     advice = "repair it, or use --allow-nonfinite to go on all the same"
     for info in tensor.expression.places(sources):
-        if info.dtype.is_floating_point and not all(bool(values.isfinite().all()) for _, values in stretches_of(info)):
+        if info.dtype.is_floating_point and not all(bool(values.isfinite().all()) for _, values in chunks_of(info)):
             return InputError(f"{info.file}: {info.name}: holds NaN or infinity; {advice}")
     return InputError(f"{tensor.name}: the merge makes NaN or infinity of finite inputs; {advice}")
 

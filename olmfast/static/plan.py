@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from olmfast.output.writer import AT_ONCE, Content
-from olmfast.weights.chunks import STRETCH
+from olmfast.weights.chunks import CHUNK
 from olmfast.weights.pool import Pool
 from olmfast.weights.sources import Sources
 from olmfast.weights.vocabulary import Vocabulary
@@ -68,7 +68,7 @@ def memory_bytes(plan: Plan) -> int:
     row = max((tensor.shape[-1] for tensor in tensors if tensor.shape), default=1)
     # Each term has a buffer, and its thinned or weighted form; half a dozen more hold masks and sums. Then what is
     # written at a time. Pages of files are not counted: the system takes them back when it wants.
-    return (2 * most + 8) * max(STRETCH, row) * 8 + AT_ONCE * 8
+    return (2 * most + 8) * max(CHUNK, row) * 8 + AT_ONCE * 8
 
 
 def vocabulary_json(vocabulary: Vocabulary) -> dict[str, Any]:

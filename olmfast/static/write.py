@@ -140,7 +140,7 @@ def read_options(
 
 @contextmanager
 def _one_thread(device: torch.device) -> Iterator[None]:
-    """On a CPU one thread of torch: stretches are small, and threads that wait for each other burn what they gain."""
+    """On a CPU one thread of torch: chunks are small, and threads waiting for each other would cost what they gain."""
     before = torch.get_num_threads()
     torch.set_num_threads(1 if device.type == "cpu" else before)
     try:

@@ -239,7 +239,7 @@ class Architecture:
         return Unit("model", "model", tuple(name for name in tensors if not self.is_ignored(name)))
 
     def depth_units(self, tensors: Sequence[str], n_parts: int = 3) -> list[Unit]:
-        """The blocks in `n_parts` stretches of as equal a length as can be; fewer where there are fewer blocks."""
+        """The blocks in `n_parts` contiguous parts, as equal as possible; fewer where there are fewer blocks."""
         parts = min(n_parts, self.n_blocks)
         edges = [round(part * self.n_blocks / parts) for part in range(parts + 1)]
         units = []

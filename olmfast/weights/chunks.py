@@ -1,4 +1,4 @@
-"""What a merge is made of, read a stretch at a time, so that no tensor need ever be in memory as a whole."""
+"""What a merge is made of, read a chunk at a time, so that no tensor is ever in memory as a whole."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from olmfast import kernels
 
 Setting = bool | int | float | str | tuple[float, ...]  # of a merge
 
-# Values at a time on a CPU: what its caches hold. On a GPU a stretch has to be worth a launch.
-STRETCH, GPU_STRETCH = 1 << 19, 1 << 26
+# Values in a chunk: on a CPU what its caches hold, on a GPU enough to be worth a launch.
+CHUNK, GPU_CHUNK = 1 << 19, 1 << 26
 
 # The values [start, stop) of a result, flat, in the dtype that is computed in; overwritten by the next call.
 Piece = Callable[[int, int], torch.Tensor]
 
 
-def stretch_on(device: torch.device) -> int:
-    """Values at a time on a device."""
-    return STRETCH if device.type == "cpu" else GPU_STRETCH
+def chunk_size(device: torch.device) -> int:
+    """Values in a chunk on this device."""
+    return CHUNK if device.type == "cpu" else GPU_CHUNK
 
 
 class Readable(Protocol):
-    """A tensor that can be read a stretch at a time."""
+    """A tensor that can be read a chunk at a time."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -56,9 +56,9 @@ class Held:
 
 
 class RowsOf:
-    """Rows of other tensors, one stretch under another; see `recipe.Rows`.
+    """Rows of other tensors, stacked; see `expressions.Rows`.
 
-    Raises ValueError if rows differ in shape, or are not there.
+    Raises ValueError if rows differ in shape, or do not exist.
     """
 
     def __init__(self, parts: Sequence[tuple[Readable | None, int, int]]) -> None:
@@ -102,7 +102,7 @@ class Streamed:
         """See `Readable`."""
         if self._piece is None:
             self._piece = self._prepare()
-        step = stretch_on(self.operands.device)
+        step = chunk_size(self.operands.device)
         for begin in range(0, len(out), step):
             end = min(begin + step, len(out))
             values = self._piece(start + begin, start + end)
@@ -118,9 +118,9 @@ def common_dtype(tensors: Sequence[Readable]) -> torch.dtype:
 
 
 class Scratch:
-    """Memory that is used again, from stretch to stretch and tensor to tensor, by one user at a time.
+    """Memory that is reused from chunk to chunk and tensor to tensor, by one user at a time.
 
-    A machine finds new pages more slowly than a merge fills them.
+    The system provides new pages more slowly than a merge fills them.
     """
 
     def __init__(self) -> None:
@@ -141,7 +141,7 @@ class Operands:
 
     Results are meant for `dtype`, the common dtype of all if none is given; what is wider is rounded to it first.
 
-    Stretches come as (m,) tensors of `dtype`, float32 or (if any of them is float64) float64, on `device`. They
+    Chunks come as (m,) tensors of `dtype`, float32 or (if any of them is float64) float64, on `device`. They
     are the reader's to change, and are overwritten when the same term is read again. They lie in `memory`, which
     Operands may share whose use does not overlap.
 
@@ -172,9 +172,9 @@ class Operands:
     def __len__(self) -> int:
         return len(self.terms)
 
-    def stretches(self, whole: int = 1) -> Iterator[tuple[int, int]]:
-        """(start, stop) of consecutive stretches; none ends within `whole` consecutive values."""
-        step = stretch_on(self.device) // whole * whole or whole
+    def chunks(self, whole: int = 1) -> Iterator[tuple[int, int]]:
+        """(start, stop) of consecutive chunks; none ends within `whole` consecutive values."""
+        step = chunk_size(self.device) // whole * whole or whole
         for start in range(0, self.n_values, step):
             yield start, min(start + step, self.n_values)
 
@@ -217,7 +217,7 @@ class Operands:
     def gram(self) -> torch.Tensor:
         """(n, n) float64 on the CPU: the scalar products of the terms, or of their differences from the base."""
         total = torch.zeros((len(self), len(self)), dtype=torch.float64)
-        for start, stop in self.stretches():
+        for start, stop in self.chunks():
             base = self.from_base(start, stop) if self.base is not None else None
             rows = self.scratch("gram", len(self) * (stop - start)).view(len(self), -1)
             for i in range(len(self)):

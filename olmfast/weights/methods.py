@@ -44,7 +44,7 @@ class Parameter:
 class Method:
     """One way to merge.
 
-    `prepare` looks at the operands as often as it has to and returns what gives the result a stretch at a time.
+    `prepare` looks at the operands as often as it has to and returns what gives the result a chunk at a time.
     `whole`, where there is one, is the same on tensors in memory, by a kernel.
     `base`: whether task vectors are taken from a base; where it is `term`, the base is the first term.
     `n_terms`: how many terms it takes at least and at most, a base that is a term included.
@@ -74,7 +74,7 @@ class Method:
         operands = Operands([Held(term) for term in terms], held, terms[0].device)
         out = torch.empty(operands.n_values, dtype=terms[0].dtype, device=terms[0].device)
         piece = self.prepare(operands, settings)
-        for start, stop in operands.stretches():
+        for start, stop in operands.chunks():
             out[start:stop] = piece(start, stop)
         return out.view(operands.shape)
 
@@ -104,7 +104,7 @@ def _slerp_whole(terms: list[torch.Tensor], _: torch.Tensor | None, settings: Se
 def _slerp_weights(operands: Operands, settings: Settings) -> list[float]:
     """See `kernels.slerp`."""
     products = torch.zeros(3, dtype=torch.float64, device=operands.device)
-    for start, stop in operands.stretches():
+    for start, stop in operands.chunks():
         products += products_ref(operands.term(0, start, stop), operands.term(1, start, stop))
     factors: list[float] = coefficients(products, settings.number("t", 0.5)).tolist()
     return factors

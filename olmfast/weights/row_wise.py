@@ -28,7 +28,7 @@ def nuslerp_by_column(operands: Operands, t: float) -> Piece:
     """The same for the vectors along the first dimension, whose products are summed in a pass of their own."""
     width = prod(operands.shape[1:])
     products = torch.zeros((3, width), dtype=torch.float64, device=operands.device)
-    for start, stop in operands.stretches(width):
+    for start, stop in operands.chunks(width):
         x, y = (operands.delta(i, start, stop).view(-1, width) for i in (0, 1))
         for k, (a, b) in enumerate(((x, x), (y, y), (x, y))):
             products[k] += (a * b).sum(0)

@@ -5,7 +5,7 @@
     result = base + lambda * sum_i w_i delta_i [/ sum of the w_i that count]
 
 A mask is decided by numbers found in passes before (a threshold, a norm) and by the entry's own value and place,
-so results come a stretch at a time.
+so results come a chunk at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from olmfast.kernels.dare import uniform
 from olmfast.kernels.magnitudes import EVERYTHING, NOTHING, Keys, cuts, key_value, thresholds, value_keys
 from olmfast.weights.chunks import Operands, Piece, Settings
 
-# The factor of each entry of a stretch that begins at the given flat index: 1 kept, 0 dropped; None keeps all.
+# The factor of each entry of a chunk that begins at the given flat index: 1 kept, 0 dropped; None keeps all.
 Mask = Callable[[torch.Tensor, int], torch.Tensor | None]
 
 TINY_WEIGHT, TINY_NORM = 1e-8, 1e-7
@@ -188,9 +188,9 @@ def sce(operands: Operands, settings: Settings) -> Piece:
         return deltas(start, stop).var(dim=0, unbiased=False)
 
     if n < 1:
-        stretches = list(operands.stretches())
-        n_kept = int(sum(int(variances(*stretch).count_nonzero()) for stretch in stretches) * max(n, 0.0))
-        kept = thresholds(Keys(variances, stretches), [n_kept], operands.dtype)[0] if n_kept else NOTHING
+        chunks = list(operands.chunks())
+        n_kept = int(sum(int(variances(*chunk).count_nonzero()) for chunk in chunks) * max(n, 0.0))
+        kept = thresholds(Keys(variances, chunks), [n_kept], operands.dtype)[0] if n_kept else NOTHING
 
     def selected(start: int, stop: int) -> torch.Tensor:
         parts = deltas(start, stop)
@@ -199,7 +199,7 @@ def sce(operands: Operands, settings: Settings) -> Piece:
         return parts
 
     energy = torch.zeros(len(operands), dtype=torch.float64)
-    for start, stop in operands.stretches():
+    for start, stop in operands.chunks():
         energy += selected(start, stop).square().sum(dim=1).to("cpu", torch.float64)
     energy /= max(operands.n_values, 1)
     total = float(energy.sum())
@@ -234,7 +234,7 @@ def arcee_fusion(operands: Operands, settings: Settings) -> Piece:  # noqa: ARG0
 
     n, row = operands.n_values, operands.row
     ranks = [n - int(q * (n - 1)) for q in (0.25, 0.5, 0.75)]
-    found = cuts(Keys(keys, list(operands.stretches(row)), row), ranks)
+    found = cuts(Keys(keys, list(operands.chunks(row)), row), ranks)
     first, median, third = (key_value(cut.key) for cut in found)
     threshold = torch.tensor(median) + 1.5 * (torch.tensor(third) - torch.tensor(first))
 
@@ -251,7 +251,7 @@ def _between(operands: Operands, i: int, n_above: int, n_kept: int) -> Mask:
     if n_above + n_kept >= n and not n_above:
         return lambda _delta, _start: None
 
-    deltas = Keys(lambda start, stop: operands.delta(i, start, stop), list(operands.stretches()))
+    deltas = Keys(lambda start, stop: operands.delta(i, start, stop), list(operands.chunks()))
     wanted = [k for k in (n_above, n_above + n_kept) if 0 < k < n]
     found = {
         0: NOTHING,
@@ -271,7 +271,7 @@ def _between(operands: Operands, i: int, n_above: int, n_kept: int) -> Mask:
 def _rescaling(operands: Operands, i: int, mask: Mask, whole: int) -> float:
     """sum |delta| before / after the mask, as mergekit rescales; 1 where either is next to nothing."""
     before = after = 0.0
-    for start, stop in operands.stretches(whole):
+    for start, stop in operands.chunks(whole):
         delta = operands.delta(i, start, stop)
         factors = mask(delta, start)
         if factors is None:
@@ -288,12 +288,12 @@ def _stream(settings: Settings, i: int) -> int:
 
 
 def in_rows(piece: Piece, operands: Operands, row: int) -> Piece:
-    """A piece that is only ever asked for whole rows, for readers that want any stretch."""
+    """A piece that is only ever asked for whole rows, for readers that want any range."""
     if row == 1:
         return piece
 
-    def any_stretch(start: int, stop: int) -> torch.Tensor:
+    def any_range(start: int, stop: int) -> torch.Tensor:
         first, last = start // row * row, min(-(-stop // row) * row, operands.n_values)
         return piece(first, last)[start - first : stop - first]
 
-    return any_stretch
+    return any_range

@@ -107,7 +107,7 @@ class Vocabulary:
 
 
 def _runs(origins: Sequence[Origin]) -> Iterator[list[Origin]]:
-    """Stretches of rows that follow each other in the same models."""
+    """Runs of rows that are consecutive in the same models."""
     key = lambda pair: tuple((name, row - pair[0]) for name, row in pair[1])  # noqa: E731
     for _, pairs in groupby(enumerate(origins), key):
         yield [origin for _, origin in pairs]

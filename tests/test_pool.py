@@ -233,7 +233,7 @@ def test_a_download_that_broke_off_is_told_and_continued_with_the_file_it_was_at
     hub.cut = "model.safetensors"
     with pytest.raises(InputError) as caught:
         resolve("org/alpha", models, tmp_path)
-    assert str(caught.value).startswith(f"org/alpha: not in {models} and not to be downloaded (unfinished: ")
+    assert str(caught.value).startswith(f"org/alpha: not in {models} and could not be downloaded (unfinished: ")
     assert "model.safetensors" in str(caught.value)
     assert "\n" not in str(caught.value)
     hub.cut = None
@@ -281,7 +281,7 @@ def test_a_model_that_the_hub_does_not_have_is_named_and_leaves_no_trace(models,
     with pytest.raises(InputError) as caught:
         resolve("org/alhpa", models, tmp_path)
     message = str(caught.value)
-    assert message.startswith(f"org/alhpa: not in {models} and not to be downloaded: ")
+    assert message.startswith(f"org/alhpa: not in {models} and could not be downloaded: ")
     assert message.endswith(f"; check the name and the network, or put the model at {models / 'org_alhpa'}")
     assert "\n" not in message
     assert not models.exists()
@@ -299,7 +299,7 @@ def no_network(hub, monkeypatch) -> None:
 def test_without_a_network_the_error_says_so_and_leaves_no_trace(models, tmp_path):
     with pytest.raises(InputError) as caught:
         resolve("org/alpha", models, tmp_path)
-    assert "and not to be downloaded: " in str(caught.value)
+    assert "and could not be downloaded: " in str(caught.value)
     assert "check the name and the network" in str(caught.value)
     assert not models.exists()
 

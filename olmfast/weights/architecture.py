@@ -150,9 +150,9 @@ class Architecture:
 
     @classmethod
     def from_names(cls, config: dict[str, Any], where: str, names: Iterable[str]) -> Architecture:
-        """The same for any model type: what the table does not know is taken from the tensors' names.
+        """The same for any model type: what is not in the table is inferred from the tensors' names.
 
-        Blocks are what is numbered as often as the config has layers, else what is numbered most often.
+        The blocks are the list with as many entries as the config has layers, else the longest list.
         """
         if config.get("model_type") in FAMILIES:
             return cls.from_config(config, where)
@@ -200,7 +200,7 @@ class Architecture:
         return int(found[1]) if found else None
 
     def is_boundary(self, tensor: str) -> bool:
-        """Embeddings, final norm and LM head: what stands before the first and after the last block."""
+        """Embeddings, final norm and LM head: what comes before the first and after the last block."""
         return tensor in (self.family.embedding, self.family.head, *self.family.other_boundary)
 
     def is_ignored(self, tensor: str) -> bool:

@@ -1,4 +1,4 @@
-"""Chat templates by name, by model, or as they stand in a merge file."""
+"""Chat templates by name, by model, or given in full in a merge file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "mistral": MISTRAL, "alpaca": A
 def choose(wanted: str, models: Mapping[str, Path]) -> str | None:
     """The template that `chat_template` of a merge file means; None where `auto` finds none in the models.
 
-    `auto` is the one most models have, of equally many the first. Raises InputError for what is no template.
+    `auto` is the one most models have, in a tie the first. Raises InputError for anything that is not a template.
     """
     if wanted == "auto":
         held = [text.strip() for folder in models.values() if (text := of_model(folder))]

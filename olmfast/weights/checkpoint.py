@@ -1,8 +1,8 @@
-"""A read-only view of one Hugging Face folder: which tensors its shards hold and where, never a copy unasked.
+"""A read-only view of one Hugging Face folder: which tensors its shards hold and where; copies only when requested.
 
-Opening reads headers only. Shards are checked as the safetensors format demands (bounds, overlaps, dtype x
+Opening reads headers only. Shards are checked as the safetensors format requires (bounds, overlaps, dtype x
 shape = bytes), so that a damaged file is named before any weight is used. Bytes come from the shard engine
-(csrc/): mapped, and copied under a guard, so that a file that shrinks or fails is an error and no crash.
+(csrc/): mapped, and copied under a guard, so that a file that shrinks or fails is an error, not a crash.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def copy_tensors(transfers: Sequence[_shards.Transfer]) -> None:
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """What the engine says of a file that cannot be read any more, as the user is to meet it."""
+    """Turn the engine's error about a file that can no longer be read into the user's."""
     try:
         yield
     except OSError as error:
@@ -228,7 +228,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def missing_files(folder: Path) -> list[str]:
-    """Names of files that the folder's index (or its config) promises and that are not there."""
+    """Names of files that the folder's index (or its config) lists and that are missing."""
     if not (folder / "config.json").is_file():
         return ["config.json"]
     index = folder / "model.safetensors.index.json"

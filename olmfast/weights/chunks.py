@@ -127,7 +127,7 @@ class Scratch:
         self._buffers: dict[object, torch.Tensor] = {}
 
     def take(self, name: object, n_values: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
-        """(n_values,) that keeps its place from call to call; what it holds is whatever was left in it."""
+        """(n_values,) that keeps its place from call to call; its values are whatever was left in it."""
         key = name, dtype, str(device)
         buffer = self._buffers.get(key)
         if buffer is None or len(buffer) < n_values:
@@ -207,7 +207,7 @@ class Operands:
     def combined(
         self, weights: Sequence[float], of_base: float, start: int, stop: int, normalize: bool = False
     ) -> torch.Tensor:
-        """of_base * base + sum_i weights[i] * term_i, divided by the sum of the weights if asked."""
+        """of_base * base + sum_i weights[i] * term_i, divided by the sum of the weights if requested."""
         terms = [self.term(i, start, stop) for i in range(len(self))]
         if self.base is not None and of_base:
             terms, weights = [self.from_base(start, stop), *terms], [of_base, *weights]
@@ -248,7 +248,7 @@ class Settings:
         return float(value)
 
     def each(self, name: str, i: int) -> float:
-        """The number of term i; one number stands for all."""
+        """The number of term i; a single number applies to all."""
         value = self._values[name]
         return value[i] if isinstance(value, tuple) else self.number(name, 0.0)
 

@@ -38,7 +38,7 @@ def multislerp_weights(gram: torch.Tensor, weights: Sequence[float], eps: float)
 
     Directions u_i = x_i / (|x_i| + eps), mean m = sum w_i u_i / |sum w_i u_i|, tangent v = sum w_i (u_i - <u_i, m> m),
     result = (m cos(|v| + eps) + v sin(|v| + eps) / (|v| + eps)) * sum w_i |x_i|.
-    Raises ValueError where the weighted directions cancel; two of them are then summed as they are.
+    Raises ValueError where the weighted directions cancel; two terms are then summed by their weights alone.
     """
     if len(weights) == 1:
         return [1.0]

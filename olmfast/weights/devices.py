@@ -13,7 +13,7 @@ def pick_device(name: str, where: str) -> torch.device:
     """The device by name: `cpu`, `cuda`, `cuda:1`; `auto` is the GPU if there is one.
 
     `where` is what the user calls the option, `device` in a file or `--device`. Raises InputError for a device that
-    is not there.
+    this machine does not have.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -32,7 +32,7 @@ class DigestCache:
                 file.write(json.dumps([*key, digest]) + "\n")
 
     def load(self, files: Iterable[Path]) -> None:
-        """Learn what `keep_in` wrote in an earlier run; a file or line that is not there or damaged is skipped."""
+        """Learn what `keep_in` wrote in an earlier run; a missing or damaged file or line is skipped."""
         for path in files:
             try:
                 lines = path.read_text(encoding="utf-8").splitlines()

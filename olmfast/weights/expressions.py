@@ -76,7 +76,7 @@ class Copy(InFile):
 
 @dataclass(frozen=True)
 class Stored(InFile):
-    """A computed tensor kept in a safetensors file beside the record; `digest` is xxh3-128 of its bytes."""
+    """A computed tensor kept in a safetensors file next to the record; `digest` is xxh3-128 of its bytes."""
 
     key: ClassVar[str] = "stored"
     file: str
@@ -168,7 +168,7 @@ class Merge(Expression):
 
 @dataclass(frozen=True)
 class Rows(Expression):
-    """Rows of other tensors, one chunk under another: how a vocabulary is put together.
+    """Rows of other tensors, stacked: how a vocabulary is put together.
 
     Each entry is (source, begin, end): rows begin to end of it, or as many rows of zeros where it is None.
     """

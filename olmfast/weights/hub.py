@@ -1,4 +1,4 @@
-"""Models by Hub id or path: where they lie on this machine, downloaded where they are missing."""
+"""Models by Hub id or path: where they are on this machine; missing Hub models are downloaded."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 def resolve(name: str, models_dir: Path, folder: Path, download: bool = True) -> Path:
     """The folder of a model named by hub id or path; hub ids lie at `models_dir/<id with "/" as "_">`.
 
-    A hub model that is not there, or whose download was interrupted, is downloaded or continued; without `download`
-    it is taken from Hugging Face's cache on this machine.
-    Raises InputError if it cannot be had.
+    Missing Hub models are downloaded and interrupted downloads continued; without `download` they are taken from
+    Hugging Face's cache on this machine.
+    Raises InputError if the model cannot be found.
     """
     stored = models_dir / name.replace("/", "_")
     if stored.is_dir() and not _unfinished(stored):
@@ -34,7 +34,7 @@ def resolve(name: str, models_dir: Path, folder: Path, download: bool = True) ->
 
 
 def _cached(name: str, stored: Path) -> Path:
-    """Where Hugging Face's cache has a model. Raises InputError if it has not; no network is used."""
+    """Where Hugging Face's cache has a model. Raises InputError if it does not; no network is used."""
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition("@")
@@ -48,7 +48,7 @@ def _cached(name: str, stored: Path) -> Path:
 
 
 def _marker(target: Path) -> Path:
-    """A file that lies beside a folder while it is downloaded to, and says so when that was interrupted."""
+    """A file next to a folder that is being downloaded; it stays there when the download is interrupted."""
     return target.with_name(f"{target.name}.incomplete")
 
 
@@ -80,12 +80,12 @@ def _download(name: str, target: Path) -> Path:
     repository, _, revision = name.partition("@")
     marker, hub_notes = _marker(target), target / ".cache" / "huggingface" / "download"
     try:
-        # Asked first: without a network, the download itself would be content with what is there.
+        # Asked first: without a network, the download itself would accept the files it already has.
         found = HfApi().model_info(repository, revision=revision or None)
         target.parent.mkdir(parents=True, exist_ok=True)
         marker.touch()
         for file in _unusable(target):
-            (hub_notes / f"{file}.metadata").unlink(missing_ok=True)  # else a cut file would be taken for whole
+            (hub_notes / f"{file}.metadata").unlink(missing_ok=True)  # else a truncated file would count as complete
         snapshot_download(
             repository,
             revision=found.sha,
@@ -98,7 +98,7 @@ def _download(name: str, target: Path) -> Path:
         reason = lines[0] if lines else type(error).__name__
         missing = f" (unfinished: {', '.join(_unfinished(target))})" if target.is_dir() else ""
         raise InputError(
-            f"{name}: not in {target.parent} and not to be downloaded{missing}: {reason}; "
+            f"{name}: not in {target.parent} and could not be downloaded{missing}: {reason}; "
             f"check the name and the network, or put the model at {target}"
         ) from None
     for mark in (marker, *hub_notes.glob("**/*.incomplete")):

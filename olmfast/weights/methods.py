@@ -1,6 +1,6 @@
-"""The methods of merging, composed of the formulas of the kernels.
+"""The merge methods, composed of the formulas of the kernels.
 
-Adding a method of merging is adding a function to METHODS.
+To add one, add an entry to METHODS.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Parameter:
 class Method:
     """One way to merge.
 
-    `prepare` looks at the operands as often as it has to and returns what gives the result a chunk at a time.
+    `prepare` reads the operands as often as it needs and returns what gives the result a chunk at a time.
     `whole`, where there is one, is the same on tensors in memory, by a kernel.
     `base`: whether task vectors are taken from a base; where it is `term`, the base is the first term.
-    `n_terms`: how many terms it takes at least and at most, a base that is a term included.
+    `n_terms`: the fewest and the most terms it takes, including a base that is a term.
     """
 
     prepare: Callable[[Operands, Settings], Piece]
@@ -133,7 +133,7 @@ def _summed(weights: Callable[[Operands, Settings], Sequence[float]]) -> Callabl
 
 
 def _task_arithmetic_weights(operands: Operands, settings: Settings) -> list[float]:
-    """base + lambda * sum_i weight_i * (term_i - base), divided by the sum of the weights if asked."""
+    """base + lambda * sum_i weight_i * (term_i - base), divided by the sum of the weights if requested."""
     weights, scale = [settings.each("weight", i) for i in range(len(operands))], settings.number("lambda", 1.0)
     total = sum(weights) if settings.flag("normalize", False) else 1.0
     return [scale * weight / (total if abs(total) >= 1e-8 else 1.0) for weight in weights]
@@ -166,7 +166,7 @@ def _task_vectors(method: TaskVectors, source: str, *parameters: Parameter, whol
     return Method(method, source, (_WEIGHT, _DENSITY, _LAMBDA, *flags, *parameters), "required", whole=whole)
 
 
-# Merge.method -> how it is done. Settings beside the parameters: `seed` and `stream` of methods that draw numbers.
+# Merge.method -> how it is done. Settings besides the parameters: `seed` and `stream` of methods that draw numbers.
 METHODS: dict[str, Method] = {
     "linear": Method(
         _linear,

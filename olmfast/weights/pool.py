@@ -207,4 +207,4 @@ def token_ids(folder: Path) -> dict[str, int]:
             listed = {entry[0]: index for index, entry in enumerate(listed)}
         return {**listed, **{entry["content"]: entry["id"] for entry in data.get("added_tokens", [])}}
     except (AttributeError, IndexError, KeyError, TypeError):
-        raise InputError(f"{path}: is not the file of a tokenizer") from None
+        raise InputError(f"{path}: is not a tokenizer file") from None

@@ -1,7 +1,7 @@
 """A merged model as data: output tensor -> the expression it is worth, and what its config says. JSON in and out.
 
 Everything that is saved, resumed, replayed or sent to another process is a recipe; it says nothing about files of the
-machine it was made on except for refined tensors, which lie beside the record that names them.
+machine it was made on except for refined tensors, which are stored next to the record that names them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ VERSION = 1  # of a recipe's JSON
 class Recipe:
     """The base (whose config and other files the result carries) and an expression per canonical tensor.
 
-    `config_edits` are keys of the base's config.json that the result has in its own way, such as the number of its
-    blocks. A tensor that the base has too is saved in the base's dtype, another in its expression's own.
+    `config_edits` are keys in which the result's config.json differs from the base's, such as the number of blocks.
+    A tensor that the base also has is saved in the base's dtype, any other in its expression's own.
     """
 
     base: str
@@ -36,7 +36,7 @@ class Recipe:
         return Recipe(self.base, {**self.tensors, **values}, self.config_edits)
 
     def config(self, base: Mapping[str, Any]) -> dict[str, Any]:
-        """The result's config.json, of which the base's is given."""
+        """The result's config.json, made from the base's."""
         return {**base, **self.config_edits}
 
     def to_json(self) -> dict[str, Any]:
@@ -46,7 +46,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Recipe:
-        """Read what `to_json` wrote. Raises InputError for a version or an expression that is not known."""
+        """Read what `to_json` wrote. Raises InputError for an unknown version or expression."""
         if data.get("version") != VERSION:
             raise InputError(f"recipe: expected version {VERSION}, got {data.get('version')!r}; use a newer olmfast")
         tensors = {name: expression_from_json(entry) for name, entry in data["tensors"].items()}

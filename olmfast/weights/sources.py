@@ -25,8 +25,8 @@ from olmfast.weights.pool import Pool
 class Expression(ABC):
     """What one tensor is worth: small, immutable, hashable and picklable, so that it can be sent anywhere.
 
-    One kind of expression is one class, and nothing else knows of it. It is told in JSON by `key`, the first key of
-    its entry. Its values are the same bytes wherever and however often they are computed.
+    One kind of expression is one class, and nothing else knows of it. `key`, the first key of its entry, marks it in
+    JSON. Its values are the same bytes wherever and however often they are computed.
     """
 
     key: ClassVar[str]
@@ -110,7 +110,7 @@ class Expression(ABC):
 
 
 def expression_from_json(entry: Mapping[str, Any]) -> Expression:
-    """The expression that an entry tells. Raises InputError for a kind that is not known."""
+    """The expression that an entry describes. Raises InputError for an unknown kind."""
     kind = Expression.kinds.get(next(iter(entry), ""))
     if kind is None:
         raise InputError(f"recipe: unknown expression {str(entry)[:300]}; it was written by a newer version")
@@ -189,7 +189,7 @@ class Sources:
         self._parent = None
 
     def stored(self, file: str, tensor: str, digest: str) -> TensorInfo:
-        """Where a refined tensor lies. Raises OlmfastError if its bytes are not those of the digest."""
+        """Where a refined tensor is stored. Raises OlmfastError if its bytes are not those of the digest."""
         key = (file, tensor, digest)
         if key not in self._opened:
             path = self.folder / file
@@ -200,7 +200,7 @@ class Sources:
         return self._opened[key]
 
     def prefetch(self, expressions: Iterable[Expression]) -> None:
-        """Let a thread read from disk the bytes that will be wanted next as they are; returns at once."""
+        """Have a thread read from disk the unchanged bytes that will be wanted next; returns at once."""
         infos = [info for expression in expressions if (info := expression.info(self)) is not None]
         if infos:
             self._reader.submit(prefetch, infos)

@@ -96,7 +96,7 @@ class Vocabulary:
         return origins
 
     def _from_others(self, token: str, models: Sequence[str], base: str | None) -> Origin:
-        """What stands for a token that a model lacks: what the config says, the base's, or the others' mean."""
+        """What replaces a token that a model lacks: what the config says, the base's, or the others' mean."""
         given = self.given.get(token)
         if given and given.origin is not None:
             return given.origin
@@ -124,7 +124,7 @@ def plan_vocabulary(
 ) -> Vocabulary:
     """What `tokenizer` of a merge file asks for. `source` is `base`, `union` or a model; `rows` are embedding rows.
 
-    Raises InputError for a model without tokenizer.json, or a token that is not where it is said to be.
+    Raises InputError for a model without tokenizer.json, or a token that is not where the config says it is.
     """
     of_models = {name: _ids(pool[name], rows[name]) for name in models}
     chosen = base if source in ("base", "union") else source
@@ -178,7 +178,7 @@ def _added_tokens(model: Checkpoint) -> list[dict[str, Any]]:
 
 
 def tokenizer_texts(vocabulary: Vocabulary, folder: Path) -> dict[str, str]:
-    """File name -> text of the tokenizer files that added tokens change; the others are copied as they are."""
+    """File name -> text of the tokenizer files that added tokens change; the others are copied unchanged."""
     if not vocabulary.added:
         return {}
     data = read_json(folder / "tokenizer.json")

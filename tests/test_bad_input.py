@@ -426,13 +426,13 @@ def test_an_output_folder_that_exists_is_left_alone(refused, cfg):
 @pytest.mark.parametrize("flag", [[], ["--resume"], ["--overwrite"]])
 def test_an_output_that_is_a_file_is_left_alone(refused, cfg, flag):
     (cfg.parent / "out").write_text("precious")
-    assert refused(cfg, *flag) == f"{cfg.parent / 'out'}: exists and is no folder; name another output_dir"
+    assert refused(cfg, *flag) == f"{cfg.parent / 'out'}: exists and is not a directory; name another output_dir"
 
 
 def test_an_output_below_a_file_is_refused(refused, cfg):
     edit(cfg, output_dir="sums.json/out")
     file = cfg.parent / "sums.json"
-    assert refused(cfg) == f"{file / 'out'}: {file} is no folder; name another place for the result"
+    assert refused(cfg) == f"{file / 'out'}: {file} is not a directory; name another place for the result"
 
 
 def test_an_output_without_a_name_is_refused(refused, cfg):

@@ -204,7 +204,7 @@ def test_nan_and_infinity_are_named_with_their_file(method, bad, place):
 
 
 def test_a_result_that_overflows_is_an_error_although_its_inputs_are_finite(place):
-    with pytest.raises(InputError, match="makes NaN or infinity of finite inputs"):
+    with pytest.raises(InputError, match="turns finite inputs into NaN or infinity"):
         merged(place, parameters={"weight": 1e6, "normalize": False}, dtype="float16")
 
 
@@ -475,7 +475,7 @@ def test_a_place_that_cannot_hold_a_result_is_refused(place, olmfast, command):
     arguments = [place / "m.yml", target] if command == "merge" else [place / "m.yml", "--out", target]
     code, _, error = olmfast(command, *arguments)
     assert code == 2
-    assert error == f"olmfast: {target}: {place / 'file'} is no folder; name another place for the result\n"
+    assert error == f"olmfast: {target}: {place / 'file'} is not a directory; name another place for the result\n"
 
 
 def test_a_trial_copy_that_fails_is_an_error_that_says_where(place, olmfast, monkeypatch):

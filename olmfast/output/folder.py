@@ -1,4 +1,4 @@
-"""The life of an output folder: begun beside its final name, locked, and renamed when it is complete."""
+"""The life of an output folder: begun next to its final name, locked, and renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from olmfast import _shards
 from olmfast.errors import InputError
 
 LOCK = ".lock"
-# In OUT.partial, then in OUT, while one takes the other's place: the name that the old result has meanwhile. It tells
-# our folder from one that happens to be called so.
+# In OUT.partial, then in OUT, while one replaces the other: the name that the old result has meanwhile. It tells our
+# folder from one that happens to have that name.
 REPLACING = ".replacing"
 
 
@@ -32,7 +32,7 @@ class OutputFolder:
         self.partial = output.with_name(output.name + ".partial")
         self.overwrite = overwrite
         if output.exists() and not output.is_dir():
-            raise InputError(f"{output}: exists and is no folder; name another output_dir")
+            raise InputError(f"{output}: exists and is not a directory; name another output_dir")
         self._heal()
 
     @contextmanager
@@ -49,7 +49,7 @@ class OutputFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise InputError(f"{self.partial}: another process is running this merge") from None
-            if empty:  # only now: the folder of a run that goes on must not be emptied
+            if empty:  # only now: the folder of a run in progress must not be emptied
                 for path in self.partial.iterdir():
                     if path.is_dir():
                         shutil.rmtree(path)
@@ -63,7 +63,7 @@ class OutputFolder:
             shutil.rmtree(self.partial)
 
     def rename(self, *, keep: bool = False) -> None:
-        """Rename the complete `OUT.partial` to `OUT`; what was there is removed after, or set aside with `keep`."""
+        """Rename the complete `OUT.partial` to `OUT`; an old `OUT` is removed after, or set aside with `keep`."""
         lock, note = self.partial / LOCK, self.partial / REPLACING
         if not self.output.exists():
             lock.unlink(missing_ok=True)
@@ -73,7 +73,7 @@ class OutputFolder:
             if not keep:
                 note.write_text(aside.name, encoding="utf-8")
             self.output.rename(aside)
-            lock.unlink(missing_ok=True)  # as late as can be: without it another process may begin
+            lock.unlink(missing_ok=True)  # as late as possible: without it another process may begin
             self.partial.rename(self.output)
             if not keep:
                 self._remove_replaced(aside)
@@ -104,21 +104,21 @@ class OutputFolder:
 
 
 def _unused(path: Path) -> Path:
-    """The path, or the first of path.2, path.3, ... that is not there yet."""
+    """The path, or the first of path.2, path.3, ... that does not exist yet."""
     names = (path.with_name(f"{path.name}.{number}" if number > 1 else path.name) for number in count(1))
     return next(candidate for candidate in names if not candidate.exists())
 
 
 def parent_of(output: Path) -> Path:
-    """The innermost folder around `output` that is there. Raises InputError if it is a file."""
+    """The innermost existing folder around `output`. Raises InputError if it is a file."""
     place = next(place for place in output.absolute().parents if place.exists())
     if not place.is_dir():
-        raise InputError(f"{output}: {place} is no folder; name another place for the result")
+        raise InputError(f"{output}: {place} is not a directory; name another place for the result")
     return place
 
 
 def free_bytes(output: Path) -> int:
-    """Bytes that are free on the disk that `output` would be written to."""
+    """Free bytes on the disk that `output` would be written to."""
     return shutil.disk_usage(parent_of(output)).free
 
 

@@ -36,7 +36,7 @@ TOKENIZER_FILES = (
 )
 
 PAGE_BYTES = 4096
-# Values that are written together: the disk is asked once for all of them.
+# Values that are written together: one request to the disk for all of them.
 AT_ONCE = 4 * CHUNK
 
 
@@ -65,7 +65,7 @@ class Content:
     """What a result folder is to hold, decided before anything is written.
 
     `config` are the keys of its config.json, which is `base`'s own file where they are the same. `texts` are files
-    written in place of copies of `tokenizer`'s. `left_out` says of tensors that the result has not why.
+    written instead of copies of `tokenizer`'s. `left_out` says why the result does not have a tensor.
     """
 
     tensors: Sequence[OutputTensor]
@@ -110,7 +110,7 @@ def content_of(recipe: Recipe, sources: Sources, tokenizer: Checkpoint) -> Conte
     for name, stored in base.file_names.items():
         if stored not in written:
             computed = base.architecture.is_ignored(name)
-            left_out[stored] = "left out that the model computes itself" if computed else TIED
+            left_out[stored] = "computed by the model and not written" if computed else TIED
     config = recipe.config(base.config)
     if not tied and base.architecture.tied_in_config:
         config["tie_word_embeddings"] = False
@@ -139,8 +139,8 @@ def write_folder(
 ) -> None:
     """Write weights, index, config and tokenizer files into the existing `folder`; all on the disk when this returns.
 
-    What an interrupted earlier write left is replaced. `finite`: raise InputError naming the tensor when a value that
-    is written is NaN or infinite. `written` is told of each tensor that is done.
+    What an interrupted earlier write left is replaced. `finite`: raise InputError naming the tensor when a value to
+    be written is NaN or infinite. `written` is called with each tensor that is done.
     """
     write_weights(content.tensors, sources, folder, shard_size, finite, written)
     if content.config == content.base.config:
@@ -158,7 +158,7 @@ def write_folder(
 
 @contextmanager
 def writing(folder: Path, again: str) -> Iterator[None]:
-    """What a disk refuses, as the user is to meet it; `again` is how the work is taken up afterwards."""
+    """Turn a disk's error into the user's; `again` is how to continue the work afterwards."""
     try:
         yield
     except OSError as error:
@@ -177,8 +177,8 @@ def write_weights(
 ) -> None:
     """Write shards and index of `tensors`, in this order; what an earlier write left is replaced.
 
-    `finite`: raise InputError naming the tensor when a value that is written is NaN or infinite. `written` is told
-    of each tensor that is done.
+    `finite`: raise InputError naming the tensor when a value to be written is NaN or infinite. `written` is called
+    with each tensor that is done.
     """
     for stale in (*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")):
         stale.unlink()
@@ -248,15 +248,15 @@ def _header(tensors: list[OutputTensor], positions: list[int]) -> bytes:
 
 
 def _unchanged(tensor: OutputTensor, sources: Sources) -> TensorInfo | None:
-    """Where the tensor's bytes lie in a donor's file, if they can be taken as they are."""
+    """Where the tensor's bytes are in a donor's file, if they can be copied unchanged."""
     info = tensor.expression.info(sources)
     return info if info and (info.dtype, info.shape) == (tensor.dtype, tensor.shape) else None
 
 
 def _padding(n_text: int, tensors: list[OutputTensor], positions: list[int], unchanged: dict[str, TensorInfo]) -> int:
-    """Spaces behind the header, so that most bytes keep their place within a page.
+    """Spaces after the header, so that most bytes keep their offset within a page.
 
-    Copying between places that differ within a page is a quarter slower. The data begin at a multiple of 8.
+    Copying between different offsets within a page is a quarter slower. The data begin at a multiple of 8.
     """
     votes: Counter[int] = Counter({-n_text % 8 + 8 + n_text: 0})
     for tensor, position in zip(tensors, positions, strict=False):
@@ -313,7 +313,7 @@ def _check_finite(tensor: OutputTensor, sources: Sources) -> None:
 
 
 def chunks_of(source: Readable, step: int = CHUNK) -> Iterator[tuple[int, torch.Tensor]]:
-    """(start, values) of a floating-point tensor, flat, in float32 or float64; the memory is used again."""
+    """(start, values) of a floating-point tensor, flat, in float32 or float64; the memory is reused."""
     n_values = prod(source.shape)
     dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
     buffer = torch.empty(min(step, n_values), dtype=dtype)
@@ -328,12 +328,12 @@ def _is_finite(values: torch.Tensor) -> bool:
 
 
 def not_finite(tensor: OutputTensor, sources: Sources) -> InputError:
-    """The error that names which input holds NaN or infinity, or says that it is the result alone."""
-    advice = "repair it, or use --allow-nonfinite to go on all the same"
+    """The error that names the input that holds NaN or infinity, or says that only the result does."""
+    advice = "repair it, or use --allow-nonfinite to continue anyway"
     for info in tensor.expression.places(sources):
         if info.dtype.is_floating_point and not all(bool(values.isfinite().all()) for _, values in chunks_of(info)):
             return InputError(f"{info.file}: {info.name}: holds NaN or infinity; {advice}")
-    return InputError(f"{tensor.name}: the merge makes NaN or infinity of finite inputs; {advice}")
+    return InputError(f"{tensor.name}: the merge turns finite inputs into NaN or infinity; {advice}")
 
 
 def _copy_bytes(output: _shards.Output, place: int, source: TensorInfo, n_bytes: int) -> None:

@@ -37,8 +37,8 @@ MOST_LISTED = 10  # more layers than this are counted in the name of the output 
 class LinearMerge:
     """What a command line asks for. Raises InputError, in the words of the first tool of this kind.
 
-    `layers` are the blocks that are merged, None for all parameters; `layer_alphas` says of some blocks what A weighs
-    in them, `alpha` of everything else. `density` is the share of B's difference that `ties` and `dare` keep.
+    `layers` are the blocks that are merged, None for all parameters; `layer_alphas` gives the weight of A in some
+    blocks, `alpha` in everything else. `density` is the share of B's difference that `ties` and `dare` keep.
     `sensitivity`, a dataset and how to score it, ranks the layers; the `top` best of them are merged.
     """
 
@@ -156,7 +156,7 @@ def plan_linear(wanted: LinearMerge) -> Plan:
     """Open both models and say for every tensor what it is made of; reads no weights.
 
     Before layers are ranked, the plan is that of as many layers as will be picked. Raises InputError with everything
-    that does not fit: layers that are not there, keys or shapes that differ, a dataset that cannot be used.
+    that does not fit: layers that do not exist, keys or shapes that differ, a dataset that cannot be used.
     """
     names = list(dict.fromkeys([wanted.model_a, wanted.model_b]))
     pool = Pool.open(names, Path.cwd(), Path.cwd(), alike=False, download=False)
@@ -174,7 +174,7 @@ def plan_linear(wanted: LinearMerge) -> Plan:
         ranked = wanted.ranked_layers(a.architecture.n_blocks)
         wanted = replace(wanted, layers=ranked[: wanted.top])
         listed = ", ".join(map(str, ranked))
-        notes.append(f"The ranking decides which {wanted.top} of the layers {listed} are merged, and stand in the name")
+        notes.append(f"The ranking decides which {wanted.top} of the layers {listed} are merged and named")
     special = _special_rows(a, b) if wanted.special_fixes else []
     tensors = [_tensor(wanted, a, name, theirs.get(name, ""), special) for name in a.tensors]
     texts = _generation_config(a, b) if wanted.special_fixes else {}
@@ -207,7 +207,7 @@ def _ranking_faults(wanted: LinearMerge, n_blocks: int) -> Iterator[str]:
 
 
 def ranking_dataset(wanted: LinearMerge) -> dict[str, DatasetConfig]:
-    """The dataset that ranks the layers and how it is scored. Raises InputError for a mode that is none."""
+    """The dataset that ranks the layers and how it is scored. Raises InputError for an unknown mode."""
     path, mode = wanted.sensitivity or (Path(), "")
     return parse_datasets({str(path): {"mode": mode, "samples": RANKED_ON}}, where="--sensitivity")
 
@@ -220,7 +220,7 @@ def is_selected(wanted: LinearMerge, tensor: str, block: int | None) -> bool:
 
 
 def _counterparts(a: Checkpoint, b: Checkpoint) -> dict[str, str]:
-    """A's tensor -> B's. Where one has a head and the other ties it to its embedding, the embedding stands for it."""
+    """A's tensor -> B's. Where one has a head and the other ties it to its embedding, that embedding is its head."""
     family = a.architecture.family
     theirs = {name: name for name in a.tensors if name in b.tensors}
     if family.head in a.tensors and family.head not in b.tensors and family.embedding in b.tensors:
@@ -281,8 +281,8 @@ def _special_rows(*models: Checkpoint) -> list[int]:
 
 
 def _generation_config(a: Checkpoint, b: Checkpoint) -> dict[str, str]:
-    """generation_config.json with the tokens that end either model's text, where B's are not A's already."""
-    configs = [_read_if_there(model.folder / "generation_config.json") for model in (a, b)]
+    """generation_config.json with the end tokens of both models, if B has any that A does not."""
+    configs = [_read_if_present(model.folder / "generation_config.json") for model in (a, b)]
     ends = list(dict.fromkeys(token for config in configs for token in _end_tokens(config)))
     if ends == list(_end_tokens(configs[0])):
         return {}
@@ -290,7 +290,7 @@ def _generation_config(a: Checkpoint, b: Checkpoint) -> dict[str, str]:
     return {"generation_config.json": json.dumps(changed, indent=2, sort_keys=True) + "\n"}
 
 
-def _read_if_there(path: Path) -> dict[str, Any]:
+def _read_if_present(path: Path) -> dict[str, Any]:
     return dict(read_json(path)) if path.is_file() else {}
 
 

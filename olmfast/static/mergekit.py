@@ -1,6 +1,6 @@
 """From a merge file to a plan: what every tensor of the result is made of. Reads headers, configs and tokenizers.
 
-Anything else that can say what each tensor is made of makes a `Plan` of its own and has it written the same way.
+Any other description of a merge makes a `Plan` of its own, which is written the same way.
 """
 
 from __future__ import annotations
@@ -177,13 +177,13 @@ class _Planner:
         return place[1] if place and place[0] == self.blocks else None
 
     def _is_behind(self, name: str) -> bool:
-        """Whether a tensor outside the blocks stands behind them: the final norm and the head."""
+        """Whether a tensor outside the blocks comes after them: the final norm and the head."""
         architecture = self.base.architecture
         module, head = name.rpartition(".")[0], architecture.family.head.rpartition(".")[0]
         return module == head or architecture.is_norm(module) or module.endswith("ln_f")
 
     def _tensor(self, group: Group, output: str, names: Sequence[str], depth: float) -> OutputTensor | None:
-        """One tensor of the result; `names` are what the group's models call it. None if it has no place in it."""
+        """One tensor of the result; `names` are what the group's models call it. None if the result has none."""
         donors = [self.pool[source.model] for source in group.sources]
         family = self.base.architecture.family
         if output == family.head:
@@ -251,11 +251,11 @@ class _Planner:
         return OutputTensor(self._spelled(output), out_dtype, next(iter(shapes.values())), expression)
 
     def _refused(self, output: str, what: str) -> None:
-        """Note what is wrong with a tensor, to be told once for all of which it is true."""
+        """Note what is wrong with a tensor; a fault that several share is reported once."""
         self.faulty.setdefault(what, []).append(output)
 
     def _try(self, settings: Mapping[str, Setting], n_terms: int, has_base: bool) -> str | None:
-        """What the method has against these settings; found by merging four values, once for equal settings."""
+        """Why the method refuses these settings, if it does; found by merging four values, once for equal settings."""
         key = (tuple(sorted(settings.items())), n_terms, has_base)
         if key not in self.tried:
             method, values = METHODS[self.config.merge_method], torch.tensor([[1.0, 2.0], [3.0, 5.0]])
@@ -285,7 +285,7 @@ class _Planner:
         return output == bias
 
     def _spelled(self, output: str) -> str:
-        """A canonical name as the base's files spell such names."""
+        """A canonical name in the spelling of the base's files."""
         base = self.base
         if output in base.file_names:
             return base.file_names[output]

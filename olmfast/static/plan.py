@@ -18,8 +18,8 @@ from olmfast.weights.vocabulary import Vocabulary
 class Plan:
     """What a static merge writes, decided before any weight is read.
 
-    `buffers` are integer tensors (model, tensor) that have to be the same in all models; `recipe_text` is the file or
-    command that said what is merged, kept in the result as `recipe_file` if that is a name.
+    `buffers` are integer tensors (model, tensor) that must be the same in all models; `recipe_text` is the merge file
+    or the command, kept in the result as `recipe_file` if that is given.
     """
 
     title: str
@@ -38,7 +38,7 @@ class Plan:
 
     @property
     def n_bytes_read(self) -> int:
-        """Bytes of the models' weights that go into it, each time they do."""
+        """Bytes of the models' weights that go into it, counted each time they do."""
         sources = Sources(self.pool, Path())
         return sum(info.n_bytes for tensor in self.content.tensors for info in tensor.expression.places(sources))
 
@@ -62,12 +62,12 @@ class Plan:
 
 
 def memory_bytes(plan: Plan) -> int:
-    """An upper estimate of the memory that a merge takes beside Python and torch: what is read at a time."""
+    """An upper estimate of the memory that a merge takes besides Python and torch: what is read at a time."""
     sources, tensors = Sources(plan.pool, Path()), plan.content.tensors
     most = max((len(list(t.expression.places(sources))) for t in tensors), default=0)
     row = max((tensor.shape[-1] for tensor in tensors if tensor.shape), default=1)
     # Each term has a buffer, and its thinned or weighted form; half a dozen more hold masks and sums. Then what is
-    # written at a time. Pages of files are not counted: the system takes them back when it wants.
+    # written at a time. Pages of files are not counted: the system can reclaim them at any time.
     return (2 * most + 8) * max(CHUNK, row) * 8 + AT_ONCE * 8
 
 

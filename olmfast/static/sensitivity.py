@@ -1,4 +1,4 @@
-"""Which layers of two models gain most on a dataset when they are merged."""
+"""Which layers of two models improve the score on a dataset most when they are merged."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Ranked:
 def rank_layers(wanted: LinearMerge, output: Path, device: str) -> list[Ranked]:
     """Merge each layer alone and score it: the layers (all, or those of `wanted`), the best first.
 
-    Raises InputError if the models cannot be evaluated on `device`, the dataset cannot be read, or where `output`
-    goes there is no space for the result.
+    Raises InputError if the models cannot be evaluated on `device`, the dataset cannot be read, or the disk of
+    `output` has no space for the result.
     """
     from olmfast.evaluation.open import Evaluation, Questions, Settings
     from olmfast.evaluation.scorer import Candidate

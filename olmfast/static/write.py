@@ -150,7 +150,7 @@ def _one_thread(device: torch.device) -> Iterator[None]:
 
 
 def check_output(plan: Plan, folder: OutputFolder, max_ram: int | None) -> None:
-    """Raise InputError for an output that must not be written, or a machine that cannot hold it."""
+    """Raise InputError for an output that must not be replaced, or does not fit on this machine."""
     resolved = folder.output.resolve()
     for donor in plan.pool:
         if resolved in (donor.folder.resolve(), *donor.folder.resolve().parents):
@@ -163,7 +163,7 @@ def check_output(plan: Plan, folder: OutputFolder, max_ram: int | None) -> None:
     check_space(folder.output, plan.n_bytes)
     held = psutil.Process().memory_info().rss + memory_bytes(plan)
     if max_ram is not None and held > max_ram:
-        raise InputError(f"--max-ram {max_ram}: the merge needs about {held} bytes; allow as much")
+        raise InputError(f"--max-ram {max_ram}: the merge needs about {held} bytes; allow at least that")
 
 
 def check_buffers(plan: Plan) -> None:
@@ -185,7 +185,7 @@ def _write_recipe_and_card(plan: Plan, folder: Path) -> None:
 
 
 def copy_rate(plan: Plan, near: Path, n_bytes: int = 32 << 20) -> float:
-    """Bytes per second that a model's weights are copied with to the disk of `near`, by copying a few."""
+    """Bytes per second at which a model's weights are copied to the disk of `near`, measured by copying a few."""
     info = max((info for donor in plan.pool for info in donor.tensors.values()), key=lambda info: info.n_bytes)
     n_bytes = min(n_bytes, info.n_bytes)
     trial = parent_of(near) / f".{near.name}.trial"

@@ -182,7 +182,7 @@ def test_an_unknown_key_is_an_error_with_a_suggestion(keys, message):
         ({"candidates": [{"ties": True}]}, "candidates: ties: expected densities above 0, at most 1, got True"),
         ({"candidates": [{"linear": "half"}]}, "linear: expected shares of the donor between 0 and 1, got"),
         ({"candidates": [{"linear": 10**5000}]}, "got a number of thousands of digits"),
-        ({"candidates": [{"swap": 0.5}]}, "candidates: swap takes a donor's values as they are and has no numbers"),
+        ({"candidates": [{"swap": 0.5}]}, "candidates: swap takes a donor's values unchanged and has no numbers"),
         ({"candidates": ["slerp", {"slerp": 0.2}]}, "candidates: 'slerp' is listed twice; give its numbers as one"),
         ({"candidates": [{"linear": [0.5, 0.5]}]}, "candidates: linear: a number is given twice in [0.5, 0.5]"),
         ({"scales": ["blok"]}, "scales[0]: expected 'model', 'depth', 'kind', 'boundary', 'block' or 'tensor', got"),

@@ -455,7 +455,7 @@ def test_a_model_that_is_cut_off_during_a_merge_is_named_and_the_same_command_co
         ),
         (
             {"merge_method": "linear", "models": [("a", {"weight": [{"filter": "norm", "value": 1}]})]},
-            "no value for the required parameter weight; no filter fits this tensor",
+            "no value for the required parameter weight; no filter matches this tensor",
         ),
     ],
 )
@@ -509,10 +509,10 @@ def test_check_of_a_run_prints_its_plan(tmp_path, olmfast):
 def test_a_file_that_is_meant_for_the_other_command_says_so(place, tmp_path, olmfast):
     merged(place)
     file = place / "m.yml"
-    message = f"olmfast: {file}: is a merge file and no run's configuration; use: olmfast merge {file} OUT\n"
+    message = f"olmfast: {file}: is a merge file, not a run's configuration; use: olmfast merge {file} OUT\n"
     assert olmfast("run", file)[::2] == (2, message)
     run_file = tiny_run(tmp_path / "run", 2)
-    message = f"olmfast: {run_file}: is the configuration of a run and no merge file; use: olmfast run {run_file}\n"
+    message = f"olmfast: {run_file}: is a run's configuration, not a merge file; use: olmfast run {run_file}\n"
     assert olmfast("merge", run_file, place / "new")[::2] == (2, message)
     file.write_text("merge_methd: linear\nmodels: [{model: a, parameters: {weight: 1}}]")
     code, _, error = olmfast("check", file)

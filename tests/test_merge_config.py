@@ -79,10 +79,10 @@ def test_the_base_is_merged_too_where_a_method_knows_no_task_vectors():
         ({"merge_method": "slerp", "base_model": "a"}, "slerp needs the parameter t"),
         (
             {"merge_method": "model_stock", "models": [{"model": "a"}], "base_model": "c"},
-            "takes at least 2 models beside",
+            "takes at least 2 models besides",
         ),
         ({"parameters": {}}, "linear needs the parameter weight of every model"),
-        ({"models": [*TWO, {"model": "a"}]}, "models: 'a' stands twice"),
+        ({"models": [*TWO, {"model": "a"}]}, "models: 'a' is listed twice"),
         ({"models": [{"model": "a+lora"}]}, "a LoRA adapter"),
         ({"dtype": "int8"}, "dtype: expected 'float32', 'bfloat16', 'float16' or 'float64', got 'int8'"),
         ({"parameters": {"weight": "much"}}, "parameters.weight: expected a number"),

@@ -1,4 +1,4 @@
-"""YAML files, sizes, paths and overrides: what every configuration is read with."""
+"""YAML files, sizes, paths and overrides: how every configuration is read."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def absolute(folder: Path, path: str | Path, where: str) -> Path:
     try:
         if "\0" in str(path):
             raise ValueError("it holds a null character")
-        # Not resolved: a link in the path stays the name under which the user knows the place.
+        # Not resolved: a link in the path stays the name by which the user knows the place.
         return Path(os.path.normpath(folder / Path(path).expanduser()))
     except (RuntimeError, ValueError) as error:  # RuntimeError: ~nobody
         raise InputError(f"{where}: {str(path)!r} is not a usable path: {error}") from None
@@ -112,7 +112,7 @@ def show(value: object) -> str:
 def explain(where: str, faults: Iterable[Mapping[str, Any]], known: Callable[[Location], Iterable[str]]) -> InputError:
     """What pydantic found, a line for each fault: where, which key, what was expected and what was given.
 
-    `known` gives the keys that there are at the place of an unknown one.
+    `known` gives the keys that exist at the location of an unknown one.
     """
     return InputError("\n".join(line for fault in faults for line in _explain_one(where, fault, known)))
 

@@ -1,6 +1,6 @@
-"""mergekit's merge files, read as they are: every key checked before anything is opened.
+"""mergekit's merge files, unchanged: every key is checked before anything is opened.
 
-docs/mergekit.md says for users what of them works here, and what differs.
+docs/mergekit.md tells users what works here and what differs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from olmfast.weights.methods import METHODS, Method, Parameter
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Scalar = bool | int | float
-# Accepted and without effect: masks of bits take no less memory here.
+# Accepted and without effect: bit masks would save no memory here.
 IGNORED_PARAMETERS = ("int8_mask",)
 
 
@@ -44,13 +44,13 @@ def _number(value: object) -> object:
 
 @dataclass(frozen=True)
 class Varying:
-    """A parameter's value: one, or a gradient over depth, and the text that a tensor's name must hold."""
+    """A parameter's value: one, or a gradient over depth, and the text that a tensor's name must contain."""
 
     values: tuple[Scalar, ...]
     filter: str | None = None
 
     def at(self, depth: float) -> Scalar:
-        """The value at a depth of 0 (first layer) to 1 (last): interpolated; true or false as they stand."""
+        """The value at a depth of 0 (first layer) to 1 (last): numbers are interpolated, true and false are not."""
         position = depth * (len(self.values) - 1)
         below = int(position)
         if any(isinstance(value, bool) for value in self.values):
@@ -330,12 +330,12 @@ class Group:
 
 
 def _group_faults(config: MergeConfig, group: Group) -> Iterator[str]:
-    """What a method asks of the models it is given."""
+    """What a method requires of the models it is given."""
     method, name = config.method, config.merge_method
     models = [source.model for source in group.sources]
     twice = next((model for model in models if models.count(model) > 1), None)
     if twice is not None:
-        yield f"{group.name}: {twice!r} stands twice; give its layers in slices of their own"
+        yield f"{group.name}: {twice!r} is listed twice; give its layers in slices of their own"
         return
     if method.base in ("required", "term") and group.base is None:
         yield f"base_model: required by {name}"
@@ -347,9 +347,9 @@ def _group_faults(config: MergeConfig, group: Group) -> Iterator[str]:
     least, most = method.n_terms
     if len(terms) < least or (most is not None and len(terms) > most):
         wanted = f"{least}" if least == most else f"at least {least}"
-        beside = " beside base_model" if method.base in ("required", "optional") and group.base else ""
+        besides = " besides base_model" if method.base in ("required", "optional") and group.base else ""
         listed = ", ".join(source.model for source in terms) or "none"
-        yield f"{group.name}: {name} takes {wanted} model{'s' * (wanted != '1')}{beside}, got {len(terms)}: {listed}"
+        yield f"{group.name}: {name} takes {wanted} model{'s' * (wanted != '1')}{besides}, got {len(terms)}: {listed}"
         return
     for parameter in method.parameters:
         if parameter.default is None and not parameter_given(config, group, parameter, terms):
@@ -368,7 +368,7 @@ def settings_of(
 ) -> dict[str, Setting]:
     """The settings of one tensor's merge: `names` are what the terms call it, `output` what the result does.
 
-    A value is looked for in a source's own parameters, the slice's, the file's; the first whose filter fits is
+    A value is looked up in the parameters of the source, the slice and the file; the first whose filter matches is
     taken. `depth` is 0 at the first layer, 1 at the last. Raises InputError for a required one that has no value.
     """
     settings: dict[str, Setting] = {}
@@ -397,7 +397,7 @@ def _filled(value: Scalar | None, parameter: Parameter, output: str) -> float:
 
 
 def _missing(parameter: Parameter, output: str) -> InputError:
-    return InputError(f"{output}: no value for the required parameter {parameter.name}; no filter fits this tensor")
+    return InputError(f"{output}: no value for the required parameter {parameter.name}; no filter matches this tensor")
 
 
 def _typed(value: Setting, parameter: Parameter, output: str) -> Setting:
@@ -440,7 +440,7 @@ def load_merge_config(source: str | Path | Mapping[str, Any]) -> MergeConfig:
     path = Path(source)
     data = read_yaml(path)
     if "dataset" in data and not is_merge_file(data):
-        raise InputError(f"{path}: is the configuration of a run and no merge file; use: olmfast run {path}")
+        raise InputError(f"{path}: is a run's configuration, not a merge file; use: olmfast run {path}")
     config = parse_merge_config(data, str(path), path.parent.absolute())
     config._text = path.read_text(encoding="utf-8")
     return config

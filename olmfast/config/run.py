@@ -1,6 +1,6 @@
 """The typed configuration of `olmfast run`: one YAML file, every key checked before anything is opened.
 
-docs/config.md describes each key for users; this file is where they are declared.
+docs/config.md describes each key for users; this file declares them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Scale = Literal["model", "depth", "kind", "boundary", "block", "tensor"]
 HAN = "[\u4e00-\u9fff]"
 MODES: tuple[str, ...] = Mode.__args__  # type: ignore[attr-defined]
 
-# Keys that a resumed run may change: where things lie and how long it may take, not what is decided.
+# Keys that a resumed run may change: where things are and how long it may take, not what is decided.
 FREE_TO_CHANGE = {
     "models_dir",
     "output_dir",
@@ -43,7 +43,7 @@ FREE_TO_CHANGE = {
     "metric_dir",
     "max_ram",
     "max_vram",
-    "batch_tokens",  # what does not fit the memory must not be the end of a run
+    "batch_tokens",  # running out of memory must not be the end of a run
 }
 
 
@@ -74,7 +74,7 @@ BLENDS: dict[str, Blend] = {
 
 
 class CandidateKind(BaseModel):
-    """An entry of `candidates`: `swap`, or a blend with the numbers that it is tried with."""
+    """An entry of `candidates`: `swap`, or a blend with the numbers to try."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     method: str
@@ -102,7 +102,7 @@ def _parse_kind(entry: object) -> CandidateKind:
         raise ValueError(f"expected one of {', '.join(known)}, got {show(entry)}{hint}")
     if method == "swap":
         if numbers is not None:
-            raise ValueError(f"swap takes a donor's values as they are and has no numbers, got {show(numbers)}")
+            raise ValueError(f"swap takes a donor's values unchanged and has no numbers, got {show(numbers)}")
         return CandidateKind(method="swap")
     blend = BLENDS[method]
     listed = [blend.default] if numbers is None else numbers if isinstance(numbers, list) else [numbers]
@@ -176,12 +176,12 @@ class DatasetConfig(BaseModel):
     samples: int = Field(default=200, ge=1)
 
 
-# Dataset keys that may stand at the top level as the default of every dataset.
+# Dataset keys that may be given at the top level, as the default of every dataset.
 DATASET_DEFAULTS = ("forbid", "template", "max_new_tokens", "samples")
 
 
 class RunConfig(BaseModel):
-    """Everything `olmfast run` is told. Paths are absolute once loaded (relative to the config's folder)."""
+    """The keys of `olmfast run`. Paths are absolute once loaded (relative to the config's folder)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     models_dir: Path
@@ -322,7 +322,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     path = Path("config" if isinstance(source, Mapping) else source)
     data = deepcopy(dict(source)) if isinstance(source, Mapping) else read_yaml(path)
     if "merge_method" in data:
-        raise InputError(f"{path}: is a merge file and no run's configuration; use: olmfast merge {path} OUT")
+        raise InputError(f"{path}: is a merge file, not a run's configuration; use: olmfast merge {path} OUT")
     for dotted, value in (overrides or {}).items():
         set_key(data, dotted, value)
     return parse_config(data, where=str(path), folder=path.parent.absolute())
@@ -353,7 +353,7 @@ def parse_config(data: dict[str, Any], where: str, folder: Path) -> RunConfig:
     try:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
-        # A wrong default is told where it stands, not once more for each dataset that takes it.
+        # A wrong default is reported where it is given, not once more for each dataset that takes it.
         faults = [fault for fault in error.errors() if fault["loc"][:3] not in inherited]
         raise explain(where, faults, _known_keys) from None
     config._config_dir = folder

@@ -169,7 +169,7 @@ def test_a_write_that_failed_halfway_leaves_nothing_for_the_next(tmp_path):
         (b"\xff", "is damaged: 'utf-8' codec"),
         (b"[]", "is damaged: list indices must be"),
         (b'{"entry": "step", "key": "layers/0"}', "is damaged: has no 'evaluations'"),
-        (b'{"entry": "run", "format": 1, "header": {}}', "is damaged: what the run is made of stands in the first"),
+        (b'{"entry": "run", "format": 1, "header": {}}', "is damaged: the entry 'run' belongs in the first line"),
         (b'{"entry": "dream"}', "unknown entry 'dream'; it was written by a newer version"),
         (
             b'{"entry": "values", "values": {}, "change": {"part": {"version": 1, "base": "x", "tensors": {"a": {}}}}}',
@@ -196,8 +196,8 @@ def test_damage_before_the_last_line_is_an_error_that_names_the_line(tmp_path, l
         (b"", "holds no whole line"),
         (b'{"entry": "run"', "holds no whole line"),
         (b'{"entry": "run"\n', "line 1: is damaged: Expecting"),
-        (b'{"entry": "values", "values": {}, "change": {}}\n', "line 1: is damaged: what the run is made of"),
-        (b'{"entry": "run", "format": 2, "header": {}}\n', "line 1: is of format 2, and this version reads format 1"),
+        (b'{"entry": "values", "values": {}, "change": {}}\n', "line 1: is damaged: the entry 'run' belongs in"),
+        (b'{"entry": "run", "format": 2, "header": {}}\n', "line 1: has format 2, but this version reads format 1"),
     ],
 )
 def test_a_log_without_its_first_line_is_an_error(tmp_path, content, reason):

@@ -20,7 +20,7 @@ def score_donors(search: Search) -> Outcome:
     """Evaluate every donor whole; the outcome orders them, and its winner is the base of the config."""
     unit = search.architecture.model_unit(search.tensors)
     base = search.recipe.base
-    untouched = owner(search.recipe, unit) == base  # not so where another tool's report was taken over
+    untouched = owner(search.recipe, unit) == base  # false where another tool's report was taken over
 
     def propose() -> list[Candidate]:
         donors = {name: Candidate(name, recipe=whole(name, search.sources.pool.tensors)) for name in search.donors}
@@ -54,7 +54,7 @@ def swap(search: Search, stage: str, unit: Unit, following: Unit | None = None) 
 
 
 def swap_candidates(search: Search, unit: Unit) -> list[Candidate]:
-    """What is there now, then the others in the order of `candidates` and of the pool.
+    """The incumbent, then the others in the order of `candidates` and of the pool.
 
     The blocks of a window choose independently: every combination is a candidate.
     """
@@ -69,7 +69,7 @@ def swap_candidates(search: Search, unit: Unit) -> list[Candidate]:
 
 
 def _options(search: Search, part: Unit) -> list[Candidate]:
-    """What a part may become; the first is what it is."""
+    """What a part may become; the first are its current values."""
     recipe = search.recipe
     options = [Candidate(owner(recipe, part), {name: recipe.tensors[name] for name in part.tensors})]
     others = [donor for donor in search.donors if donor != options[0].label]
@@ -84,7 +84,7 @@ def _options(search: Search, part: Unit) -> list[Candidate]:
 
 
 def _blend(search: Search, method: str, value: float, donor: Copy) -> Expression:
-    """A tensor's current values blended with a donor's; as they are where there is nothing to blend."""
+    """A tensor's current values blended with a donor's; the current ones where there is nothing to blend."""
     sources, recipe = search.sources, search.recipe
     current, info = recipe.tensors[donor.tensor], sources.pool[donor.donor].tensors[donor.tensor]
     if not info.dtype.is_floating_point or current.identity(sources) == donor.identity(sources):
@@ -100,7 +100,7 @@ def _blend(search: Search, method: str, value: float, donor: Copy) -> Expression
 
 
 def owner(recipe: Recipe, unit: Unit) -> str:
-    """The donor that all of a unit's values come from, or `current` when there is no such one."""
+    """The donor that all of a unit's values come from, or `current` if there is no single one."""
     sources = {recipe.tensors[name] for name in unit.tensors}
     donors = {source.donor if isinstance(source, Copy) else "current" for source in sources}
     return donors.pop() if len(donors) == 1 else "current"

@@ -33,9 +33,9 @@ def refine(search: Search, unit: Unit) -> None:
 
 
 def generation(search: Search, tensor: str, method: str, number: int, successes: int) -> list[Candidate]:
-    """The offspring of a tensor as it is now; none of a matrix of zeros, which has no directions.
+    """The offspring of a tensor's current values; none of a matrix of zeros, which has no directions.
 
-    `successes` is how many generations before it have improved the tensor.
+    `successes` is how many earlier generations have improved the tensor.
     """
     config = search.config
     dtype = str(search.saved_dtype(tensor)).removeprefix("torch.")

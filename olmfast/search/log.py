@@ -1,7 +1,7 @@
-"""The log of a run, `steps.jsonl`: a line of JSON per entry, added and never rewritten; all that a resumed run reads.
+"""The log of a run, `steps.jsonl`: a line of JSON per entry, appended, never rewritten; all that a resumed run reads.
 
-A line is as long as what happened is large, however large the model: of the recipe, the scores and the Scorer's state
-it holds what has changed since the line before.
+The length of a line depends on what happened, not on the size of the model: of the recipe, the scores and the
+Scorer's state it holds what has changed since the line before.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Standing:
-    """What the next step stands on.
+    """What the next step starts from.
 
     `recipe` is None before the first step. `scores` are the current model's, `Scores.to_json` of one candidate, empty
     where they are not known; `scorer` is `Scorer.state`.
@@ -54,7 +54,7 @@ class Standing:
     scorer: Mapping[str, Any] = field(default_factory=dict)
 
     def change_to(self, now: Standing) -> Change:
-        """What has to be written down to come from here to `now`."""
+        """What has to be recorded to get from here to `now`."""
         scores, scorer = _difference(self.scores, now.scores), _difference(self.scorer, now.scorer)
         before, recipe = self.recipe, now.recipe
         if before is None or recipe is None:
@@ -69,17 +69,17 @@ class Standing:
         recipe = change.recipe or self.recipe
         if change.part is not None:
             if recipe is None:
-                raise ValueError("changes tensors of a recipe that no line has given")
+                raise ValueError("changes tensors of a recipe that no line before it gives")
             recipe = recipe.with_values(change.part.tensors)
         return Standing(recipe, _merged(self.scores, change.scores), _merged(self.scorer, change.scorer))
 
 
 @dataclass(frozen=True)
 class Change:
-    """What differs between two standings: as large as what happened, however large the model.
+    """What differs between two standings; its size does not depend on the model's.
 
     `recipe` is given whole where more than tensors' expressions differ; `part` holds only those tensors. In `scores`
-    and `scorer`, None stands for an entry that is gone.
+    and `scorer`, None marks an entry that is gone.
     """
 
     recipe: Recipe | None = None
@@ -88,7 +88,7 @@ class Change:
     scorer: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, and nothing for what is as it was."""
+        """Plain JSON values, without what has not changed."""
         recipes = {"recipe": self.recipe, "part": self.part}
         written = {key: recipe.to_json() for key, recipe in recipes.items() if recipe is not None}
         return written | {key: part for key, part in (("scores", self.scores), ("scorer", self.scorer)) if part}
@@ -114,7 +114,7 @@ class RunEntry:
     def from_json(cls, data: Mapping[str, Any]) -> RunEntry:
         """Read what `to_json` wrote. Raises InputError for another format."""
         if data["format"] != FORMAT:
-            raise InputError(f"is of format {data['format']}, and this version reads format {FORMAT}")
+            raise InputError(f"has format {data['format']}, but this version reads format {FORMAT}")
         return cls(dict(data["header"]))
 
 
@@ -144,7 +144,7 @@ class StepEntry:
 
 @dataclass(frozen=True)
 class ValuesEntry:
-    """What is to be known of the run beside its steps: its status, the closing tables."""
+    """What the run records besides its steps: its status, the closing tables."""
 
     values: dict[str, Any]
     change: Change = field(default_factory=Change)
@@ -164,7 +164,7 @@ KINDS: dict[str, type[Entry]] = {"run": RunEntry, "step": StepEntry, "values": V
 
 
 def read_log(folder: Path, apply: Callable[[Entry], None]) -> int:
-    """Hand on every entry of a run's log, and return how many bytes count: what a kill left of the last line does not.
+    """Apply every entry of a run's log, and return how many bytes count: a last line cut off by a kill does not.
 
     Raises InputError naming the file, and the line where it is damaged in any other way.
     """
@@ -188,7 +188,7 @@ def read_log(folder: Path, apply: Callable[[Entry], None]) -> int:
         try:
             entry = parse(data)
             if isinstance(entry, RunEntry) != (number == 1):
-                raise ValueError("what the run is made of stands in the first line, and only there")
+                raise ValueError("the entry 'run' belongs in the first line, and only there")
             apply(entry)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
@@ -212,7 +212,7 @@ def json_line(data: Mapping[str, Any]) -> bytes:
 
 
 def append(path: Path, content: bytes, at: int | None = None) -> None:
-    """Add to a file and wait until it is on the disk. What lies behind byte `at`, left by a write that failed, goes."""
+    """Append to a file and wait until it is on the disk. What a failed write left after byte `at` is removed."""
     try:
         with path.open("ab") as file:
             if at is not None:
@@ -225,7 +225,7 @@ def append(path: Path, content: bytes, at: int | None = None) -> None:
 
 
 def strict(value: Any) -> Any:
-    """The value with null for NaN and infinity, which are no JSON."""
+    """The value with null for NaN and infinity, which are not valid JSON."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -236,9 +236,9 @@ def strict(value: Any) -> Any:
 
 
 def disk_error(path: Path, error: OSError) -> OlmfastError:
-    """What a full disk is met with."""
+    """The error of a disk that is full."""
     return OlmfastError(
-        f"{path}: cannot be written: {error.strerror}; what was decided before is saved, "
+        f"{path}: cannot be written: {error.strerror}; everything decided so far is saved; "
         "free some space and use --resume"
     )
 

@@ -34,13 +34,13 @@ class BudgetSpent(Exception):
 
 @dataclass(frozen=True)
 class Step:
-    """One decision about one unit. `propose` lists the candidates; the first is what is there now."""
+    """One decision about one unit. `propose` lists the candidates; the first is the incumbent."""
 
     key: str
     stage: str
     unit: Unit
     propose: Callable[[], Sequence[Candidate]]
-    # Rows that may win -> the winner, and after it, where it matters, the others in order of merit.
+    # Rows that may win -> the winner, and after it, where it matters, the others from best to worst.
     accept: Callable[[Scores, list[int]], list[int]] | None = None  # None: by the config's selection
     guarded: bool = True
     commit: bool = True
@@ -49,9 +49,9 @@ class Step:
 
 @dataclass
 class Search:
-    """Everything the loop works on, and what it has spent. It owns a recipe; a model is the Scorer's business.
+    """Everything the loop works on, and what it has spent. It owns a recipe; models are the Scorer's business.
 
-    `order` are the recipe's tensors as its module declares its parameters.
+    `order` are the recipe's tensors in the order in which its module declares its parameters.
     """
 
     config: RunConfig
@@ -70,7 +70,7 @@ class Search:
         self._spent_before = self.report.elapsed_s
         self._started = time.monotonic()
         self._evaluations = self.report.evaluations
-        self._current: Scores | None = None  # scores of what is there now, if they are known
+        self._current: Scores | None = None  # scores of the current recipe, if they are known
         self._recall()
 
     @property
@@ -99,12 +99,12 @@ class Search:
         return len(info.shape) == 2 and info.dtype.is_floating_point
 
     def set_scale(self, spans: Mapping[str, tuple[float, float]], base_means: dict[str, float]) -> None:
-        """Say what the donors scored: the scale of `selection: mean`, and the base that the guard protects."""
+        """Set what the donors scored: the scale of `selection: mean`, and the base that the guard protects."""
         self.rules = replace(self.rules, spans=spans)
         self.base_means = base_means
 
     def rebase(self, recipe: Recipe) -> None:
-        """Go on from another donor, whole; a recorded recipe that already stands on it is kept."""
+        """Continue from another recipe, whose scores are not known."""
         self.recipe = recipe
         self.scorer.commit(recipe)
         self._current = None
@@ -139,7 +139,7 @@ class Search:
         return outcome
 
     def _recall(self) -> None:
-        """Take up what an earlier session's last step left: a resumed run compares with the very same numbers."""
+        """Restore what an earlier session's last step left: a resumed run compares with the very same numbers."""
         standing = self.report.standing
         if standing.scorer:
             self.scorer.state = standing.scorer
@@ -198,7 +198,7 @@ class Search:
             for row in rows:
                 reason = self._fault(scores, row, guard)
                 if reason and row == 0:
-                    raise OlmfastError(f"{step.key}: {candidates[0].label}: {reason}; what is there cannot be scored")
+                    raise OlmfastError(f"{step.key}: {candidates[0].label}: {reason}; the incumbent cannot be scored")
                 if reason:
                     dropped[row] = reason
         return Scores.joined(found), dropped
@@ -215,7 +215,7 @@ class Search:
 
         guard = self.config.improve_all if step.guarded else None
         guarded = [name for name in sizes if guard in ("all", "base", self.config.dataset[name].mode, name)]
-        led = step.accept is None  # another rule may prefer an offspring that is worse than what is there
+        led = step.accept is None  # another rule may prefer an offspring that is worse than the incumbent
         raced, dropped = heats(score, len(candidates), sizes, racing, self.rules, self.config.seed, guarded, led)
         if raced is not None:
             self._write_ledger(step, candidates, list(dropped), raced)
@@ -233,7 +233,7 @@ class Search:
     def _ask(
         self, step: Step, candidates: list[Candidate], rows: list[int], samples: Mapping[str, list[int]]
     ) -> Scores:
-        """Have the Scorer score some candidates on some samples; what is there may have been scored before."""
+        """Have the Scorer score some candidates on some samples; the incumbent may have been scored before."""
         names = list(samples)
         if not (rows and rows[0] == 0 and candidates[0].is_current and self._current is not None):
             return self.scorer.score(step.unit, [candidates[row] for row in rows], names, samples)
@@ -244,7 +244,7 @@ class Search:
         return known.stacked_on(self.scorer.score(step.unit, [candidates[r] for r in rows[1:]], names, samples))
 
     def _fault(self, scores: Scores, row: int, guard: str | None) -> str | None:
-        """Why a candidate is out: a score that is no number, or worse on a guarded dataset."""
+        """Why a candidate is out: a score that is not finite, or worse on a guarded dataset."""
         for dataset in scores.samples:
             if not bool(torch.isfinite(scores.mean(dataset)[row])):
                 return f"scored NaN or infinity on {dataset}"
@@ -272,7 +272,7 @@ class Search:
         self.report.append_evaluations(lines)
 
     def _kept(self, step: Step, winner: Candidate) -> Candidate:
-        """The winner with what is transient stored beside the record, as it was scored."""
+        """The winner, with its transient values stored next to the record as they were scored."""
         values = {
             name: self.report.store(step.key.replace("/", "."), name, self.scorer.value(value))
             for name, value in winner.values.items()

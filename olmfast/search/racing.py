@@ -1,8 +1,8 @@
 """Racing: candidates that can no longer win are dropped after a part of the samples.
 
-All candidates are scored on the same few samples first; whoever is not going to beat the leader, at the confidence
-the user states, leaves, and the others go on with more samples (Maron and Moore, Hoeffding races, NIPS 1993; here
-with Student's t on paired differences). Who stays to the end is scored in full and chosen as without racing.
+All candidates are scored on the same few samples first; those that will not beat the leader, at the confidence the
+user states, are dropped, and the others continue with more samples (Maron and Moore, Hoeffding races, NIPS 1993; here
+with Student's t on paired differences). The rest are scored in full and selected as without racing.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def heats(
 ) -> tuple[Scores | None, dict[int, str]]:
     """Score candidates 0..n-1 on growing parts of the samples; `score(rows, samples)` evaluates some of them.
 
-    Returns what was scored, a row for each candidate (None: nothing), and the reason for each that left.
-    Candidate 0, what is there, never leaves. Nobody is driven out by a candidate that the guard would refuse, being
-    worse than candidate 0 on a dataset in `guarded`; nor, without `current_leads`, by candidate 0.
+    Returns what was scored, a row for each candidate (None: nothing), and the reason for each that was dropped.
+    Candidate 0, the incumbent, is never dropped. No candidate is dropped because of one that the guard would refuse,
+    being worse than candidate 0 on a dataset in `guarded`; nor, without `current_leads`, because of candidate 0.
     """
     order = {name: normal(n, seed, "racing", name).argsort().tolist() for name, n in sizes.items()}
     rows = list(range(n_candidates))
@@ -50,7 +50,7 @@ def heats(
         seen = found.at({name: sorted(indices[:rung]) for name, indices in order.items()})
         finite = [row for row in rows if all(bool(seen.mean(name)[row].isfinite()) for name in sizes)]
         if 0 not in finite:
-            break  # what is there cannot be scored: the full evaluation says so
+            break  # the incumbent cannot be scored: the full evaluation says so
         comparison = Comparison(seen, rules)
         leaders = [row for row in finite if row and not any(comparison.is_worse(name, row, 0) for name in guarded)]
         if current_leads:

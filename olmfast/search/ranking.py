@@ -35,7 +35,7 @@ class Rules:
 
 
 def order(scores: Scores, candidates: Sequence[int], rules: Rules) -> list[int]:
-    """The given candidates (rows of `scores`), best first. Row 0 is what is there, and wins ties."""
+    """The given candidates (rows of `scores`), best first. Row 0 is the incumbent, and wins ties."""
     left, result = list(candidates), []
     while left:
         winner = choose(scores, left, rules)
@@ -59,25 +59,25 @@ class Comparison:
         self.means: dict[str, list[float]] = {name: scores.mean(name).tolist() for name in scores.samples}
 
     def is_better(self, dataset: str, i: int, j: int) -> bool:
-        """Whether i scores lower than j by more than the tie tolerance and, if asked, than noise."""
+        """Whether i scores lower than j by more than the tie tolerance and, if requested, than noise."""
         a, b = self.means[dataset][i], self.means[dataset][j]
         if not _is_less(a, b, self.rules.tie_tolerance):
             return False
         return self.rules.significance is None or self._p(dataset, i, j) < self.rules.significance
 
     def is_worse(self, dataset: str, i: int, j: int) -> bool:
-        """Whether i scores higher than j by more than the tie tolerance, which is what the guard asks."""
+        """Whether i scores higher than j by more than the tie tolerance, as the guard requires."""
         return _is_less(self.means[dataset][j], self.means[dataset][i], self.rules.tie_tolerance)
 
     def chance_to_beat(self, i: int, leader: int, sizes: Mapping[str, int]) -> float:
         """How likely i is to come out before the leader once all `sizes[dataset]` samples are scored, 0..1.
 
-        The mean over all N samples is foretold from the n scored so far: Student's t around their mean, with
+        The mean over all N samples is predicted from the n scored so far: Student's t around their mean, with
         standard error s sqrt(1/n - 1/N) (Cochran, "Sampling Techniques", chapter 2). Datasets are independent.
         """
         if self.rules.selection == "mean" and any(self.rules.tells_apart(name) for name in self.means):
             gains = self._scaled_gains(i, leader)
-            variance = sum(_foretold_error(gain, sizes[name]) ** 2 for name, gain in gains.items())
+            variance = sum(_predicted_error(gain, sizes[name]) ** 2 for name, gain in gains.items())
             mean, n = self._mean_gain(i, leader), min(map(len, gains.values()))
             return _chance_above(0.0, mean, math.sqrt(variance), n)
         balances = {0.0: 1.0}  # weight of the datasets on which i is better less that of the others -> chance
@@ -93,9 +93,9 @@ class Comparison:
         return sum(chance for balance, chance in balances.items() if balance > 0)
 
     def _chances(self, dataset: str, i: int, j: int, size: int) -> tuple[float, float]:
-        """That i will be better than j on a dataset, and that it will be worse."""
+        """The chances that i will be better than j on a dataset, and that it will be worse."""
         gain = self._gain(dataset, i, j)
-        mean, error, margin = float(gain.mean()), _foretold_error(gain, size), 0.0
+        mean, error, margin = float(gain.mean()), _predicted_error(gain, size), 0.0
         if self.rules.significance is not None:
             from scipy.stats import t
 
@@ -105,7 +105,7 @@ class Comparison:
     def best_by_copeland(self, candidates: Sequence[int]) -> int:
         """Most wins in pairs (i beats j when it ranks better on more, by weight, of the datasets).
 
-        Ties go to the lowest rank sum (Borda), then to the lower row: what is there, then pool order.
+        Ties go to the lowest rank sum (Borda), then to the lower row: the incumbent, then pool order.
         """
         ranks = {dataset: self._ranks(dataset, candidates) for dataset in self.means}
         weight = self.rules.weight
@@ -171,7 +171,7 @@ def is_degraded(value: float, base: float, now: float, improve_all: str, names: 
     """Whether the guard `improve_all` drops a candidate that scores `value` on a dataset.
 
     `base` guards every dataset against the base's score; `all`, or one of the dataset's `names` (its mode, its
-    file), guards the datasets it names against the base and against `now`, the score of what is there.
+    file), guards the datasets it names against the base and against `now`, the incumbent's score.
     """
     if improve_all not in ("all", "base", *names):
         return False
@@ -210,13 +210,13 @@ def _standard_error(gain: torch.Tensor) -> float:
     return float(gain.std(unbiased=True)) / math.sqrt(n) if n > 1 else math.inf
 
 
-def _foretold_error(gain: torch.Tensor, size: int) -> float:
+def _predicted_error(gain: torch.Tensor, size: int) -> float:
     """Standard error of the mean over all `size` samples, of which `gain` (n,) are known."""
     return _standard_error(gain) * math.sqrt(max(0.0, 1 - len(gain) / size))
 
 
 def _chance_above(limit: float, mean: float, error: float, n: int) -> float:
-    """That what is foretold from n samples turns out larger than the limit; even where nothing tells."""
+    """The chance that what n samples predict turns out larger than the limit; 1/2 where they tell nothing."""
     from scipy.stats import t
 
     if not math.isfinite(error) or (error == 0 and mean == limit):

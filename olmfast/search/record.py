@@ -51,7 +51,7 @@ REPORT_EVERY_S = 30.0  # the report grows with the model and the steps
 class Record:
     """The state of a run, kept in its folder. Every change is on disk before the method returns.
 
-    What is in memory is what has been read back from the line written: a resumed run goes on from the very same.
+    What is in memory has been read back from the line written: a resumed run continues from the very same values.
     """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic) -> None:
@@ -73,9 +73,9 @@ class Record:
         recipe: Recipe | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> Record:
-        """Begin a record in a new folder; `header` says what the run is made of.
+        """Begin a record in a new folder; `header` identifies the run's inputs.
 
-        `taken` are steps that another tool has taken, and `recipe` what they led to.
+        `taken` are steps that another tool has taken, and `recipe` their result.
         """
         (folder / REFINED).mkdir(parents=True, exist_ok=True)
         (folder / LEDGER).write_bytes(b"")
@@ -124,7 +124,7 @@ class Record:
         append(self.folder / LEDGER, b"".join(map(json_line, lines)))
 
     def store(self, name: str, tensor: str, value: torch.Tensor) -> Stored:
-        """Keep a computed tensor beside the report and return the expression that stands for it."""
+        """Keep a computed tensor next to the report and return the expression that refers to it."""
         file = f"{REFINED}/{name}.safetensors"
         value = value.cpu().contiguous()
         _write_atomically(self.folder / file, save({tensor: value}, metadata={"format": "pt"}))
@@ -138,7 +138,7 @@ class Record:
         self._remove_superseded()
 
     def update(self, recipe: Recipe | None = None, **values: Any) -> None:
-        """Note values of the run, and where it was not by a step that it came about, the recipe."""
+        """Record values of the run, and the recipe if it changed other than by a step."""
         standing = self.standing
         if recipe is not None and recipe != standing.recipe:
             standing = Standing(recipe, {}, standing.scorer)  # the scores are of the one before
@@ -146,7 +146,7 @@ class Record:
 
     @property
     def data(self) -> dict[str, Any]:
-        """What `merge_report.json` holds: what readers of the original tool's know, and under `olmfast` the rest."""
+        """What `merge_report.json` holds: the keys of the original tool's report, and the rest under `olmfast`."""
         own = {**self.header, "status": self.status, "steps": {key: asdict(one) for key, one in self.steps.items()}}
         own |= {"recipe": self.recipe.to_json() if self.recipe else None, "evaluations": self.evaluations}
         own |= {"ledger_bytes": self.ledger_bytes, "elapsed_s": self.elapsed_s}
@@ -187,7 +187,7 @@ class Record:
 
 
 def _as_the_original(steps: Mapping[str, Outcome]) -> dict[str, Any]:
-    """The steps under the keys that readers of the original tool's report know."""
+    """The steps under the keys of the original tool's report."""
     data: dict[str, Any] = {"base_model": {}, "boundary_layers": {}, "layers": {}, "tensors": {}}
     for outcome in steps.values():
         if outcome.stage == "base":

@@ -47,7 +47,9 @@ def assert_same(module: Any, other: Any, ids: torch.Tensor) -> None:
     own, others = dict(module.named_parameters()), dict(other.named_parameters())
     assert own.keys() == others.keys()
     assert all(torch.equal(parameter, others[name]) for name, parameter in own.items())
-    torch.testing.assert_close(module(ids).logits, other(ids).logits, rtol=1e-9, atol=1e-9)
+    # GPT-J's table of positions: loading a checkpoint, Transformers rounds it to float32.
+    tolerance = 1e-5 if module.config.model_type == "gptj" else 1e-9
+    torch.testing.assert_close(module(ids).logits, other(ids).logits, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.usefixtures("float64_throughout")

@@ -36,6 +36,10 @@ class Plan:
         """Bytes of the result's weights."""
         return self.content.n_bytes
 
+    def account(self) -> str:
+        """One line that says of every tensor where it comes from."""
+        return self.content.account()
+
     @property
     def n_bytes_read(self) -> int:
         """Bytes of the models' weights that go into it, counted each time they do."""

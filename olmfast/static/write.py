@@ -127,7 +127,7 @@ def write_merge(
         _write_recipe_and_card(plan, folder.partial)
         _shards.sync_folder(folder.partial)
         folder.rename()
-    return Written(output, plan.content.account(), plan.n_bytes, time.monotonic() - started)
+    return Written(output, plan.account(), plan.n_bytes, time.monotonic() - started)
 
 
 def read_options(
@@ -180,7 +180,7 @@ def _write_recipe_and_card(plan: Plan, folder: Path) -> None:
         write_text(folder / plan.recipe_file, plan.recipe_text)
     base = plan.content.base.name
     names = [base, *(name for name in plan.pool.names if name != base)]
-    card = merge_card(names, plan.title, plan.recipe_text, plan.content.account(), plan.notes)
+    card = merge_card(names, plan.title, plan.recipe_text, plan.account(), plan.notes)
     write_text(folder / "README.md", card)
 
 

@@ -34,7 +34,7 @@ def print_plan(plan: Plan, out: Path, as_json: bool) -> None:
         kinds = Counter(str(info.dtype).removeprefix("torch.") for info in donor.tensors.values())
         dtypes = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
         print(f"  {donor.name}: {len(donor.tensors)} tensors ({dtypes}), {decimal(donor.n_bytes)}")
-    print(plan.content.account().replace("tensors written", "tensors"))
+    print(plan.account().replace("tensors written", "tensors"))
     for name, why in plan.content.left_out.items():
         print(f"  {name}: {why}")
     content = plan.content

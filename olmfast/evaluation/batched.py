@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from olmfast.evaluation.blocks import BlockwiseModel
+from olmfast.evaluation.cohort import Cohort, Statistics
 from olmfast.evaluation.encoding import Dataset
 from olmfast.evaluation.generation import RolloutQueue
-from olmfast.evaluation.group import Group, Statistics
 from olmfast.evaluation.head import ModuleHead
 from olmfast.evaluation.leaves import Leaf, is_stackable, stack_leaves
 from olmfast.evaluation.memory import Memory, Shares, is_out_of_memory
@@ -34,7 +34,7 @@ class BatchedScorer:
 
     Its parts are there to be looked at: `trajectories` (the tasks, and the tokens they are followed along), `blockwise`
     (the model taken apart), `prefix` and `passes` (what enters a unit's block, and the passes from there on), `shares`
-    (of the memory) and `statistics`. After `forget` they are others.
+    (of the memory) and `statistics`. `forget` takes the model apart anew.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class BatchedScorer:
         first = self._first_block(unit)
         if first is not None:
             self._bring_to(first, tasks)
-        self._evaluate(Group(into, [row], [label], tasks, first, []))
+        self._evaluate(Cohort(into, [row], [label], tasks, first, []))
         self.trajectories.found(label)
         if current is not None:
             self.progress(label)
@@ -187,7 +187,7 @@ class BatchedScorer:
             self._score_stack(unit, candidates, rows[middle:], tasks, scores)
             return
         labels = [candidates[row].label for row in rows]
-        self._evaluate(Group(scores, rows, labels, tasks, unit.blocks[0], leaves))
+        self._evaluate(Cohort(scores, rows, labels, tasks, unit.blocks[0], leaves))
         for label in labels:
             self.progress(label)
 
@@ -210,7 +210,7 @@ class BatchedScorer:
             if first is not None:
                 self._bring_to(first, tasks)  # while the current model's values are live
             with self.model.trial(candidate):
-                self._evaluate(Group(scores, [row], [candidate.label], tasks, first, []))
+                self._evaluate(Cohort(scores, [row], [candidate.label], tasks, first, []))
         self.progress(candidate.label)
 
     # Evaluation
@@ -229,10 +229,10 @@ class BatchedScorer:
             self.shares.halve_prefix()
             self.trajectories.arrange(set(self.datasets))
 
-    def _evaluate(self, group: Group) -> None:
-        queue = RolloutQueue(group, self.blockwise, self.trajectories, self.shares, self.statistics)
-        for numbers in self.passes.batches(group.tasks):
-            queue.add(self.passes.run(group, range(len(group.rows)), numbers))
+    def _evaluate(self, cohort: Cohort) -> None:
+        queue = RolloutQueue(cohort, self.blockwise, self.trajectories, self.shares, self.statistics)
+        for numbers in self.passes.batches(cohort.tasks):
+            queue.add(self.passes.run(cohort, range(len(cohort.rows)), numbers))
             while queue.fills_a_batch:
                 queue.decode()
         while queue:

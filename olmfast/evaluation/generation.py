@@ -11,7 +11,7 @@ import torch
 
 from olmfast.evaluation.blocks import BlockwiseModel, State
 from olmfast.evaluation.cache import filled_cache
-from olmfast.evaluation.group import Group, Statistics
+from olmfast.evaluation.cohort import Cohort, Statistics
 from olmfast.evaluation.leaves import Leaf, computing_for
 from olmfast.evaluation.memory import Shares, is_out_of_memory
 from olmfast.evaluation.tasks import OwnTokens
@@ -97,7 +97,7 @@ def _next_tokens(
 
 @dataclass
 class Rollout:
-    """A greedy continuation to go on with: of one candidate (by its place in a group) on one task (by number)."""
+    """A greedy continuation to go on with: of one candidate (by its place in a cohort) on one task (by number)."""
 
     place: int
     task: int
@@ -156,17 +156,17 @@ def resume(
 
 
 class RolloutQueue:
-    """Rollouts of a group's candidates that wait until they fill a batch."""
+    """Rollouts of a cohort's candidates that wait until they fill a batch."""
 
     def __init__(
         self,
-        group: Group,
+        cohort: Cohort,
         blockwise: BlockwiseModel,
         trajectories: Trajectories,
         shares: Shares,
         statistics: Statistics,
     ) -> None:
-        self.group, self.blockwise, self.trajectories = group, blockwise, trajectories
+        self.cohort, self.blockwise, self.trajectories = cohort, blockwise, trajectories
         self.shares, self.statistics = shares, statistics
         self._waiting: list[Rollout] = []
 
@@ -195,7 +195,7 @@ class RolloutQueue:
             chosen = [one for one, own in zip(chosen, generative, strict=True) if own == kind]
         stop = self.trajectories.stop_tokens if generative[0] else ()
         try:
-            ends = resume(self.blockwise.module, chosen, self.group.leaves, self.blockwise.context, stop)
+            ends = resume(self.blockwise.module, chosen, self.cohort.leaves, self.blockwise.context, stop)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or len(chosen) == 1:
                 raise
@@ -206,7 +206,7 @@ class RolloutQueue:
         for one, end in zip(chosen, ends, strict=True):
             self.statistics.decoded += len(end.tokens)
             own = OwnTokens([*one.own.tokens, *end.tokens], torch.cat([one.own.max_prob, end.max_prob]))
-            self.trajectories.finish(self.group, one.place, one.task, own)
+            self.trajectories.finish(self.cohort, one.place, one.task, own)
         self._waiting = rest
 
     def _length(self, one: Rollout) -> int:

@@ -8,9 +8,9 @@ import torch
 
 from olmfast.evaluation import metrics
 from olmfast.evaluation.blocks import BlockwiseModel, Needed, Recorder, State
+from olmfast.evaluation.cohort import Cohort, Statistics
 from olmfast.evaluation.encoding import make_batches
 from olmfast.evaluation.generation import Rollout
-from olmfast.evaluation.group import Group, Statistics
 from olmfast.evaluation.memory import Memory, Shares, is_out_of_memory
 from olmfast.evaluation.suffix import Suffix
 from olmfast.evaluation.tasks import OwnTokens, Task
@@ -20,7 +20,7 @@ MEASURED_TOKENS = 512  # in the pass whose memory is measured
 
 
 class Passes:
-    """Runs a group's candidates on tasks, given by their numbers, over the blocks that differ."""
+    """Runs a cohort's candidates on tasks, given by their numbers, over the blocks that differ."""
 
     def __init__(
         self, blockwise: BlockwiseModel, trajectories: Trajectories, shares: Shares, statistics: Statistics
@@ -56,19 +56,19 @@ class Passes:
         kept = [(batch.hidden[first][row], len(task.ids)) for (batch, row), task in zip(places, tasks, strict=True)]
         return self.blockwise.pad_hidden([hidden[:length] for hidden, length in kept])
 
-    def run(self, group: Group, places: Sequence[int], numbers: list[int]) -> list[Rollout]:
-        """Score candidates (places in the group) on a batch of tasks; returns what is to be decoded on.
+    def run(self, cohort: Cohort, places: Sequence[int], numbers: list[int]) -> list[Rollout]:
+        """Score candidates (places in the cohort) on a batch of tasks; returns what is to be decoded on.
 
         What does not fit the memory is halved, and goes on.
         """
         rollouts: list[Rollout] = []
         done = 0
         try:
-            hidden = self.entering(group.first, numbers)
-            suffix = Suffix(self.blockwise, group.first or 0, hidden, group.leaves, self._needed(numbers))
+            hidden = self.entering(cohort.first, numbers)
+            suffix = Suffix(self.blockwise, cohort.first or 0, hidden, cohort.leaves, self._needed(numbers))
             per_pass = max(1, self.shares.pass_tokens // hidden.shape[:2].numel())
             while done < len(places):
-                rollouts += self._pass(group, list(places[done : done + per_pass]), numbers, suffix)
+                rollouts += self._pass(cohort, list(places[done : done + per_pass]), numbers, suffix)
                 done += per_pass
             return rollouts
         except (RuntimeError, MemoryError) as error:
@@ -81,9 +81,9 @@ class Passes:
             halves = [(left[: len(left) // 2], numbers), (left[len(left) // 2 :], numbers)]
         else:
             halves = [(left, numbers[: len(numbers) // 2]), (left, numbers[len(numbers) // 2 :])]
-        return rollouts + [one for places, tasks in halves for one in self.run(group, places, tasks)]
+        return rollouts + [one for places, tasks in halves for one in self.run(cohort, places, tasks)]
 
-    def _pass(self, group: Group, places: list[int], numbers: list[int], suffix: Suffix) -> list[Rollout]:
+    def _pass(self, cohort: Cohort, places: list[int], numbers: list[int], suffix: Suffix) -> list[Rollout]:
         """One forward pass of some candidates."""
         tasks, k = [self.trajectories.tasks[number] for number in numbers], len(places)
         recorder = Recorder() if any(task.runs_freely for task in tasks) else None
@@ -94,18 +94,18 @@ class Passes:
         self.statistics.padded += n_blocks * hidden.shape[:2].numel()
         taken = suffix.needed.of(hidden)
         needed = torch.split(taken.view(k, -1, taken.shape[-1]), [len(task.labels) for task in tasks], dim=1)
-        self._score_choices(group, places, tasks, needed)
+        self._score_choices(cohort, places, tasks, needed)
         rollouts: list[Rollout] = []
         for at, logits, argmax in self._logits(needed, tasks):
             task, number = tasks[at], numbers[at]
             for i, place in enumerate(places):
                 of_one = metrics.ResponseLogits(*(part[i] for part in logits))
                 if not task.runs_freely:
-                    group.scores.set(group.rows[place], task.name, task.index, task.teacher_forced(of_one, argmax[i]))
+                    cohort.scores.set(cohort.rows[place], task.name, task.index, task.teacher_forced(of_one, argmax[i]))
                     continue
                 own = task.follow(argmax[i], of_one.max_prob)
                 if task.is_over(own, self.trajectories.stop_tokens):
-                    self.trajectories.finish(group, place, number, own)
+                    self.trajectories.finish(cohort, place, number, own)
                 else:
                     assert recorder is not None
                     states = self._states(suffix, recorder, i * len(tasks) + at, number, own)
@@ -120,7 +120,7 @@ class Passes:
         return Needed(len(tasks), torch.cat(rows).to(device), torch.cat(columns).to(device))
 
     def _score_choices(
-        self, group: Group, places: Sequence[int], tasks: Sequence[Task], needed: Sequence[torch.Tensor]
+        self, cohort: Cohort, places: Sequence[int], tasks: Sequence[Task], needed: Sequence[torch.Tensor]
     ) -> None:
         """Score what is a choice. `needed` holds per task what leaves the last block there, (K, labels, hidden)."""
         for task, at_labels in zip(tasks, needed, strict=True):
@@ -128,7 +128,7 @@ class Passes:
                 options = torch.tensor(task.sample.options, device=at_labels.device)
                 logits = self.blockwise.head.logits(at_labels[:, 0], options).cpu()
                 for i, place in enumerate(places):
-                    group.scores.set(group.rows[place], task.name, task.index, task.choice(logits[i]))
+                    cohort.scores.set(cohort.rows[place], task.name, task.index, task.choice(logits[i]))
 
     def _logits(
         self, needed: Sequence[torch.Tensor], tasks: Sequence[Task]

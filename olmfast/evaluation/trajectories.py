@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from olmfast.evaluation.cohort import Cohort
 from olmfast.evaluation.encoding import Dataset, make_batches
-from olmfast.evaluation.group import Group
 from olmfast.evaluation.memory import Shares
 from olmfast.evaluation.prefix import Batch
 from olmfast.evaluation.tasks import OwnTokens, Task
@@ -70,12 +70,12 @@ class Trajectories:
 
     # What candidates generate
 
-    def finish(self, group: Group, place: int, number: int, own: OwnTokens) -> None:
+    def finish(self, cohort: Cohort, place: int, number: int, own: OwnTokens) -> None:
         """Enter the score of a free run that is over, and remember its tokens."""
         task = self.tasks[number]
         value, truncated = task.free_run(own, self.tokenizer, self.stop_tokens)
-        group.scores.set(group.rows[place], task.name, task.index, value, truncated)
-        self._generated.setdefault(group.labels[place], {})[number] = own.tokens
+        cohort.scores.set(cohort.rows[place], task.name, task.index, value, truncated)
+        self._generated.setdefault(cohort.labels[place], {})[number] = own.tokens
 
     def found(self, label: str) -> None:
         """The current model has been evaluated for the first time: its tokens are followed from now on."""

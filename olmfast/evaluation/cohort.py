@@ -10,10 +10,10 @@ from olmfast.evaluation.scores import Scores
 
 
 @dataclass
-class Group:
+class Cohort:
     """Candidates (rows of `scores`) to be evaluated together on tasks (by number).
 
-    A candidate's place in the group is its place in `rows` and `labels`, and its row in the stacks of `leaves`.
+    A candidate's place in the cohort is its place in `rows` and `labels`, and its row in the stacks of `leaves`.
     """
 
     scores: Scores

@@ -222,7 +222,7 @@ def _logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
 
 
 def _stack(scores: Sequence[Scores]) -> Scores:
-    stacked = scores[0]
+    together = scores[0]
     for one in scores[1:]:
-        stacked = stacked.stacked_on(one)
-    return stacked
+        together = together.followed_by(one)
+    return together

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from olmfast.config.run import DatasetConfig, Mode
 from olmfast.errors import InputError
 from olmfast.evaluation import metrics
+from olmfast.evaluation.batched import BatchedScorer
 from olmfast.evaluation.encoding import Dataset, load_datasets, make_batches
 from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.scorer import Candidate
@@ -245,6 +246,28 @@ def test_generative_modes_score_the_greedy_text_up_to_the_end_token(mode, formul
         own = own[: own.index(4)] if 4 in own else own
         wanted.append(formula(tiny_tokenizer().decode(own, skip_special_tokens=True), dataset.config.forbid))
     assert score(scorer).tolist() == pytest.approx(wanted)
+
+
+def test_every_mode_is_a_metric_and_every_metric_a_mode():
+    tables = [metrics.TEACHER_FORCED, metrics.GENERATIVE, {"exact_match", "choice"}]
+    assert sorted(get_args(Mode)) == sorted(name for table in tables for name in table)
+
+
+def test_a_metric_is_one_function_and_its_name(donor, tmp_path, monkeypatch):
+    """One of a generated text asks nothing of the response: a sample whose response is too long is not left out."""
+    monkeypatch.setitem(metrics.GENERATIVE, "length", lambda text, _: float(len(text)))
+    monkeypatch.setitem(metrics.TEACHER_FORCED, "worst", lambda logits: logits.cross_entropy.max())
+    pairs = [("2+3=", "5"), ("2+3=", "5" * 200)]
+    write_dataset(tmp_path / "set.json", pairs)
+    for mode, n_fitting in (("length", 2), ("worst", 1)):
+        entry = DatasetConfig(mode="exact", max_new_tokens=6).model_copy(update={"mode": mode})
+        dataset = load_datasets(tmp_path, {"set.json": entry}, tiny_tokenizer(), 128)["set.json"]
+        assert (len(dataset.samples), dataset.left_out) == (n_fitting, 2 - n_fitting)
+        plain = scorer_for(donor, dataset)
+        batched = BatchedScorer(plain.model, plain.datasets, plain.tokenizer, plain.stop_tokens, 4096)
+        unit = plain.model.sources.pool.architecture.boundary_unit(tuple(plain.model.recipe.tensors))
+        fast = batched.score(unit, [Candidate("now")])
+        assert fast.samples["set.json"][0].tolist() == pytest.approx(score(plain).tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", get_args(Mode))

@@ -12,6 +12,7 @@ import xxhash
 from olmfast.config.run import DatasetConfig
 from olmfast.errors import InputError
 from olmfast.evaluation.conversations import Conversation, load_conversations, worked_examples
+from olmfast.evaluation.metrics import GENERATIVE
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -55,7 +56,7 @@ def _load(path: Path, name: str, config: DatasetConfig, tokenizer: Any, context:
     conversations = load_conversations(path, config.mode, config.samples)
     encode = Encoder(tokenizer, config, raw_by_default=path.suffix == ".csv", where=str(path))
     encoded = [encode(conversation) for conversation in conversations]
-    generates = config.mode in ("diversity", "quality")
+    generates = config.mode in GENERATIVE
     fitting = [s for s in encoded if len(s.prompt) + (1 if generates else len(s.response)) <= context]
     if not fitting:
         raise InputError(f"{path}: every sample is longer than the model's context of {context} tokens")

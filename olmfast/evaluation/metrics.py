@@ -106,5 +106,9 @@ def _pair_sums(values: torch.Tensor) -> torch.Tensor:
     return values[:-1] + values[1:] if len(values) > 1 else 2 * values
 
 
+# What is asked of the model, said here alone. Beside these there are `exact_match` (its own tokens are held against
+# the response's) and `choice` (it picks an option).
+# The response is read along:
 TEACHER_FORCED = {"bigram_loss": bigram_loss, "exact": exact, "perplexity": perplexity, "bigram": bigram}
+# A text is written, and the response is not looked at:
 GENERATIVE = {"diversity": diversity, "quality": quality}

@@ -32,7 +32,7 @@ class Scores:
         """The scores on some datasets."""
         return Scores(*({name: part[name] for name in datasets} for part in self.parts))
 
-    def stacked_on(self, below: Scores) -> Scores:
+    def followed_by(self, below: Scores) -> Scores:
         """These candidates followed by those of `below`, on the same datasets."""
         pairs = zip(self.parts, below.parts, strict=True)
         return Scores(*({name: torch.cat([a[name], b[name]]) for name in a} for a, b in pairs))
@@ -47,7 +47,7 @@ class Scores:
         for name, own in samples.items():
             wanted[name][:, list(own)] = True
         samples_ = {name: torch.where(wanted[name], values, torch.nan) for name, values in self.samples.items()}
-        return Scores(samples_, wanted, {name: wanted[name] & cut for name, cut in self.truncated.items()})
+        return Scores(samples_, wanted, {name: wanted[name] & own for name, own in self.truncated.items()})
 
     def filled_by(self, other: Scores) -> Scores:
         """These scores, and where they are not evaluated those of `other`: the same candidates and datasets."""
@@ -106,7 +106,7 @@ class Scores:
         """Scores of samples that have all been evaluated, as `to_json` wrote them."""
         samples = {name: torch.tensor(x, dtype=getattr(torch, dtype)) for name, (dtype, x, _) in data.items()}
         evaluated = {name: torch.ones_like(values, dtype=torch.bool) for name, values in samples.items()}
-        return cls(samples, evaluated, {name: torch.tensor(cut, dtype=torch.bool) for name, (*_, cut) in data.items()})
+        return cls(samples, evaluated, {name: torch.tensor(own, dtype=torch.bool) for name, (*_, own) in data.items()})
 
     @classmethod
     def empty(cls, n: int, datasets: Mapping[str, Dataset], dtype: torch.dtype) -> Scores:

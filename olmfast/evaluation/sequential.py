@@ -100,8 +100,8 @@ class SequentialScorer:
         for batch in make_batches(lengths, self.batch_tokens):
             chosen = [samples[index] for index in batch]
             limits = [len(s.response) for s in chosen]
-            decoded = generate(self.model.module, [s.prompt for s in chosen], limits, self.model.context)
-            tokens, max_prob = decoded.tokens.cpu(), decoded.max_prob.cpu()
+            generated = generate(self.model.module, [s.prompt for s in chosen], limits, self.model.context)
+            tokens, max_prob = generated.tokens.cpu(), generated.max_prob.cpu()
             for row, (index, sample) in enumerate(zip(batch, chosen, strict=True)):
                 n = len(sample.response)
                 right = tokens[row, :n] == torch.tensor(sample.response)
@@ -117,13 +117,13 @@ class SequentialScorer:
         for batch in make_batches([len(s.prompt) + longest for s in samples], self.batch_tokens):
             prompts = [samples[index].prompt for index in batch]
             limits = [min(longest, self.model.context - len(prompt)) for prompt in prompts]
-            decoded = generate(self.model.module, prompts, limits, self.model.context, self.stop_tokens)
+            generated = generate(self.model.module, prompts, limits, self.model.context, self.stop_tokens)
             for row, index in enumerate(batch):
-                length = int(decoded.lengths[row])
-                text = self.tokenizer.decode(decoded.tokens[row, :length].tolist(), skip_special_tokens=True)
-                failed = bool(decoded.max_prob[row, : length + 1].isnan().any())
+                length = int(generated.lengths[row])
+                text = self.tokenizer.decode(generated.tokens[row, :length].tolist(), skip_special_tokens=True)
+                failed = bool(generated.max_prob[row, : length + 1].isnan().any())
                 scores[index] = torch.nan if failed else formula(text, dataset.config.forbid)
-                truncated[index] = not bool(decoded.stopped[row])
+                truncated[index] = not bool(generated.stopped[row])
         return scores, truncated
 
 

@@ -241,7 +241,7 @@ class Search:
         known = self._current.only(names).limited_to(samples)
         if len(rows) == 1:
             return known
-        return known.stacked_on(self.scorer.score(step.unit, [candidates[r] for r in rows[1:]], names, samples))
+        return known.followed_by(self.scorer.score(step.unit, [candidates[r] for r in rows[1:]], names, samples))
 
     def _fault(self, scores: Scores, row: int, guard: str | None) -> str | None:
         """Why a candidate is out: a score that is not finite, or worse on a guarded dataset."""

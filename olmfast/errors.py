@@ -22,10 +22,10 @@ class InputError(OlmfastError):
 
 
 class FileChanged(OlmfastError):
-    """A model's file cannot be read any more: it was changed or went away while in use."""
+    """A model's file can no longer be read: it was changed or removed while in use."""
 
     def with_advice(self, again: str) -> OlmfastError:
-        """The error that says what to do; `again` is how the work is taken up afterwards."""
+        """The error with advice; `again` is how to continue the work afterwards."""
         return OlmfastError(f"{self}; put the file back as it was and use {again}")
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Observer:
-    """Who watches a run or a merge. This one shows nothing; others override what they want to be told."""
+    """Who watches a run or a merge. This one shows nothing; subclasses override the methods they need."""
 
     def planned(self, n_candidates: int) -> None:
         """How many candidates the whole run has at most."""
@@ -33,7 +33,7 @@ class Observer:
         """Something the user should know."""
 
     def ranked(self, layers: Sequence[Ranked], n_merged: int) -> None:
-        """Before a merge of the layers that gain most: all that were tried, the best first."""
+        """The layers tried by a sensitivity ranking, the best first, before the first `n_merged` are merged."""
 
     def merging(self, method: str, n_bytes: int) -> None:
         """A merge begins to write a result with `n_bytes` of weights."""

@@ -1,4 +1,4 @@
-"""Tiny real models, tokenizers and datasets for tests: of olmfast and of tools that import it."""
+"""Tiny real models, tokenizers and datasets, for the tests of olmfast and of tools that import it."""
 
 from __future__ import annotations
 

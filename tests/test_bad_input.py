@@ -402,7 +402,7 @@ def test_a_device_that_is_not_there_is_named(refused, cfg):
 
 def test_a_pattern_that_matches_nothing_is_named(refused, cfg):
     assert refused(edit(cfg, units=["*.q_proj", "*.qproj"])) == (
-        "units: '*.qproj' matches no module inside the blocks; they are named such as model.layers.0.input_layernorm"
+        "units: '*.qproj' matches no module inside the blocks, such as model.layers.0.input_layernorm"
     )
 
 

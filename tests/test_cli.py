@@ -141,7 +141,7 @@ def test_quiet_means_no_progress(olmfast, cfg):
 def test_a_budget_too_small_for_the_first_step_still_ends_cleanly(olmfast, cfg):
     code, out, _ = olmfast("run", cfg, "-q", "--set", "budget=1")
     assert code == 0
-    assert "the budget is spent, --resume with a larger one goes on" in out
+    assert "the budget is spent, --resume with a larger one continues" in out
     code, out, _ = olmfast("run", cfg, "-q", "--resume")
     assert code == 0
     assert out.rstrip().endswith("finished")

@@ -87,10 +87,10 @@ def test_a_plan_says_what_moves_what_stays_and_whose_tokenizer_it_is(cfg, olmfas
     code, out, _ = olmfast("check", edit(cfg, skip_norm=True, layer_swap=None, boundary_select=None))
     assert code == 0
     for line in (
-        "candidates of a unit: what is there; for each donor: swap",
-        "3 tensors stay the base's: embedding, final norm and head: nothing walks the boundary",
-        "8 tensors stay the base's: skip_norm",
-        "12 tensors stay the base's: no pattern of units matches",
+        "candidates of a unit: its current values; for each donor: swap",
+        "3 tensors keep the base's values: embedding, final norm and head: the boundary is not searched",
+        "8 tensors keep the base's values: skip_norm",
+        "12 tensors keep the base's values: no pattern of units matches",
         "tokenizer: donor0's; vocabulary: 112 rows in every donor; "
         "tokens listed by the tokenizers: donor0 105, donor1 105",
     ):
@@ -106,7 +106,7 @@ def test_a_unit_costs_the_blocks_from_its_own_on(cfg):
     stages = estimate(load_config(cfg)).stages
     passes = {name: stage.model_passes(4) for name, stage in stages.items()}
     assert passes["base"] == 2  # both donors, through all blocks
-    assert passes["boundary"] == 1  # the other donor; what is there has its scores
+    assert passes["boundary"] == 1  # the other donor; the current one has its scores
     assert passes["layers"] == 1 + 0.75 + 0.5 + 0.25
     assert passes["tensors"] == 4 * passes["layers"]  # four modules in each block
     assert passes["norm_es"] == pytest.approx(stages["norm_es"].n_scored * 2.5 / 4)

@@ -25,14 +25,14 @@ from olmfast.weights.architecture import Unit
 from olmfast.weights.offspring import offspring_count
 from olmfast.weights.pool import Pool, token_ids
 
-TRIAL_TOKENS, TRIAL_SECONDS = 1024, 0.3  # of the product that the rate is measured with
+TRIAL_TOKENS, TRIAL_SECONDS = 1024, 0.3  # of the product whose rate is measured
 
 
 @dataclass(frozen=True)
 class Stage:
     """The decisions of one stage: the unit of each, and how many candidates it has at most, the current one included.
 
-    `current_is_scored`: what is there has no scores yet; in all stages but the first it has.
+    `current_is_scored`: the current model has no scores yet and is scored too; in all stages but the first it has.
     """
 
     steps: tuple[tuple[Unit, int], ...]
@@ -40,7 +40,7 @@ class Stage:
 
     @property
     def units(self) -> tuple[Unit, ...]:
-        """The units, each once however often it is decided about."""
+        """The units, each once, however many decisions it has."""
         return tuple(dict.fromkeys(unit for unit, _ in self.steps))
 
     @property
@@ -55,7 +55,7 @@ class Stage:
 
     @property
     def n_scored(self) -> int:
-        """Candidates that are put through the model."""
+        """Candidates that are run through the model."""
         return sum(self._scored(n) for _, n in self.steps)
 
     def model_passes(self, n_blocks: int) -> float:
@@ -75,7 +75,7 @@ class Work:
 
     @classmethod
     def of(cls, datasets: Iterable[Dataset], context: int) -> Work:
-        """Prompts, and responses as long as they can get."""
+        """Prompts, and responses at their maximum length."""
         tasks = [Task.of(d.name, i, d, context) for d in datasets for i in range(len(d.samples))]
         return cls(sum(len(task.sample.prompt) + task.limit - 1 for task in tasks), sum(task.limit for task in tasks))
 
@@ -85,8 +85,8 @@ class Estimate:
     """What a run would do, and estimates of what it would take.
 
     `stays` counts the tensors that remain the base's, by reason; `vocabulary` maps a donor to the number of tokens that
-    its tokenizer lists, all with `n_rows` rows. `memory_bytes` is the least that evaluation can do with on `device`,
-    `memory_limit` what it may take; `flop` counts the operations of matrix products, of which `flop_per_s` are done.
+    its tokenizer lists, all with `n_rows` rows. `memory_bytes` is the least that evaluation needs on `device`,
+    `memory_limit` what it may take; `flop` counts the operations of matrix products, `flop_per_s` is their rate.
     """
 
     stages: dict[str, Stage]
@@ -179,7 +179,7 @@ def plan_stages(config: RunConfig, pool: Pool) -> dict[str, Stage]:
     architecture, tensors = pool.architecture, pool.tensors
     n = min(len(pool), config.max_models or len(pool))
     n_ways = sum(max(1, len(kind.values)) for kind in config.candidates)
-    # As long as whole units are swapped, the coarser before the finer, what is there is one of the donors.
+    # As long as whole units are swapped, the coarser before the finer, the current values are one of the donors'.
     swaps_only = n_ways == 1 and config.candidates[0].method == "swap" and not config.scales
     stages = {"base": Stage(((architecture.model_unit(tensors), len(pool)),), current_is_scored=True)}
     for index, scale in enumerate(config.walk):
@@ -204,7 +204,7 @@ def plan_stages(config: RunConfig, pool: Pool) -> dict[str, Stage]:
 
 
 def product_rate(pool: Pool, device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a matrix product as the model's largest: its weight by 1,024 tokens."""
+    """Floating-point operations per second of a product the size of the model's largest: its weight by 1,024 tokens."""
     shapes = [
         info.shape for name, info in pool[pool.names[0]].tensors.items() if pool.architecture.block_of(name) is not None
     ]
@@ -235,7 +235,7 @@ def _operations(config: RunConfig, pool: Pool, stages: Mapping[str, Stage], judg
     whole = config.scorer == "sequential"
     passes = sum(s.n_scored if whole else s.model_passes(architecture.n_blocks) for s in stages.values())
     n_scored = sum(stage.n_scored for stage in stages.values())
-    n_rows = 1 + (len(pool) > 1)  # of the closing tables: the result and the plain average, beside the donors
+    n_rows = 1 + (len(pool) > 1)  # of the closing tables: the result and the plain average, besides the donors
     through_blocks = (passes + n_rows) * judged.tokens + (len(pool) + n_rows) * held_out.tokens
     through_head = (n_scored + n_rows) * judged.labels + (len(pool) + n_rows) * held_out.labels
     return 2.0 * (in_blocks * through_blocks + in_head * through_head)
@@ -261,15 +261,15 @@ def _stays(config: RunConfig, pool: Pool, stages: Mapping[str, Stage]) -> dict[s
     def reason(name: str) -> str:
         architecture, module = pool.architecture, name.rsplit(".", 1)[0]
         if architecture.is_ignored(name):
-            return "computed by the module"
+            return "computed by the model"
         if architecture.block_of(name) is None:
-            return "embedding, final norm and head: nothing walks the boundary"
+            return "embedding, final norm and head: the boundary is not searched"
         if not of_module:
-            return "nothing walks the blocks"
+            return "the blocks are not searched"
         if config.skip_norm and architecture.is_norm(module):
             return "skip_norm"
         if not any(fnmatchcase(one, pattern) for pattern in config.units for one in (module, name)):
             return "no pattern of units matches"
-        return "no matrices, which is what evolution refines"
+        return "not a matrix; evolution refines only matrices"
 
     return dict(Counter(reason(name) for name in pool.tensors if name not in moved))

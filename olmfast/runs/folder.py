@@ -1,4 +1,4 @@
-"""The life of an output folder: begun beside its final name, locked, resumed, and renamed when complete."""
+"""The life of a run's folder: begun next to its final name, locked, resumed, and renamed when complete."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from olmfast.weights.pool import Pool
 
 
 class RunFolder(OutputFolder):
-    """`OUT.partial` while a run goes on, `OUT` once it is complete.
+    """`OUT.partial` while a run is in progress, `OUT` once it is complete.
 
-    Raises InputError at once when `OUT` or `OUT.partial` is there and neither `resume` nor `overwrite` is asked.
+    Raises InputError at once when `OUT` or `OUT.partial` exists and neither `resume` nor `overwrite` is requested.
     """
 
     def __init__(self, output: Path, *, resume: bool, overwrite: bool) -> None:
@@ -42,7 +42,7 @@ class RunFolder(OutputFolder):
     def locked(self, header: dict[str, Any], pool: Pool) -> Iterator[Record]:
         """The run's record, begun or loaded and checked against `header`; one process at a time.
 
-        Its report is brought up to date whatever happens meanwhile.
+        Its report is brought up to date even when the run fails.
         """
         if self.resume and not self.partial.exists() and (self.output / STEPS).is_file():
             record = Record.load(self.output)
@@ -67,14 +67,14 @@ class RunFolder(OutputFolder):
                 if isinstance(error, InputError) and is_new and not record.steps:
                     shutil.rmtree(self.partial)  # refused before it began
                     raise
-                with suppress(OlmfastError):  # a full disk; what is to be told is what failed first
+                with suppress(OlmfastError):  # a full disk; the first failure is the one to report
                     record.write_report()
                 raise
 
     def publish(self, record: Record) -> None:
-        """Rename the complete `OUT.partial` to `OUT`; what was there is removed after, or kept if not ours.
+        """Rename the complete `OUT.partial` to `OUT`; an old `OUT` is removed after, or kept if not ours.
 
-        Nothing to do for a run that had been published before.
+        Does nothing for a run that was published before.
         """
         if record.folder != self.output:
             record.write_report()
@@ -103,7 +103,7 @@ class RunFolder(OutputFolder):
             before = Record.load(self.output)
             _check_same(self.output, before, header)
             if before.status == "finished":
-                return before  # what lies in OUT.partial is of a run that was killed before it began
+                return before  # OUT.partial is that of a run that was killed before it began
             self._take_over()
         record = Record.load(self.partial)
         _check_same(self.partial, record, header)
@@ -114,7 +114,7 @@ class RunFolder(OutputFolder):
         return record
 
     def _take_over(self) -> None:
-        """Go on from a run that stopped at its budget: its state is copied, the result stays until replaced."""
+        """Continue a run that stopped at its budget: its state is copied, the result stays until replaced."""
         shutil.copytree(self.output / REFINED, self.partial / REFINED, dirs_exist_ok=True)
         shutil.copyfile(self.output / LEDGER, self.partial / LEDGER)
         # Last and in one step: with a log in it, the folder counts as taken over.

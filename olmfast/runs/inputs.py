@@ -38,9 +38,9 @@ class Inputs:
 
     @classmethod
     def open(cls, config: RunConfig, observer: Observer, download: bool = True, weights: bool = True) -> Inputs:
-        """Open donors (downloaded where needed and allowed) and datasets; with `weights`, look through these for NaN.
+        """Open donors (downloaded where missing and allowed) and datasets; with `weights`, search these for NaN.
 
-        Raises InputError with a line for everything that is unusable, as far as one fault does not hide another.
+        Raises InputError with a line for everything that is unusable, unless one fault hides another.
         """
         faults: list[str] = []
         pool = settings = None
@@ -53,7 +53,7 @@ class Inputs:
         with _noted(faults):
             pool = Pool.open(names, config.models_dir, config.config_dir, digests=digests, download=download)
         entries = {**config.dataset, **config.holdout}
-        if pool is None:  # without a tokenizer, what can be said of the datasets
+        if pool is None:  # what can be checked of the datasets without a tokenizer
             for name, entry in entries.items():
                 with _noted(faults):
                     load_conversations(config.dataset_dir / name, entry.mode, entry.samples)
@@ -81,7 +81,7 @@ class Inputs:
         if weights:
             pool.check_finite()
         if config.metric_dir is not None:
-            observer.note("metric_dir: accepted for compatibility and ignored; metrics lie in the output folder")
+            observer.note("metric_dir: accepted for compatibility and ignored; metrics are in the output folder")
         return cls(config, pool, questions, settings, order)
 
     @property
@@ -124,14 +124,12 @@ def check_units(config: RunConfig, pool: Pool) -> None:
     names = [name for unit in units for name in (unit.name, *unit.tensors)]
     for pattern in config.units:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise InputError(
-                f"units: {pattern!r} matches no module inside the blocks; they are named such as {units[0].name}"
-            )
+            raise InputError(f"units: {pattern!r} matches no module inside the blocks, such as {units[0].name}")
 
 
 @contextmanager
 def _noted(faults: list[str]) -> Iterator[None]:
-    """An InputError of what stands inside is one fault more, and what stands behind goes on."""
+    """Add an InputError raised inside to the faults, and continue."""
     try:
         yield
     except InputError as error:
@@ -139,7 +137,7 @@ def _noted(faults: list[str]) -> Iterator[None]:
 
 
 def environment(settings: Settings) -> dict[str, Any]:
-    """What the result's bytes depend on beside config, donors and datasets."""
+    """What the result's bytes depend on besides config, donors and datasets."""
     import transformers
 
     device = settings.device

@@ -12,9 +12,9 @@ from olmfast.search.record import REPORT
 
 
 def read_original(folder: Path) -> dict[str, Any] | None:
-    """The original tool's report in a folder, or None where there is no report, or it lies beside its log.
+    """The original tool's report in a folder; None where there is no report, or it is ours and has its log.
 
-    Raises InputError for one that cannot be read, is no merge report, or is ours and has lost its log.
+    Raises InputError for one that cannot be read, is not a merge report, or is ours and has lost its log.
     """
     path = folder / REPORT
     if not path.is_file() or (folder / STEPS).is_file():

@@ -56,7 +56,7 @@ class Scoreboard:
         return [name for name, span in self.spans.items() if math.isnan(skill_retained({name: 0.0}, {name: span}))]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, readable back by `from_json`; `retained` is for readers."""
+        """Plain JSON values, readable back by `from_json`; `retained` is only for readers."""
         retained = {label: self.retained(label) for label in self.rows} if self.rows else {}
         return {"donors": self.donors, "rows": self.rows, "truncated": self.truncated, "skill_retained": retained}
 
@@ -70,7 +70,7 @@ class Scoreboard:
         return cls(list(data["donors"]), rows, dict(data["truncated"]))
 
     def score(self, scorer: Scorer, recipes: Mapping[str, Recipe | None], names: Sequence[str], pool: Pool) -> None:
-        """Add a row per recipe (None: the model as it is now)."""
+        """Add a row per recipe (None: the current model)."""
         unit = pool.architecture.model_unit(pool.tensors)
         candidates = [Candidate(label, recipe=recipe) for label, recipe in recipes.items()]
         scores = scorer.score(unit, candidates, list(names))
@@ -102,9 +102,9 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
 ) -> Scoreboard:
-    """Score a model on datasets (file -> the keys of a config's dataset entry), beside donors if any are given.
+    """Score a model on datasets (file -> the keys of a config's dataset entry), with donors if any are given.
 
-    Models are folders or Hub ids, looked for in `models_dir` and downloaded to there. With donors, the board also has
+    Models are folders or Hub ids in `models_dir`; missing Hub models are downloaded. With donors, the board also has
     their plain average, and skill retained is on their scale. Raises InputError naming what is unusable.
     """
     here, name, donors = Path.cwd(), str(model), [str(donor) for donor in against]

@@ -33,7 +33,7 @@ from olmfast.weights.recipe import Recipe
 
 @dataclass(frozen=True)
 class Result:
-    """A finished (or, with a budget, stopped) run: where it lies, what it is and how it scored."""
+    """A finished (or, with a budget, stopped) run: where it is, what it is made of and how it scored."""
 
     output_dir: Path
     status: str
@@ -76,13 +76,13 @@ def run(
         raise error.with_advice("--resume") from None
     except torch.OutOfMemoryError as error:
         raise OlmfastError(
-            f"out of memory: {str(error).splitlines()[0]}; what was decided before is saved, use --resume with a "
-            "smaller batch_tokens"
+            f"out of memory: {str(error).splitlines()[0]}; everything decided so far is saved; use --resume with "
+            "a smaller batch_tokens"
         ) from None
     except OSError as error:
         raise OlmfastError(
-            f"{error.filename or folder.partial}: {error.strerror}; what was decided before is saved, "
-            "mend it and use --resume"
+            f"{error.filename or folder.partial}: {error.strerror}; everything decided so far is saved; "
+            "fix this and use --resume"
         ) from None
     return _result(config, Record.load(config.output_dir))
 
@@ -130,7 +130,7 @@ class Session:
                 for unit in self._units("tensor"):
                     refine(self.search, unit)
         except BudgetSpent:
-            self.observer.note("the budget is spent; this is the best so far, --resume with a larger one goes on")
+            self.observer.note("the budget is spent; this is the best so far, --resume with a larger one continues")
             return "stopped"
         return "finished"
 
@@ -144,7 +144,7 @@ class Session:
                 refine(self.search, unit)
 
     def write(self) -> str:
-        """Score the result beside its donors and write it; returns the line that accounts for every tensor."""
+        """Score the result with its donors and write it; returns the line that accounts for every tensor."""
         pool, recipe, sources = self.inputs.pool, self.search.recipe, self.evaluation.sources
         average = {AVERAGE: plain_average(recipe.base, self.selection.donors, pool)} if len(pool) > 1 else {}
         rows: dict[str, Recipe | None] = {**average, RESULT: None}
@@ -181,7 +181,7 @@ class Session:
         rows: dict[str, dict[str, float]] = {}
         for name in pool.names:
             row = {dataset: score for dataset, by in outcome.metrics.items() if (score := by[name]) is not None}
-            if len(row) == len(outcome.metrics):  # else neither it nor its twins can be an end of the scale
+            if len(row) == len(outcome.metrics):  # else neither it nor its twins can define the scale
                 rows[name] = row
         truncated = {
             name: {dataset: by[name] for dataset, by in outcome.truncated.items() if by.get(name)} for name in rows

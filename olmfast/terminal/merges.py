@@ -41,7 +41,7 @@ def print_plan(plan: Plan, out: Path, as_json: bool) -> None:
     changed = [key for key, value in content.config.items() if content.base.config.get(key) != value]
     if changed:
         print("config.json: " + ", ".join(f"{key} becomes {content.config[key]!r}" for key in changed))
-    how = f"changed: {', '.join(content.texts)}" if content.texts else "as it is"
+    how = f"changed: {', '.join(content.texts)}" if content.texts else "unchanged"
     print(f"tokenizer: {content.tokenizer.name}'s, {how}")
     if plan.vocabulary is not None:
         vocabulary = plan.vocabulary
@@ -55,7 +55,7 @@ def print_plan(plan: Plan, out: Path, as_json: bool) -> None:
         print(note)
     print(
         f"reads {decimal(plan.n_bytes_read)}, writes {decimal(plan.n_bytes)}; at most {decimal(memory_bytes(plan))} of "
-        f"memory beside Python and torch; about {seconds:.1f} s at the {decimal(round(rate))}/s that a trial copy "
+        f"memory besides Python and torch; about {seconds:.1f} s at the {decimal(round(rate))}/s that a trial copy "
         "reached (an estimate)"
     )
     there = " (exists: --overwrite will be needed)" if out.exists() and any(out.iterdir()) else ""
@@ -79,7 +79,7 @@ class Watcher(Observer):
         self.progress.stop()
 
     def ranked(self, layers: Sequence[Ranked], n_merged: int) -> None:
-        """The layers by what merging each alone does to the score; nothing beside JSON."""
+        """The layers by what merging each alone does to the score; nothing with JSON."""
         if self.as_json:
             return
         print("layer  score alone  change (below 0 is better)")

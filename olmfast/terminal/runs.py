@@ -41,7 +41,7 @@ class Watcher(Observer):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing to put away."""
+        """Nothing to close."""
 
 
 class Lines(Watcher):
@@ -147,9 +147,9 @@ def print_plan(plan: Estimate, as_json: bool) -> None:
         table.add_row(name, str(len(stage.units)), str(len(stage.tensors)), str(stage.n_candidates))
     table.add_row("all", "", str(plan.n_tensors), str(plan.n_candidates))
     _console().print(table)
-    print(f"candidates of a unit: what is there; for each donor: {plan.candidates}")
+    print(f"candidates of a unit: its current values; for each donor: {plan.candidates}")
     for why, n in plan.stays.items():
-        print(f"{n} tensors stay the base's: {why}")
+        print(f"{n} tensors keep the base's values: {why}")
     tokens = ", ".join(f"{name} {n}" for name, n in plan.vocabulary.items() if n)
     listed = f"; tokens listed by the tokenizers: {tokens}" if tokens else ""
     print(f"tokenizer: {plan.tokenizer}'s; vocabulary: {plan.n_rows} rows in every donor{listed}")
@@ -163,8 +163,8 @@ def print_plan(plan: Estimate, as_json: bool) -> None:
     )
     print(
         f"time: about {timedelta(seconds=math.ceil(plan.seconds))} at the {plan.flop_per_s / 1e9:.0f} GFLOP/s that a "
-        "trial product reached (an estimate: decoding and what is no matrix product come on top, racing and equal "
-        "donors take off)"
+        "trial product reached (an estimate: decoding and everything but matrix products add to it, racing and equal "
+        "donors reduce it)"
     )
     there = " (exists: --overwrite or --resume will be needed)" if plan.output_dir.exists() else ""
     print(
@@ -174,7 +174,7 @@ def print_plan(plan: Estimate, as_json: bool) -> None:
 
 
 def print_result(result: Result, as_json: bool) -> None:
-    """Which donor won each unit, and the result beside every donor, selection and held-out apart."""
+    """Which donor won each unit, and the scores of the result and every donor, selection and held-out apart."""
     if as_json:
         content = {
             "output_dir": str(result.output_dir),
@@ -193,7 +193,7 @@ def print_result(result: Result, as_json: bool) -> None:
     print_scoreboard(result.selection, "Selection scores (lower is better)", False)
     if result.holdout.rows:
         print_scoreboard(result.holdout, "Held-out scores (lower is better)", False)
-    left = "" if result.status == "finished" else "; the budget is spent, --resume with a larger one goes on"
+    left = "" if result.status == "finished" else "; the budget is spent, --resume with a larger one continues"
     output = Path(os.path.normpath(result.output_dir))
     shown = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
     print(f"\n{shown}: {result.status}{left}")
@@ -217,7 +217,7 @@ def print_scoreboard(board: Scoreboard, title: str, as_json: bool) -> None:
 
 
 def _short(names: list[str]) -> dict[str, str]:
-    """Paths by their last part where that tells them apart; everything else as it is."""
+    """Paths by their last part where that tells them apart; everything else unchanged."""
     last = [Path(name).name for name in names]
     return {
         name: short if Path(name).is_absolute() and last.count(short) == 1 else name

@@ -43,6 +43,7 @@ lint: .venv/installed
 	rm -rf build/typecheck build/lib*  # else modules that are gone would be installed again
 	$(BIN)/python -m pip install --quiet --no-deps --target build/typecheck .
 	cd build && MYPYPATH=typecheck ../$(BIN)/mypy --config-file ../pyproject.toml
+	cp pyproject.toml build/typecheck && cd build/typecheck && ../../$(BIN)/lint-imports --no-logo --no-cache
 
 sanitize: .venv/installed
 	$(BIN)/python tests/shards/sanitize.py

@@ -255,6 +255,14 @@ def evaluate_command(
 
 
 @app.command()
+def schema() -> None:
+    """Print the JSON schema of a run's config, for editors."""
+    from olmfast.config.schema import run_schema
+
+    print(json.dumps(run_schema(), indent=2))
+
+
+@app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
     """Say what olmfast finds on this machine: versions, GPU, kernels, extension."""
     from olmfast.terminal.doctor import examine

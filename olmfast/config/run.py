@@ -19,6 +19,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PositiveInt,
     PrivateAttr,
     ValidationError,
     model_validator,
@@ -225,13 +226,13 @@ class RunConfig(BaseModel):
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     batch_tokens: int = Field(8192, ge=1)
-    max_ram: Annotated[int | None, BeforeValidator(_parse_limit)] = None
-    max_vram: Annotated[int | None, BeforeValidator(_parse_limit)] = None
+    max_ram: Annotated[PositiveInt | None, BeforeValidator(_parse_limit)] = None
+    max_vram: Annotated[PositiveInt | None, BeforeValidator(_parse_limit)] = None
     forbid: str | None = HAN
     template: Template = "auto"
     max_new_tokens: int = Field(1024, ge=1)
     budget: Annotated[Budget | None, BeforeValidator(_parse_budget)] = None
-    shard_size: Annotated[int, BeforeValidator(parse_size)] = 5_000_000_000
+    shard_size: Annotated[PositiveInt, BeforeValidator(parse_size)] = 5_000_000_000
     metric_dir: str | None = None
     _config_dir: Path = PrivateAttr(Path())
 

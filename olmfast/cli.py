@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,12 +33,20 @@ app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True, pre
 
 
 def main() -> None:
-    """Entry point: errors meant for the user become one message and an exit code, without a traceback."""
+    """Entry point: an error becomes one message and an exit code; with OLMFAST_DEBUG=1 its traceback is shown too."""
+    failed: Exception
     try:
         app()
+        return
     except OlmfastError as error:
-        print(f"olmfast: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+        failed, message, code = error, str(error), error.exit_code
+    except Exception as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        failed, message, code = error, f"this is a bug in olmfast: {told}; OLMFAST_DEBUG=1 shows where", 1
+    if os.environ.get("OLMFAST_DEBUG", "0") not in ("", "0"):
+        traceback.print_exception(failed)
+    print(f"olmfast: {message}", file=sys.stderr)
+    raise SystemExit(code)
 
 
 def _print_version(wanted: bool) -> None:

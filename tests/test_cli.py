@@ -76,6 +76,36 @@ def test_bad_usage_ends_with_2(olmfast, arguments):
     assert olmfast(*arguments)[0] == 2
 
 
+def test_an_error_is_one_message_and_its_causes_are_shown_where_they_are_asked_for(olmfast, monkeypatch):
+    message = "olmfast: absent.yaml: cannot be read: No such file or directory\n"
+    for value in ("", "0"):
+        monkeypatch.setenv("OLMFAST_DEBUG", value)
+        assert olmfast("run", "absent.yaml") == (2, "", message)
+    monkeypatch.setenv("OLMFAST_DEBUG", "1")
+    code, out, err = olmfast("run", "absent.yaml")
+    assert (code, out) == (2, "")
+    assert err.startswith("Traceback (most recent call last):\n")
+    assert err.endswith("cannot be read: No such file or directory\n" + message)
+    assert "in read_any_yaml" in err
+
+
+def test_what_nobody_foresaw_is_told_as_a_bug_in_one_line(olmfast, monkeypatch):
+    def odd() -> None:
+        raise ZeroDivisionError("one\nthing or\tanother")
+
+    monkeypatch.setattr("olmfast.terminal.doctor.examine", odd)
+    told = "ZeroDivisionError: one thing or another"
+    message = f"olmfast: this is a bug in olmfast: {told}; OLMFAST_DEBUG=1 shows where\n"
+    monkeypatch.delenv("OLMFAST_DEBUG", raising=False)
+    assert olmfast("doctor") == (1, "", message)
+    monkeypatch.setenv("OLMFAST_DEBUG", "1")
+    code, _, err = olmfast("doctor")
+    assert code == 1
+    assert err.startswith("Traceback (most recent call last):\n")
+    assert ", in odd\n" in err
+    assert err.endswith(message)
+
+
 def test_doctor_names_versions_device_kernels_and_extension(olmfast):
     code, out, _ = olmfast("doctor", "--json")
     found = json.loads(out)

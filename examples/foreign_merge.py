@@ -1,23 +1,27 @@
 """A merge script of its own, in plain torch, sped up by importing `olmfast.kernels`: nothing else of olmfast.
 
-    python examples/foreign_merge.py
+    python examples/foreign_merge.py [ROWS]
 
 It merges three fine-tunes of one weight by TIES and by a weighted sum, once as such scripts are usually written
 and once with the kernels, checks that both give the same, and prints the ratio of the times.
 """
 
+import sys
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from olmfast.kernels import ties_merge, weighted_sum
 
 
-def plain_sum(tensors, weights):
-    return sum(tensor.float() * weight for tensor, weight in zip(tensors, weights)).to(tensors[0].dtype)  # noqa: B905
+def plain_sum(tensors: list[Tensor], weights: list[float]) -> Tensor:
+    terms = (tensor.float() * weight for tensor, weight in zip(tensors, weights, strict=True))
+    return sum(terms, torch.zeros(())).to(tensors[0].dtype)
 
 
-def plain_ties(tensors, weights, density, base):
+def plain_ties(tensors: list[Tensor], weights: list[float], density: float, base: Tensor) -> Tensor:
     deltas = torch.stack([tensor.float() - base.float() for tensor in tensors])
     k = max(1, int(density * base.numel()))
     for delta in deltas:
@@ -30,7 +34,7 @@ def plain_ties(tensors, weights, density, base):
     return (base + (parts * agree).sum(0) / divisor.masked_fill(divisor.abs() < 1e-8, 1.0)).to(base.dtype)
 
 
-def seconds(call, n_rounds=3):
+def seconds(call: Callable[[], object], n_rounds: int = 3) -> float:
     call()
     times = []
     for _ in range(n_rounds):
@@ -40,12 +44,12 @@ def seconds(call, n_rounds=3):
     return sorted(times)[n_rounds // 2]
 
 
-def main():
+def main(rows: int) -> None:
     torch.manual_seed(0)
-    base = torch.randn(4096, 1024)
+    base = torch.randn(rows, 1024)
     tensors, weights = [base + 0.1 * torch.randn_like(base) for _ in range(3)], [0.5, 0.3, 0.4]
     halves = [tensor.bfloat16() for tensor in tensors]
-    pairs = {
+    pairs: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
         "TIES, float32": (
             lambda: plain_ties(tensors, weights, 0.3, base),
             lambda: ties_merge(tensors, weights, 0.3, base=base),
@@ -59,4 +63,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 4096)

@@ -16,6 +16,7 @@ import random
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 Question = tuple[str, str]
 """The question and the expected answer."""
@@ -118,7 +119,7 @@ def draw(skill: str, split: str, seed: int) -> Iterator[Question]:
             yield question, answer
 
 
-def conversations(skill: str, split: str, seed: int, count: int) -> list[dict]:
+def conversations(skill: str, split: str, seed: int, count: int) -> list[dict[str, Any]]:
     """``count`` different questions of ``skill`` as ShareGPT conversations; ValueError if a split has fewer."""
     different: dict[str, str] = {}
     for question, answer in islice(draw(skill, split, seed), 100 * count):

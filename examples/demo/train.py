@@ -14,7 +14,7 @@ import copy
 import math
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TRAINING_QUESTIONS = 5000
-"""Drawn per skill; where a skill has fewer in its training split, some come twice."""
+"""Drawn per skill, usually; where a skill has fewer in its training split, some come twice."""
 SELECTION_QUESTIONS, HOLDOUT_QUESTIONS = 192, 160
 """Per skill."""
 IGNORED = -100
@@ -57,9 +57,9 @@ def specialist(skill: str) -> Phase:
     return Phase(120, 3e-4, {skill: 36}, warmup=20)
 
 
-def training_questions(skill: str, seed: int) -> list[tuple[str, str]]:
+def training_questions(skill: str, seed: int, count: int) -> list[tuple[str, str]]:
     """Questions of the training split."""
-    return list(islice(skills.draw(skill, "train", seed), TRAINING_QUESTIONS))
+    return list(islice(skills.draw(skill, "train", seed), count))
 
 
 def build_tokenizer(examples: dict[str, list[tuple[str, str]]]) -> PreTrainedTokenizerFast:
@@ -156,7 +156,7 @@ def train(model: LlamaForCausalLM, encoded: dict[str, list[Encoded]], phase: Pha
         losses = {}
         for skill, count in phase.mixture.items():
             loss = mean_loss(model, *pack(draws.sample(encoded[skill], count), pad))
-            (loss * count / questions).backward()
+            (loss * count / questions).backward()  # type: ignore[no-untyped-call]
             losses[skill] = loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -175,14 +175,14 @@ def accuracy(model: LlamaForCausalLM, encoded: list[Encoded]) -> float:
     tokens, labels = pack(encoded, model.config.pad_token_id)
     chosen = model(input_ids=tokens, use_cache=False).logits[:, :-1].argmax(-1)
     expected = labels[:, 1:]
-    return ((chosen == expected) | (expected == IGNORED)).all(1).float().mean().item()
+    return float(((chosen == expected) | (expected == IGNORED)).all(1).float().mean())
 
 
 def relative_distance(model: LlamaForCausalLM, ancestor: LlamaForCausalLM) -> float:
     """||W - W_ancestor|| / ||W_ancestor|| over all parameters."""
     with torch.no_grad():
         ours, theirs = (torch.cat([each.flatten() for each in one.parameters()]) for one in (model, ancestor))
-        return ((ours - theirs).norm() / theirs.norm()).item()
+        return float((ours - theirs).norm() / theirs.norm())
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -198,14 +198,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo's ancestor and its specialists.")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for models/ and data/")
     parser.add_argument("--seed", type=int, default=0, help="decides the first weights and every order")
+    parser.add_argument("--steps", type=int, default=ANCESTOR.steps, help="of each training at most, to try it out")
+    parser.add_argument("--questions", type=int, default=TRAINING_QUESTIONS, help="drawn per skill to train on")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(1)  # small matrices: a second thread costs more than it brings
     skills.write_datasets(arguments.out / "data", "selection", seed=1, count=SELECTION_QUESTIONS)
     skills.write_datasets(arguments.out / "data", "holdout", seed=2, count=HOLDOUT_QUESTIONS, suffix="_holdout")
 
+    def shortened(phase: Phase) -> Phase:
+        return replace(phase, steps=min(phase.steps, arguments.steps))
+
     begin = time.perf_counter()
-    full = {skill: training_questions(skill, arguments.seed) for skill in skills.SKILLS}
+    full = {skill: training_questions(skill, arguments.seed, arguments.questions) for skill in skills.SKILLS}
     tokenizer = build_tokenizer(full)
     lessons = {skill: encode(tokenizer, pairs) for skill, pairs in full.items()}
     first_lessons = {skill: encode(tokenizer, skills.first_lessons(skill, full[skill])) for skill in full}
@@ -213,11 +218,11 @@ def main() -> None:
         skill: encode(tokenizer, list(islice(skills.draw(skill, "holdout", 2), HOLDOUT_QUESTIONS))) for skill in full
     }
     ancestor = build_model(tokenizer)
-    train(ancestor, first_lessons, ANCESTOR, arguments.seed, "ancestor")
+    train(ancestor, first_lessons, shortened(ANCESTOR), arguments.seed, "ancestor")
     pool = {"ancestor": ancestor}
     for skill in skills.SKILLS:
         pool[skill] = copy.deepcopy(ancestor)
-        train(pool[skill], lessons, specialist(skill), arguments.seed, skill)
+        train(pool[skill], lessons, shortened(specialist(skill)), arguments.seed, skill)
         save(pool[skill], tokenizer, arguments.out / "models" / skill)
     print(f"trained in {time.perf_counter() - begin:.0f} s")
     print("held-out questions answered word for word, and distance from the ancestor")

@@ -30,7 +30,7 @@ from olmfast.weights.offspring import offspring_count
 
 @dataclass
 class Decision:
-    """One step: the candidates' names, the first being what was there; the winner, and every mean score."""
+    """One step: the candidates' names, the first being the current model; the winner, and every mean score."""
 
     key: str
     winner: str
@@ -62,7 +62,7 @@ class Baseline:
 
     def select_base(self) -> None:
         """Score every donor whole; the best is where the search starts."""
-        scores = [self._score(self._load(name).to(self.device)) for name in self.donors]
+        scores = [self.score(self._load(name).to(self.device)) for name in self.donors]
         means = {name: [float(one.mean(name)) for one in scores] for name in self.datasets}
         self.rules = Rules(
             self.rules.selection,
@@ -78,7 +78,7 @@ class Baseline:
         """Begin with one donor; its scores are found first if they are not given."""
         self.model, self.base = self._load(donor).to(self.device), donor
         self.owner = dict.fromkeys(self.model.state_dict(), donor)
-        self.current = scores or self._score(self.model)
+        self.current = scores or self.score(self.model)
 
     def swap(self, key: str, tensors: Sequence[str]) -> None:
         """Try every other donor's values for the tensors and keep the best."""
@@ -119,8 +119,11 @@ class Baseline:
         else:
             dimensions, make = _norm_offspring(weight, self.norm_sigma * NORM_DECAY**successes)
         address = (self.seed, tensor, method, generation)
-        draws = lambda index: normal(dimensions, *address, index).float().to(self.device)  # noqa: E731
-        return Offspring(offspring_count(dimensions), lambda index: make(draws(index)))
+
+        def child(index: int) -> torch.Tensor:
+            return make(normal(dimensions, *address, index).float().to(self.device))
+
+        return Offspring(offspring_count(dimensions), child)
 
     def score_child(self, tensor: str, child: torch.Tensor) -> Scores:
         """The model with one matrix replaced; it is left as it was."""
@@ -129,7 +132,7 @@ class Baseline:
     def _score_with(self, values: Mapping[str, torch.Tensor]) -> Scores:
         before = {name: self._parameter(name).detach().clone() for name in values}
         self._copy(values)
-        scores = self._score(self.model)
+        scores = self.score(self.model)
         self._copy(before)
         return scores
 
@@ -158,7 +161,8 @@ class Baseline:
         means = {name: dict(zip(labels, scores.mean(name).tolist(), strict=True)) for name in self.datasets}
         self.decisions.append(Decision(key, labels[winner], means))
 
-    def _score(self, model: Any) -> Scores:
+    def score(self, model: Any) -> Scores:
+        """One model's scores on all samples."""
         scores = Scores.empty(1, self.datasets, torch.float32)
         for name, dataset in self.datasets.items():
             for index, sample in enumerate(dataset.samples):

@@ -6,11 +6,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
-from search_case import Case, candidates_of, session
+from search_case import BLOCKS, Case, candidates_of, session
 
+from olmfast.evaluation.batched import BatchedScorer
 from olmfast.evaluation.memory import Memory
+
+T = TypeVar("T")
 
 
 def cpu(call: Callable[[], object]) -> float:
@@ -20,14 +24,21 @@ def cpu(call: Callable[[], object]) -> float:
 
 
 def elapsed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a call: on a GPU by the clock, until all it asked for is done; else of the CPU."""
-    if device.type != "cuda":
-        return cpu(call)
-    torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    call()
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    """See `timed`."""
+    return timed(call, device)[0]
+
+
+def timed(call: Callable[[], T], device: torch.device) -> tuple[float, T]:
+    """Seconds of a call, and its result: on a GPU by the clock, until all it asked for is done; else of the CPU."""
+    on_gpu = device.type == "cuda"
+    clock = time.perf_counter if on_gpu else time.process_time
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    began = clock()
+    result = call()
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    return clock() - began, result
 
 
 class Peak:
@@ -60,13 +71,14 @@ def watched(memory: Memory) -> Iterator[Peak]:
         watcher.join()
 
 
-def peak_memory(case: Case, limit: int | None) -> tuple[int, int, int, float]:
+def peak_memory(case: Case, questions: int, limit: int | None) -> tuple[int, int, int, float]:
     """Bytes of anonymous memory at the peak of scoring and before it, splits for want of memory, and CPU seconds."""
     torch.set_num_threads(1)
-    output = f"limit{limit}"
-    with session(case.config(32, output, max_ram=limit)) as engine:
+    output, block = f"limit{limit}", BLOCKS[1]
+    with session(case.config(questions, output, max_ram=limit)) as engine:
         scorer = engine.search.scorer
+        assert isinstance(scorer, BatchedScorer)
         before = scorer.memory.used
         with watched(scorer.memory) as peak:
-            seconds = cpu(lambda: [scorer.score(*candidates_of(kind, engine, 5)) for kind in ("block", "svd_es")])
+            seconds = cpu(lambda: [scorer.score(*candidates_of(kind, engine, block)) for kind in ("block", "svd_es")])
         return peak.n_bytes, before, scorer.statistics.splits, seconds

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from figures import sized
 
 from olmfast.config.run import RunConfig, parse_config
 from olmfast.evaluation.scorer import Candidate
@@ -27,11 +28,13 @@ from olmfast.search.candidates import swap
 from olmfast.testing import CHATML, SPECIAL
 from olmfast.weights.architecture import Unit
 from olmfast.weights.expressions import Copy
-from olmfast.weights.sources import Parent
 
-WORDS = 8000  # size of the vocabulary
-ANSWER = 20  # tokens
-BLOCKS = (0, 5, 11)  # spread evenly over the depth
+N_BLOCKS = sized(3, 12, 12)
+WIDTH, INNER, HEADS = sized((32, 48, 4), (512, 1376, 8), (512, 1376, 8))
+WORDS = sized(100, 8000, 8000)  # size of the vocabulary
+PROMPT = sized((8, 12), (80, 110), (80, 110))  # words of the shortest and the longest question
+ANSWER = sized(4, 20, 20)  # tokens
+BLOCKS = (0, (N_BLOCKS - 1) // 2, N_BLOCKS - 1)  # spread evenly over the depth
 PER_UNIT = 6  # offspring that are scored together
 MODULES = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")  # refined in the blocks at hand, in turn
 
@@ -43,9 +46,9 @@ class Case:
     folder: Path
     donors: tuple[str, ...]
 
-    def config(self, samples: int, output: str = "out", **keys: Any) -> RunConfig:
-        """The config of a run over this pool, on `samples` questions of each dataset."""
-        data = {
+    def keys(self, samples: int, output: str = "out", **keys: Any) -> dict[str, Any]:
+        """The keys of a config in this folder: a run over the pool, on `samples` questions of each dataset."""
+        return {
             "models_dir": "models",
             "output_dir": output,
             "models": list(self.donors),
@@ -55,7 +58,10 @@ class Case:
             "dtype": "float32",
             **keys,
         }
-        return parse_config(data, where="bench", folder=self.folder)
+
+    def config(self, samples: int, output: str = "out", **keys: Any) -> RunConfig:
+        """See `keys`."""
+        return parse_config(self.keys(samples, output, **keys), where="bench", folder=self.folder)
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -84,7 +90,7 @@ def module_unit(block: int, name: str) -> Unit:
 def walk(engine: Session, blocks: Sequence[int], refined: Sequence[int]) -> None:
     """The base; the blocks as donors have them; then one module in each of `refined`, swapped and refined."""
     search = engine.search
-    engine._choose_base()
+    engine.choose_base()
     for block in blocks:
         swap(search, "layers", search.architecture.window_unit(search.tensors, [block]))
     for block, name in modules_in(refined).items():
@@ -93,7 +99,7 @@ def walk(engine: Session, blocks: Sequence[int], refined: Sequence[int]) -> None
 
 
 def candidates_of(
-    kind: str, engine, block: int, blocks: Sequence[int] = BLOCKS, per_unit: int | None = PER_UNIT
+    kind: str, engine: Session, block: int, blocks: Sequence[int] = BLOCKS, per_unit: int | None = PER_UNIT
 ) -> tuple[Unit, list[Candidate]]:
     """What a search would score together in a block: every donor's values, or offspring of its module.
 
@@ -104,25 +110,21 @@ def candidates_of(
     if kind == "block":
         unit = search.architecture.window_unit(search.tensors, [block])
     if kind in ("block", "unit"):
-        donors = [name for name in search.donors if name != search.model.recipe.base]
+        donors = [name for name in search.donors if name != search.recipe.base]
         return unit, [Candidate(donor, {name: Copy(donor, name) for name in unit.tensors}) for donor in donors]
-    tensor = unit.tensors[0]
-    weight = search.model.sources.value(search.model.recipe.tensors[tensor])
-    parent = Parent(weight.to(search.model.device))
-    return unit, evolve._offspring(search, tensor, parent, kind, 0, 0)[:per_unit]
+    return unit, evolve.generation(search, unit.tensors[0], kind, 0, 0)[:per_unit]
 
 
 def make_case(
     folder: Path,
-    n_blocks: int = 12,
+    n_samples: int,
+    n_blocks: int = N_BLOCKS,
     n_donors: int = 4,
-    n_samples: int = 192,
-    prompt: tuple[int, int] = (80, 110),
     spread: float = 0.04,
     embedding: float = 3.0,
     logits: float = 4.0,
 ) -> Case:
-    """Write donors and datasets. `prompt`: shortest and longest question in words; a few tokens come with it.
+    """Write donors and datasets of `n_samples` questions.
 
     `spread`, `embedding`: standard deviation of the ancestor's matrices and of its embedding; `logits`: of its logits.
     Blocks then change the next token often, and fine-tunes of 1 to 2 % leave it for some tokens only.
@@ -132,7 +134,7 @@ def make_case(
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    config = llama_config(n_blocks, width=512, inner=1376, heads=8, words=WORDS, spread=spread)
+    config = llama_config(n_blocks, WIDTH, INNER, HEADS, WORDS, spread)
     tokenizer = word_tokenizer()
     torch.manual_seed(0)
     ancestor = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -140,7 +142,7 @@ def make_case(
         ancestor.get_input_embeddings().weight.mul_(embedding / spread)
         ancestor.get_output_embeddings().weight.mul_(logits / spread / config.hidden_size**0.5)
     for name, seed in (("free", 1), ("forced", 2)):
-        write_questions(folder / f"{name}.json", ancestor, tokenizer, n_samples, prompt, seed)
+        write_questions(folder / f"{name}.json", ancestor, tokenizer, n_samples, PROMPT, seed)
     names = tuple(f"donor{index}" for index in range(n_donors))
     kept = {name: value.clone() for name, value in ancestor.state_dict().items()}
     for index, name in enumerate(names):

@@ -3,9 +3,9 @@
     pytest bench/test_kernels.py --benchmark-only
 
 Shapes are those of Llama-2-7B, Llama-3-8B, Qwen2.5-7B and Qwen2.5-0.5B. A GPU runs all of them; a CPU those of
-Qwen2.5-0.5B (OLMFAST_BENCH_ALL=1: all of them). Both sides
-run in turn, in one process; every result is checked after it is timed. The limit of a case is measured in the
-same session: a bare GEMM of the same size and precision, or a copy of as many bytes.
+Qwen2.5-0.5B (OLMFAST_BENCH_ALL=1: all of them). Both sides run in turn, in one process; every result is checked after
+it is timed. The limit of a case is measured in the same session: a bare GEMM of the same size and precision, or a copy
+of as many bytes. `memory`: peak of ours over torch's, results included.
 """
 
 from __future__ import annotations
@@ -16,51 +16,38 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from figures import GPU, TINY, Figure, Figures, sized
 from torch import Tensor
 
 from olmfast import kernels
 
-GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
-ALL = GPU or os.environ.get("OLMFAST_BENCH_ALL") == "1"
-N_ROUNDS = 20 if GPU else 5
+N_ROUNDS = sized(1, 20 if GPU else 5, 20 if GPU else 5)
 # A GPU's time is its median; on a CPU other work only adds, so the least is the nearest to the truth.
 summary = statistics.median if GPU else min
 # One thread's processor time does not see the machine's other work at all (OMP_NUM_THREADS=1).
 SINGLE = not GPU and torch.get_num_threads() == 1
 clock = time.process_time if SINGLE else time.perf_counter
 LAMBDA = 20 if GPU else 4
-TOKENS = 4096 if GPU else 256
+TOKENS = sized(16, 4096 if GPU else 256, 4096 if GPU else 256)
 
 # (rows, cols) of gate_proj, and (vocabulary, width) of the head.
-MODELS = {
+EVERY_MODEL = {
     "Qwen2.5-0.5B": ((4864, 896), (151_936, 896)),
     "Qwen2.5-7B": ((18_944, 3584), (152_064, 3584)),
     "Llama-2-7B": ((11_008, 4096), (32_000, 4096)),
     "Llama-3-8B": ((14_336, 4096), (128_256, 4096)),
 }
-SMALL = ["Qwen2.5-0.5B"]
-MEMORY_BOUND = list(MODELS) if ALL else SMALL
-ARITHMETIC_BOUND = list(MODELS) if ALL else SMALL
-
-
-class Row(NamedTuple):
-    case: str
-    ours_s: float
-    rival_s: float
-    limit_s: float
-    limit: str
-    rate: str
-    memory_ratio: float | None
-
-
-ROWS: list[Row] = []
+SMALL_MODEL = {"Qwen2.5-0.5B": EVERY_MODEL["Qwen2.5-0.5B"]}
+MODELS = sized({"tiny": ((64, 48), (96, 48))}, EVERY_MODEL if GPU else SMALL_MODEL, EVERY_MODEL)
+each_model = pytest.mark.parametrize("model", MODELS)
+RATIOS: dict[str, float] = {}  # case -> torch's time over ours
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16, size: float = 1.0) -> Tensor:
@@ -115,33 +102,42 @@ def peak_bytes(call: Callable[[], object]) -> int:
     return peak - before
 
 
-def compare(
-    benchmark,
-    case: str,
-    ours: Callable[[], object],
-    rival: Callable[[], object],
-    limit: Callable[[], object],
-    *,
-    n_flop: float = 0.0,
-    n_bytes: float = 0.0,
-    verify: Callable[[object, object], None],
-) -> None:
-    """Time the three in turn, verify what came out, and keep a row for the table."""
-    calls = (ours, rival, limit)
-    for call in calls:
-        call()
-    times = [[timed(call) for call in calls] for _ in range(N_ROUNDS)]
-    result = benchmark.pedantic(ours, rounds=1, iterations=1)
-    ours_s, rival_s, limit_s = (summary(column) for column in zip(*times, strict=True))
-    verify(result, rival())
-    del result
-    ours_bytes, rival_bytes = peak_bytes(ours), peak_bytes(rival)
-    # Below a few pages the figure says nothing.
-    memory = max(ours_bytes, 1 << 20) / rival_bytes if rival_bytes > 8 << 20 else None
-    rate = f"{n_flop / ours_s / 1e9:.0f} GFLOP/s" if n_flop else f"{n_bytes / ours_s / 1e9:.1f} GB/s"
-    row = Row(case, ours_s, rival_s, limit_s, "GEMM" if n_flop else "copy", rate, memory)
-    ROWS.append(row)
-    benchmark.extra_info.update(row._asdict())
+Compare = Callable[..., None]
+
+
+@pytest.fixture
+def compare(benchmark: Any, report: Callable[..., None]) -> Compare:
+    """Times the three in turn, verifies what came out, and reports it."""
+
+    def compared(
+        case: str,
+        ours: Callable[[], object],
+        rival: Callable[[], object],
+        limit: Callable[[], object],
+        *,
+        n_flop: float = 0.0,
+        n_bytes: float = 0.0,
+        verify: Callable[[Any, Any], None],
+    ) -> None:
+        calls = (ours, rival, limit)
+        for call in calls:
+            call()
+        times = [[timed(call) for call in calls] for _ in range(N_ROUNDS)]
+        result = benchmark.pedantic(ours, rounds=1, iterations=1)
+        ours_s, rival_s, limit_s = (summary(column) for column in zip(*times, strict=True))
+        verify(result, rival())
+        del result
+        ours_bytes, rival_bytes = peak_bytes(ours), peak_bytes(rival)
+        # Below a few pages the figure says nothing.
+        memory = f"{max(ours_bytes, 1 << 20) / rival_bytes:.2f}" if rival_bytes > 8 << 20 else "-"
+        rate = f"{n_flop / ours_s / 1e9:.0f} GFLOP/s" if n_flop else f"{n_bytes / ours_s / 1e9:.1f} GB/s"
+        RATIOS[case] = rival_s / ours_s
+        report(
+            case, f"{ours_s * 1e3:.1f} ms", f"torch {rival_s * 1e3:.1f} ms", RATIOS[case],
+            f"{limit_s / ours_s:.0%} of a {'GEMM' if n_flop else 'copy'}", rate=rate, memory=memory,
+        )  # fmt: skip
+
+    return compared
 
 
 def copy_of(n_bytes: float) -> Callable[[], object]:
@@ -163,34 +159,21 @@ def close(relative: float) -> Callable[[object, object], None]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def table(request):
+def all_of_them(figures: Figures) -> Iterator[None]:
+    """One row for all cases."""
     yield
-    reporter = request.config.pluginmanager.getplugin("terminalreporter")
-    threads = "1 thread, processor time" if SINGLE else f"{torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name() if GPU else f"CPU, {threads}"
-    lines = [
-        f"\n{name}; torch {torch.__version__}; {'median' if GPU else 'best'} of {N_ROUNDS} rounds, in turn",
-        f"{'case':<44}{'ours, ms':>10}{'rate':>16}{'of limit':>14}{'x torch':>9}{'memory':>8}",
-    ]
-    for row in ROWS:
-        memory = "-" if row.memory_ratio is None else f"{row.memory_ratio:.2f}"
-        share = f"{row.limit_s / row.ours_s:.0%} {row.limit}"
-        ratio = row.rival_s / row.ours_s
-        lines.append(f"{row.case:<44}{row.ours_s * 1e3:>10.1f}{row.rate:>16}{share:>14}{ratio:>9.2f}{memory:>8}")
-    ratios = [row.rival_s / row.ours_s for row in ROWS]
-    if ratios:
-        worst = min(ROWS, key=lambda row: row.rival_s / row.ours_s)
-        lines.append(
-            f"ratio of time to torch: geometric mean {statistics.geometric_mean(ratios):.2f}, "
-            f"worst {worst.rival_s / worst.ours_s:.2f} in {worst.case}"
+    if RATIOS:
+        worst = min(RATIOS, key=lambda case: RATIOS[case])
+        mean = statistics.geometric_mean(RATIOS.values())
+        figures.add(
+            Figure(f"kernels, geometric mean of {len(RATIOS)} cases", "-", "torch", mean),
+            worst=f"{RATIOS[worst]:.2f}x in {worst}",
+            times=f"{'median' if GPU else 'best'} of {N_ROUNDS} rounds{', processor time' if SINGLE else ''}",
         )
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        for line in lines:
-            reporter.write_line(line) if reporter else print(line)
 
 
-@pytest.mark.parametrize("model", ARITHMETIC_BOUND)
-def test_svd_noise(benchmark, model):
+@each_model
+def test_svd_noise(compare: Compare, model: str) -> None:
     rows, cols = MODELS[model][0]
     k = min(rows, cols)
     weight, coefficients = random(rows, cols), random(LAMBDA, k, dtype=torch.float32)
@@ -207,7 +190,6 @@ def test_svd_noise(benchmark, model):
     scaled = [u * row for row in coefficients[:2]]
     torch.backends.cuda.matmul.allow_tf32 = True
     compare(
-        benchmark,
         f"svd_noise {model} {rows}x{cols} x{LAMBDA}",
         lambda: kernels.svd_noise(weight, u, vh, coefficients),
         rival,
@@ -218,8 +200,8 @@ def test_svd_noise(benchmark, model):
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-@pytest.mark.parametrize("model", MEMORY_BOUND)
-def test_row_scale(benchmark, model):
+@each_model
+def test_row_scale(compare: Compare, model: str) -> None:
     rows, cols = MODELS[model][0]
     weight, log_scale = random(rows, cols), random(LAMBDA, rows, dtype=torch.float32, size=0.01)
     n_bytes = (LAMBDA + 1) * weight.numel() * 2
@@ -228,7 +210,6 @@ def test_row_scale(benchmark, model):
         return (weight.float() * log_scale.exp()[:, :, None]).to(weight.dtype)
 
     compare(
-        benchmark,
         f"row_scale {model} {rows}x{cols} x{LAMBDA}",
         lambda: kernels.row_scale(weight, log_scale),
         rival,
@@ -239,8 +220,8 @@ def test_row_scale(benchmark, model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("model", ARITHMETIC_BOUND)
-def test_token_scores(benchmark, model, dtype):
+@each_model
+def test_token_scores(compare: Compare, model: str, dtype: torch.dtype) -> None:
     vocabulary, width = MODELS[model][1]
     hidden, head = random(TOKENS, width, dtype=dtype), random(vocabulary, width, dtype=dtype, size=width**-0.5)
     labels = torch.arange(TOKENS, device=DEVICE) * 7 % vocabulary
@@ -264,7 +245,6 @@ def test_token_scores(benchmark, model, dtype):
         wide_hidden, wide_head = hidden.float(), head.float()
         limit = lambda: wide_hidden @ wide_head.T  # noqa: E731
     compare(
-        benchmark,
         f"token_scores {model} {TOKENS}x{vocabulary} {'fp32' if dtype == torch.float32 else 'bf16'}",
         lambda: kernels.token_scores(hidden, head, labels),
         rival,
@@ -275,8 +255,8 @@ def test_token_scores(benchmark, model, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("model", MEMORY_BOUND)
-def test_weighted_sum(benchmark, model, dtype):
+@each_model
+def test_weighted_sum(compare: Compare, model: str, dtype: torch.dtype) -> None:
     rows, cols = MODELS[model][0]
     tensors = [random(rows, cols, dtype=dtype) for _ in range(3)]
     weights = [0.5, 0.3, 0.2]
@@ -289,7 +269,6 @@ def test_weighted_sum(benchmark, model, dtype):
 
     n_bytes = 4 * tensors[0].nbytes
     compare(
-        benchmark,
         f"weighted_sum {model} {rows}x{cols} of 3 {'fp32' if dtype == torch.float32 else 'bf16'}",
         lambda: kernels.weighted_sum(tensors, weights),
         rival,
@@ -299,8 +278,8 @@ def test_weighted_sum(benchmark, model, dtype):
     )
 
 
-@pytest.mark.parametrize("model", MEMORY_BOUND)
-def test_slerp(benchmark, model):
+@each_model
+def test_slerp(compare: Compare, model: str) -> None:
     a, b = random(*MODELS[model][0]), random(*MODELS[model][0]).roll(1)
 
     def rival() -> Tensor:
@@ -311,13 +290,13 @@ def test_slerp(benchmark, model):
 
     n_bytes = 5 * a.nbytes
     compare(
-        benchmark, f"slerp {model} {a.shape[0]}x{a.shape[1]}", lambda: kernels.slerp(a, b, 0.3), rival,
+        f"slerp {model} {a.shape[0]}x{a.shape[1]}", lambda: kernels.slerp(a, b, 0.3), rival,
         copy_of(n_bytes), n_bytes=n_bytes, verify=close(1e-3),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("model", SMALL if not ALL else list(MODELS))
-def test_ties_merge(benchmark, model):
+@each_model
+def test_ties_merge(compare: Compare, model: str) -> None:
     # Float32: in bfloat16 many magnitudes are equal at the threshold, where the rival keeps more than k.
     base = random(*MODELS[model][0], dtype=torch.float32)
     tensors = [base + random(*base.shape, dtype=torch.float32, size=0.1).roll(i) for i in range(3)]
@@ -342,34 +321,34 @@ def test_ties_merge(benchmark, model):
 
     n_bytes = 3 * 4 * base.nbytes
     compare(
-        benchmark, f"ties_merge {model} {base.shape[0]}x{base.shape[1]} of 3",
+        f"ties_merge {model} {base.shape[0]}x{base.shape[1]} of 3",
         lambda: kernels.ties_merge(tensors, weights, 0.3, base=base), rival,
         copy_of(n_bytes), n_bytes=n_bytes, verify=close(2e-2),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("model", MEMORY_BOUND)
-def test_dare_mask(benchmark, model):
+@each_model
+def test_dare_mask(compare: Compare, model: str) -> None:
     shape = MODELS[model][0]
 
-    def verify(ours: object, rival: object) -> None:
-        assert abs(float(ours.float().mean()) - float(rival.float().mean())) < 1e-3  # type: ignore[attr-defined]
+    def verify(ours: Tensor, rival: Tensor) -> None:
+        difference = abs(float(ours.float().mean()) - float(rival.float().mean()))
+        assert difference < (0.1 if TINY else 1e-3)  # of 3,072 values, or of millions
 
     n_bytes = shape[0] * shape[1]
     compare(
-        benchmark, f"dare_mask {model} {shape[0]}x{shape[1]}",
+        f"dare_mask {model} {shape[0]}x{shape[1]}",
         lambda: kernels.dare_mask(shape, 0.3, 1, device=DEVICE), lambda: torch.rand(shape, device=DEVICE) < 0.3,
         copy_of(n_bytes), n_bytes=n_bytes, verify=verify,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("model", SMALL if not ALL else list(MODELS))
-def test_stacked_linear(benchmark, model):
+@each_model
+def test_stacked_linear(compare: Compare, model: str) -> None:
     rows, cols = MODELS[model][0]
     x, weights = random(TOKENS, cols, dtype=torch.float32), random(4, rows, cols, dtype=torch.float32)
     flat = weights.view(-1, cols)
     compare(
-        benchmark,
         f"stacked_linear {model} {TOKENS}x{rows}x{cols} x4",
         lambda: kernels.stacked_linear(x, weights),
         lambda: torch.matmul(x, weights.mT),
@@ -379,19 +358,20 @@ def test_stacked_linear(benchmark, model):
     )
 
 
-@pytest.mark.parametrize("size", [4096, 1024] if GPU else [896])
-def test_svd_factors(benchmark, size):
+@pytest.mark.parametrize("size", sized([48], [4096, 1024] if GPU else [896], [4096, 1024] if GPU else [896]))
+def test_svd_factors(compare: Compare, size: int) -> None:
     weight = random(size, size, dtype=torch.float32)
 
     def rival() -> Tensor:
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-        return (u * s) @ vh
+        product: Tensor = (u * s) @ vh
+        return product
 
     def ours() -> Tensor:
         u, s, vh = kernels.svd_factors(weight)
         return (u * (s * weight.abs().amax())) @ vh
 
     compare(
-        benchmark, f"svd_factors {size}x{size}", ours, rival, lambda: weight @ weight,
+        f"svd_factors {size}x{size}", ours, rival, lambda: weight @ weight,
         n_flop=2.0 * size**3, verify=close(1e-4),
     )  # fmt: skip

@@ -1,18 +1,20 @@
-"""One block's swap and one module's SVD-ES in a model of 7 billion parameters, on a GPU.
+"""One block's swap and one module's SVD-ES in a model as large as a GPU is for.
 
-    OLMFAST_BENCH_CONVERSATIONS=questions.json pytest bench/test_large.py --benchmark-only -s
+    OLMFAST_BENCH_CONVERSATIONS=questions.json OLMFAST_BENCH_ALL=1 pytest bench/test_large.py --benchmark-only
 
-On CUDA the model is shaped as Llama-7B (32 blocks, width 4,096) and scored in bfloat16 under `max_vram: 24GB`;
-elsewhere it is a small one that shows that all of this works: OLMFAST_BENCH_SHAPE=small or =7b says otherwise. Weights
-are random and bfloat16: each donor is one ancestor with 1 or 2 % of each matrix's spread added, made a tensor at a time
-and written a block at a time. Three donors of 7b take 40.4 GB of disk, and as much as a fourth must be free for a
-result (`--basetemp=FOLDER` says where); they are deleted afterwards. The plain driver loads a donor into main memory.
+On CUDA the model has the blocks of Llama-7B (width 4,096), 8 of them or, with OLMFAST_BENCH_ALL=1, all 32, and is
+scored in bfloat16 under `max_vram: 24GB`; elsewhere it is a small one that shows that all of this works:
+OLMFAST_BENCH_SHAPE says otherwise. Weights are random and bfloat16: each donor is one ancestor with 1 or 2 % of each
+matrix's spread added, made a tensor at a time and written a block at a time. Three donors of 8 blocks take 11 GB of
+disk, of 32 blocks 40.4 GB, and as much as a fourth must be free for a result (`--basetemp=FOLDER` says where); they are
+deleted afterwards. The plain driver loads a donor into main memory.
 
 OLMFAST_BENCH_CONVERSATIONS names a file of docs/config.md's formats, or several with a colon between: the three
-datasets get 64 questions each, from the files in turn, by a byte-level BPE trained on them. Without it questions are
-random words, 60 to 170 of them, with answers of 8. The datasets are scored by exact_match, bigram_loss and perplexity.
+datasets get 64 questions each (16 on a CPU, unless OLMFAST_BENCH_ALL=1), from the files in turn, by a byte-level BPE
+trained on them. Without it questions are random words, 60 to 170 of them, with answers of 8. The datasets are scored by
+exact_match, bigram_loss and perplexity.
 
-What is there is scored first, which finds its own tokens and what enters the middle block, where everything is
+The current model is scored first, which finds its own tokens and what enters the middle block, where everything is
 measured. Then, for each kind of candidate:
 
 - `all three` is scoring all candidates on all datasets, decoding of what leaves the expected tokens included; `read
@@ -29,12 +31,13 @@ measured. Then, for each kind of candidate:
 On a GPU seconds are by the clock, synchronised; on a CPU they are the processor's (OMP_NUM_THREADS=1).
 """
 
+from __future__ import annotations
+
 import gc
 import json
 import os
-import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -45,12 +48,15 @@ from typing import Any
 import pytest
 import torch
 from baseline import Baseline
-from peak import elapsed, watched
+from figures import GPU, Figures, room, sized
+from peak import elapsed, timed, watched
 from search_case import Case, candidates_of, llama_config, session, with_chatml, word_tokenizer, write_questions
 
+from olmfast.evaluation.batched import BatchedScorer
 from olmfast.evaluation.conversations import load_conversations
 from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.scores import Scores
+from olmfast.runs.session import Session
 from olmfast.testing import SPECIAL
 from olmfast.weights.architecture import Unit
 
@@ -78,15 +84,21 @@ class Shape:
         return 4 * self.width**2 + 3 * self.width * self.inner
 
 
-SHAPES = {"7b": Shape(32, 4096, 11008, 32, 32000), "small": Shape(4, 256, 688, 4, 8000)}
-GPU = torch.cuda.is_available()
+SHAPES = {
+    "7b": Shape(32, 4096, 11008, 32, 32000),
+    "quarter": Shape(8, 4096, 11008, 32, 32000),
+    "small": Shape(4, 256, 688, 4, 8000),
+    "tiny": Shape(2, 32, 48, 4, 100),
+}
+Report = Callable[..., None]
 DEVICE = torch.device("cuda" if GPU else "cpu")
 MODES = {"free.json": "exact_match", "forced.json": "bigram_loss", "likely.json": "perplexity"}
 READ_ALONG = [name for name, mode in MODES.items() if mode != "exact_match"]
 SOURCE = os.environ.get("OLMFAST_BENCH_CONVERSATIONS")
 KINDS = ("block", "svd_es")
 DONORS = ("donor0", "donor1", "donor2")
-QUESTIONS = 64  # of each dataset
+QUESTIONS = sized(2, 64 if GPU else 16, 64)  # of each dataset
+WORDS = sized((8, 12), (60, 170), (60, 170))  # of a question that is random
 CONTEXT = 2048
 VRAM = 24 * 10**9
 ROUNDS = 5 if GPU else 1
@@ -95,31 +107,21 @@ NOW = Candidate("now")
 
 
 def shape_asked_for() -> tuple[str, Shape]:
-    name = os.environ.get("OLMFAST_BENCH_SHAPE", "7b" if GPU else "small")
+    name = os.environ.get("OLMFAST_BENCH_SHAPE", sized("tiny", *(("quarter", "7b") if GPU else ("small", "small"))))
     if name not in SHAPES:
         pytest.fail(f"OLMFAST_BENCH_SHAPE: {name!r} is none of {', '.join(SHAPES)}")
     return name, SHAPES[name]
 
 
-def say(benchmark, title: str, **figures: object) -> None:
-    benchmark.extra_info.update({f"{title}: {name}": str(value) for name, value in figures.items()})
-    print(f"\n{title} | " + " | ".join(f"{name} {value}" for name, value in figures.items()), flush=True)
-
-
 @pytest.fixture
-def case(tmp_path):
+def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     """Donors and datasets; the donors do not stay."""
     _, shape = shape_asked_for()
-    needed, free = (len(DONORS) + 1) * shape.n_bytes, shutil.disk_usage(tmp_path).free
-    if free < needed:
-        pytest.fail(f"{tmp_path}: needs {needed / 1e9:.1f} GB and has {free / 1e9:.1f} GB free; use --basetemp=FOLDER")
-    try:
-        tokenizer = write_datasets(tmp_path, shape)
+    with room(tmp_path_factory, "large", (len(DONORS) + 1) * shape.n_bytes) as folder:
+        tokenizer = write_datasets(folder, shape)
         for index, name in enumerate(DONORS):
-            write_donor(tmp_path / "models" / name, shape, tokenizer, index)
-        yield Case(tmp_path, DONORS)
-    finally:
-        shutil.rmtree(tmp_path, ignore_errors=True)
+            write_donor(folder / "models" / name, shape, tokenizer, index)
+        yield Case(folder, DONORS)
 
 
 def write_datasets(folder: Path, shape: Shape) -> Any:
@@ -127,7 +129,7 @@ def write_datasets(folder: Path, shape: Shape) -> Any:
     if SOURCE is None:
         tokenizer = word_tokenizer(shape.words)
         for seed, name in enumerate(MODES):
-            write_questions(folder / name, None, tokenizer, QUESTIONS, (60, 170), seed, answer_tokens=8)
+            write_questions(folder / name, None, tokenizer, QUESTIONS, WORDS, seed, answer_tokens=8)
         return tokenizer
     texts, files = [], []
     for path in SOURCE.split(os.pathsep):
@@ -244,7 +246,7 @@ class Measured:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def test_candidates_of_a_large_model(benchmark, case):
+def test_candidates_of_a_large_model(benchmark: Any, report: Report, figures: Figures, case: Case) -> None:
     name, shape = shape_asked_for()
     config = case.config(
         QUESTIONS,
@@ -253,38 +255,44 @@ def test_candidates_of_a_large_model(benchmark, case):
         dataset={file: {"mode": mode} for file, mode in MODES.items()},
         max_vram="24GB",
     )
-    card = torch.cuda.get_device_name(DEVICE) if GPU else f"CPU, {torch.get_num_threads()} threads"
-    say(benchmark, f"shape {name} on {card}", blocks=shape.n_blocks, width=shape.width,
-        weights=f"{shape.n_bytes / 1e9:.2f} GB", torch=torch.__version__,
-        questions=f"{QUESTIONS} x {len(MODES)} of {'random words' if SOURCE is None else 'conversations'}")  # fmt: skip
+    kind = "random words" if SOURCE is None else "conversations"
+    figures.say(
+        f"shape {name}: {shape.n_blocks} blocks of width {shape.width}, {shape.n_bytes / 1e9:.2f} GB, "
+        f"{QUESTIONS} x {len(MODES)} questions of {kind}"
+    )
     with session(config) as engine:
-        peak, found = measure(benchmark, engine, shape)
-        datasets, base, dtype = engine.inputs.datasets, engine.search.model.recipe.base, engine.search.model.dtype
+        peak, found = measure(benchmark, report, engine, shape)
+        datasets, base, dtype = (
+            engine.inputs.selection.datasets,
+            engine.search.recipe.base,
+            engine.inputs.settings.dtype,
+        )
     del engine  # the plain driver has the device to itself
     gc.collect()
     if GPU:
         torch.cuda.empty_cache()
     baseline = Baseline(case.folders, datasets, case.folder / "plain", device=DEVICE, dtype=dtype)
     baseline.start(base, Scores.empty(1, datasets, torch.float32))
-    baseline._score(baseline.model)  # the first forwards are slower
+    baseline.score(baseline.model)  # the first forwards are slower
     for kind, ours in found.items():
-        compare(benchmark, kind, ours, baseline)
+        compare(report, kind, ours, baseline)
     assert not GPU or peak < VRAM
 
 
-def measure(benchmark: Any, engine: Any, shape: Shape) -> tuple[int, dict[str, Measured]]:
+def measure(benchmark: Any, report: Report, engine: Session, shape: Shape) -> tuple[int, dict[str, Measured]]:
     """Bytes at the peak of scoring, and for each kind of candidate what was measured."""
     search, scorer, block = engine.search, engine.search.scorer, shape.n_blocks // 2
+    assert isinstance(scorer, BatchedScorer)
+    dtype = engine.inputs.settings.dtype
     parts = {"all three": list(MODES), "read along": READ_ALONG}
     found: dict[str, Measured] = {}
     with watched(scorer.memory) as peak:
         scorer.score(search.architecture.window_unit(search.tensors, [block]), [NOW])
         for kind in KINDS:
-            made: list[tuple[Unit, list[Candidate]]] = []
             at_hand = (0, block, shape.n_blocks - 1)
-            prepare = partial(candidates_of, kind, engine, block, at_hand, per_unit=None)
-            preparing = elapsed(lambda made=made, prepare=prepare: made.append(prepare()), DEVICE)
-            unit, candidates = made[0]
+            preparing, (unit, candidates) = timed(
+                partial(candidates_of, kind, engine, block, at_hand, per_unit=None), DEVICE
+            )
             before = scorer.statistics.decoded
             scores = scorer.score(unit, candidates)  # compiles, and fills caches
             decoded = scorer.statistics.decoded - before
@@ -297,47 +305,54 @@ def measure(benchmark: Any, engine: Any, shape: Shape) -> tuple[int, dict[str, M
     lengths = [len(task.ids) for task in scorer.trajectories.tasks]
     n_suffix = shape.n_blocks - block
     operations = 2 * n_suffix * shape.block_parameters  # of a token
-    matmul = rate_of_matmul(search.model.dtype, scorer.shares.pass_tokens, shape)
+    matmul = rate_of_matmul(dtype, scorer.shares.pass_tokens, shape)
     for part, names in parts.items():
         tokens = sum(len(scorer.trajectories.tasks[number].ids) for number in numbers_of(scorer, names))
         run = plain_inference(scorer, block, names)
         run()
         plain = tokens / median(elapsed(run, DEVICE) for _ in range(ROUNDS))
-        say(benchmark, f"plain inference, {part}", blocks=f"{block} to {shape.n_blocks - 1}",
-            inputs=f"{min(lengths)} to {max(lengths)} tokens", suffix_tokens=f"{plain:,.0f}/s",
-            of_matmul=f"{operations * plain / matmul:.1%}",
-            matmul=f"{matmul / 1e12:.3g} TFLOP/s in {search.model.dtype}")  # fmt: skip
+        report(
+            f"plain inference of blocks {block} to {shape.n_blocks - 1}, {part}", f"{plain:,.0f} tokens/s",
+            limit=f"{operations * plain / matmul:.1%} of matmul", inputs=f"{min(lengths)} to {max(lengths)} tokens",
+            matmul=f"{matmul / 1e12:.3g} TFLOP/s in {dtype}",
+        )  # fmt: skip
         for kind, ours in found.items():
             rate = len(ours.labels) * tokens / ours.seconds[part]
-            say(benchmark, f"{kind}, {len(ours.labels)} candidates, {part}", unit=ours.unit.name,
-                seconds=f"{ours.seconds[part]:.3g}", suffix_tokens=f"{rate:,.0f}/s",
-                of_plain_inference=f"{rate / plain:.1%}", of_matmul=f"{operations * rate / matmul:.1%}",
-                decoded=f"{ours.decoded if part == 'all three' else 0} tokens")  # fmt: skip
-    say(benchmark, "memory at the peak of scoring", allocated=f"{peak.n_bytes / 1e9:.2f} GB",
+            report(
+                f"{kind}, {len(ours.labels)} candidates, {part}", f"{rate:,.0f} tokens/s",
+                f"plain inference {plain:,.0f}", rate / plain, f"{operations * rate / matmul:.1%} of matmul",
+                unit=ours.unit.name, seconds=f"{ours.seconds[part]:.3g}",
+                decoded=f"{ours.decoded if part == 'all three' else 0} tokens",
+            )  # fmt: skip
+    report(
+        "memory at the peak of scoring", f"{peak.n_bytes / 1e9:.2f} GB",
+        limit=f"{peak.n_bytes / VRAM:.0%} of 24 GB" if GPU else "-",
         reserved="-" if reserved is None else f"{reserved / 1e9:.2f} GB", splits=scorer.statistics.splits,
-        padding=f"{scorer.statistics.padding:.1%}")  # fmt: skip
+        padding=f"{scorer.statistics.padding:.1%}",
+    )  # fmt: skip
     return peak.n_bytes, found
 
 
-def compare(benchmark: Any, kind: str, ours: Measured, baseline: Baseline) -> None:
+def compare(report: Report, kind: str, ours: Measured, baseline: Baseline) -> None:
     """The first candidate by the plain driver; a generation's factors are shared out among its offspring."""
-    result: list[Any] = []
     once, n = 0.0, len(ours.labels)
+    call: Callable[[], Scores]
     if kind == "block":
         call = partial(baseline.score_donor, ours.labels[0], ours.unit.tensors)
     else:
         tensor = ours.unit.tensors[0]
-        once = elapsed(lambda: result.append(baseline.offspring(tensor, kind)), DEVICE)
-        offspring = result.pop()
+        once, offspring = timed(partial(baseline.offspring, tensor, kind), DEVICE)
         assert offspring.count == n
         call = lambda: baseline.score_child(tensor, offspring.child(0))  # noqa: E731
-    plain = elapsed(lambda: result.append(call()), DEVICE) + once / n
+    seconds, scores = timed(call, DEVICE)
+    plain = seconds + once / n
     fast = (ours.preparing + ours.seconds["all three"]) / n
-    pairs = {mode: (float(ours.scores.mean(name)[0]), float(result[0].mean(name)[0])) for name, mode in MODES.items()}
+    pairs = {mode: (float(ours.scores.mean(name)[0]), float(scores.mean(name)[0])) for name, mode in MODES.items()}
     means = ", ".join(f"{mode} {own:.6g}, plain {other:.6g}" for mode, (own, other) in pairs.items())
-    say(benchmark, f"seconds per candidate, {kind}", plain=f"{plain:.3g} (1 run)",
-        olmfast=f"{fast:.3g} (mean of {n})", ratio=f"{plain / fast:.1f}x",
-        preparing=f"{ours.preparing:.3g} for all, plain {once:.3g}", mean_scores=means)  # fmt: skip
+    report(
+        f"a candidate of a large model, {kind}", f"{fast:.3g} s (mean of {n})", f"plain {plain:.3g} s (1 run)",
+        plain / fast, preparing=f"{ours.preparing:.3g} s for all, plain {once:.3g} s", mean_scores=means,
+    )  # fmt: skip
     if kind == "block" and baseline.dtype == torch.float32:  # where rounding does not hide a wrong candidate
         for own, other in pairs.values():
             assert own == pytest.approx(other, rel=1e-3)

@@ -1,13 +1,16 @@
 """Static merges beside mergekit's, on the same machine in the same run.
 
-    OLMFAST_MERGEKIT=build/parity/bin/python pytest bench/test_merge.py --benchmark-only -s
+    OLMFAST_MERGEKIT=build/parity/bin/python pytest bench/test_merge.py --benchmark-only
 
 Two models of 0.5 B parameters in bfloat16 and the one they come from (random weights, the shapes of Qwen2.5-0.5B) are
 merged by linear, slerp and ties. Each merge is a process of its own, alternating between the two tools; CPU and wall
 seconds are counted from when its imports are done, without the thread that watches the memory.
 `make build/parity/installed` makes the environment with mergekit; without the variable olmfast is measured alone. The
-limit is `cp` plus sync of as many bytes. Needs 8 GB of disk.
+limit is `cp` plus sync of as many bytes. One round, or with OLMFAST_BENCH_ALL=1 the medians of three. Needs 6 GB of
+disk.
 """
+
+from __future__ import annotations
 
 import json
 import os
@@ -15,15 +18,19 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from figures import TINY, room, sized
 
 pytestmark = pytest.mark.timeout(0)
-ROUNDS = 3
-BLOCKS, WIDTH, INNER, KEYS, WORDS = 24, 896, 4864, 128, 151936
+ROUNDS = sized(1, 1, 3)
+QWEN = (24, 896, 4864, 128, 151936)
+BLOCKS, WIDTH, INNER, KEYS, WORDS = sized((2, 56, 64, 8, 100), QWEN, QWEN)
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -36,7 +43,7 @@ CONFIG = {
     "tie_word_embeddings": True,
     "torch_dtype": "bfloat16",
 }
-MERGES = {
+MERGES: dict[str, dict[str, Any]] = {
     "linear": {
         "merge_method": "linear",
         "models": [{"model": "one", "parameters": {"weight": 0.6}}, {"model": "two", "parameters": {"weight": 0.4}}],
@@ -97,11 +104,16 @@ watched(lambda: run_merge(config, sys.argv[2], MergeOptions(quiet=True, write_mo
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with room(tmp_path_factory, "merge", 6e6 if TINY else 6e9) as folder:
+        write_models(folder)
+        yield folder
+
+
+def write_models(folder: Path) -> None:
     from safetensors.torch import save_file
 
-    folder = tmp_path_factory.mktemp("merge")
-    shapes = {"model.embed_tokens.weight": (WORDS, WIDTH), "model.norm.weight": (WIDTH,)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (WORDS, WIDTH), "model.norm.weight": (WIDTH,)}
     for block in range(BLOCKS):
         at = f"model.layers.{block}"
         for name, rows in (("q", WIDTH), ("k", KEYS), ("v", KEYS)):
@@ -122,14 +134,13 @@ def folder(tmp_path_factory):
         (folder / name / "config.json").write_text(json.dumps(CONFIG))
     for name, merge in MERGES.items():
         (folder / f"{name}.yml").write_text(yaml.safe_dump({**_with_paths(merge, folder), "dtype": "bfloat16"}))
-    return folder
 
 
 def dice(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _with_paths(merge: dict, folder: Path) -> dict:
+def _with_paths(merge: dict[str, Any], folder: Path) -> dict[str, Any]:
     models = [{**entry, "model": str(folder / entry["model"])} for entry in merge["models"]]
     base = {"base_model": str(folder / merge["base_model"])} if "base_model" in merge else {}
     return {**merge, "models": models, **base}
@@ -141,7 +152,8 @@ def measured(python: str, program: str, config: Path, out: Path) -> dict[str, fl
     done = subprocess.run(
         [python, "-c", WATCH + program, str(config), str(out)], check=True, capture_output=True, text=True
     )
-    return json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def copied(source: Path, target: Path) -> float:
@@ -154,8 +166,8 @@ def copied(source: Path, target: Path) -> float:
     return rate
 
 
-@pytest.mark.parametrize("method", MERGES)
-def test_a_merge_beside_mergekits(benchmark, folder, method):
+@pytest.mark.parametrize("method", sized(["ties"], list(MERGES), list(MERGES)))
+def test_a_merge_beside_mergekits(benchmark: Any, report: Callable[..., None], folder: Path, method: str) -> None:
     mergekit = os.environ.get("OLMFAST_MERGEKIT")
     config, ours, theirs, rates = folder / f"{method}.yml", [], [], []
     for _ in range(ROUNDS):
@@ -167,17 +179,13 @@ def test_a_merge_beside_mergekits(benchmark, folder, method):
     n_bytes = (folder / "one" / "model.safetensors").stat().st_size
     mine = {key: statistics.median(run[key] for run in ours) for key in ours[0]}
     share = n_bytes / mine["wall"] / statistics.median(rates)
-    figures = {
-        "cpu": f"{mine['cpu']:.2f} s", "wall": f"{mine['wall']:.2f} s",
-        "RssAnon_growth": f"{mine['growth'] / 1e6:.0f} MB", "of_copy_rate": f"{share:.0%}",
-    }  # fmt: skip
+    more = {"wall": f"{mine['wall']:.2f} s", "RssAnon_growth": f"{mine['growth'] / 1e6:.0f} MB"}
+    rival, ratio = "-", None
     if theirs:
         other = {key: statistics.median(run[key] for run in theirs) for key in theirs[0]}
-        figures |= {
-            "mergekit_cpu": f"{other['cpu']:.2f} s", "mergekit_wall": f"{other['wall']:.2f} s",
-            "mergekit_growth": f"{other['growth'] / 1e6:.0f} MB",
-            "cpu_ratio": f"{other['cpu'] / mine['cpu']:.1f}x", "wall_ratio": f"{other['wall'] / mine['wall']:.1f}x",
-        }  # fmt: skip
-    benchmark.extra_info.update(figures)
-    print(f"\n{method}, {n_bytes / 1e9:.2f} GB | " + " | ".join(f"{k} {v}" for k, v in figures.items()), flush=True)
+        rival, ratio = f"mergekit {other['cpu']:.2f} CPU s", other["cpu"] / mine["cpu"]
+        more |= {"mergekit_wall": f"{other['wall']:.2f} s", "wall_ratio": f"{other['wall'] / mine['wall']:.1f}x"}
+        more |= {"mergekit_growth": f"{other['growth'] / 1e6:.0f} MB"}
+    case = f"{method} of two models, {n_bytes / 1e9:.2f} GB"
+    report(case, f"{mine['cpu']:.2f} CPU s", rival, ratio, f"{share:.0%} of cp's rate", **more)
     assert mine["growth"] < 300e6

@@ -123,7 +123,7 @@ class Session:
         self.observer.planned(sum(stage.n_candidates for stage in stages.values()))
         self._score_holdout_of_donors()
         try:
-            self._choose_base()
+            self.choose_base()
             for scale in self.config.walk:
                 self._walk(scale)
             if "tensor" not in self.config.walk:
@@ -175,7 +175,8 @@ class Session:
             self.report.update(donors_holdout=self.holdout.to_json())
         self.holdout = Scoreboard.from_json(self.report.values["donors_holdout"])
 
-    def _choose_base(self) -> None:
+    def choose_base(self) -> None:
+        """Score every donor whole, which sets the scale, and go on from the best, or from the config's base."""
         search, pool = self.search, self.inputs.pool
         outcome = score_donors(search)
         rows: dict[str, dict[str, float]] = {}

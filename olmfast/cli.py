@@ -294,8 +294,8 @@ def _overrides(entries: list[str]) -> dict[str, Any]:
             raise InputError(f"--set {entry}: expected KEY=VALUE")
         try:
             overrides[key] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date of month 13
-            raise InputError(f"--set {entry}: the value is not valid YAML") from None
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date of month 13
+            raise InputError(f"--set {entry}: the value is not valid YAML") from error
     return overrides
 
 
@@ -314,8 +314,8 @@ def _graceful_stop() -> Iterator[Callable[[], bool]]:
     before = signal.signal(signal.SIGINT, handler)
     try:
         yield lambda: asked
-    except KeyboardInterrupt:
-        raise Interrupted("stopped at once; everything decided so far is saved, continue with --resume") from None
+    except KeyboardInterrupt as error:
+        raise Interrupted("stopped at once; everything decided so far is saved, continue with --resume") from error
     finally:
         signal.signal(signal.SIGINT, before)
 

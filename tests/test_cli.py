@@ -87,6 +87,15 @@ def test_an_error_is_one_message_and_its_causes_are_shown_where_they_are_asked_f
     assert err.startswith("Traceback (most recent call last):\n")
     assert err.endswith("cannot be read: No such file or directory\n" + message)
     assert "in read_any_yaml" in err
+    assert "FileNotFoundError: [Errno 2]" in err
+    assert "The above exception was the direct cause of the following exception:" in err
+
+
+def test_no_error_hides_its_cause():
+    root = Path(__file__).parent.parent
+    sources = [path for folder in ("olmfast", "kernels") for path in (root / folder).rglob("*.py")]
+    assert len(sources) > 50
+    assert [path for path in sources if "from None" in path.read_text()] == []
 
 
 def test_what_nobody_foresaw_is_told_as_a_bug_in_one_line(olmfast, monkeypatch):

@@ -37,7 +37,8 @@ from olmfast.runs.inputs import Inputs
 from olmfast.runs.scoreboard import AVERAGE, RESULT
 from olmfast.search.record import Record
 from olmfast.weights.expressions import merge, whole
-from olmfast.weights.recipe import Expression, Recipe
+from olmfast.weights.recipe import Recipe
+from olmfast.weights.sources import Expression
 
 RESAMPLES, SEED = 10_000, 0
 LAMBDAS = (0.5, 0.75, 1.0, 1.25, 1.5)

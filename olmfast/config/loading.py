@@ -31,7 +31,7 @@ def read_size(value: int | str, where: str) -> int:
     try:
         return parse_size(value)
     except ValueError as error:
-        raise InputError(f"{where}: {error}") from None
+        raise InputError(f"{where}: {error}") from error
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -69,15 +69,15 @@ def read_any_yaml(path: Path) -> object:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise InputError(f"{path}: cannot be read: {reason}") from None
+        raise InputError(f"{path}: cannot be read: {reason}") from error
     try:
         loaded: object = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise InputError(f"{path}{where}: not valid YAML: {problem or ' '.join(str(error).split())}") from None
+        raise InputError(f"{path}{where}: not valid YAML: {problem or ' '.join(str(error).split())}") from error
     except (ValueError, RecursionError) as error:  # a date of month 13, a number of 5000 digits, 1000 brackets
-        raise InputError(f"{path}: not valid YAML: {error}") from None
+        raise InputError(f"{path}: not valid YAML: {error}") from error
     return loaded
 
 
@@ -88,7 +88,7 @@ def absolute(folder: Path, path: str | Path, where: str) -> Path:
         # Not resolved: a link in the path stays the name by which the user knows the place.
         return Path(os.path.normpath(folder / Path(path).expanduser()))
     except (RuntimeError, ValueError) as error:  # RuntimeError: ~nobody
-        raise InputError(f"{where}: {str(path)!r} is not a usable path: {error}") from None
+        raise InputError(f"{where}: {str(path)!r} is not a usable path: {error}") from error
 
 
 def set_key(data: dict[str, Any], dotted: str, value: Any) -> None:

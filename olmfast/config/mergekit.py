@@ -453,7 +453,7 @@ def parse_merge_config(data: dict[str, Any], where: str, folder: Path) -> MergeC
     try:
         config = MergeConfig.model_validate(data)
     except ValidationError as error:
-        raise explain(where, error.errors(), lambda _: _KEYS) from None
+        raise explain(where, error.errors(), lambda _: _KEYS) from error
     config._folder = folder
     config._text = json.dumps(data, indent=2, default=str)
     return config

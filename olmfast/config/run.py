@@ -293,7 +293,7 @@ def _check_pattern(dataset: str, pattern: str | None) -> None:
     try:
         re.compile(pattern or "")
     except re.error as error:
-        raise ValueError(f"dataset {dataset!r}: forbid: not a regular expression: {error}") from None
+        raise ValueError(f"dataset {dataset!r}: forbid: not a regular expression: {error}") from error
 
 
 class _Datasets(BaseModel):
@@ -311,7 +311,7 @@ def parse_datasets(entries: Mapping[str, Mapping[str, Any]], where: str) -> dict
     try:
         return _Datasets.model_validate({"dataset": entries}).dataset
     except ValidationError as error:
-        raise explain(where, error.errors(), _known_keys) from None
+        raise explain(where, error.errors(), _known_keys) from error
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> RunConfig:
@@ -356,7 +356,7 @@ def parse_config(data: dict[str, Any], where: str, folder: Path) -> RunConfig:
     except ValidationError as error:
         # A wrong default is reported where it is given, not once more for each dataset that takes it.
         faults = [fault for fault in error.errors() if fault["loc"][:3] not in inherited]
-        raise explain(where, faults, _known_keys) from None
+        raise explain(where, faults, _known_keys) from error
     config._config_dir = folder
     return config
 

@@ -44,12 +44,12 @@ def load_conversations(path: Path, mode: str, limit: int) -> list[Conversation]:
 def _items(path: Path) -> list[Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such dataset file") from None
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such dataset file") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: cannot be read: not UTF-8 text") from None
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: cannot be read: not UTF-8 text") from error
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number without end
@@ -70,7 +70,7 @@ def _json_lines(path: Path, text: str, error: Exception) -> list[Any]:
         except (ValueError, RecursionError) as fault:
             if not lines:
                 break
-            raise InputError(f"{path}:{number}: not JSON: {fault}") from None
+            raise InputError(f"{path}:{number}: not JSON: {fault}") from fault
     if not lines:
         raise InputError(f"{path}: neither JSON nor JSON Lines: {error}") from None
     return lines
@@ -164,9 +164,9 @@ def _mmlu_rows(path: Path) -> Iterator[tuple[str, str]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.reader(file))
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not CSV in UTF-8: {error}") from None
+        raise InputError(f"{path}: not CSV in UTF-8: {error}") from error
     for number, row in enumerate(rows, 1):
         if len(row) != 6 or row[5] not in tuple("ABCD"):
             raise InputError(

@@ -137,7 +137,7 @@ class Encoder:
                 return self._apply(
                     [{"role": messages[1]["role"], "content": joined}, *messages[2:]], generation, template
                 )
-            raise InputError(f"{self.where}: the chat template refuses a conversation: {error}") from None
+            raise InputError(f"{self.where}: the chat template refuses a conversation: {error}") from error
 
     def _apply_once(self, messages: list[dict[str, str]], generation: bool, template: str | None) -> str:
         text: str = self.tokenizer.apply_chat_template(

@@ -162,7 +162,7 @@ def build_module(recipe: Recipe, pool: Pool, dtype: torch.dtype) -> Any:
         module.tie_weights()  # part of the initialisation that was just left out
     except (ValueError, OSError, ImportError, KeyError, TypeError, AttributeError) as error:
         where: Path = base.folder / "config.json"
-        raise InputError(f"{where}: Transformers cannot build this model: {error}") from None
+        raise InputError(f"{where}: Transformers cannot build this model: {error}") from error
     return module.eval().requires_grad_(False)
 
 

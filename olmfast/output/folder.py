@@ -43,12 +43,12 @@ class OutputFolder:
             self.partial.mkdir(parents=True, exist_ok=True)
             file = lock.open("w")
         except OSError as error:
-            raise InputError(f"{self.partial}: cannot be written: {error.strerror}") from None
+            raise InputError(f"{self.partial}: cannot be written: {error.strerror}") from error
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise InputError(f"{self.partial}: another process is running this merge") from None
+            except OSError as error:
+                raise InputError(f"{self.partial}: another process is running this merge") from error
             if empty:  # only now: the folder of a run in progress must not be emptied
                 for path in self.partial.iterdir():
                     if path.is_dir():

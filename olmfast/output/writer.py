@@ -164,7 +164,7 @@ def writing(folder: Path, again: str) -> Iterator[None]:
     except OSError as error:
         what = str(error.strerror)
         what = what if what.startswith("cannot ") else f"cannot be written: {what}"
-        raise OlmfastError(f"{error.filename or folder}: {what}; free some space and use {again}") from None
+        raise OlmfastError(f"{error.filename or folder}: {what}; free some space and use {again}") from error
 
 
 def write_weights(
@@ -303,7 +303,7 @@ def _write_computed(
         for info in tensor.expression.places(sources):  # read once more only by chance; else memory fills with it
             info.shard.advise(info.offset, info.n_bytes, "release")
     except (TypeError, ValueError) as error:
-        raise InputError(f"{tensor.name}: {error}") from None
+        raise InputError(f"{tensor.name}: {error}") from error
 
 
 def _check_finite(tensor: OutputTensor, sources: Sources) -> None:

@@ -22,7 +22,7 @@ def read_original(folder: Path) -> dict[str, Any] | None:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
+        raise InputError(f"{path}: cannot be read: {error}") from error
     if not isinstance(data, dict) or not isinstance(data.get("base_model", {}), dict):
         raise InputError(f"{path}: is not a merge report")
     if "olmfast" in data:

@@ -73,17 +73,17 @@ def run(
                 report.update(status=status)
             folder.publish(report)
     except FileChanged as error:
-        raise error.with_advice("--resume") from None
+        raise error.with_advice("--resume") from error
     except torch.OutOfMemoryError as error:
         raise OlmfastError(
             f"out of memory: {str(error).splitlines()[0]}; everything decided so far is saved; use --resume with "
             "a smaller batch_tokens"
-        ) from None
+        ) from error
     except OSError as error:
         raise OlmfastError(
             f"{error.filename or folder.partial}: {error.strerror}; everything decided so far is saved; "
             "fix this and use --resume"
-        ) from None
+        ) from error
     return _result(config, Record.load(config.output_dir))
 
 

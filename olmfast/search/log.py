@@ -172,7 +172,7 @@ def read_log(folder: Path, apply: Callable[[Entry], None]) -> int:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; {ADVICE}") from None
+        raise InputError(f"{path}: cannot be read: {error.strerror}; {ADVICE}") from error
     *lines, rest = content.split(b"\n")
     if not lines:
         raise InputError(f"{path}: holds no whole line; {ADVICE}")
@@ -184,17 +184,17 @@ def read_log(folder: Path, apply: Callable[[Entry], None]) -> int:
         except ValueError as error:
             if number == len(lines) > 1 and not rest:
                 break
-            raise InputError(f"{where}: is damaged: {error}; {ADVICE}") from None
+            raise InputError(f"{where}: is damaged: {error}; {ADVICE}") from error
         try:
             entry = parse(data)
             if isinstance(entry, RunEntry) != (number == 1):
                 raise ValueError("the entry 'run' belongs in the first line, and only there")
             apply(entry)
         except InputError as error:
-            raise InputError(f"{where}: {error}") from None
+            raise InputError(f"{where}: {error}") from error
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             reason = f"has no {error}" if isinstance(error, KeyError) else error
-            raise InputError(f"{where}: is damaged: {reason}; {ADVICE}") from None
+            raise InputError(f"{where}: is damaged: {reason}; {ADVICE}") from error
         end += len(line) + 1
     return end
 
@@ -221,7 +221,7 @@ def append(path: Path, content: bytes, at: int | None = None) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise disk_error(path, error) from None
+        raise disk_error(path, error) from error
 
 
 def strict(value: Any) -> Any:

@@ -216,4 +216,4 @@ def _write_atomically(path: Path, content: bytes) -> None:
         temporary.replace(path)
         _shards.sync_folder(path.parent)
     except OSError as error:
-        raise disk_error(path, error) from None
+        raise disk_error(path, error) from error

@@ -119,11 +119,11 @@ def write_merge(
         except InputError:
             shutil.rmtree(folder.partial)  # it would be refused again
             raise
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             shutil.rmtree(folder.partial)
-            raise Interrupted(f"{output}: stopped; nothing of it is left") from None
+            raise Interrupted(f"{output}: stopped; nothing of it is left") from error
         except FileChanged as error:
-            raise error.with_advice("the same command") from None
+            raise error.with_advice("the same command") from error
         _write_recipe_and_card(plan, folder.partial)
         _shards.sync_folder(folder.partial)
         folder.rename()
@@ -198,6 +198,6 @@ def copy_rate(plan: Plan, near: Path, n_bytes: int = 32 << 20) -> float:
         output.finish()
         return n_bytes / max(time.monotonic() - started, 1e-6)
     except OSError as error:
-        raise InputError(f"{near}: a trial copy failed: {error.filename}: {error.strerror}") from None
+        raise InputError(f"{near}: a trial copy failed: {error.filename}: {error.strerror}") from error
     finally:
         trial.unlink(missing_ok=True)

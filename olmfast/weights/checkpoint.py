@@ -208,20 +208,20 @@ def reading() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise FileChanged(f"{error.filename}: {error.strerror}") from None
+        raise FileChanged(f"{error.filename}: {error.strerror}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """One JSON object from a file. Raises InputError naming the file."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except FileNotFoundError as error:
         what = "no such folder" if not path.parent.is_dir() else f"no {path.name} in this folder"
-        raise InputError(f"{path.parent}: {what}; expected a Hugging Face model folder") from None
+        raise InputError(f"{path.parent}: {what}; expected a Hugging Face model folder") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number without end
-        raise InputError(f"{path}: not readable as JSON: {error}") from None
+        raise InputError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(data, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(data).__name__}")
     return data
@@ -273,9 +273,9 @@ def read_header(path: Path) -> list[TensorInfo]:
     try:
         shard = _shards.Shard(path)
     except _shards.FormatError as error:
-        raise InputError(str(error)) from None
+        raise InputError(str(error)) from error
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+        raise InputError(f"{path}: {error.strerror}") from error
     return [_tensor_info(path, shard, *entry) for entry in shard.tensors]
 
 

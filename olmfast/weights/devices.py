@@ -26,7 +26,7 @@ def pick_device(name: str, where: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise InputError(f"{where}: {name!r} cannot be used here: {reason}; use cpu or auto") from None
+        raise InputError(f"{where}: {name!r} cannot be used here: {reason}; use cpu or auto") from error
     return device
 
 

@@ -44,7 +44,7 @@ def _cached(name: str, stored: Path) -> Path:
         raise InputError(
             f"{name}: neither at {stored} nor in Hugging Face's cache ({type(error).__name__}), and merging uses no "
             f"network; get it with: hf download {repository}{f' --revision {revision}' if revision else ''}"
-        ) from None
+        ) from error
 
 
 def _marker(target: Path) -> Path:
@@ -100,7 +100,7 @@ def _download(name: str, target: Path) -> Path:
         raise InputError(
             f"{name}: not in {target.parent} and could not be downloaded{missing}: {reason}; "
             f"check the name and the network, or put the model at {target}"
-        ) from None
+        ) from error
     for mark in (marker, *hub_notes.glob("**/*.incomplete")):
         mark.unlink(missing_ok=True)
     return target

@@ -206,5 +206,5 @@ def token_ids(folder: Path) -> dict[str, int]:
         if isinstance(listed, list):  # unigram models list (token, score) pairs in the order of the ids
             listed = {entry[0]: index for index, entry in enumerate(listed)}
         return {**listed, **{entry["content"]: entry["id"] for entry in data.get("added_tokens", [])}}
-    except (AttributeError, IndexError, KeyError, TypeError):
-        raise InputError(f"{path}: is not a tokenizer file") from None
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: is not a tokenizer file") from error

@@ -72,7 +72,7 @@ def _json_lines(path: Path, text: str, error: Exception) -> list[Any]:
                 break
             raise InputError(f"{path}:{number}: not JSON: {fault}") from fault
     if not lines:
-        raise InputError(f"{path}: neither JSON nor JSON Lines: {error}") from None
+        raise InputError(f"{path}: neither JSON nor JSON Lines: {error}") from error
     return lines
 
 

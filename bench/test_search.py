@@ -125,7 +125,7 @@ def test_a_search_decides_as_the_plain_driver(
         case = make_case(folder, samples, n_blocks)
         with session(case.config(samples, "search", **keys)) as engine:
             ours = cpu(lambda: benchmark.pedantic(lambda: walk(engine, blocks, refined), rounds=1))
-            decisions = list(engine.report.steps.values())
+            decisions = list(engine.record.steps.values())
             unit_of = {
                 block: engine.search.architecture.window_unit(engine.search.tensors, [block]) for block in blocks
             }
@@ -175,9 +175,9 @@ def test_racing(benchmark: Any, report: Report, figures: Figures, tmp_path_facto
                     search.scorer.score(search.architecture.window_unit(search.tensors, [n_blocks - 2]), [NOW])
                 call = partial(walk_last, search, n_blocks - 1)
                 seconds[name] = cpu(partial(benchmark.pedantic, call, rounds=1) if racing else call)
-                found[name] = engine.report.choices()
+                found[name] = engine.record.choices()
                 if not racing:
-                    races = [raced_again(table, search.rules) for table in score_tables(search.report.folder / LEDGER)]
+                    races = [raced_again(table, search.rules) for table in score_tables(search.record.folder / LEDGER)]
     same = sum(a.winner == b.winner for a, b in zip(found["exact"], found["racing"], strict=True))
     for a, b, others in zip(found["exact"], found["racing"], races, strict=True):
         figures.say(

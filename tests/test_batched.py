@@ -335,7 +335,7 @@ def test_a_whole_search_decides_as_with_the_sequential_scorer(tmp_path):
         run(load_config(config, {"scorer": scorer, "output_dir": f"out_{scorer}"}))
         for scorer in ("batched", "sequential")
     ]
-    steps = [result.report.data["olmfast"]["steps"] for result in results]
+    steps = [result.record.data["olmfast"]["steps"] for result in results]
     assert [step["winner"] for step in steps[0].values()] == [step["winner"] for step in steps[1].values()]
     assert sum(step["changed"] for step in steps[0].values()) >= 4
     files = [(result.output_dir / "model.safetensors").read_bytes() for result in results]

@@ -103,7 +103,7 @@ def test_the_blend_that_answers_right_wins_and_is_written_as_its_formula_says(en
     path = prepared(tmp_path, wanted, model=model)
     result = search(path, candidates=["swap", entry], scales=["model"])
     ((method, (value,)),) = entry.items()
-    outcome = result.report.outcome("model")
+    outcome = result.record.outcome("model")
     assert outcome.winner == f"{method} {value:g} donor2"
     assert outcome.metrics["own.json"][outcome.winner] == 0 < outcome.metrics["own.json"]["donor2"]
     written = weights(result.output_dir)
@@ -121,10 +121,10 @@ def test_a_blend_of_a_blend_starts_from_its_rounded_values(tmp_path):
     wanted = {name: linear(blocks[name], second[name], 0.25).bfloat16() for name in base}
     path = prepared(tmp_path, wanted, model=model)
     result = search(path, candidates=[{"linear": [0.25, 0.5]}], scales=["model", "block", "boundary"])
-    terms = [json.dumps(entry) for entry in result.report.data["olmfast"]["recipe"]["tensors"].values()]
+    terms = [json.dumps(entry) for entry in result.record.data["olmfast"]["recipe"]["tensors"].values()]
     assert any(text.count("linear") == 2 for text in terms)  # the test is about something
     board = result.selection.rows["merged"]["own.json"]
-    last = list(result.report.data["olmfast"]["steps"].values())[-1]
+    last = list(result.record.data["olmfast"]["steps"].values())[-1]
     assert board == last["metrics"]["own.json"][last["winner"]]  # what is written scores as the live model did
 
 
@@ -135,14 +135,14 @@ def everything(tmp_path_factory):
 
 
 def test_every_scale_is_walked_in_the_order_it_is_listed(everything):
-    stages = [outcome.stage for outcome in everything.report.choices()]
+    stages = [outcome.stage for outcome in everything.record.choices()]
     assert list(dict.fromkeys(stages)) == ["model", "depth", "kind", "boundary", "layers", "tensors"]
-    keys = list(everything.report.steps)
+    keys = list(everything.record.steps)
     assert keys[1:8] == ["model", "depth/0", "depth/1", "depth/2", "kind/attention", "kind/mlp", "boundary"]
 
 
 def test_what_is_there_comes_first_and_each_donor_in_every_way(everything):
-    tried = list(everything.report.outcome("model").metrics["more.json"])
+    tried = list(everything.record.outcome("model").metrics["more.json"])
     ways = ["{}", "linear 0.3 {}", "linear 0.6 {}", "slerp 0.5 {}", "ties 0.4 {}", "task_arithmetic 0.5 {}"]
     assert tried == ["donor0", *(way.format(donor) for way in ways for donor in ("donor1", "donor2"))]
 
@@ -176,7 +176,7 @@ def test_the_written_model_scores_as_the_last_step_said(everything):
     # All datasets, as in the run: fewer would go in other batches, and round in other places.
     scores = evaluate(out, {str(folder / name): keys for name, keys in entries.items()}, device="cpu").rows[out]
     assert {Path(name).name: score for name, score in scores.items()} == everything.selection.rows["merged"]
-    assert any(outcome.changed for outcome in everything.report.choices())
+    assert any(outcome.changed for outcome in everything.record.choices())
 
 
 def test_the_plan_is_never_exceeded_and_is_exact_where_no_candidates_coincide(everything):
@@ -185,14 +185,14 @@ def test_the_plan_is_never_exceeded_and_is_exact_where_no_candidates_coincide(ev
     assert [name for name in planned if name != "base"] == ["model", "depth", "kind", "boundary", "layers", "tensors"]
     for stage, planned_stage in planned.items():
         n_units, n_candidates = len(planned_stage.units), planned_stage.n_candidates
-        steps = [e for e in everything.report.data["olmfast"]["steps"].values() if e["stage"] == stage]
+        steps = [e for e in everything.record.data["olmfast"]["steps"].values() if e["stage"] == stage]
         assert len(steps) == n_units
         taken = sum(len(step["metrics"]["more.json"]) for step in steps)
         assert n_candidates - (n_units * 6 if stage not in ("base", "model") else 0) <= taken <= n_candidates
 
 
 def test_the_report_keeps_the_shape_of_the_original_and_the_card_tells_the_steps(everything):
-    data = everything.report.data
+    data = everything.record.data
     assert set(data) == {"base_model", "boundary_layers", "layers", "tensors", "olmfast"}
     assert set(data["layers"]) == {"0", "1", "2"}
     assert set(data["tensors"]) == {
@@ -201,7 +201,7 @@ def test_the_report_keeps_the_shape_of_the_original_and_the_card_tells_the_steps
         "model.layers.1.input_layernorm",
     }
     card = (everything.output_dir / "README.md").read_text()
-    for outcome in everything.report.choices():
+    for outcome in everything.record.choices():
         assert f"| {outcome.where} | {outcome.winner} |" in card
     assert "| depth 0 | " in card
     assert "| layers 0 | " in card
@@ -228,7 +228,7 @@ def test_both_scorers_choose_the_same_and_measure_the_same(tmp_path):
         run(load_config(tiny_run(tmp_path / scorer, **keys, scorer=scorer))) for scorer in ("batched", "sequential")
     )
     assert batched.recipe == sequential.recipe
-    for ours, plain in zip(batched.report.choices(), sequential.report.choices(), strict=True):
+    for ours, plain in zip(batched.record.choices(), sequential.record.choices(), strict=True):
         for dataset, by in plain.metrics.items():
             assert ours.metrics[dataset] == pytest.approx(by, rel=1e-9), (ours.stage, ours.unit)
 
@@ -266,7 +266,7 @@ def test_blends_of_equal_donors_and_of_equal_tensors_cost_nothing(tmp_path):
     for donor in ("donor1", "donor2"):
         save_file(both, tmp_path / "models" / donor / "model.safetensors", metadata={"format": "pt"})
     result = run(load_config(path, {"candidates": ["swap", "linear"], "scales": ["block"]}))
-    report = result.report
+    report = result.record
     assert report.evaluations == 2 + 1 + 3  # base; block 0 is the same in all; block 1: two others
     by = report.outcome("layers/1").metrics["sums.json"]
     assert by["linear 0.5 donor1"] == by["linear 0.5 donor2"]
@@ -277,7 +277,7 @@ def test_a_window_of_blocks_is_blended_in_all_combinations(tmp_path):
     path = tiny_run(tmp_path, n_donors=2, layer_swap=True, markov=1, candidates=["swap", "linear"])
     result = run(load_config(path))
     ways = ["donor0", "donor1", "linear 0.5 donor1"]
-    assert list(result.report.outcome("layers/0+1").metrics["sums.json"]) == [f"{a} + {b}" for a in ways for b in ways]
+    assert list(result.record.outcome("layers/0+1").metrics["sums.json"]) == [f"{a} + {b}" for a in ways for b in ways]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])

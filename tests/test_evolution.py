@@ -64,7 +64,7 @@ def test_the_accepted_offspring_is_the_formulas(method, generation, keys, tmp_pa
     on = {"es_svd": method == "svd_es", "es_norm": method == "norm_es", "es_norm_generations": 1}
     path = tiny_run(tmp_path, n_donors=2, units=[UNIT], seed=7, dtype="float64", **on, **keys)
     result = run(load_config(path))
-    (outcome,) = [o for o in result.report.choices() if o.stage == method]
+    (outcome,) = [o for o in result.record.choices() if o.stage == method]
     start = load_file(tmp_path / "models" / "donor0" / "model.safetensors")[TENSOR].double().numpy()
     offspring = generation(start, 7, next(iter(keys.values())))
     assert len(outcome.metrics["sums.json"]) == 1 + len(offspring)
@@ -89,7 +89,7 @@ def test_every_offspring_of_a_generation_scores_as_its_formula_says(method, gene
     data = {"dataset": {"sums.json": {"mode": "perplexity"}}, "holdout": {}}
     path = tiny_run(tmp_path, n_donors=2, units=[UNIT], seed=7, dtype="float64", **data, **on, **keys)
     result = run(load_config(path))
-    (outcome,) = [o for o in result.report.choices() if o.stage == method]
+    (outcome,) = [o for o in result.record.choices() if o.stage == method]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "donor0", dtype=torch.float64)
     weight = model.get_parameter(TENSOR)
     start = weight.detach().numpy().copy()
@@ -120,8 +120,8 @@ def perplexity_of_sums(model) -> float:
 def test_scores_of_offspring_are_those_of_the_rounded_weights(tmp_path):
     path = tiny_run(tmp_path, n_donors=2, units=[UNIT], es_svd=True, dtype="float64", model={"dtype": torch.bfloat16})
     result = run(load_config(path))
-    assert any(outcome.changed for outcome in result.report.choices())
-    scored = result.report.choices()[-1]
+    assert any(outcome.changed for outcome in result.record.choices())
+    scored = result.record.choices()[-1]
     merged = {name: result.selection.rows["merged"][name] for name in result.selection.datasets}
     # Offspring are scored together, the result alone: sums in another order.
     assert merged == pytest.approx({name: by[scored.winner] for name, by in scored.metrics.items()}, rel=1e-9)
@@ -164,7 +164,7 @@ def test_the_parent_is_never_changed_and_a_step_of_zero_gives_it_back(tmp_path):
 def test_when_nothing_improves_the_tensor_stays_bit_identical(tmp_path):
     path = tiny_run(tmp_path, n_donors=2, units=[UNIT], es_norm=True, improve_all="all", tie_tolerance=10.0)
     result = run(load_config(path))
-    assert not any(outcome.changed for outcome in result.report.choices())
+    assert not any(outcome.changed for outcome in result.record.choices())
     donor = (tmp_path / "models" / "donor0" / "model.safetensors").read_bytes()
     assert (result.output_dir / "model.safetensors").read_bytes() == donor
 
@@ -183,7 +183,7 @@ def test_es_accept_any_wants_one_dataset_improved_where_the_selection_wants_the_
 
 def test_what_es_accept_any_takes_improves_a_dataset(tmp_path):
     path = tiny_run(tmp_path, n_donors=2, units=["*.0.*"], es_norm=True, es_accept="any")
-    taken = [outcome for outcome in run(load_config(path)).report.choices() if outcome.changed]
+    taken = [outcome for outcome in run(load_config(path)).record.choices() if outcome.changed]
     assert taken
     for outcome in taken:
         assert any(by[outcome.winner] < by["current"] for by in outcome.metrics.values())

@@ -445,7 +445,7 @@ def test_a_buffer_that_only_some_donors_store_keeps_none_of_them_from_winning(do
         config_for(tmp_path, donors, names, base_select=True, boundary_select=False, layer_swap=False, **BY_ENTROPY)
     )
     assert result.recipe.base == winner
-    left_out = "1 computed by the model and not written" in result.report.values["account"]
+    left_out = "1 computed by the model and not written" in result.record.values["account"]
     assert left_out == (winner == "stale")
     assert torch.isfinite(logits(tmp_path / "out")).all()
 

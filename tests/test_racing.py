@@ -151,7 +151,7 @@ def test_a_raced_run_reports_what_it_skipped_and_scores_its_winner_in_full(tmp_p
     for name in ("sums.json", "more.json", "talk.json"):
         write_dataset(tmp_path / name, sums(24, len(name)))
     result = run(load_config(path))
-    steps = result.report.data["olmfast"]["steps"]
+    steps = result.record.data["olmfast"]["steps"]
     raced = [reason for step in steps.values() for reason in step["dropped"].values() if "behind after" in reason]
     assert raced
     for step in steps.values():

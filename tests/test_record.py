@@ -44,7 +44,7 @@ def report(folder: Path) -> dict:
 def begun(folder: Path, n_tensors: int = 3, n_questions: int = 2, **keys) -> Record:
     """A record whose first step, which names all tensors and questions, has been taken."""
     record = Record.create(folder, {"config": {}}, **keys)
-    record.record("base", OUTCOME, standing(n_tensors, n_questions), 3, 0.5)
+    record.add("base", OUTCOME, standing(n_tensors, n_questions), 3, 0.5)
     return record
 
 
@@ -81,7 +81,7 @@ def test_a_record_that_is_loaded_is_the_one_that_was_written(tmp_path):
     recipe = record.recipe.with_values({"model.layers.1.weight": BLEND})
     scorer = {"talk.json/1": [[1], None], "talk.json/9": [[], []]}  # one changes, one goes, one is new
     assert recipe != record.recipe
-    record.record("layers/0", OUTCOME, Standing(recipe, {}, scorer), 5, 1.23456)
+    record.add("layers/0", OUTCOME, Standing(recipe, {}, scorer), 5, 1.23456)
     record.update(holdout={"rows": {"merged": {"sums.json": float("nan")}}}, donors=("a", "b"))
     assert record.standing == Standing(recipe, {}, scorer)
     assert record.values == {"holdout": {"rows": {"merged": {"sums.json": None}}}, "donors": ["a", "b"]}
@@ -258,7 +258,7 @@ def test_a_run_that_stopped_after_changing_its_base_goes_on_as_one_that_did_not_
     assert stopped.status == "stopped"
     assert stopped.recipe.base == straight.recipe.base != "donor2"
     resumed = run(load_config(path, {"budget": 1000}), resume=True)
-    assert resumed.report.steps == straight.report.steps
+    assert resumed.record.steps == straight.record.steps
 
 
 # How it grows
@@ -269,7 +269,7 @@ def test_a_step_that_changes_nothing_adds_the_same_short_line_however_large_the_
     for size in (3, 3000):
         record = begun(tmp_path / str(size), size, size)
         for index in range(3):
-            record.record(f"layers/{index}", OUTCOME, standing(size, size), 7, 1.0)
+            record.add(f"layers/{index}", OUTCOME, standing(size, size), 7, 1.0)
         sizes[size] = [len(line) for line in lines(record.folder)[2:]]
         assert_same(Record.load(record.folder), record)
     assert sizes[3] == sizes[3000]
@@ -285,7 +285,7 @@ def test_the_log_grows_by_what_each_step_changes(tmp_path):
         values = {f"model.layers.{number}.weight": Copy("donor1", "x") for number in (100 + index, 200 + index)}
         scorer = {**now.scorer, f"talk.json/{100 + index}": [[9, 9, 9], [9, 9, 8]]}
         now = Standing(now.recipe.with_values(values), now.scores, scorer)
-        record.record(f"layers/{100 + index}", OUTCOME, now, 100 + index, 1.5)
+        record.add(f"layers/{100 + index}", OUTCOME, now, 100 + index, 1.5)
     sizes = [len(line) for line in lines(tmp_path)[2:]]
     assert len(sizes) == 40
     assert max(sizes) - min(sizes) == 0
@@ -353,7 +353,7 @@ def test_the_report_is_written_when_the_run_begins_and_then_every_thirty_seconds
     record = Record.create(tmp_path, {"config": {}}, clock=lambda: now)
     written = []
     for now in (101.0, 129.9, 130.0, 131.0, 159.0, 161.0):
-        record.record(f"layers/{now}", OUTCOME, standing(2, 2), 1, now)
+        record.add(f"layers/{now}", OUTCOME, standing(2, 2), 1, now)
         written.append([*report(tmp_path)["olmfast"]["steps"]])
         assert f"layers/{now}" in Record.load(tmp_path).steps
     assert [len(steps) for steps in written] == [0, 0, 3, 3, 3, 6]

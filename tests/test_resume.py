@@ -87,7 +87,7 @@ def test_another_process_and_hash_seed_give_the_same_bytes(config, uninterrupted
     result = run(load_config(config))
     assert weights(result.output_dir) == weights(uninterrupted)
     other = json.loads((uninterrupted / "merge_report.json").read_text())
-    assert result.report.data["olmfast"]["steps"] == other["olmfast"]["steps"]
+    assert result.record.data["olmfast"]["steps"] == other["olmfast"]["steps"]
 
 
 def test_killed_ten_times_at_random_moments_and_resumed_it_gives_the_same_bytes(config, uninterrupted):
@@ -264,7 +264,7 @@ def test_a_report_of_the_original_tool_is_continued(config, pool):
     assert torch.equal(merged["model.embed_tokens.weight"], donors[2]["model.embed_tokens.weight"])
     assert torch.equal(merged["model.layers.0.mlp.up_proj.weight"], donors[1]["model.layers.0.mlp.up_proj.weight"])
     assert torch.equal(merged["model.layers.0.mlp.gate_proj.weight"], donors[2]["model.layers.0.mlp.gate_proj.weight"])
-    steps = result.report.data["olmfast"]["steps"]
+    steps = result.record.data["olmfast"]["steps"]
     assert steps["layers/0"]["winner"] == "donor1"
     assert "layers/1" in steps
     kept = out.with_name("out.original")
@@ -275,7 +275,7 @@ def test_the_base_in_a_report_of_the_original_stands_although_another_donor_scor
     out = config.parent / "out"
     keys = {"base_select": True, "tensor_swap": False, "es_svd": False}
     config_with_selection = load_config(config, AS_THE_ORIGINAL | keys)
-    best = run(config_with_selection).report.outcome("base").winner
+    best = run(config_with_selection).record.outcome("base").winner
     shutil.rmtree(out)
     out.mkdir()
     named = next(name for name in config_with_selection.models if name != best)

@@ -81,7 +81,7 @@ def test_a_new_kind_of_expression_is_one_class(tmp_path):
         assert engine.search.take(step(engine.search)).winner == "negated"
         assert engine.search.recipe.tensors[NAME] == toy
         engine.write()
-        out, pool = engine.report.folder, engine.inputs.pool
+        out, pool = engine.record.folder, engine.inputs.pool
         assert Record.load(out).recipe == engine.search.recipe
     expected = -pool["donor1"].read(NAME)
     assert torch.equal(load_file(out / "model.safetensors")[NAME], expected)
@@ -156,7 +156,7 @@ def test_a_scorer_in_a_second_process_decides_the_same(tmp_path):
     )
     expected = run(load_config(config))
     with session(config, output_dir="apart") as engine, Listener(str(tmp_path / "socket")) as listener:
-        address = [str(config), str(engine.report.folder), str(tmp_path / "socket")]
+        address = [str(config), str(engine.record.folder), str(tmp_path / "socket")]
         with subprocess.Popen([sys.executable, "-c", WORKER, *address]) as worker, listener.accept() as connection:
             remote = RemoteScorer(connection)
             engine.search.scorer = remote
@@ -164,8 +164,8 @@ def test_a_scorer_in_a_second_process_decides_the_same(tmp_path):
             connection.send_bytes(pickle.dumps(None))
             assert worker.wait(60) == 0
         assert engine.search.recipe == expected.recipe
-        assert engine.report.choices() == expected.report.choices()
-        assert any(outcome.changed for outcome in expected.report.choices() if outcome.stage == "svd_es")
+        assert engine.record.choices() == expected.record.choices()
+        assert any(outcome.changed for outcome in expected.record.choices() if outcome.stage == "svd_es")
         assert remote.largest < 20_000  # the donors' blocks have more bytes, and an offspring's matrix
 
 

@@ -54,13 +54,13 @@ def test_a_run_writes_a_folder_that_transformers_loads_and_that_scores_as_report
 
 
 def test_every_step_picked_a_candidate_that_none_beats_and_the_search_got_somewhere(full):
-    for outcome in full.report.choices():
+    for outcome in full.record.choices():
         labels = list(next(iter(outcome.metrics.values())))
         means = {name: torch.tensor([[by[label]] for label in labels]) for name, by in outcome.metrics.items()}
         evaluated = {name: torch.ones_like(mean, dtype=torch.bool) for name, mean in means.items()}
         scores = Scores(means, evaluated, {name: ~mask for name, mask in evaluated.items()})
         assert outcome.winner == labels[choose(scores, range(len(labels)), Rules("copeland", 1e-6))], outcome.unit
-    changed = [outcome for outcome in full.report.choices() if outcome.changed]
+    changed = [outcome for outcome in full.record.choices() if outcome.changed]
     assert {outcome.stage for outcome in changed} >= {"layers", "svd_es", "norm_es"}
     assert set(full.selection.rows) == {"donor0", "donor1", "donor2", "plain average", "merged"}
 
@@ -79,7 +79,7 @@ def test_the_report_has_the_originals_shape_and_is_strict_json(full):
 
 def test_the_ledger_has_a_line_per_candidate_and_dataset_whose_samples_have_its_mean(full):
     lines = ledger(full.output_dir)
-    assert len(lines) == 3 * full.report.evaluations
+    assert len(lines) == 3 * full.record.evaluations
     for line in lines:
         assert line["score"] == pytest.approx(sum(line["samples"]) / len(line["samples"]), rel=1e-4)
 
@@ -108,7 +108,7 @@ def test_the_recipes_digest_stands_in_report_and_card_and_tells_two_results_apar
     digests = [result.recipe.digest() for result in (full, other)]
     assert digests[0] != digests[1]
     for result, digest in zip((full, other), digests, strict=True):
-        assert result.report.values["recipe_digest"] == digest
+        assert result.record.values["recipe_digest"] == digest
         assert f"Recipe {digest}." in (result.output_dir / "README.md").read_text()
 
 
@@ -118,35 +118,35 @@ def test_when_every_candidate_is_worse_the_output_is_the_base_byte_for_byte(tmp_
     write_choices(tmp_path / "own.json", donor)
     keys = {"dataset": {"own.json": {"mode": "choice"}}, "holdout": {}}
     result = run(load_config(path, keys))
-    tried = [by for o in result.report.choices() for by in o.metrics["own.json"].values()]
+    tried = [by for o in result.record.choices() for by in o.metrics["own.json"].values()]
     assert min(tried) == result.selection.rows["donor0"]["own.json"] == 0  # the base answers as itself
     assert sum(score > 0 for score in tried) > len(tried) / 2
-    assert not any(outcome.changed for outcome in result.report.choices())
+    assert not any(outcome.changed for outcome in result.record.choices())
     assert (result.output_dir / "model.safetensors").read_bytes() == (donor / "model.safetensors").read_bytes()
 
 
 def test_base_select_starts_from_the_best_donor_and_max_models_keeps_the_best(tmp_path):
     path = tiny_run(tmp_path, n_donors=4, layer_swap=True, base_select=True, max_models=2, selection="mean")
     result = run(load_config(path))
-    base = result.report.outcome("base")
+    base = result.record.outcome("base")
     ranked = [base.winner, *base.order]
     best = max(result.selection.donors, key=result.selection.retained)
     assert result.recipe.base == ranked[0] == best
-    tried = set(result.report.data["layers"]["0"]["metrics"]["sums.json"])
+    tried = set(result.record.data["layers"]["0"]["metrics"]["sums.json"])
     assert tried == set(ranked[:2])
 
 
 def test_a_window_of_blocks_tries_all_combinations(tmp_path):
     path = tiny_run(tmp_path, n_donors=2, layer_swap=True, markov=1, model={"num_hidden_layers": 3})
     result = run(load_config(path))
-    tried = result.report.outcome("layers/0+1").metrics["sums.json"]
+    tried = result.record.outcome("layers/0+1").metrics["sums.json"]
     assert set(tried) == {f"{a} + {b}" for a in ("donor0", "donor1") for b in ("donor0", "donor1")}
-    assert set(result.report.data["layers"]) == {"0", "1", "2"}
+    assert set(result.record.data["layers"]) == {"0", "1", "2"}
 
 
 def test_backward_walks_blocks_and_modules_from_the_end(tmp_path):
     path = tiny_run(tmp_path, n_donors=2, layer_swap=True, tensor_swap=True, direction="backward", units=["*_proj"])
-    steps = list(run(load_config(path)).report.steps)
+    steps = list(run(load_config(path)).record.steps)
     assert steps[1:3] == ["layers/1", "layers/0"]
     assert steps[3] == "tensors/model.layers.1.mlp.down_proj"
     assert steps[-1] == "tensors/model.layers.0.self_attn.q_proj"
@@ -155,7 +155,7 @@ def test_backward_walks_blocks_and_modules_from_the_end(tmp_path):
 def test_under_a_guard_a_degraded_candidate_is_not_evaluated_further(tmp_path):
     path = tiny_run(tmp_path, layer_swap=True, improve_all="all")
     result = run(load_config(path))
-    guarded = [o for o in result.report.choices() if o.dropped]
+    guarded = [o for o in result.record.choices() if o.dropped]
     assert guarded
     lines = ledger(result.output_dir)
     for outcome in guarded:
@@ -179,9 +179,9 @@ def test_identical_donors_are_evaluated_once(tmp_path):
     for file in ("model.safetensors", "config.json"):
         (config.models_dir / "donor2" / file).write_bytes((config.models_dir / "donor1" / file).read_bytes())
     result = run(config)
-    metrics = result.report.outcome("layers/0").metrics["sums.json"]
+    metrics = result.record.outcome("layers/0").metrics["sums.json"]
     assert metrics["donor1"] == metrics["donor2"]
-    assert result.report.evaluations == 2 + 2 * 2  # base and two blocks: two different donors each
+    assert result.record.evaluations == 2 + 2 * 2  # base and two blocks: two different donors each
 
 
 def test_a_donor_without_a_score_is_no_end_of_the_scale_and_none_of_its_twins_either(tmp_path):
@@ -193,7 +193,7 @@ def test_a_donor_without_a_score_is_no_end_of_the_scale_and_none_of_its_twins_ei
     for file in (first, second):
         save_file(tensors, file, metadata={"format": "pt"})
     result = run(config)
-    assert result.report.outcome("base").dropped == {"donor1": "scored NaN or infinity on sums.json"}
+    assert result.record.outcome("base").dropped == {"donor1": "scored NaN or infinity on sums.json"}
     assert result.selection.donors == ["donor0", "donor3"]
     assert math.isnan(result.holdout.rows["donor2"]["heldout.json"])
     assert result.holdout.retained("merged") in (0.0, 1.0)  # donor0's, one of two that have a score
@@ -252,7 +252,7 @@ def test_a_budget_of_evaluations_ends_cleanly_and_a_larger_one_goes_on_to_the_sa
     expected = run(load_config(whole))
     stopped = run(load_config(parts, {"budget": 9}))
     assert stopped.status == "stopped"
-    assert stopped.report.evaluations <= 9
+    assert stopped.record.evaluations <= 9
     assert weights(stopped.output_dir)  # the best so far is a complete model
     resumed = run(load_config(parts, {"budget": 10_000}), resume=True)
     assert resumed.status == "finished"
@@ -263,7 +263,7 @@ def test_a_budget_of_evaluations_ends_cleanly_and_a_larger_one_goes_on_to_the_sa
 
 def test_float64_evaluation_is_available_and_decides_on_float64_scores(tmp_path):
     path = tiny_run(tmp_path, layer_swap=True, dtype="float64")
-    report: Record = run(load_config(path)).report
-    score = report.outcome("layers/0").metrics["sums.json"]["donor1"]
-    assert report.header["environment"]["dtype"] == "float64"
+    record: Record = run(load_config(path)).record
+    score = record.outcome("layers/0").metrics["sums.json"]["donor1"]
+    assert record.header["environment"]["dtype"] == "float64"
     assert score != float(torch.tensor(score, dtype=torch.float32))

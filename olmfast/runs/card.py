@@ -9,13 +9,13 @@ from olmfast.search.record import Record
 from olmfast.weights.recipe import Recipe
 
 
-def write_card(config: RunConfig, report: Record, recipe: Recipe, boards: dict[str, Scoreboard], account: str) -> str:
+def write_card(config: RunConfig, record: Record, recipe: Recipe, boards: dict[str, Scoreboard], account: str) -> str:
     """README.md of the result. Never needs the network: it names models, it does not look them up."""
     base = recipe.base
-    donors = [base, *(name for name in report.header["donors"] if name != base)]
+    donors = [base, *(name for name in record.header["donors"] if name != base)]
     parts = [front_matter(donors), "# Merged model\n"]
     parts.append(
-        f"Made by olmfast {report.header['environment']['olmfast']} from {len(donors)} models; base: `{base}`. "
+        f"Made by olmfast {record.header['environment']['olmfast']} from {len(donors)} models; base: `{base}`. "
         "Lower scores are better. Skill retained: 1 is as good as the best donor on every dataset, 0 as the worst.\n"
     )
     for title, board in boards.items():
@@ -23,10 +23,10 @@ def write_card(config: RunConfig, report: Record, recipe: Recipe, boards: dict[s
             entries = config.dataset if title == "Selection" else config.holdout
             parts.append(f"## {title} scores\n\n{_table(board)}\n")
             settings = "; ".join(
-                f"{name}: {entry.mode}, {report.header['samples'][name]} samples" for name, entry in entries.items()
+                f"{name}: {entry.mode}, {record.header['samples'][name]} samples" for name, entry in entries.items()
             )
             parts.append(f"{settings}; seed {config.seed}.\n")
-    parts.append(f"## Choices\n\n{_choices(report)}\n\n{account}.\n\nRecipe {recipe.digest()}.\n")
+    parts.append(f"## Choices\n\n{_choices(record)}\n\n{account}.\n\nRecipe {recipe.digest()}.\n")
     return "\n".join(parts)
 
 
@@ -39,8 +39,8 @@ def _table(board: Scoreboard) -> str:
     return "\n".join(lines)
 
 
-def _choices(report: Record) -> str:
+def _choices(record: Record) -> str:
     lines = ["| unit | from |", "|---|---|"]
-    for outcome in report.choices():
+    for outcome in record.choices():
         lines.append(f"| {outcome.where} | {outcome.winner} |")
     return "\n".join(lines)

@@ -38,7 +38,7 @@ class Result:
     output_dir: Path
     status: str
     recipe: Recipe
-    report: Record
+    record: Record
     selection: Scoreboard
     holdout: Scoreboard
 
@@ -65,13 +65,13 @@ def run(
     folder = RunFolder(config.output_dir, resume=resume or config.load_merge_report, overwrite=overwrite)
     inputs = Inputs.open(config, observer)
     try:
-        with folder.locked(inputs.header(), inputs.pool) as report:
-            if report.status != "finished":
-                session = Session(config, inputs, report, observer, stop_requested)
+        with folder.locked(inputs.header(), inputs.pool) as record:
+            if record.status != "finished":
+                session = Session(config, inputs, record, observer, stop_requested)
                 status = session.search_all()
                 observer.note(session.write())
-                report.update(status=status)
-            folder.publish(report)
+                record.update(status=status)
+            folder.publish(record)
     except FileChanged as error:
         raise error.with_advice("--resume") from error
     except torch.OutOfMemoryError as error:
@@ -94,13 +94,13 @@ class Session:
         self,
         config: RunConfig,
         inputs: Inputs,
-        report: Record,
+        record: Record,
         observer: Observer,
         stop_requested: Callable[[], bool],
     ) -> None:
-        self.config, self.inputs, self.report, self.observer = config, inputs, report, observer
-        recipe = report.recipe or whole(config.base_name, inputs.pool.tensors)
-        self.evaluation = Evaluation(recipe, inputs.pool, inputs.settings, report.folder)
+        self.config, self.inputs, self.record, self.observer = config, inputs, record, observer
+        recipe = record.recipe or whole(config.base_name, inputs.pool.tensors)
+        self.evaluation = Evaluation(recipe, inputs.pool, inputs.settings, record.folder)
         tolerance = 1e-6 if inputs.settings.dtype in (torch.float32, torch.float64) else 1e-3
         rules = Rules(
             config.selection,
@@ -110,7 +110,7 @@ class Session:
         )
         scorer = self.evaluation.scorer(inputs.selection, observer.candidate, observer.note)  # the first one tells
         sources = self.evaluation.sources
-        self.search = Search(config, recipe, inputs.order, sources, scorer, report, rules, observer, stop_requested)
+        self.search = Search(config, recipe, inputs.order, sources, scorer, record, rules, observer, stop_requested)
         self.selection = Scoreboard(inputs.pool.names)
         self.holdout = Scoreboard(inputs.pool.names)
 
@@ -152,15 +152,15 @@ class Session:
             if questions.datasets and board.rows:  # without the donors' scores there is no scale
                 board.score(self._scorer(questions), rows, list(questions.datasets), pool)
         content = content_of(recipe, sources, pool[self.config.base_name])
-        with writing(self.report.folder, "--resume"):
-            write_folder(content, sources, self.report.folder, self.config.shard_size)
+        with writing(self.record.folder, "--resume"):
+            write_folder(content, sources, self.record.folder, self.config.shard_size)
         account = content.account()
         boards = {"Selection": self.selection, "Held-out": self.holdout}
         # The recipe too: it is nowhere yet when the budget ended the run before its first step.
         told = {"recipe_digest": recipe.digest(), "account": account}
-        self.report.update(recipe, selection=self.selection.to_json(), holdout=self.holdout.to_json(), **told)
-        card = write_card(self.config, self.report, recipe, boards, account)
-        (self.report.folder / "README.md").write_text(card, encoding="utf-8")
+        self.record.update(recipe, selection=self.selection.to_json(), holdout=self.holdout.to_json(), **told)
+        card = write_card(self.config, self.record, recipe, boards, account)
+        (self.record.folder / "README.md").write_text(card, encoding="utf-8")
         return account
 
     def _score_holdout_of_donors(self) -> None:
@@ -168,12 +168,12 @@ class Session:
         questions = self.inputs.holdout
         if not questions.datasets:
             return
-        if "donors_holdout" not in self.report.values:
+        if "donors_holdout" not in self.record.values:
             self.observer.step("held-out", "donors", len(pool))
             recipes = {name: whole(name, pool.tensors) for name in pool.names}
             self.holdout.score(self._scorer(questions), dict(recipes), list(questions.datasets), pool)
-            self.report.update(donors_holdout=self.holdout.to_json())
-        self.holdout = Scoreboard.from_json(self.report.values["donors_holdout"])
+            self.record.update(donors_holdout=self.holdout.to_json())
+        self.holdout = Scoreboard.from_json(self.record.values["donors_holdout"])
 
     def choose_base(self) -> None:
         """Score every donor whole, which sets the scale, and go on from the best, or from the config's base."""
@@ -195,9 +195,9 @@ class Session:
             search.donors = [outcome.winner, *outcome.order][: self.config.max_models]
 
 
-def _result(config: RunConfig, report: Record) -> Result:
-    recipe = report.recipe
+def _result(config: RunConfig, record: Record) -> Result:
+    recipe = record.recipe
     if recipe is None:
-        raise OlmfastError(f"{report.folder}: the record holds no recipe")
-    boards = [Scoreboard.from_json(report.values[key]) for key in ("selection", "holdout")]
-    return Result(config.output_dir, report.status, recipe, report, *boards)
+        raise OlmfastError(f"{record.folder}: the record holds no recipe")
+    boards = [Scoreboard.from_json(record.values[key]) for key in ("selection", "holdout")]
+    return Result(config.output_dir, record.status, recipe, record, *boards)

@@ -31,7 +31,7 @@ def score_donors(search: Search) -> Outcome:
         means = {name: scores.mean(name)[alive] for name in scores.samples}
         spans = {name: (float(values.min()), float(values.max())) for name, values in means.items()}
         ranked = order(scores, alive, replace(search.rules, spans=spans))
-        if search.config.base_select and search.report.header.get("imported_base") is None:
+        if search.config.base_select and search.record.header.get("imported_base") is None:
             return ranked
         return [0, *(row for row in ranked if row != 0)]
 

@@ -59,7 +59,7 @@ class Search:
     order: tuple[str, ...]
     sources: Sources
     scorer: Scorer
-    report: Record
+    record: Record
     rules: Rules
     observer: Observer = field(default_factory=Observer)
     stop_requested: Callable[[], bool] = lambda: False
@@ -67,9 +67,9 @@ class Search:
 
     def __post_init__(self) -> None:
         self.donors: list[str] = self.sources.pool.names  # whose values are tried, in this order
-        self._spent_before = self.report.elapsed_s
+        self._spent_before = self.record.elapsed_s
         self._started = time.monotonic()
-        self._evaluations = self.report.evaluations
+        self._evaluations = self.record.evaluations
         self._current: Scores | None = None  # scores of the current recipe, if they are known
         self._recall()
 
@@ -111,7 +111,7 @@ class Search:
 
     def take(self, step: Step) -> Outcome:
         """Propose, evaluate, select, commit, record; or the recorded outcome if the step was taken before."""
-        done = self.report.outcome(step.key)
+        done = self.record.outcome(step.key)
         if done is not None:
             self.observer.recorded(done)
             return done
@@ -134,13 +134,13 @@ class Search:
         self._evaluations += len(candidates)
         known = self._current.to_json() if self._current is not None else {}
         standing = Standing(self.recipe, known, self.scorer.state)
-        self.report.record(step.key, outcome, standing, self._evaluations, self.elapsed_s)
+        self.record.add(step.key, outcome, standing, self._evaluations, self.elapsed_s)
         self.observer.chosen(outcome)
         return outcome
 
     def _recall(self) -> None:
         """Restore what an earlier session's last step left: a resumed run compares with the very same numbers."""
-        standing = self.report.standing
+        standing = self.record.standing
         if standing.scorer:
             self.scorer.state = standing.scorer
         if standing.scores:
@@ -269,12 +269,12 @@ class Search:
                         "truncated": int(scores.truncated[dataset][row].sum()),
                     }
                 )
-        self.report.append_evaluations(lines)
+        self.record.append_evaluations(lines)
 
     def _kept(self, step: Step, winner: Candidate) -> Candidate:
         """The winner, with its transient values stored next to the record as they were scored."""
         values = {
-            name: self.report.store(step.key.replace("/", "."), name, self.scorer.value(value))
+            name: self.record.store(step.key.replace("/", "."), name, self.scorer.value(value))
             for name, value in winner.values.items()
             if value.is_transient
         }

@@ -130,7 +130,7 @@ class Record:
         _write_atomically(self.folder / file, save({tensor: value}, metadata={"format": "pt"}))
         return Stored(file, tensor, digest_tensor(value))
 
-    def record(self, key: str, outcome: Outcome, standing: Standing, evaluations: int, elapsed_s: float) -> None:
+    def add(self, key: str, outcome: Outcome, standing: Standing, evaluations: int, elapsed_s: float) -> None:
         """Record a step that has been taken; from here on it is never repeated."""
         ledger_bytes = (self.folder / LEDGER).stat().st_size
         change = self.standing.change_to(standing)

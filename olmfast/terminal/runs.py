@@ -181,12 +181,12 @@ def print_result(result: Result, as_json: bool) -> None:
             "status": result.status,
             "selection": result.selection.to_json(),
             "holdout": result.holdout.to_json() if result.holdout.rows else None,
-            "choices": {f"{o.stage}/{o.unit}": o.winner for o in result.report.choices()},
+            "choices": {f"{o.stage}/{o.unit}": o.winner for o in result.record.choices()},
         }
         print(json.dumps(_without_nan(content), indent=2))
         return
     table = Table("unit", "from", title="What was chosen", title_justify="left")
-    for outcome in result.report.choices():
+    for outcome in result.record.choices():
         if outcome.changed or outcome.stage not in ("tensors", "svd_es", "norm_es"):
             table.add_row(outcome.where, outcome.winner + ("" if outcome.changed else " (kept)"))
     _console().print(table)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
-from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any, ClassVar
@@ -122,26 +122,15 @@ class RemoteScorer:
 
     def __init__(self, connection: Connection) -> None:
         self.connection, self.largest = connection, 0
-        self.sizes: Mapping[str, int] = self._ask("sizes")
 
-    def _ask(self, name: str, *arguments: Any) -> Any:
+    def ask(self, name: str, *arguments: Any) -> Any:
         message = pickle.dumps((name, arguments))
         self.largest = max(self.largest, len(message) if name == "score" else 0)
         self.connection.send_bytes(message)
         return pickle.loads(self.connection.recv_bytes())
 
-    def score(self, *arguments: Any) -> Any:
-        return self._ask("score", *arguments)
-
-    def value(self, expression: Expression) -> Any:
-        return self._ask("value", expression)
-
-    def commit(self, *arguments: Any) -> None:
-        self._ask("commit", *arguments)
-
-    @property
-    def state(self) -> Any:
-        return self._ask("state")
+    def __getattr__(self, name: str) -> Any:
+        return self.ask(name) if name in ("sizes", "state") else partial(self.ask, name)
 
 
 def test_a_scorer_in_a_second_process_decides_the_same(tmp_path):

@@ -210,7 +210,7 @@ def raced_again(table: Scores, rules: Rules) -> str:
 
     def score(rows: list[int], samples: Mapping[str, list[int]]) -> Scores:
         nonlocal asked
-        asked += (len(rows) - 1) * sum(map(len, samples.values()))  # what is there has been scored before
+        asked += (len(rows) - 1) * sum(map(len, samples.values()))  # the incumbent has been scored before
         return table.rows(rows).limited_to(samples)
 
     for seed in range(SEEDS):

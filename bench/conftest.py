@@ -38,9 +38,17 @@ def report(figures: Figures, benchmark: Any) -> Callable[..., None]:
     return add
 
 
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """No letters between the figures, but for what fails."""
+    if report.skipped or (report.when == "call" and report.passed):
+        return report.outcome, "", report.outcome.upper()
+    return None
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     for skipped in terminalreporter.stats.get("skipped", []):
-        terminalreporter.write_line(f"skipped: {skipped.nodeid}: {skipped.longrepr[2]}")
+        reason = skipped.longrepr[2].removeprefix("Skipped: ")
+        terminalreporter.write_line(f"skipped: {skipped.nodeid}: {reason}")
     figures = config.stash[FIGURES]
     if figures.rows:
         terminalreporter.section("figures")

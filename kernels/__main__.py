@@ -41,9 +41,7 @@ def _cases(device: torch.device) -> Iterator[Case]:
 
     weight, u, vh, c = random(300, 200), random(300, 40), random(40, 200) / 6, random(3, 40)
     exponent = ((u.double() * c.double()[:, None]) @ vh.double()).clamp(-3, 3)
-    yield Case(
-        "svd_noise", lambda impl: svd_noise(weight, u, vh, c, impl=impl), weight.double() * exponent.exp(), 2e-3
-    )
+    yield Case("svd_noise", lambda impl: svd_noise(weight, u, vh, c, impl=impl), weight.double() * exponent.exp(), 2e-3)
     scale = random(3, 300) / 10
     truth = weight.double() * scale.double().exp()[:, :, None]
     yield Case("row_scale", lambda impl: row_scale(weight, scale, impl=impl), truth, 1e-6)
@@ -63,9 +61,7 @@ def _cases(device: torch.device) -> Iterator[Case]:
 
     a, b = random(300, 200), random(300, 200)
     total = 0.3 * weight.double() + 0.5 * a.double() + 0.2 * b.double()
-    yield Case(
-        "weighted_sum", lambda impl: weighted_sum([weight, a, b], [0.3, 0.5, 0.2], impl=impl), total, 1e-6
-    )
+    yield Case("weighted_sum", lambda impl: weighted_sum([weight, a, b], [0.3, 0.5, 0.2], impl=impl), total, 1e-6)
     x, y = a.double().flatten(), b.double().flatten()
     theta = torch.arccos(x @ y / (x.norm() * y.norm()))
     arc = (torch.sin(0.7 * theta) * a.double() + torch.sin(0.3 * theta) * b.double()) / torch.sin(theta)
@@ -76,9 +72,7 @@ def _cases(device: torch.device) -> Iterator[Case]:
     merged = weight.double().flatten().index_add(0, kept, delta[kept].double()).view_as(weight)
     yield Case("ties_merge", lambda impl: ties_merge([a], [1.0], 0.2, base=weight, impl=impl), merged, 1e-6)
     mask = dare_mask((300, 200), 0.3, 1, impl="torch").to(device).double()
-    yield Case(
-        "dare_mask", lambda impl: dare_mask((300, 200), 0.3, 1, device=device, impl=impl).double(), mask, 0.0
-    )
+    yield Case("dare_mask", lambda impl: dare_mask((300, 200), 0.3, 1, device=device, impl=impl).double(), mask, 0.0)
 
     heads = torch.stack((a, b))
     linear = random(20, 200)

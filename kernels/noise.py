@@ -39,9 +39,7 @@ TILES = (Tile(128, 256, 32, 3, 8), Tile(128, 128, 32, 3, 8), Tile(128, 64, 32, 2
 N_CHUNK = 1 << 22
 
 
-def svd_noise_ref(
-    weight: Tensor, u: Tensor, vh: Tensor, coefficients: Tensor, *, clamp: float, out: Tensor
-) -> Tensor:
+def svd_noise_ref(weight: Tensor, u: Tensor, vh: Tensor, coefficients: Tensor, *, clamp: float, out: Tensor) -> Tensor:
     """The formula in plain torch, a stretch of rows at a time, into `out`.
 
     The shape of each product depends on the weight alone, so an offspring's bytes do not depend on how many
@@ -167,9 +165,7 @@ def svd_noise(
     return out
 
 
-def _check(
-    weight: Tensor, u: Tensor, vh: Tensor, coefficients: Tensor, clamp: float, precision: str
-) -> None:
+def _check(weight: Tensor, u: Tensor, vh: Tensor, coefficients: Tensor, clamp: float, precision: str) -> None:
     for name, tensor in (("weight", weight), ("u", u), ("vh", vh), ("coefficients", coefficients)):
         check_float("svd_noise", name, tensor, 2)
     (rows, cols), k = weight.shape, coefficients.shape[1]

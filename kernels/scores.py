@@ -166,9 +166,7 @@ def _scores_kernel(
         hit_logit = tl.sum(tl.where(hit, logits, 0.0), axis=1)
         own = tl.where(tl.max(hit.to(tl.int32), axis=1) > 0, hit_logit, own)
         logits = tl.where(mask_n[None, :], logits, float("-inf"))
-        block_best, block_arg = tl.max(
-            logits, axis=1, return_indices=True, return_indices_tie_break_left=True
-        )
+        block_best, block_arg = tl.max(logits, axis=1, return_indices=True, return_indices_tie_break_left=True)
         arg = tl.where(block_best > best, first + block_arg, arg)
         highest = tl.maximum(best, block_best)
         total = total * tl.exp(best - highest) + tl.sum(tl.exp(logits - highest[:, None]), axis=1)
@@ -323,8 +321,7 @@ def _check(
         raise ValueError("token_scores: head_weight has no rows")
     if hidden.dtype != head_weight.dtype:
         raise TypeError(
-            f"token_scores: hidden has dtype {dtype_name(hidden.dtype)}, "
-            f"head_weight {dtype_name(head_weight.dtype)}"
+            f"token_scores: hidden has dtype {dtype_name(hidden.dtype)}, head_weight {dtype_name(head_weight.dtype)}"
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"token_scores: labels have dtype {dtype_name(labels.dtype)}, not an integer")

@@ -58,9 +58,7 @@ def coefficients(products: Tensor, t: float) -> Tensor:
 
 
 @LazyKernel
-def _products_kernel(
-    a_ptr, b_ptr, part_ptr, n_values, BLOCK: tl.constexpr, BLOCKS_PER_PROGRAM: tl.constexpr
-):
+def _products_kernel(a_ptr, b_ptr, part_ptr, n_values, BLOCK: tl.constexpr, BLOCKS_PER_PROGRAM: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * (BLOCK * BLOCKS_PER_PROGRAM)
     aa, bb, ab = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for i in range(BLOCKS_PER_PROGRAM):

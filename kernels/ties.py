@@ -209,9 +209,7 @@ def _launch(job: _Job, out: Tensor) -> Tensor:
             prefix = (prefix << width) | digit[:, 0]
         threshold = prefix << (16 if job.halves else 0)
         equal = torch.empty((n, n_blocks), dtype=torch.int64, device=device)
-        _ties_equal_kernel[(n_blocks, n)](
-            table, like, threshold, equal, n_values, HAS_BASE=has_base, BLOCK=BLOCK
-        )
+        _ties_equal_kernel[(n_blocks, n)](table, like, threshold, equal, n_values, HAS_BASE=has_base, BLOCK=BLOCK)
         before = equal.cumsum(1) - equal
         weights = torch.tensor(job.weights, dtype=torch.float32).to(device)
         # Products are rounded before they are summed, as in torch: a fused one could turn an elected sign.
@@ -261,9 +259,7 @@ def ties_merge(
     if base is not None:
         check_float("ties_merge", "base", base)
         if base.shape != tensors[0].shape:
-            raise ValueError(
-                f"ties_merge: base has shape {tuple(base.shape)}, tensors[0] {tuple(tensors[0].shape)}"
-            )
+            raise ValueError(f"ties_merge: base has shape {tuple(base.shape)}, tensors[0] {tuple(tensors[0].shape)}")
     inputs = [*tensors, base] if base is not None else tensors
     like = base if base is not None else tensors[0]
     triton = use_triton("ties_merge", impl, inputs, mixed=False)

@@ -75,8 +75,8 @@ def run_command(
     seed: Annotated[int | None, typer.Option(help="The random seed.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every decision as a line.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print a line for every decision.")] = False,
 ) -> None:
     """Search for the best merge of a pool of models and write it."""
     from olmfast.config.run import load_config
@@ -103,16 +103,18 @@ def run_command(
 
 @app.command("merge")
 def merge_command(
-    config: Annotated[Path, typer.Argument(help="A merge file in mergekit's form; docs/mergekit.md has its keys.")],
+    config: Annotated[Path, typer.Argument(help="A mergekit merge file; docs/mergekit.md lists its keys.")],
     out: Annotated[Path, typer.Argument(help="The folder of the result.")],
     device: Annotated[str, typer.Option(help="Where tensors are computed: cpu, cuda, cuda:1 or auto.")] = "cpu",
     shard_size: Annotated[str, typer.Option(help="The largest file of weights.")] = "5GB",
-    max_ram: Annotated[str | None, typer.Option(help="Refuse to begin what needs more memory, such as 2GB.")] = None,
+    max_ram: Annotated[
+        str | None, typer.Option(help="Refuse to start if more memory than this is needed, such as 2GB.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="The random seed of DARE and DELLA.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
     allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Go on where weights are NaN or infinite.")
+        bool, typer.Option("--allow-nonfinite", help="Continue even if weights are NaN or infinite.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -149,11 +151,11 @@ def linear_command(
     alpha: Annotated[float, typer.Option("--alpha", help="The weight of A, from 0 to 1.")],
     more_layers: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     layers: Annotated[
-        list[str] | None, typer.Option("--layers", metavar="N...", help="The layers to merge; if left out, everything.")
+        list[str] | None, typer.Option("--layers", metavar="N...", help="The layers to merge; default: all parameters.")
     ] = None,
     qkv_only: Annotated[bool, typer.Option("--qkv_only", help="Merge Q, K and V alone; requires --layers.")] = False,
     output_dir: Annotated[
-        Path | None, typer.Option("--output_dir", help="The result's folder; named in merged_models/ if left out.")
+        Path | None, typer.Option("--output_dir", help="The result's folder; default: a name in merged_models/.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     no_special_fixes: Annotated[
@@ -167,13 +169,17 @@ def linear_command(
     seed: Annotated[int, typer.Option("--seed", help="The random seed of dare.")] = 0,
     sensitivity: Annotated[
         str | None,
-        typer.Option("--sensitivity", metavar="FILE:MODE", help="Merge the layers that this dataset gains by most."),
+        typer.Option(
+            "--sensitivity",
+            metavar="FILE:MODE",
+            help="Merge the layers whose merge improves the score on this dataset most.",
+        ),
     ] = None,
     top: Annotated[int | None, typer.Option("--top", min=1, help="How many layers --sensitivity picks.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan.")] = False,
     allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Go on where weights are NaN or infinite.")
+        bool, typer.Option("--allow-nonfinite", help="Continue even if weights are NaN or infinite.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -221,7 +227,7 @@ def check_command(
     out: Annotated[Path, typer.Option(help="Where the result of a merge would go.")] = Path("merged"),
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Say what a file would do and what is wrong with it, before any weight is read."""
+    """Check a run's config or a merge file and print the plan, without reading any weights."""
     from olmfast.config.run import RunConfig
     from olmfast.static.check import check, read_config
     from olmfast.terminal import merges, runs
@@ -240,7 +246,7 @@ def evaluate_command(
     dataset: Annotated[list[str], typer.Option(metavar="FILE:MODE", help="A dataset and how to score it.")],
     against: Annotated[
         list[str] | None,
-        typer.Option(metavar="MODEL", help="Donors to show beside it, with their plain average."),
+        typer.Option(metavar="MODEL", help="Donors to compare it with, and with their plain average."),
     ] = None,
     samples: Annotated[int, typer.Option(help="The first N conversations of each dataset.")] = 200,
     max_new_tokens: Annotated[int, typer.Option(help="Longest generation.")] = 1024,
@@ -249,7 +255,7 @@ def evaluate_command(
     dtype: Annotated[str, typer.Option(help="The dtype the model is evaluated in.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
 ) -> None:
-    """Score a model on datasets, alone or beside the donors it was merged from."""
+    """Score a model on datasets, alone or next to the donors it was merged from."""
     from olmfast.runs.scoreboard import evaluate
     from olmfast.terminal.runs import print_scoreboard
 
@@ -274,7 +280,7 @@ def schema() -> None:
 
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
-    """Say what olmfast finds on this machine: versions, GPU, kernels, extension."""
+    """Print what olmfast finds on this machine: versions, GPU, kernels, extension."""
     from olmfast.terminal.doctor import examine
 
     found = examine()

@@ -85,7 +85,7 @@ def uniform(n_values: int, seed: int, stream: int, start: int, device: torch.dev
 
 
 def dare_mask_ref(first_index: int, keys: tuple[int, int], limit: int, out: Tensor) -> None:
-    """keep for the counters first_index.. of one page, into the flat bool `out`, a stretch at a time."""
+    """keep for the counters first_index.. of one page, into the flat bool `out`, a chunk at a time."""
     count = torch.arange(min(N_CHUNK, out.numel()), dtype=torch.int32, device=out.device)
     buffer, scratch = torch.empty_like(count), torch.empty_like(count)
     for start in range(0, out.numel(), N_CHUNK):

@@ -31,20 +31,20 @@ ERRORS = 5
 
 
 class Keys(NamedTuple):
-    """Keys that are read a stretch at a time.
+    """Keys that are read a chunk at a time.
 
     `read(start, stop)` gives those from flat index `start` on, (stop - start,), in memory that may be used again;
-    `stretches` are consecutive and cover all. Whatever is read begins and ends at a multiple of `row`.
+    `chunks` are consecutive and cover all. Whatever is read begins and ends at a multiple of `row`.
     """
 
     read: Callable[[int, int], Tensor]
-    stretches: Sequence[tuple[int, int]]
+    chunks: Sequence[tuple[int, int]]
     row: int = 1
 
     @property
     def n_values(self) -> int:
         """How many there are."""
-        return self.stretches[-1][1]
+        return self.chunks[-1][1]
 
 
 def magnitude_keys_(values: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class Threshold:
     last: int
 
     def kept_(self, magnitudes: Tensor, start: int) -> Tensor:
-        """1 for what belongs and 0 for the rest, in place, for a stretch that begins at flat index `start`.
+        """1 for what belongs and 0 for the rest, in place, for a chunk that begins at flat index `start`.
 
         In the values' own dtype, because masks of bool are several times slower on a CPU. NaN gives 0.
         """
@@ -115,8 +115,8 @@ def cuts(keys: Keys, n_kept: Sequence[int], n_bits: int = 32) -> list[Cut]:
     """
     sample = _sample(keys)
     tallies = {k: _Tally(_bracket(sample, k / keys.n_values, keys.n_values <= FEW)) for k in n_kept}
-    masks = np.empty((4, max(stop - start for start, stop in keys.stretches)), dtype=bool)
-    for start, stop in keys.stretches:
+    masks = np.empty((4, max(stop - start for start, stop in keys.chunks)), dtype=bool)
+    for start, stop in keys.chunks:
         piece = keys.read(start, stop)
         for tally in tallies.values():
             tally.add(piece, masks)
@@ -139,12 +139,12 @@ class _Tally:
 
     def __init__(self, bracket: _Bracket) -> None:
         self.low, self.high = bracket
-        self.n_above, self.at_high, self.at_low = 0, list[int](), list[int]()  # at the ends: stretch by stretch
+        self.n_above, self.at_high, self.at_low = 0, list[int](), list[int]()  # at the ends: chunk by chunk
         self.between: list[Tensor] = []
         self.n_between = 0
 
     def add(self, keys: Tensor, masks: np.ndarray) -> None:
-        """Look at one stretch; `masks` is memory for four of its length."""
+        """Look at one chunk; `masks` is memory for four of its length."""
         if keys.device.type == "cpu":
             n_above, n_high, n_low, between = _divide_on_cpu(keys, self.low, self.high, masks[:, : len(keys)])
         else:
@@ -227,10 +227,10 @@ def _bracket(sample: Tensor, share: float, everything: bool) -> _Bracket:
 
 
 def _up_to(keys: Keys, key: int, quota: int, counts: Sequence[int]) -> Cut:
-    """Keys above `key` and the first `quota` of those equal to it; `counts` are how many each stretch has."""
+    """Keys above `key` and the first `quota` of those equal to it; `counts` are how many each chunk has."""
     if quota == sum(counts):
         return Cut(key, LAST)
-    for (start, stop), n in zip(keys.stretches, counts, strict=True):
+    for (start, stop), n in zip(keys.chunks, counts, strict=True):
         if quota <= n:
             return Cut(key, start + int((keys.read(start, stop) == key).nonzero()[quota - 1, 0]))
         quota -= n
@@ -243,7 +243,7 @@ def _radix_select(keys: Keys, n_kept: Sequence[int], n_bits: int) -> list[Cut]:
     for shift in range(n_bits - DIGIT_BITS, -1, -DIGIT_BITS):
         first = shift == n_bits - DIGIT_BITS
         counts = {prefix: torch.zeros(DIGITS, dtype=torch.int64) for prefix in sorted(set(prefixes))}
-        for start, stop in keys.stretches:
+        for start, stop in keys.chunks:
             digits = keys.read(start, stop) >> shift
             for prefix, count in counts.items():
                 members = digits if first else digits[(digits >> DIGIT_BITS) == prefix]
@@ -254,5 +254,5 @@ def _radix_select(keys: Keys, n_kept: Sequence[int], n_bits: int) -> list[Cut]:
             digit = DIGITS - 1 - position
             remaining[i] -= int(from_top[position] - counts[prefix][digit])
             prefixes[i] = prefix << DIGIT_BITS | digit
-    equal = [[int((keys.read(*stretch) == key).sum()) for stretch in keys.stretches] for key in prefixes]
+    equal = [[int((keys.read(*chunk) == key).sum()) for chunk in keys.chunks] for key in prefixes]
     return [_up_to(keys, *found) for found in zip(prefixes, remaining, equal, strict=True)]

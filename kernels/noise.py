@@ -40,7 +40,7 @@ N_CHUNK = 1 << 22
 
 
 def svd_noise_ref(weight: Tensor, u: Tensor, vh: Tensor, coefficients: Tensor, *, clamp: float, out: Tensor) -> Tensor:
-    """The formula in plain torch, a stretch of rows at a time, into `out`.
+    """The formula in plain torch, a chunk of rows at a time, into `out`.
 
     The shape of each product depends on the weight alone, so an offspring's bytes do not depend on how many
     offspring are asked for in one call.
@@ -48,7 +48,7 @@ def svd_noise_ref(weight: Tensor, u: Tensor, vh: Tensor, coefficients: Tensor, *
     rows, cols = weight.shape
     dtype = compute_dtype(weight.dtype)
     u, vh, coefficients = u.to(dtype), vh.to(dtype).contiguous(), coefficients.to(dtype)
-    # Stretches of about equal length: a short last one would waste a product.
+    # Chunks of about equal length: a short last one would waste a product.
     n_rows = ceil_div(rows, max(1, ceil_div(rows, max(128, N_CHUNK // max(cols, 1))))) or 1
     for start in range(0, rows, n_rows):
         part = weight[start : start + n_rows].to(dtype)

@@ -34,7 +34,7 @@ N_CHUNK = 1 << 20
 
 
 def row_scale_ref(weight: Tensor, log_scale: Tensor, *, axis: int, out: Tensor) -> Tensor:
-    """The formula in plain torch, a stretch of the weight at a time, into `out`."""
+    """The formula in plain torch, a chunk of the weight at a time, into `out`."""
     dtype = compute_dtype(weight.dtype)
     scale = log_scale.to(dtype).exp()
     rows, cols = weight.shape

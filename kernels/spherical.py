@@ -37,7 +37,7 @@ N_CHUNK = 1 << 18
 
 
 def products_ref(a: Tensor, b: Tensor) -> Tensor:
-    """<a, a>, <b, b>, <a, b> in float64: stretches in the compute dtype, their sums in float64."""
+    """<a, a>, <b, b>, <a, b> in float64: chunks in the compute dtype, their sums in float64."""
     dtype, n = compute_dtype(a.dtype), a.numel()
     sums = torch.zeros(3, dtype=torch.float64, device=a.device)
     for start in range(0, n, N_CHUNK):

@@ -34,7 +34,7 @@ N_CHUNK = 1 << 20
 
 
 def weighted_sum_ref(tensors: Sequence[Tensor], weights: Sequence[float], divisor: float, out: Tensor) -> Tensor:
-    """The formula in plain torch, a stretch at a time, into `out`; all contiguous."""
+    """The formula in plain torch, a chunk at a time, into `out`; all contiguous."""
     dtype = compute_dtype(out.dtype)
     target, flat = out.view(-1), [tensor.view(-1) for tensor in tensors]
     direct = out.dtype == dtype and all(out.data_ptr() != tensor.data_ptr() for tensor in tensors)

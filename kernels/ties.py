@@ -67,22 +67,22 @@ def _delta_ref(job: _Job, i: int, start: int, stop: int, dtype: torch.dtype) -> 
     return delta if job.base is None else delta.sub_(job.base.view(-1)[start:stop].to(dtype))
 
 
-def _kept_ref(job: _Job, i: int, stretches: list[tuple[int, int]], dtype: torch.dtype) -> Threshold:
+def _kept_ref(job: _Job, i: int, chunks: list[tuple[int, int]], dtype: torch.dtype) -> Threshold:
     n, k = job.tensors[i].numel(), job.n_kept[i]
     if k in (0, n):
         return EVERYTHING if k else NOTHING
-    deltas = Keys(lambda start, stop: _delta_ref(job, i, start, stop, dtype), stretches)
+    deltas = Keys(lambda start, stop: _delta_ref(job, i, start, stop, dtype), chunks)
     return thresholds(deltas, [k], dtype)[0]
 
 
 def ties_merge_ref(job: _Job, out: Tensor) -> Tensor:
-    """The formula in plain torch, a stretch at a time, into `out`; all contiguous."""
+    """The formula in plain torch, a chunk at a time, into `out`; all contiguous."""
     dtype = compute_dtype(out.dtype)
     n, n_values = len(job.tensors), out.numel()
-    stretches = [(start, min(start + N_CHUNK, n_values)) for start in range(0, n_values, N_CHUNK)]
-    kept = [_kept_ref(job, i, stretches, dtype) for i in range(n)]
+    chunks = [(start, min(start + N_CHUNK, n_values)) for start in range(0, n_values, N_CHUNK)]
+    kept = [_kept_ref(job, i, chunks, dtype) for i in range(n)]
     weights = torch.tensor(job.weights, dtype=dtype, device=out.device)[:, None]
-    for start, stop in stretches:
+    for start, stop in chunks:
         target = out.view(-1)[start:stop]
         parts = torch.empty((n, target.numel()), dtype=dtype, device=out.device)
         total = torch.zeros_like(parts[0])

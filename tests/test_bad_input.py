@@ -365,6 +365,11 @@ def invent_activation(folder: Path) -> None:
         path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_act": "wobble"}))
 
 
+def invent_activation_of_one(folder: Path) -> None:
+    path = folder / "models" / "donor1" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_act": "wobble"}))
+
+
 def forbid_memory(folder: Path) -> None:
     path = folder / "cfg.yaml"
     path.write_text(path.read_text() + "max_ram: 20MB\n")
@@ -375,9 +380,10 @@ def forbid_memory(folder: Path) -> None:
     [
         (drop_tensor, "checkpoint and module do not match: nothing in the files fills"),
         (invent_activation, "Transformers cannot build this model: 'wobble'"),
+        (invent_activation_of_one, "Transformers cannot build this model: 'wobble'"),
         (forbid_memory, "max_ram: 0.02 GB; the model and the libraries alone take"),
     ],
-    ids=["no donor has a tensor", "unknown activation", "too little memory"],
+    ids=["no donor has a tensor", "unknown activation", "of one donor", "too little memory"],
 )
 def test_a_model_that_cannot_be_built_is_refused_before_a_folder_is_begun(refused, olmfast, cfg, spoil, message):
     spoil(cfg.parent)

@@ -1,4 +1,4 @@
-"""Racing drops who can no longer win, keeps what is there, and scores whoever is left in full."""
+"""Racing drops who can no longer win, keeps the current model, and scores whoever is left in full."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_the_chance_to_beat_the_leader_is_how_often_that_happens(selection, sign
     """Foretold from 30 of 90 samples, counted over many pairs of candidates, some alike and some not."""
     rules, n, seen, dice = RULES[selection], 90, 30, torch.Generator().manual_seed(5)
     if significance and selection == "mean":
-        pytest.skip("significance keeps what is there; between two others the lower mean wins")
+        pytest.skip("significance keeps the current model; between two others the lower mean wins")
     rules = Rules(rules.selection, rules.tie_tolerance, significance, spans=rules.spans)
     foretold, came = [], []
     for _ in range(500):
@@ -168,7 +168,7 @@ def test_a_raced_run_reports_what_it_skipped_and_scores_its_winner_in_full(tmp_p
 def test_who_the_guard_will_refuse_drives_nobody_out(selection):
     table = Table([0.5, 0.1, 0.4, 0.9])
     table.samples["a"][1] -= 0.4
-    table.samples["b"][1] += 0.55  # best of all by far on `a`, and worse than what is there on `b`
+    table.samples["b"][1] += 0.55  # best of all by far on `a`, and worse than the current model on `b`
     rules = RULES[selection] if selection == "mean" else Rules("copeland", 1e-6, weights={"a": 2.0})
     _, dropped = heats(table, 4, table.sizes, Racing(), rules, 7)
     assert 2 in dropped

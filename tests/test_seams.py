@@ -30,7 +30,8 @@ from olmfast.static.plan import Plan
 from olmfast.static.write import write_merge
 from olmfast.testing import tiny_run
 from olmfast.weights.chunks import Held
-from olmfast.weights.expressions import Copy, whole
+from olmfast.weights.expressions import Copy, Stored, merge, whole
+from olmfast.weights.offspring import NormOffspring
 from olmfast.weights.sources import Expression, expression_from_json
 
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -177,7 +178,9 @@ def test_a_candidate_may_have_a_block_fewer(scorer, tmp_path):
         search.take(Step("layers/1", "layers", block, lambda: [Candidate("current"), swapped], accept=lambda *_: [1]))
         out = tmp_path / "written"
         out.mkdir()
-        write_folder(content_of(search.recipe, search.sources, pool["donor0"]), search.sources, out, 10**9)
+        content = content_of(search.recipe, search.sources, pool["donor0"])
+        write_folder(content, search.sources, out, 10**9)
+        assert "9 of blocks that the result has not" in content.account()
         live = engine.evaluation.model.module
     loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     ids = torch.randint(5, 100, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -185,3 +188,19 @@ def test_a_candidate_may_have_a_block_fewer(scorer, tmp_path):
     torch.testing.assert_close(loaded(ids).logits, live(ids).logits, rtol=1e-5, atol=1e-5)
     for name, tensor in load_file(out / "model.safetensors").items():
         assert torch.equal(tensor, pool["donor1" if name in block.tensors else "donor0"].read(name)), name
+
+
+def test_all_transient_values_of_a_winner_are_stored(tmp_path):
+    config = tiny_run(tmp_path, 2)
+    names = [f"model.layers.1.mlp.{part}_proj.weight" for part in ("up", "gate")]
+    changed = {name: NormOffspring(Copy("donor1", name), "float32", 0.1, 0, name, 0, 0) for name in names}
+    nested = merge("linear", [Copy("donor0", names[0]), changed[names[0]]], weight=(0.5, 0.5))
+    with session(config) as engine:
+        search = engine.search
+        unit = search.architecture.window_unit(search.tensors, [1])
+        for key, values in (("two", changed), ("nested", {names[0]: nested})):
+            tried = [Candidate("current"), Candidate(key, values)]
+            search.take(Step(key, key, unit, lambda tried=tried: tried, accept=lambda *_: [1]))
+            assert all(isinstance(search.recipe.tensors[name], Stored) for name in values)
+            for name, value in values.items():
+                assert torch.equal(search.sources.value(search.recipe.tensors[name]), search.sources.value(value))

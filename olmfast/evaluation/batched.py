@@ -126,7 +126,7 @@ class BatchedScorer:
 
     @property
     def _architecture(self) -> Architecture:
-        return self.model.sources.pool.architecture
+        return self.model.architecture
 
     def _find_trajectories(
         self, unit: Unit, candidates: Sequence[Candidate], current: int | None, tasks: Sequence[int], scores: Scores

@@ -102,7 +102,7 @@ class ScaledLeaf:
 
 def is_stackable(model: WorkingModel, name: str) -> bool:
     """Whether a tensor is a whole parameter of a module that takes and returns one tensor."""
-    architecture = model.sources.pool.architecture
+    architecture = model.architecture
     slot = architecture.slot(name)
     module = slot.parameter.rsplit(".", 1)[0]
     kind = type(model.module.get_submodule(module))
@@ -113,7 +113,7 @@ def stack_leaves(model: WorkingModel, values: Sequence[Mapping[str, Expression]]
     """The leaves in which candidates differ, given each candidate's values of the same tensors, all of them stacked."""
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for name in values[0]:
-        module, parameter = model.sources.pool.architecture.slot(name).parameter.rsplit(".", 1)
+        module, parameter = model.architecture.slot(name).parameter.rsplit(".", 1)
         factors = _output_factors(model, module, [own[name] for own in values]) if len(values[0]) == 1 else None
         if factors is not None:
             return [ScaledLeaf(model.module.get_submodule(module), factors)]

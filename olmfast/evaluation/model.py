@@ -39,7 +39,7 @@ class WorkingModel:
 
     def _build(self, recipe: Recipe) -> None:
         self.module = build_module(recipe, self.sources.pool, self.dtype).to(self.device)
-        self._slots = map_slots(self.module, self.sources.pool.architecture, recipe)
+        self._slots = map_slots(self.module, self.sources.pool.architecture.edited(recipe.config_edits), recipe)
 
     def apply(self, values: Mapping[str, Expression]) -> None:
         """Copy values (canonical name -> expression) over the live parameters; the recipe is not changed."""
@@ -126,9 +126,14 @@ class WorkingModel:
         self.apply(changed)
 
     @property
+    def architecture(self) -> Architecture:
+        """What the tensor names mean, of as many blocks as the recipe has."""
+        return self.sources.pool.architecture.edited(self.recipe.config_edits)
+
+    @property
     def context(self) -> int:
         """The longest input the model is made for, in tokens."""
-        return self.sources.pool.architecture.context
+        return self.architecture.context
 
 
 def builds_alike(recipe: Recipe, other: Recipe, pool: Pool) -> bool:

@@ -111,7 +111,7 @@ class Prefix:
         self._recipe = recipe
         if recipe is before or before is None:
             return
-        block_of = self.model.sources.pool.architecture.block_of
+        block_of = self.model.architecture.block_of
         changed = [block_of(name) for name, value in recipe.tensors.items() if before.tensors.get(name) != value]
         if recipe.base != before.base:
             changed.append(None)

@@ -65,7 +65,7 @@ class Scorer(Protocol):
     def commit(self, recipe: Recipe, label: str | None = None) -> None:
         """The current model is this recipe from now on.
 
-        `label`: it is, but for what was stored meanwhile, the candidate of this label, out of those just scored.
+        `label` is the candidate that the step chose, out of those just scored; None: one that was not scored.
         """
         ...
 

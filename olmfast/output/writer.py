@@ -91,7 +91,10 @@ class Content:
         return f"{len(self.tensors)} tensors written: {', '.join(parts)}"
 
 
+# Why a tensor of the base is not in the result.
 TIED = "tied to the embedding and not written twice"
+COMPUTED = "computed by the model and not written"
+DROPPED = "of blocks that the result has not"
 
 
 def content_of(recipe: Recipe, sources: Sources, tokenizer: Checkpoint) -> Content:
@@ -110,7 +113,7 @@ def content_of(recipe: Recipe, sources: Sources, tokenizer: Checkpoint) -> Conte
     for name, stored in base.file_names.items():
         if stored not in written:
             computed = base.architecture.is_ignored(name)
-            left_out[stored] = "computed by the model and not written" if computed else TIED
+            left_out[stored] = COMPUTED if computed else TIED if name == family.head else DROPPED
     config = recipe.config(base.config)
     if not tied and base.architecture.tied_in_config:
         config["tie_word_embeddings"] = False

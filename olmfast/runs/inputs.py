@@ -64,6 +64,10 @@ class Inputs:
         if settings is not None:
             with _noted(faults):
                 order = order_of_tensors(whole(config.base_name, pool.tensors), pool, settings)
+            for donor in pool:  # scored whole, it is built by its own config
+                if pool.settings_differ(config.base_name, donor.name):
+                    with _noted(faults):
+                        order_of_tensors(whole(donor.name, pool.tensors), pool, settings)
         questions = Questions(None, (), {})
         with _noted(faults):
             questions = Questions.load(pool[config.base_name], config.dataset_dir, entries)

@@ -1,4 +1,4 @@
-"""The lean driver: config -> pool -> working model -> stages -> writer."""
+"""A run: its inputs opened, its stages walked, its result scored and written."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The one loop of every search: propose, evaluate, select, commit, record.
 
 A stage is a function that takes steps one after another; a step is recorded when it returns, and a recorded
-step is never taken twice: a resumed run walks the same steps and gets their outcomes from the report.
+step is never taken twice: a resumed run walks the same steps and gets their outcomes from the record.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from olmfast.search.racing import heats, left_to_score
 from olmfast.search.ranking import Rules, choose, is_degraded
 from olmfast.search.record import Record
 from olmfast.weights.architecture import Architecture, Unit
+from olmfast.weights.chunks import Readable
 from olmfast.weights.recipe import Recipe
 from olmfast.weights.sources import Sources
 
@@ -91,12 +92,17 @@ class Search:
 
     def saved_dtype(self, tensor: str) -> torch.dtype:
         """The dtype the result stores this tensor in."""
-        return self.sources.pool[self.recipe.base].tensors[tensor].dtype
+        return self._saved(tensor).dtype
 
     def is_matrix(self, tensor: str) -> bool:
         """Whether the tensor is a matrix of floating-point numbers, which evolution strategies can refine."""
-        info = self.sources.pool[self.recipe.base].tensors[tensor]
-        return len(info.shape) == 2 and info.dtype.is_floating_point
+        saved = self._saved(tensor)
+        return len(saved.shape) == 2 and saved.dtype.is_floating_point
+
+    def _saved(self, tensor: str) -> Readable:
+        """A tensor of the dtype and shape that the result has: the base's, or its own where the base has none."""
+        info = self.sources.pool[self.recipe.base].tensors.get(tensor)
+        return self.recipe.tensors[tensor].open(self.sources) if info is None else info
 
     def set_scale(self, spans: Mapping[str, tuple[float, float]], base_means: dict[str, float]) -> None:
         """Set what the donors scored: the scale of `selection: mean`, and the base that the guard protects."""
@@ -124,11 +130,14 @@ class Search:
         alive = [row for row in range(len(candidates)) if row not in dropped]
         ranked = (step.accept or self._choose)(scores, alive)
         winner = ranked[0]
+        before = self.recipe
         if step.commit and winner != 0:
-            self.recipe = self._kept(step, candidates[winner]).of(self.recipe)
+            self.recipe = self._stored(step, candidates[winner])
         self.scorer.commit(self.recipe, candidates[winner].label)
         if step.commit or candidates[0].is_current:
             self._current = scores.rows([winner if step.commit else 0])
+        if not builds_alike(before, self.recipe, self.sources.pool):
+            self._current = None  # scored in a module of its own: in other batches than the next ones
         outcome = self._outcome(step, candidates, twin, scores, dropped, winner)
         outcome.order = [candidates[row].label for row in ranked[1:]]
         self._evaluations += len(candidates)
@@ -271,14 +280,18 @@ class Search:
                 )
         self.record.append_evaluations(lines)
 
-    def _kept(self, step: Step, winner: Candidate) -> Candidate:
-        """The winner, with its transient values stored next to the record as they were scored."""
-        values = {
-            name: self.record.store(step.key.replace("/", "."), name, self.scorer.value(value))
-            for name, value in winner.values.items()
-            if value.is_transient
-        }
-        return replace(winner, values={**winner.values, **values})
+    def _stored(self, step: Step, winner: Candidate) -> Recipe:
+        """The recipe with the winner, its transient values stored next to the record as they were scored."""
+        recipe, file = winner.of(self.recipe), step.key.replace("/", ".")
+        transient = {name: value for name, value in recipe.tensors.items() if value.is_transient}
+        return recipe.with_values(
+            {
+                name: self.record.store(
+                    file if len(transient) == 1 else f"{file}.{name}", name, self.scorer.value(value)
+                )
+                for name, value in transient.items()
+            }
+        )
 
     def _outcome(
         self,

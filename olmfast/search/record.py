@@ -124,7 +124,7 @@ class Record:
         append(self.folder / LEDGER, b"".join(map(json_line, lines)))
 
     def store(self, name: str, tensor: str, value: torch.Tensor) -> Stored:
-        """Keep a computed tensor next to the report and return the expression that refers to it."""
+        """Keep a computed tensor next to the record and return the expression that refers to it."""
         file = f"{REFINED}/{name}.safetensors"
         value = value.cpu().contiguous()
         _write_atomically(self.folder / file, save({tensor: value}, metadata={"format": "pt"}))

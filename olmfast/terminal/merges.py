@@ -1,4 +1,4 @@
-"""What a terminal shows of a static merge: its plan, its progress, its closing line. Light: no driver, no models."""
+"""What a terminal shows of a static merge: its plan, its progress, its closing line. Light: no session, no models."""
 
 from __future__ import annotations
 

@@ -172,6 +172,8 @@ class Architecture:
 
     def edited(self, config_edits: Mapping[str, Any]) -> Architecture:
         """The architecture of a result whose config differs in these keys."""
+        if not config_edits:
+            return self
         config = {**self.config, **config_edits}
         return replace(self, config=config, n_blocks=stated_blocks(config) or self.n_blocks)
 

@@ -50,7 +50,6 @@ class Offspring(Expression):
     """
 
     method: ClassVar[str]  # as reports name it
-    is_transient: ClassVar[bool] = True
     parent: Expression
     dtype: str
     sigma: float
@@ -67,6 +66,11 @@ class Offspring(Expression):
     @abstractmethod
     def _stack(cls: type[Kind], siblings: Sequence[Kind], sources: Sources) -> torch.Tensor:
         """(K, rows, cols) in the dtype and on the device of their one parent."""
+
+    @property
+    def is_transient(self) -> bool:
+        """Yes: another machine's singular vectors differ in their last bits."""
+        return True
 
     @property
     def parts(self) -> tuple[Expression, ...]:

@@ -25,19 +25,22 @@ from olmfast.weights.pool import Pool
 class Expression(ABC):
     """What one tensor is worth: small, immutable, hashable and picklable, so that it can be sent anywhere.
 
-    One kind of expression is one class, and nothing else knows of it. `key`, the first key of its entry, marks it in
-    JSON. Its values are the same bytes wherever and however often they are computed.
+    One kind of expression is one class, and nothing else has to know of it. `key`, the first key of its entry, marks
+    it in JSON. Its values are the same bytes wherever and however often they are computed.
     """
 
     key: ClassVar[str]
-    # Whether its values are to be kept in a file once they are chosen: what is costly to compute, or to compute alike.
-    is_transient: ClassVar[bool] = False
     kinds: ClassVar[dict[str, type[Expression]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "key" in cls.__dict__:
             Expression.kinds[cls.key] = cls
+
+    @property
+    def is_transient(self) -> bool:
+        """Whether its values are kept in a file once they are chosen: those that are costly to compute alike."""
+        return any(part.is_transient for part in self.parts)
 
     @property
     @abstractmethod
@@ -195,7 +198,9 @@ class Sources:
             path = self.folder / file
             info = next((info for info in read_header(path) if info.name == tensor), None)
             if info is None or info.digest() != digest:
-                raise OlmfastError(f"{path}: {tensor}: the bytes have changed since the report was written")
+                raise OlmfastError(f"{path}: {tensor}: the bytes have changed since they were stored")
+            # A file that a later one has replaced stays on the disk for as long as it is mapped.
+            self._opened = {k: i for k, i in self._opened.items() if k[1] != tensor or (self.folder / k[0]).exists()}
             self._opened[key] = info
         return self._opened[key]
 

@@ -14,8 +14,8 @@ from olmfast.kernels.magnitudes import Keys, cuts, key_value, thresholds, value_
 
 def keys_of(values: torch.Tensor, size: int = 997, row: int = 1) -> Keys:
     n = len(values)
-    stretches = [(start, min(start + size, n)) for start in range(0, n, size)]
-    return Keys(lambda start, stop: values[start:stop].clone(), stretches, row)
+    chunks = [(start, min(start + size, n)) for start in range(0, n, size)]
+    return Keys(lambda start, stop: values[start:stop].clone(), chunks, row)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -50,7 +50,7 @@ def test_signed_values_are_ordered_as_values():
     ]
 
 
-def stretches_of(n: int, size: int = 40_000):
+def chunks_of(n: int, size: int = 40_000):
     return [(start, min(start + size, n)) for start in range(0, n, size)]
 
 
@@ -76,23 +76,23 @@ def test_a_sample_decides_nothing(kind, bracket, monkeypatch):
         x *= (torch.arange(n) // 256 % 512 == 0) * 1000 + 1.0  # runs of the sample fall on the large ones
     order = x.abs().sort(descending=True, stable=True).indices
     wanted = [1, 2, n // 3, n // 2, n - 1, n]
-    found = thresholds(Keys(lambda start, stop: x[start:stop].clone(), stretches_of(n)), wanted, torch.float32)
+    found = thresholds(Keys(lambda start, stop: x[start:stop].clone(), chunks_of(n)), wanted, torch.float32)
     for k, threshold in zip(wanted, found, strict=True):
         expected = torch.zeros(n)
         expected[order[:k]] = 1
-        kept = [threshold.kept_(x[start:stop].abs(), start) for start, stop in stretches_of(n, 70_001)]
+        kept = [threshold.kept_(x[start:stop].abs(), start) for start, stop in chunks_of(n, 70_001)]
         assert torch.equal(torch.cat(kept), expected), k
 
 
 def test_what_is_read_begins_and_ends_with_a_row():
     x, row = torch.randn(999 * 300, generator=torch.Generator().manual_seed(4)), 999
-    stretches = stretches_of(len(x), row * 40)
+    chunks = chunks_of(len(x), row * 40)
 
     def read(start: int, stop: int) -> torch.Tensor:
         assert start % row == stop % row == 0 < stop - start
         return value_keys(x[start:stop])
 
-    found = cuts(Keys(read, stretches, row), [1000, 200_000])
+    found = cuts(Keys(read, chunks, row), [1000, 200_000])
     ordered = x.sort(descending=True).values
     assert [key_value(cut.key) for cut in found] == [float(ordered[999]), float(ordered[199_999])]
 

@@ -136,7 +136,7 @@ def test_time_is_in_proportion_to_questions_and_grows_with_whole_models(cfg):
     assert sequential > many
 
 
-def test_the_least_memory_is_the_model_one_candidate_and_what_enters_its_block(cfg):
+def test_the_least_memory_is_the_model_one_candidate_and_what_enters_its_block(cfg, monkeypatch):
     config = load_config(cfg)
     inputs = Inputs.open(config, Observer())
     settings, datasets = inputs.settings, inputs.questions.datasets
@@ -144,6 +144,8 @@ def test_the_least_memory_is_the_model_one_candidate_and_what_enters_its_block(c
     model = WorkingModel(whole("donor0", inputs.pool.tensors), sources, settings.device, settings.dtype)
     live = sum(parameter.nbytes for parameter in model.module.parameters())
     block = sum(model.live(name).nbytes for name in inputs.pool.tensors if ".layers.0." in name)
+    # What the process holds itself changes from call to call.
+    monkeypatch.setattr(Memory, "used", Memory(settings.device).used)
     found = estimate(config)
     held = found.memory_bytes - live - block
     n_tokens = sum(

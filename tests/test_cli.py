@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -286,15 +288,21 @@ def test_on_a_terminal_there_are_bars_that_name_the_step(olmfast, cfg, monkeypat
     stream = os.fdopen(terminal, "w")
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setattr(sys, "stderr", stream)
+    parts = []
+
+    def read() -> None:
+        with suppress(OSError):  # how Linux says that the other end is closed
+            while part := os.read(controller, 65536):
+                parts.append(part)
+
+    # All along: a terminal holds a few kilobytes, and on a slow machine the bars write more before the run ends.
+    reader = threading.Thread(target=read)
+    reader.start()
     code, _, _ = olmfast("run", cfg, "--set", "es_norm=false", "--set", "tensor_swap=false")
     stream.close()
-    shown = b""
-    try:
-        while part := os.read(controller, 65536):
-            shown += part
-    except OSError:  # how Linux says that the other end is closed
-        pass
+    reader.join()
     os.close(controller)
+    shown = b"".join(parts)
     assert code == 0
     assert b"layers" in shown
     assert b"\x1b[" in shown

@@ -338,7 +338,8 @@ def test_the_report_has_the_originals_layout_and_beside_it_what_olmfast_knows(fi
         *("donors_holdout", "selection", "holdout", "recipe_digest", "account"),
     ]
     for step in data["olmfast"]["steps"].values():
-        assert list(step) == ["stage", "unit", "winner", "changed", "metrics", "dropped", "order", "truncated"]
+        keys = ["stage", "unit", "winner", "changed", "metrics", "dropped", "order", "truncated", "gain"]
+        assert list(step) == keys
     assert set(data["olmfast"]["recipe"]) >= {"base", "tensors"}
     assert data["olmfast"]["ledger_bytes"] == (finished / "evaluations.jsonl").stat().st_size
 

@@ -24,7 +24,10 @@ ADVICE = "put the file back as it was, or use --overwrite to start anew"
 
 @dataclass
 class Outcome:
-    """What one step decided. `metrics` is dataset -> candidate label -> mean score (None: not evaluated)."""
+    """What one step decided. `metrics` is dataset -> candidate label -> mean score (None: not evaluated).
+
+    `gain` is by how much the winner is estimated to be better than the incumbent, in skill retained (None: not known).
+    """
 
     stage: str
     unit: str
@@ -34,6 +37,7 @@ class Outcome:
     dropped: dict[str, str] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
     truncated: dict[str, dict[str, float]] = field(default_factory=dict)
+    gain: float | None = None
 
     @property
     def where(self) -> str:

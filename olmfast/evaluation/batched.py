@@ -20,9 +20,10 @@ from olmfast.evaluation.memory import Memory, Shares, is_out_of_memory
 from olmfast.evaluation.model import WorkingModel, builds_alike
 from olmfast.evaluation.passes import Passes
 from olmfast.evaluation.prefix import Prefix
-from olmfast.evaluation.scorer import Candidate
+from olmfast.evaluation.scorer import Candidate, Direction, Slopes
 from olmfast.evaluation.scores import Scores, wanted_samples
 from olmfast.evaluation.sequential import SequentialScorer
+from olmfast.evaluation.slopes import chosen_questions, slopes_blockwise
 from olmfast.evaluation.trajectories import Trajectories
 from olmfast.weights.architecture import Architecture, Unit
 from olmfast.weights.recipe import Recipe
@@ -55,6 +56,7 @@ class BatchedScorer:
         self.memory = memory or Memory(model.device)
         self.shares = Shares(self.memory, batch_tokens)
         self.note, self._noted = note, False
+        self._for_slopes: BlockwiseModel | None = None
         self.statistics = Statistics()
         self.trajectories = Trajectories(datasets, model.context, tokenizer, stop_tokens, self.shares)
         self.forget()
@@ -89,6 +91,33 @@ class BatchedScorer:
             for begin in range(0, len(rows), n):
                 self._score_stack(unit, candidates, rows[begin : begin + n], tasks, scores)
         return scores
+
+    def slopes(
+        self,
+        candidate: Candidate,
+        directions: Mapping[str, Sequence[Direction]],
+        samples: Mapping[str, Sequence[int]],
+        weights: Mapping[str, float],
+    ) -> Slopes:
+        """See `Scorer.slopes`. What does not fit the memory is halved."""
+        questions = chosen_questions(self.datasets, samples, weights)
+        while True:
+            n_tokens = self.shares.pass_tokens
+            try:
+                with self.model.trial(candidate):
+                    return slopes_blockwise(self.model, self._differentiable(), questions, directions, n_tokens)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or n_tokens == 1:
+                    raise
+            self.statistics.splits += 1
+            self.shares.halve_passes()
+
+    def _differentiable(self) -> BlockwiseModel:
+        """The model taken apart outside of inference mode, whose tensors no gradient can pass."""
+        if self._for_slopes is None or self._for_slopes.module is not self.model.module:
+            with torch.no_grad():
+                self._for_slopes = BlockwiseModel(self.model.module, self._architecture)
+        return self._for_slopes
 
     def value(self, expression: Expression) -> torch.Tensor:
         """See `Scorer.value`."""

@@ -31,6 +31,10 @@ class Head(Protocol):
         """Logits of a few `tokens` (n,), or what orders them as these do: (rows, n) for activations (rows, hidden)."""
         ...
 
+    def all_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The logits of the whole vocabulary, (rows, vocabulary), through which gradients can flow."""
+        ...
+
 
 class LinearHead:
     """Final norm, weight, bias and cap. The logits never exist as a whole."""
@@ -59,7 +63,7 @@ class LinearHead:
         return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
     def all_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The logits of the whole vocabulary, (..., vocabulary)."""
+        """See `Head.all_logits`; any leading dimensions."""
         logits = self.logits(hidden, slice(None))
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
@@ -80,7 +84,7 @@ class ModuleHead:
         """See `Head.token_scores`."""
         parts = []
         for rows, own in zip(*(torch.split(part, self._n_rows) for part in (hidden, labels)), strict=True):
-            logits = self._all_logits(rows)
+            logits = self.all_logits(rows)
             max_logit, argmax = logits.max(dim=1)
             label_logit = logits.gather(1, own.clamp(min=0)[:, None])[:, 0].masked_fill(own < 0, torch.nan)
             parts.append(kernels.TokenScores(max_logit, argmax, torch.logsumexp(logits, dim=1), label_logit))
@@ -88,10 +92,10 @@ class ModuleHead:
 
     def logits(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """See `Head.logits`."""
-        return torch.cat([self._all_logits(rows)[:, tokens] for rows in torch.split(hidden, self._n_rows)])
+        return torch.cat([self.all_logits(rows)[:, tokens] for rows in torch.split(hidden, self._n_rows)])
 
-    def _all_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(rows, vocabulary): every row as an input of one token, which any family takes."""
+    def all_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See `Head.all_logits`: every row as an input of one token, which any family takes."""
         given: Any = hidden[:, None]
         if self._n_outputs is not None:
             given = (given, *[None] * (self._n_outputs - 1))

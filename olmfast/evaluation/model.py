@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ from olmfast.weights.checkpoint import FLOATS, TensorInfo, copy_tensors
 from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Recipe
 from olmfast.weights.sources import Expression, Sources
+
+View = Callable[[torch.Tensor], torch.Tensor]
 
 
 class WorkingModel:
@@ -60,6 +62,22 @@ class WorkingModel:
     def live(self, name: str) -> torch.Tensor:
         """The parameter, or the view of one, that a tensor fills."""
         return self._slots[name]
+
+    def parameters_of(self, names: Iterable[str]) -> list[tuple[torch.nn.Parameter, list[tuple[str, View]]]]:
+        """The live parameters that tensors fill, each with these and the view of the parameter, or of what has its
+        shape, that belongs to them."""
+        architecture, parameters = self.architecture, dict(self.module.named_parameters())
+        found: dict[str, list[tuple[str, View]]] = {}
+        for name in names:
+            if name in self._slots:
+                slot = architecture.slot(name)
+                found.setdefault(slot.parameter, []).append((name, slot.of))
+        return [(parameters[parameter], own) for parameter, own in found.items()]
+
+    def difference(self, begin: Expression, end: Expression, dtype: torch.dtype) -> torch.Tensor:
+        """`end` - `begin`, computed in `dtype` on the model's device."""
+        first, last = (self.sources.value(one).to(self.device, dtype) for one in (begin, end))
+        return last - first
 
     def _saved_dtype(self, name: str, expression: Expression) -> torch.dtype:
         """The dtype that a tensor of the recipe is saved in: the base's, or its own where the base has none."""

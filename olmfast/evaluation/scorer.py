@@ -40,6 +40,22 @@ class Candidate:
         return current.with_values(self.values) if self.recipe is None else self.recipe
 
 
+@dataclass(frozen=True)
+class Direction:
+    """From one value of a tensor to another: `end` - `begin`."""
+
+    begin: Expression
+    end: Expression
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """`losses` maps a dataset to its questions' mean loss; `along` a tensor to its slopes (directions,), float64."""
+
+    losses: dict[str, float]
+    along: dict[str, torch.Tensor]
+
+
 class Scorer(Protocol):
     """Whoever evaluates candidates: sequential, batched or distributed."""
 
@@ -56,6 +72,20 @@ class Scorer(Protocol):
         samples: Mapping[str, Sequence[int]] | None = None,
     ) -> Scores:
         """Score all candidates of one unit; `datasets` and `samples` (indices per dataset) narrow it down."""
+        ...
+
+    def slopes(
+        self,
+        candidate: Candidate,
+        directions: Mapping[str, Sequence[Direction]],
+        samples: Mapping[str, Sequence[int]],
+        weights: Mapping[str, float],
+    ) -> Slopes:
+        """How the loss of a candidate changes along directions of its tensors (canonical name -> directions).
+
+        The loss is the sum over datasets of `weights[dataset]` times the mean over its `samples` (indices); see
+        `evaluation/slopes.py`. Only for datasets with an expected answer.
+        """
         ...
 
     def value(self, expression: Expression) -> torch.Tensor:

@@ -11,8 +11,9 @@ from olmfast.evaluation import metrics
 from olmfast.evaluation.encoding import Dataset, Sample, make_batches
 from olmfast.evaluation.generation import generate
 from olmfast.evaluation.model import WorkingModel
-from olmfast.evaluation.scorer import Candidate
+from olmfast.evaluation.scorer import Candidate, Direction, Slopes
 from olmfast.evaluation.scores import Scores, wanted_samples
+from olmfast.evaluation.slopes import chosen_questions, slopes_plain
 from olmfast.weights.architecture import Unit
 from olmfast.weights.recipe import Recipe
 from olmfast.weights.sources import Expression
@@ -58,6 +59,17 @@ class SequentialScorer:
                     result.truncated[name][row, indices] = truncated
             self.progress(candidate.label)
         return result
+
+    def slopes(
+        self,
+        candidate: Candidate,
+        directions: Mapping[str, Sequence[Direction]],
+        samples: Mapping[str, Sequence[int]],
+        weights: Mapping[str, float],
+    ) -> Slopes:
+        """See `Scorer.slopes`."""
+        with self.model.trial(candidate):
+            return slopes_plain(self.model, chosen_questions(self.datasets, samples, weights), directions)
 
     def value(self, expression: Expression) -> torch.Tensor:
         """See `Scorer.value`."""

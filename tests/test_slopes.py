@@ -1,0 +1,126 @@
+"""Slopes of the loss along directions of the weights: block by block as through the whole module, and as measured."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from olmfast.config.run import DatasetConfig
+from olmfast.evaluation.batched import BatchedScorer
+from olmfast.evaluation.encoding import load_datasets
+from olmfast.evaluation.model import WorkingModel
+from olmfast.evaluation.scorer import Candidate, Direction
+from olmfast.evaluation.sequential import SequentialScorer
+from olmfast.testing import FAMILIES, sums, tiny_model, tiny_tokenizer, write_choices, write_dataset
+from olmfast.weights.expressions import Copy, merge, whole
+from olmfast.weights.pool import Pool
+from olmfast.weights.sources import Sources
+
+CPU = torch.device("cpu")
+MODES = {"free.json": "exact_match", "loss.json": "exact", "choice.json": "choice"}
+
+
+class World:
+    """Three donors, datasets of several modes, and both scorers, each on a model of its own."""
+
+    def __init__(self, folder, family, batch_tokens=120):
+        for seed in range(3):
+            tiny_model(folder / f"d{seed}", family, seed, num_hidden_layers=2, n_layer=2)
+        self.pool = Pool.open(["d0", "d1", "d2"], folder, folder)
+        for name in ("free.json", "loss.json"):
+            texts = [(f"{q:x>{6 + i}}", f"{a}{'y' * (i % 3)}") for i, (q, a) in enumerate(sums(4))]
+            write_dataset(folder / name, texts)
+        write_choices(folder / "choice.json", folder / "d1", 3)
+        entries = {name: DatasetConfig(mode=mode) for name, mode in MODES.items()}
+        self.datasets = load_datasets(folder, entries, tiny_tokenizer(), 128)
+        self.models = [
+            WorkingModel(whole("d0", self.pool.tensors), Sources(self.pool, folder), CPU, torch.float64)
+            for _ in range(2)
+        ]
+        self.plain = SequentialScorer(self.models[0], self.datasets, tiny_tokenizer(), [4], 4096)
+        self.fast = BatchedScorer(self.models[1], self.datasets, tiny_tokenizer(), [4], batch_tokens)
+        self.directions = {
+            name: [Direction(Copy("d0", name), Copy(donor, name)) for donor in ("d1", "d2")]
+            for name in self.pool.tensors
+            if not self.pool.architecture.is_ignored(name)
+        }
+        self.samples = {name: list(range(len(dataset.samples))) for name, dataset in self.datasets.items()}
+        self.weights = {"free.json": 0.5, "loss.json": 1.0, "choice.json": 2.0}
+
+    def moved(self, *weights):
+        """The model as far along the directions as the weights say."""
+        values = {
+            name: merge("task_arithmetic", [Copy(d, name) for d in ("d1", "d2")], Copy("d0", name), weight=weights)
+            for name in self.directions
+        }
+        return Candidate("moved", values)
+
+
+pytestmark = pytest.mark.usefixtures("float64_throughout")
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_slopes_block_by_block_are_those_through_the_whole_module(family, tmp_path):
+    world = World(tmp_path, family)
+    asked = (world.moved(0.3, 0.2), world.directions, world.samples, world.weights)
+    plain, fast = world.plain.slopes(*asked), world.fast.slopes(*asked)
+    assert fast.losses == pytest.approx(plain.losses, rel=1e-9)
+    assert fast.along.keys() == plain.along.keys() == world.directions.keys()
+    size = max(float(values.abs().max()) for values in plain.along.values())
+    for name, values in plain.along.items():
+        torch.testing.assert_close(fast.along[name], values, rtol=1e-7, atol=1e-9 * size)
+    assert size > 0
+
+
+def test_a_slope_is_what_a_small_step_changes_the_loss_by(tmp_path):
+    world = World(tmp_path, "llama")
+    step, at = 1e-2, (0.3, 0.2)
+    # Values are rounded to the float32 that they are saved in, so that a step must not be too small.
+    loss = lambda *weights: sum(  # noqa: E731
+        world.weights[name] * value
+        for name, value in world.plain.slopes(world.moved(*weights), {}, world.samples, world.weights).losses.items()
+    )
+    slopes = world.fast.slopes(world.moved(*at), world.directions, world.samples, world.weights)
+    total = sum(values for values in slopes.along.values())
+    for donor in range(2):
+        before, after = ([w + sign * step * (i == donor) for i, w in enumerate(at)] for sign in (-1, 1))
+        assert float(total[donor]) == pytest.approx((loss(*after) - loss(*before)) / (2 * step), rel=2e-2)
+
+
+def test_only_the_samples_asked_for_count_and_the_model_is_left_as_it_was(tmp_path):
+    world = World(tmp_path, "qwen2")
+    before = {name: value.clone() for name, value in world.models[1].module.state_dict().items()}
+    samples = {"free.json": [1, 3]}
+    fast = world.fast.slopes(world.moved(0.5, 0.5), world.directions, samples, world.weights)
+    plain = world.plain.slopes(world.moved(0.5, 0.5), world.directions, samples, world.weights)
+    assert list(fast.losses) == ["free.json"]
+    assert fast.losses == pytest.approx(plain.losses, rel=1e-9)
+    for name, value in world.models[1].module.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert not any(parameter.requires_grad for parameter in world.models[1].module.parameters())
+    unit = world.pool.architecture.model_unit(world.pool.tensors)
+    scores = world.fast.score(unit, [Candidate("d0")])
+    assert all(math.isfinite(float(scores.mean(name)[0])) for name in MODES)
+
+
+def test_a_pass_that_does_not_fit_is_halved(tmp_path, monkeypatch):
+    from olmfast.evaluation import slopes
+
+    world = World(tmp_path, "llama")
+    asked = (world.moved(0.3, 0.2), world.directions, world.samples, world.weights)
+    expected = world.fast.slopes(*asked)
+    compute, seen = slopes.slopes_blockwise, []
+
+    def fail_first(model, blockwise, questions, directions, n_tokens):
+        seen.append(n_tokens)
+        if len(seen) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return compute(model, blockwise, questions, directions, n_tokens)
+
+    monkeypatch.setattr("olmfast.evaluation.batched.slopes_blockwise", fail_first)
+    halved = world.fast.slopes(*asked)
+    assert seen[1] == seen[0] // 2
+    for name, values in expected.along.items():
+        torch.testing.assert_close(halved.along[name], values, rtol=1e-6, atol=1e-8)

@@ -156,6 +156,10 @@ class Racing(BaseModel):
         return self
 
 
+def _parse_significance(value: object) -> object:
+    return None if value is False else value
+
+
 def _parse_racing(value: object) -> object:
     if value is False or value is None:
         return None
@@ -181,6 +185,25 @@ class DatasetConfig(BaseModel):
 DATASET_DEFAULTS = ("forbid", "template", "max_new_tokens", "samples")
 
 
+# Keys of a search by stages: a config that gives one of them searches as the original tool does.
+STAGE_KEYS = (
+    "base_select",
+    "boundary_select",
+    "layer_swap",
+    "tensor_swap",
+    "es_svd",
+    "es_norm",
+    "candidates",
+    "scales",
+    "direction",
+    "markov",
+    "max_models",
+    "improve_all",
+    "racing",
+)
+SIGNIFICANCE = 0.05  # of a joint search, unless the config says otherwise
+
+
 class RunConfig(BaseModel):
     """The keys of `olmfast run`. Paths are absolute once loaded (relative to the config's folder)."""
 
@@ -191,8 +214,12 @@ class RunConfig(BaseModel):
     models: list[str] = Field(min_length=1)
     dataset: dict[str, DatasetConfig] = Field(min_length=1)
     holdout: dict[str, DatasetConfig] = {}
+    validation: Annotated[float, Field(ge=0, le=0.5)] | dict[str, DatasetConfig] = 0.2
     base_model_name: str | None = None
+    ancestor: str | None = None
+    start: str | None = None
 
+    search: Literal["joint", "stages"] | None = None
     base_select: bool = False
     boundary_select: bool = False
     layer_swap: bool = False
@@ -217,7 +244,7 @@ class RunConfig(BaseModel):
     es_accept: Literal["selection", "any"] = "selection"
 
     selection: Annotated[Literal["copeland", "mean"], BeforeValidator(_parse_selection)] = "copeland"
-    significance: float | None = Field(None, gt=0, lt=1)
+    significance: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, BeforeValidator(_parse_significance)] = None
     tie_tolerance: float | None = Field(None, ge=0)
     racing: Annotated[Racing | None, BeforeValidator(_parse_racing)] = None
 
@@ -245,6 +272,36 @@ class RunConfig(BaseModel):
     def base_name(self) -> str:
         """The donor that is the base before any selection, and whose tokenizer and template are used."""
         return self.base_model_name or self.models[0]
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the coefficients of all donors are searched: unless the config has keys of a search by stages."""
+        if self.search is not None:
+            return self.search == "joint"
+        copeland = "selection" in self.model_fields_set and self.selection == "copeland"
+        return not copeland and not self.model_fields_set.intersection(STAGE_KEYS) and not self.load_merge_report
+
+    @property
+    def required_p(self) -> float | None:
+        """How unlikely a gain by luck must be: `significance`, which a joint search has a default for."""
+        if self.significance is None and self.is_joint and "significance" not in self.model_fields_set:
+            return SIGNIFICANCE
+        return self.significance
+
+    @property
+    def validation_share(self) -> float:
+        """The share of the selection questions that a joint search sets aside; 0 where there are datasets for it."""
+        return self.validation if self.is_joint and isinstance(self.validation, float) else 0.0
+
+    @property
+    def validation_sets(self) -> dict[str, DatasetConfig]:
+        """The datasets of its own that the validation has."""
+        return self.validation if self.is_joint and isinstance(self.validation, dict) else {}
+
+    @property
+    def questions(self) -> dict[str, DatasetConfig]:
+        """Every dataset that is read."""
+        return {**self.dataset, **self.holdout, **self.validation_sets}
 
     @property
     def walk(self) -> list[Scale]:
@@ -280,8 +337,16 @@ class RunConfig(BaseModel):
         both = set(self.dataset) & set(self.holdout)
         if both:
             raise ValueError(f"holdout: {sorted(both)[0]!r} is used for selection too, so it is not held out")
-        for name in (*self.dataset, *self.holdout):
-            _check_pattern(name, (self.dataset.get(name) or self.holdout[name]).forbid)
+        both = set(self.validation_sets) & {*self.dataset, *self.holdout}
+        if both:
+            raise ValueError(f"validation: {sorted(both)[0]!r} is used for something else too")
+        unfit = next((key for key in ("ancestor", "start") if getattr(self, key) and not self.is_joint), None)
+        if unfit is not None:
+            raise ValueError(f"{unfit}: only a joint search has one; add search: joint")
+        if self.is_joint and (self.improve_all or self.racing):
+            raise ValueError("improve_all, racing: a search by stages has them; leave them out, or add search: stages")
+        for name, entry in self.questions.items():
+            _check_pattern(name, entry.forbid)
         return self
 
     def decisive(self) -> dict[str, Any]:
@@ -340,7 +405,7 @@ def parse_config(data: dict[str, Any], where: str, folder: Path) -> RunConfig:
         data["improve_all"] = None
     defaults = {key: data[key] for key in DATASET_DEFAULTS if key in data}
     inherited = set()
-    for key in ("dataset", "holdout"):
+    for key in ("dataset", "holdout", "validation"):
         if isinstance(data.get(key), dict):
             inherited |= {
                 (key, name, default)
@@ -362,7 +427,7 @@ def parse_config(data: dict[str, Any], where: str, folder: Path) -> RunConfig:
 
 
 def _known_keys(location: Location) -> Iterable[str]:
-    nested: dict[str, type[BaseModel]] = {"dataset": DatasetConfig, "holdout": DatasetConfig}
+    nested: dict[str, type[BaseModel]] = dict.fromkeys(("dataset", "holdout", "validation"), DatasetConfig)
     nested |= {"budget": Budget, "racing": Racing}
     model: type[BaseModel] = nested[str(location[0])] if len(location) > 1 else RunConfig
     return model.model_fields

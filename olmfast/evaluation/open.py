@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,15 @@ class Questions:
     def only(self, names: Iterable[str]) -> Questions:
         """Some of the datasets."""
         return Questions(self.tokenizer, self.stop_tokens, {name: self.datasets[name] for name in names})
+
+    def part(self, indices: Mapping[str, Sequence[int]]) -> Questions:
+        """Some of the questions of some datasets."""
+        chosen = {
+            name: replace(dataset, samples=tuple(dataset.samples[i] for i in indices[name]))
+            for name, dataset in self.datasets.items()
+            if indices.get(name)
+        }
+        return Questions(self.tokenizer, self.stop_tokens, chosen)
 
 
 def load_tokenizer(donor: Checkpoint) -> tuple[Any, tuple[int, ...]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from olmfast.evaluation.conversations import load_conversations
 from olmfast.evaluation.open import Questions, Settings, order_of_tensors
 from olmfast.observer import Observer
 from olmfast.output.folder import check_space
+from olmfast.search.halves import Indices, set_aside
 from olmfast.weights.digests import DIGESTS, DigestCache
 from olmfast.weights.expressions import whole
 from olmfast.weights.pool import Pool
@@ -47,12 +49,13 @@ class Inputs:
         with _noted(faults):
             limits = {key: getattr(config, key) for key in ("batch_tokens", "max_ram", "max_vram", "scorer")}
             settings = Settings.of(config.device, config.dtype, **limits)
-        names = [config.base_name, *(name for name in config.models if name != config.base_name)]
+        others = [config.ancestor, config.start]
+        names = list(dict.fromkeys([config.base_name, *config.models, *(name for name in others if name is not None)]))
         digests = DigestCache()
         digests.load([config.output_dir.with_name(f"{config.output_dir.name}.partial") / DIGESTS])
         with _noted(faults):
             pool = Pool.open(names, config.models_dir, config.config_dir, digests=digests, download=download)
-        entries = {**config.dataset, **config.holdout}
+        entries = config.questions
         if pool is None:  # what can be checked of the datasets without a tokenizer
             for name, entry in entries.items():
                 with _noted(faults):
@@ -89,9 +92,27 @@ class Inputs:
         return cls(config, pool, questions, settings, order)
 
     @property
+    def donors(self) -> list[str]:
+        """The models that are merged, the base first."""
+        return [name for name in self.pool.names if name in self.config.models]
+
+    @cached_property
+    def _divided(self) -> tuple[Indices, Indices]:
+        datasets = self.questions.only(self.config.dataset).datasets
+        sizes = {name: len(dataset.samples) for name, dataset in datasets.items()}
+        return set_aside(sizes, self.config.validation_share, self.config.seed)
+
+    @property
     def selection(self) -> Questions:
-        """The questions that decide."""
-        return self.questions.only(self.config.dataset)
+        """The questions that decide; in a joint search without those that are set aside."""
+        return self.questions.only(self.config.dataset).part(self._divided[0])
+
+    @property
+    def validation(self) -> Questions:
+        """The questions that no step of a joint search uses, on which its end is compared with its start."""
+        if self.config.validation_sets:
+            return self.questions.only(self.config.validation_sets)
+        return self.questions.only(self.config.dataset).part(self._divided[1])
 
     @property
     def holdout(self) -> Questions:
@@ -116,7 +137,7 @@ def check_apart(config: RunConfig, pool: Pool) -> None:
     """Raise InputError when the output folder holds what the run reads: replacing it would delete that."""
     output = config.output_dir.resolve()
     read = {f"the donor {donor.name}": donor.folder for donor in pool}
-    read |= {f"the dataset {name}": config.dataset_dir / name for name in (*config.dataset, *config.holdout)}
+    read |= {f"the dataset {name}": config.dataset_dir / name for name in config.questions}
     for what, path in {**read, "the config": config.config_dir}.items():
         if output in (path.resolve(), *path.resolve().parents):
             raise InputError(f"output_dir: {config.output_dir} holds {what}; name a folder for the result alone")

@@ -18,6 +18,7 @@ from olmfast.weights.recipe import Recipe
 
 AVERAGE = "plain average"
 RESULT = "merged"
+START = "start"  # of a joint search
 
 
 @dataclass

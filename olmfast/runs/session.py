@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,24 +10,30 @@ from typing import Any
 
 import torch
 
-from olmfast.config.run import RunConfig, Scale, load_config
+from olmfast.config.run import RunConfig, load_config
+from olmfast.config.run import Scale as Units
 from olmfast.errors import FileChanged, OlmfastError
 from olmfast.evaluation.open import Evaluation, Questions
-from olmfast.evaluation.scorer import Scorer
+from olmfast.evaluation.scorer import Candidate, Scorer
 from olmfast.observer import Observer
 from olmfast.output.writer import content_of, write_folder, writing
 from olmfast.runs.card import write_card
 from olmfast.runs.estimate import plan_stages
 from olmfast.runs.folder import RunFolder
 from olmfast.runs.inputs import Inputs
-from olmfast.runs.scoreboard import AVERAGE, RESULT, Scoreboard, plain_average
+from olmfast.runs.scoreboard import AVERAGE, RESULT, START, Scoreboard, plain_average
+from olmfast.search.acceptance import Scale
 from olmfast.search.candidates import score_donors, swap
+from olmfast.search.crossfit import CrossFit
 from olmfast.search.evolve import refine
+from olmfast.search.halves import Halves
+from olmfast.search.joint import Joint
 from olmfast.search.loop import BudgetSpent, Search
 from olmfast.search.ranking import Rules
 from olmfast.search.record import Record
 from olmfast.search.units import STAGES, in_order, units_of
 from olmfast.weights.architecture import Unit
+from olmfast.weights.coefficients import TaskVectors, task_vectors
 from olmfast.weights.expressions import whole
 from olmfast.weights.recipe import Recipe
 
@@ -103,7 +110,7 @@ class Session:
         self.evaluation = Evaluation(recipe, inputs.pool, inputs.settings, record.folder)
         tolerance = 1e-6 if inputs.settings.dtype in (torch.float32, torch.float64) else 1e-3
         rules = Rules(
-            config.selection,
+            "mean" if config.is_joint else config.selection,
             tolerance if config.tie_tolerance is None else config.tie_tolerance,
             config.significance,
             {name: entry.weight for name, entry in config.dataset.items()},
@@ -111,8 +118,8 @@ class Session:
         scorer = self.evaluation.scorer(inputs.selection, observer.candidate, observer.note)  # the first one tells
         sources = self.evaluation.sources
         self.search = Search(config, recipe, inputs.order, sources, scorer, record, rules, observer, stop_requested)
-        self.selection = Scoreboard(inputs.pool.names)
-        self.holdout = Scoreboard(inputs.pool.names)
+        self.selection = Scoreboard(inputs.donors)
+        self.holdout = Scoreboard(inputs.donors)
 
     def _scorer(self, questions: Questions) -> Scorer:
         return self.evaluation.scorer(questions, self.observer.candidate)
@@ -122,32 +129,116 @@ class Session:
         stages = plan_stages(self.config, self.inputs.pool)
         self.observer.planned(sum(stage.n_candidates for stage in stages.values()))
         self._score_holdout_of_donors()
+        status = "finished"
         try:
             self.choose_base()
-            for scale in self.config.walk:
-                self._walk(scale)
-            if "tensor" not in self.config.walk:
-                for unit in self._units("tensor"):
-                    refine(self.search, unit)
+            if self.config.is_joint:
+                self._search_jointly()
+            else:
+                self._walk_stages()
         except BudgetSpent:
             self.observer.note("the budget is spent; this is the best so far, --resume with a larger one continues")
-            return "stopped"
-        return "finished"
+            status = "stopped"
+        self._validate()
+        return status
 
-    def _units(self, scale: Scale) -> list[Unit]:
+    def _walk_stages(self, again: str = "") -> bool:
+        """Walk the units of all scales; true if anything changed. `again` marks a walk that is not the first."""
+        before = self.search.recipe
+        for scale in self.config.walk:
+            self._walk(scale, again)
+        if "tensor" not in self.config.walk:
+            for unit in self._units("tensor"):
+                refine(self.search, unit, again)
+        return self.search.recipe != before
+
+    def _search_jointly(self) -> None:
+        """Search the coefficients of all donors; the stages that the config switches on as well are part of it."""
+        config, pool, search = self.config, self.inputs.pool, self.search
+        scale = Scale(search.rules.spans, search.rules.weights, self._noise())
+        search.begin_tests(CrossFit(Halves.of(search.scorer.sizes, config.seed), scale, config.required_p))
+        left_out = [name for name in config.dataset if name not in scale.spans]
+        if left_out:
+            self.observer.note(f"no donor is better than another beyond noise, so left out: {', '.join(left_out)}")
+        if not scale.spans:
+            self.observer.note("no dataset tells the donors apart: there is nothing to search by; more questions help")
+            return
+        ignored = search.architecture.is_ignored
+        vectors = task_vectors(pool, self.inputs.donors, config.ancestor, config.base_name, ignored)
+        self._describe(vectors)
+        Joint(search, vectors, lambda number: self._walk_stages(f"/{number}" if number > 1 else "")).run()
+
+    def _noise(self) -> dict[str, float]:
+        """Dataset -> by how much rounding alone changes the current model's mean score: scored in other batches."""
+        if "noise" not in self.record.values:
+            unit, sizes = self.search.architecture.model_unit(self.search.tensors), self.search.scorer.sizes
+            found = dict.fromkeys(sizes, 0.0)
+            scorer = self._scorer(self.inputs.selection)
+            whole = scorer.score(unit, [Candidate("in usual batches")])
+            for start in (0, 1):
+                part = {name: list(range(start, n, 2)) for name, n in sizes.items()}
+                own = scorer.score(unit, [Candidate("in other batches", self.search.recipe.tensors)], samples=part)
+                for name, indices in part.items():
+                    difference = (own.samples[name] - whole.samples[name])[0, indices].sum()
+                    found[name] += abs(float(difference)) / sizes[name]
+            self.record.update(noise=found)
+        return dict(self.record.values["noise"])
+
+    def _describe(self, vectors: TaskVectors) -> None:
+        """Record how far each donor is from the anchor, overall and by depth and kind."""
+        architecture, tensors = self.search.architecture, self.search.tensors
+        units = [*architecture.depth_units(tensors), *architecture.kind_units(tensors)]
+        told = {"overall": vectors.distances()} | {unit.name: vectors.distances(unit.tensors) for unit in units}
+        anchor = vectors.anchor or "the donors' mean"
+        self.record.update(anchor={"model": anchor, "distances": told, "unevenness": vectors.unevenness})
+        each = ", ".join(f"{donor} {norm:.4g}" for donor, norm in told["overall"].items())
+        self.observer.note(f"task vectors from {anchor}: {each}; largest by smallest {vectors.unevenness:.1f}")
+
+    def _validate(self) -> None:
+        """Compare what the search went through on questions that no step has used; an end that is not better than the
+        start gives way to it."""
+        questions, snapshots = self.inputs.validation, self.record.snapshots
+        if snapshots and self.search.recipe != [*snapshots.values()][-1]:  # a part that the budget ended
+            self.record.keep_snapshot(f"after {self.record.evaluations:g} evaluations")
+            snapshots = self.record.snapshots
+        if len(snapshots) < 2 or not questions.datasets or self.search.crossfit is None:
+            return
+        unit = self.search.architecture.model_unit(self.search.tensors)
+        candidates = [Candidate(label, recipe=recipe) for label, recipe in snapshots.items()]
+        scores = self._scorer(questions).score(unit, candidates)
+        rows = range(len(candidates))
+        means = [{name: float(scores.mean(name)[row]) for name in questions.datasets} for row in rows]
+        skills = [self._validated(own) for own in means]
+        first, *_, last = snapshots
+        result = last if skills[-1] > skills[0] else first
+        self.record.update(validation={"skill": dict(zip(snapshots, skills, strict=True)), "result": result})
+        if result == first:
+            self.observer.note("on the validation questions the end is no better than the start, which is the result")
+
+    def _validated(self, means: Mapping[str, float]) -> float:
+        """Skill on the validation questions; on datasets of their own, whose spans are not known, the mean score."""
+        assert self.search.crossfit is not None
+        if self.config.validation_sets:
+            return -math.fsum(means.values()) / len(means)
+        scale = self.search.crossfit.scale
+        spans = {name: span for name, span in scale.spans.items() if name in means}
+        return Scale(spans, scale.weights).skill(means)
+
+    def _units(self, scale: Units) -> list[Unit]:
         return units_of(scale, self.config, self.search.architecture, self.search.tensors)
 
-    def _walk(self, scale: Scale) -> None:
+    def _walk(self, scale: Units, again: str) -> None:
         for unit, following in in_order(self._units(scale)):
-            swap(self.search, STAGES[scale], unit, following)
+            swap(self.search, STAGES[scale], unit, following, again)
             if scale == "tensor":
-                refine(self.search, unit)
+                refine(self.search, unit, again)
 
     def write(self) -> str:
         """Score the result with its donors and write it; returns the line that accounts for every tensor."""
-        pool, recipe, sources = self.inputs.pool, self.search.recipe, self.evaluation.sources
+        pool, sources = self.inputs.pool, self.evaluation.sources
+        recipe = self.record.result or self.search.recipe
         average = {AVERAGE: plain_average(recipe.base, self.selection.donors, pool)} if len(pool) > 1 else {}
-        rows: dict[str, Recipe | None] = {**average, RESULT: None}
+        rows: dict[str, Recipe | None] = {**average, **self._start(), RESULT: recipe}
         for board, questions in ((self.selection, self.inputs.selection), (self.holdout, self.inputs.holdout)):
             if questions.datasets and board.rows:  # without the donors' scores there is no scale
                 board.score(self._scorer(questions), rows, list(questions.datasets), pool)
@@ -157,11 +248,18 @@ class Session:
         account = content.account()
         boards = {"Selection": self.selection, "Held-out": self.holdout}
         # The recipe too: it is nowhere yet when the budget ended the run before its first step.
-        told = {"recipe_digest": recipe.digest(), "account": account}
-        self.record.update(recipe, selection=self.selection.to_json(), holdout=self.holdout.to_json(), **told)
+        told = {"recipe_digest": recipe.digest(), "account": account, "holdout": self.holdout.to_json()}
+        self.record.update(self.search.recipe, selection=self.selection.to_json(), **told)
         card = write_card(self.config, self.record, recipe, boards, account)
         (self.record.folder / "README.md").write_text(card, encoding="utf-8")
         return account
+
+    def _start(self) -> dict[str, Recipe | None]:
+        """What a joint search began with, where that is none of the donors."""
+        start = self.record.snapshots.get("start")
+        if start is None or any(start.tensors == whole(name, start.tensors).tensors for name in self.inputs.donors):
+            return {}
+        return {START: start}
 
     def _score_holdout_of_donors(self) -> None:
         pool = self.inputs.pool
@@ -169,8 +267,8 @@ class Session:
         if not questions.datasets:
             return
         if "donors_holdout" not in self.record.values:
-            self.observer.step("held-out", "donors", len(pool))
-            recipes = {name: whole(name, pool.tensors) for name in pool.names}
+            self.observer.step("held-out", "donors", len(self.inputs.donors))
+            recipes = {name: whole(name, pool.tensors) for name in self.inputs.donors}
             self.holdout.score(self._scorer(questions), dict(recipes), list(questions.datasets), pool)
             self.record.update(donors_holdout=self.holdout.to_json())
         self.holdout = Scoreboard.from_json(self.record.values["donors_holdout"])
@@ -180,7 +278,7 @@ class Session:
         search, pool = self.search, self.inputs.pool
         outcome = score_donors(search)
         rows: dict[str, dict[str, float]] = {}
-        for name in pool.names:
+        for name in self.inputs.donors:
             row = {dataset: score for dataset, by in outcome.metrics.items() if (score := by[name]) is not None}
             if len(row) == len(outcome.metrics):  # else neither it nor its twins can define the scale
                 rows[name] = row
@@ -188,7 +286,8 @@ class Session:
             name: {dataset: by[name] for dataset, by in outcome.truncated.items() if by.get(name)} for name in rows
         }
         self.selection = Scoreboard(list(rows), rows, truncated)
-        search.set_scale(self.selection.spans, self.selection.rows[outcome.winner])
+        spans = {name: (span[0], span[1]) for name, span in outcome.spans.items()}
+        search.set_scale(spans if self.config.is_joint else self.selection.spans, self.selection.rows[outcome.winner])
         if outcome.winner != search.recipe.base:
             search.rebase(whole(outcome.winner, pool.tensors))
         if self.config.max_models is not None:
@@ -196,7 +295,7 @@ class Session:
 
 
 def _result(config: RunConfig, record: Record) -> Result:
-    recipe = record.recipe
+    recipe = record.result
     if recipe is None:
         raise OlmfastError(f"{record.folder}: the record holds no recipe")
     boards = [Scoreboard.from_json(record.values[key]) for key in ("selection", "holdout")]

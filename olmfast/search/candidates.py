@@ -31,19 +31,21 @@ def score_donors(search: Search) -> Outcome:
         means = {name: scores.mean(name)[alive] for name in scores.samples}
         spans = {name: (float(values.min()), float(values.max())) for name, values in means.items()}
         ranked = order(scores, alive, replace(search.rules, spans=spans))
-        if search.config.base_select and search.record.header.get("imported_base") is None:
+        if (search.config.base_select or search.config.is_joint) and search.record.header.get("imported_base") is None:
             return ranked
         return [0, *(row for row in ranked if row != 0)]
 
-    return search.take(Step("base", "base", unit, propose, accept=accept, guarded=False, commit=False, races=False))
+    step = Step("base", "base", unit, propose, accept=accept, guarded=False, commit=False, races=False, spans=True)
+    return search.take(step)
 
 
-def swap(search: Search, stage: str, unit: Unit, following: Unit | None = None) -> Outcome:
+def swap(search: Search, stage: str, unit: Unit, following: Unit | None = None, again: str = "") -> Outcome:
     """Try every candidate of `candidates` for the unit: each donor's values, and blends with them.
 
-    While they are evaluated, the donors' values for the `following` unit are read from disk.
+    While they are evaluated, the donors' values for the `following` unit are read from disk. `again` tells the steps
+    of a later walk from those of the first.
     """
-    key = stage if stage == unit.name else f"{stage}/{unit.name}"
+    key = (stage if stage == unit.name else f"{stage}/{unit.name}") + again
 
     def propose() -> list[Candidate]:
         for donor in search.donors:

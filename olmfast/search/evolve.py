@@ -20,15 +20,15 @@ SVD_DECAY = 0.8  # sigma's factor after a success, SVD-ES
 NORM_DECAY = 0.9  # and norm-ES
 
 
-def refine(search: Search, unit: Unit) -> None:
-    """SVD-ES and then norm-ES, where switched on, on each of the unit's matrices."""
+def refine(search: Search, unit: Unit, again: str = "") -> None:
+    """SVD-ES and then norm-ES, where switched on, on each of the unit's matrices; `again` as for `swap`."""
     config = search.config
     for tensor in unit.tensors:
         if search.is_matrix(tensor):
             if config.es_svd:
-                _evolve(search, unit, tensor, "svd_es", config.es_svd_generations)
+                _evolve(search, unit, tensor, "svd_es", config.es_svd_generations, again)
             if config.es_norm:
-                _evolve(search, unit, tensor, "norm_es", config.es_norm_generations)
+                _evolve(search, unit, tensor, "norm_es", config.es_norm_generations, again)
             search.sources.release_parent()
 
 
@@ -51,7 +51,7 @@ def generation(search: Search, tensor: str, method: str, number: int, successes:
     return [Candidate(f"{method}/{number}/{one.index}", {tensor: one}) for one in siblings]
 
 
-def _evolve(search: Search, unit: Unit, tensor: str, method: str, generations: int) -> None:
+def _evolve(search: Search, unit: Unit, tensor: str, method: str, generations: int, again: str) -> None:
     successes = 0
 
     def propose(number: int) -> list[Candidate]:
@@ -59,7 +59,7 @@ def _evolve(search: Search, unit: Unit, tensor: str, method: str, generations: i
 
     for number in range(generations):
         step = Step(
-            f"tensors/{unit.name}/{method}/{number}",
+            f"tensors/{unit.name}/{method}/{number}{again}",
             method,
             Unit(unit.name, unit.kind, (tensor,), unit.blocks),
             partial(propose, number),

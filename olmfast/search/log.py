@@ -38,6 +38,8 @@ class Outcome:
     order: list[str] = field(default_factory=list)
     truncated: dict[str, dict[str, float]] = field(default_factory=dict)
     gain: float | None = None
+    tested: bool = False
+    spans: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def where(self) -> str:
@@ -128,7 +130,7 @@ class StepEntry:
 
     key: str
     outcome: Outcome
-    evaluations: int = 0
+    evaluations: float = 0
     elapsed_s: float = 0.0
     ledger_bytes: int = 0
     change: Change = field(default_factory=Change)
@@ -142,7 +144,7 @@ class StepEntry:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> StepEntry:
         """Read what `to_json` wrote."""
-        counts = int(data["evaluations"]), float(data["elapsed_s"]), int(data["ledger_bytes"])
+        counts = data["evaluations"], float(data["elapsed_s"]), int(data["ledger_bytes"])
         return cls(data["key"], Outcome(**data["outcome"]), *counts, Change.from_json(data["change"]))
 
 

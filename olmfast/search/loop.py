@@ -6,6 +6,7 @@ step is never taken twice: a resumed run walks the same steps and gets their out
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,21 +17,34 @@ import torch
 from olmfast.config.run import Budget, RunConfig
 from olmfast.errors import Interrupted, OlmfastError
 from olmfast.evaluation.model import builds_alike
-from olmfast.evaluation.scorer import Candidate, Scorer
+from olmfast.evaluation.scorer import Candidate, Direction, Scorer, Slopes
 from olmfast.evaluation.scores import Scores
 from olmfast.observer import Observer
+from olmfast.search.acceptance import Gain
+from olmfast.search.crossfit import FIRST, MEAN, SECOND, CrossFit, Decision
+from olmfast.search.halves import Indices
 from olmfast.search.log import Outcome, Standing
 from olmfast.search.racing import heats, left_to_score
 from olmfast.search.ranking import Rules, choose, is_degraded
 from olmfast.search.record import Record
+from olmfast.search.spans import real_spans
 from olmfast.weights.architecture import Architecture, Unit
 from olmfast.weights.chunks import Readable
 from olmfast.weights.recipe import Recipe
-from olmfast.weights.sources import Sources
+from olmfast.weights.sources import Expression, Sources
+
+GRADIENT = 3  # evaluations that a gradient counts as: one forward pass, and two on the way back
 
 
 class BudgetSpent(Exception):
     """The next step does not fit the budget; the run ends with the best so far."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How many evaluations it takes to train the candidates of a step: a gradient counts as three."""
+
+    evaluations: float
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,11 @@ class Step:
     guarded: bool = True
     commit: bool = True
     races: bool = True  # where racing is on
+    # In a joint search: whether the winner must pass a test on other questions than those that picked it.
+    tested: bool = True
+    trained: Trained | None = None  # the candidates are the incumbent, one per half, and the mean of these two
+    questions: Indices | None = None  # None: all
+    spans: bool = False  # whether the candidates are the donors, which set the scale
 
 
 @dataclass
@@ -65,12 +84,15 @@ class Search:
     observer: Observer = field(default_factory=Observer)
     stop_requested: Callable[[], bool] = lambda: False
     base_means: dict[str, float] = field(default_factory=dict)
+    crossfit: CrossFit | None = None  # of a joint search, once the donors have set its scale
 
     def __post_init__(self) -> None:
-        self.donors: list[str] = self.sources.pool.names  # whose values are tried, in this order
+        # Whose values are tried, in this order.
+        self.donors: list[str] = [name for name in self.sources.pool.names if name in self.config.models]
+        self._scored = 0  # questions, in the step that is being taken
         self._spent_before = self.record.elapsed_s
         self._started = time.monotonic()
-        self._evaluations = self.record.evaluations
+        self._evaluations: float = self.record.evaluations
         self._current: Scores | None = None  # scores of the current recipe, if they are known
         self._recall()
 
@@ -123,24 +145,38 @@ class Search:
             return done
         if self.stop_requested():
             raise Interrupted("stopped on request; everything decided so far is saved, continue with --resume")
+        self._scored = 0
+        if step.trained is not None:
+            self._check_budget(step.trained.evaluations + 2)
         candidates, twin = self._distinct(step.propose())
-        self._check_budget(len(candidates))
+        if step.trained is None:
+            self._check_budget(len(candidates) * self._share(step.questions))
         self.observer.step(step.stage, step.unit.name, len(candidates))
         scores, dropped = self._evaluate(step, candidates)
         alive = [row for row in range(len(candidates)) if row not in dropped]
-        ranked = (step.accept or self._choose)(scores, alive)
+        gain: Gain | None = None
+        if self.crossfit is not None and step.tested:
+            decision = self._test(step, scores, candidates, alive)
+            ranked, gain = [decision.winner], decision.gain
+        else:
+            ranked = (step.accept or self._choose)(scores, alive)
         winner = ranked[0]
         before = self.recipe
         if step.commit and winner != 0:
             self.recipe = self._stored(step, candidates[winner])
         self.scorer.commit(self.recipe, candidates[winner].label)
-        if step.commit or candidates[0].is_current:
+        if step.questions is None and (step.commit or candidates[0].is_current):
             self._current = scores.rows([winner if step.commit else 0])
         if not builds_alike(before, self.recipe, self.sources.pool):
             self._current = None  # scored in a module of its own: in other batches than the next ones
         outcome = self._outcome(step, candidates, twin, scores, dropped, winner)
         outcome.order = [candidates[row].label for row in ranked[1:]]
-        self._evaluations += len(candidates)
+        if gain is not None:
+            outcome.gain, outcome.tested = round(gain.shrunk, 6), True
+        if step.spans:
+            found = real_spans({name: scores.samples[name][alive] for name in scores.samples})
+            outcome.spans = {name: list(span) for name, span in found.items() if span is not None}
+        self._evaluations += self._counted(len(candidates))
         known = self._current.to_json() if self._current is not None else {}
         standing = Standing(self.recipe, known, self.scorer.state)
         self.record.add(step.key, outcome, standing, self._evaluations, self.elapsed_s)
@@ -157,6 +193,52 @@ class Search:
 
     def _choose(self, scores: Scores, alive: list[int]) -> list[int]:
         return [choose(scores, alive, self.rules)]
+
+    def begin_tests(self, crossfit: CrossFit) -> None:
+        """From now on winners are tested. The tests of an earlier session count."""
+        self.crossfit = crossfit
+        for outcome in self.record.steps.values():
+            if outcome.tested:
+                crossfit.n_tests = 0 if outcome.changed else crossfit.n_tests + 1
+
+    def slopes(
+        self, values: Mapping[str, Expression], directions: Mapping[str, Sequence[Direction]], questions: Indices
+    ) -> Slopes:
+        """The slopes of the loss on some questions with tensors of the current model changed: each dataset counts by
+        its weight on the scale."""
+        assert self.crossfit is not None
+        weights = {name: self.crossfit.scale.weight(name) for name in questions}
+        self._scored += GRADIENT * sum(map(len, questions.values()))
+        return self.scorer.slopes(Candidate("slopes", values), directions, questions, weights)
+
+    @property
+    def evaluations_left(self) -> float:
+        """What the budget still holds; infinity without one."""
+        budget = self.config.budget
+        if budget is None or budget.evaluations is None:
+            return math.inf
+        return budget.evaluations - self._evaluations
+
+    def _share(self, questions: Indices | None) -> float:
+        """The share of all questions that these are."""
+        return 1.0 if questions is None else sum(map(len, questions.values())) / sum(self.scorer.sizes.values())
+
+    def _counted(self, n_candidates: int) -> float:
+        """The evaluations of the step that has just been taken.
+
+        By stages each candidate counts as one. In a joint search, where a candidate may be scored on a part of the
+        questions, it is the questions that count: one evaluation is all of them, once.
+        """
+        if not self.config.is_joint:
+            return n_candidates
+        return round(self._scored / sum(self.scorer.sizes.values()), 3)
+
+    def _test(self, step: Step, scores: Scores, candidates: Sequence[Candidate], alive: list[int]) -> Decision:
+        assert self.crossfit is not None
+        if step.trained is None:
+            return self.crossfit.of_candidates(scores, alive)
+        whole = len(alive) == len(candidates) == 1 + MEAN  # else two of them are the same
+        return self.crossfit.of_trained(scores) if whole else Decision(0)
 
     def _distinct(self, candidates: Sequence[Candidate]) -> tuple[list[Candidate], dict[str, int]]:
         """Candidates of different bytes, and for each label that is left out the row of its equal."""
@@ -180,7 +262,7 @@ class Search:
         own = "" if builds_alike(self.recipe, recipe, self.sources.pool) else candidate.label
         return (own, *((n, recipe.tensors[n].identity(self.sources)) for n in names if n in recipe.tensors))
 
-    def _check_budget(self, n_candidates: int) -> None:
+    def _check_budget(self, n_candidates: float) -> None:
         budget: Budget | None = self.config.budget
         if budget is None:
             return
@@ -194,6 +276,8 @@ class Search:
 
     def _evaluate(self, step: Step, candidates: list[Candidate]) -> tuple[Scores, dict[int, str]]:
         """Dataset by dataset under a guard, so that a degraded candidate costs no further evaluation."""
+        if step.trained is not None or step.questions is not None:
+            return self._evaluate_parts(step, candidates)
         datasets = list(self.config.dataset)
         guard = self.config.improve_all if step.guarded else None
         rounds = [[name] for name in datasets] if guard else [datasets]
@@ -211,6 +295,24 @@ class Search:
                 if reason:
                     dropped[row] = reason
         return Scores.joined(found), dropped
+
+    def _evaluate_parts(self, step: Step, candidates: list[Candidate]) -> tuple[Scores, dict[int, str]]:
+        """Candidates that are scored on some questions only: each half's on the other, or all on those of the step."""
+        every = {name: list(range(n)) for name, n in self.scorer.sizes.items()}
+        asked: list[tuple[list[int], Indices]] = [(list(range(len(candidates))), step.questions or every)]
+        if step.trained is not None and self.crossfit is not None and len(candidates) == 1 + MEAN:
+            halves = self.crossfit.halves
+            asked = [([0, MEAN], every), ([FIRST], halves.second), ([SECOND], halves.first)]
+        found: Scores | None = None
+        for rows, questions in asked:
+            own = self._ask(step, candidates, rows, questions).spread(rows, len(candidates))
+            found = own if found is None else found.filled_by(own)
+        assert found is not None
+        self._write_ledger(step, candidates, list(range(len(candidates))), found)
+        dropped = {row: reason for row in range(len(candidates)) if (reason := self._fault(found, row, None))}
+        if 0 in dropped:
+            raise OlmfastError(f"{step.key}: {candidates[0].label}: {dropped[0]}; the incumbent cannot be scored")
+        return found, dropped
 
     def _race(self, step: Step, candidates: list[Candidate]) -> tuple[Scores | None, dict[int, str]]:
         """Where racing is on: scores on a part of the samples, and who is out after it."""
@@ -244,18 +346,22 @@ class Search:
     ) -> Scores:
         """Have the Scorer score some candidates on some samples; the incumbent may have been scored before."""
         names = list(samples)
+        n_questions = sum(map(len, samples.values()))
         if not (rows and rows[0] == 0 and candidates[0].is_current and self._current is not None):
+            self._scored += n_questions * len(rows)
             return self.scorer.score(step.unit, [candidates[row] for row in rows], names, samples)
         self.observer.candidate(candidates[0].label)
         known = self._current.only(names).limited_to(samples)
         if len(rows) == 1:
             return known
+        self._scored += n_questions * (len(rows) - 1)
         return known.followed_by(self.scorer.score(step.unit, [candidates[r] for r in rows[1:]], names, samples))
 
     def _fault(self, scores: Scores, row: int, guard: str | None) -> str | None:
         """Why a candidate is out: a score that is not finite, or worse on a guarded dataset."""
         for dataset in scores.samples:
-            if not bool(torch.isfinite(scores.mean(dataset)[row])):
+            was_scored = bool(scores.evaluated[dataset][row].any())
+            if was_scored and not bool(torch.isfinite(scores.mean(dataset)[row])):
                 return f"scored NaN or infinity on {dataset}"
             if guard and row != 0 and dataset in self.base_means:
                 value, now = (float(scores.mean(dataset)[r]) for r in (row, 0))

@@ -59,7 +59,8 @@ class Record:
         self.header: dict[str, Any] = {}
         self.steps: dict[str, Outcome] = {}
         self.standing = Standing()
-        self.evaluations, self.elapsed_s, self.ledger_bytes = 0, 0.0, 0
+        self.evaluations: float = 0
+        self.elapsed_s, self.ledger_bytes = 0.0, 0
         self.values: dict[str, Any] = {}
         self._log_bytes = 0
         self._reported_s = -math.inf
@@ -105,6 +106,23 @@ class Record:
         """The recipe after the last recorded step."""
         return self.standing.recipe
 
+    @property
+    def snapshots(self) -> dict[str, Recipe]:
+        """What a joint search began with, and what each part of it that changed anything led to."""
+        return {name: Recipe.from_json(entry) for name, entry in self.values.get("snapshots", {}).items()}
+
+    def keep_snapshot(self, name: str) -> None:
+        """Keep the current recipe, once, under the name of the part of the search that led to it."""
+        known = self.values.get("snapshots", {})
+        if name not in known and self.recipe is not None:
+            self.update(snapshots={**known, name: self.recipe.to_json()})
+
+    @property
+    def result(self) -> Recipe | None:
+        """The recipe of the result: the current one, unless another did better on validation questions."""
+        chosen = self.values.get("validation", {}).get("result")
+        return self.recipe if chosen is None else self.snapshots[chosen]
+
     def outcome(self, key: str) -> Outcome | None:
         """What a step decided in an earlier session, or None if it has not been taken."""
         return self.steps.get(key)
@@ -130,7 +148,7 @@ class Record:
         _write_atomically(self.folder / file, save({tensor: value}, metadata={"format": "pt"}))
         return Stored(file, tensor, digest_tensor(value))
 
-    def add(self, key: str, outcome: Outcome, standing: Standing, evaluations: int, elapsed_s: float) -> None:
+    def add(self, key: str, outcome: Outcome, standing: Standing, evaluations: float, elapsed_s: float) -> None:
         """Record a step that has been taken; from here on it is never repeated."""
         ledger_bytes = (self.folder / LEDGER).stat().st_size
         change = self.standing.change_to(standing)
@@ -179,7 +197,8 @@ class Record:
         self.standing = self.standing.changed_by(entry.change)
 
     def _remove_superseded(self) -> None:
-        expressions = self.recipe.tensors.values() if self.recipe else ()
+        recipes = [*self.snapshots.values(), *([self.recipe] if self.recipe else [])]
+        expressions = {expression for recipe in recipes for expression in recipe.tensors.values()}
         needed = {leaf.file for e in expressions for leaf in leaves(e) if isinstance(leaf, Stored)}
         for path in (self.folder / REFINED).glob("*"):
             if f"{REFINED}/{path.name}" not in needed:

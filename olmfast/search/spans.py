@@ -26,7 +26,7 @@ def real_spans(samples: Mapping[str, torch.Tensor]) -> dict[str, tuple[float, fl
 
 
 def _real_span(scores: torch.Tensor) -> tuple[float, float] | None:
-    scores = scores[scores.isfinite().all(dim=1)].unique(dim=0)
+    scores = scores[scores.isfinite().all(dim=1)].unique(dim=0)  # type: ignore[no-untyped-call]
     if len(scores) < 2:
         return None
     means = scores.mean(dim=1)

@@ -1,0 +1,214 @@
+"""Moves of the donors' coefficients: along the gradient, by CMA-ES, and of one donor in one block at a time.
+
+Offsets from the current coefficients are (donors, groups), where the tensors of a group move together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
+
+import numpy as np
+import torch
+
+from olmfast.evaluation.scorer import Candidate, Direction
+from olmfast.evaluation.slopes import has_slopes
+from olmfast.search.crossfit import CrossFit
+from olmfast.search.halves import Indices
+from olmfast.search.loop import GRADIENT, Search, Step, Trained
+from olmfast.weights.architecture import Unit
+from olmfast.weights.coefficients import TaskVectors
+from olmfast.weights.draws import normal
+from olmfast.weights.expressions import Copy
+from olmfast.weights.sources import Expression
+
+# Grain -> gradient steps: the whole model; each third of the depth, its attention and its MLP apart; each tensor.
+GRAINS = {"model": 12, "part": 16, "tensor": 24}
+RATE = 0.1  # how far a coefficient moves in a step of a steady gradient
+BATCH = 6  # questions of each dataset in a gradient step
+DECAYS = 0.9, 0.99  # of the gradient's means, Adam (arXiv 1412.6980)
+SIGMA = 0.15  # of CMA-ES at first
+GENERATIONS = 4
+SINGLE_MOVES = (-0.25, 0.25)
+
+
+class Coefficients:
+    """The moves of one search."""
+
+    def __init__(self, search: Search, vectors: TaskVectors) -> None:
+        self.search, self.vectors = search, vectors
+        self.unit = search.architecture.model_unit(search.tensors)
+
+    @property
+    def crossfit(self) -> CrossFit:
+        """The rules of the search."""
+        assert self.search.crossfit is not None
+        return self.search.crossfit
+
+    @cached_property
+    def have_slopes(self) -> bool:
+        """Whether a dataset that counts has expected answers."""
+        return bool(self._with_slopes(self.crossfit.halves.first))
+
+    # Along the gradient
+
+    def descend(self, grain: str, number: int) -> bool:
+        """Follow the gradient of each half's loss from the current coefficients; true if the mean of both passes."""
+        steps = GRAINS[grain]
+        halves = list(self.crossfit.halves)
+        n_asked = sum(min(BATCH, len(own)) for half in halves for own in self._with_slopes(half).values())
+        cost = GRADIENT * steps * n_asked / sum(self.search.scorer.sizes.values())
+
+        def propose() -> list[Candidate]:
+            return self._trained(
+                [self._follow(half, name, grain, number) for half, name in zip(halves, "12", strict=True)]
+            )
+
+        key = f"gradient/{grain}/{number}"
+        return self._take_trained(key, "gradient", grain, cost, propose)
+
+    def _follow(self, half: Indices, name: str, grain: str, number: int) -> torch.Tensor:
+        """Offsets (donors, tensors) after a descent on a half's questions: the mean over its second half of steps."""
+        groups, steps = self._groups(grain), GRAINS[grain]
+        batches = self._batches(self._with_slopes(half), steps, f"{name}/{grain}/{number}")
+        offsets = torch.zeros(len(self.vectors.donors), int(groups.max()) + 1, dtype=torch.float64)
+        first, second, total = torch.zeros_like(offsets), torch.zeros_like(offsets), torch.zeros_like(offsets)
+        for step, questions in enumerate(batches, 1):
+            slopes = self._slopes(offsets[:, groups], questions)
+            gradient = torch.zeros_like(offsets).index_add_(1, groups, slopes)
+            first = DECAYS[0] * first + (1 - DECAYS[0]) * gradient
+            second = DECAYS[1] * second + (1 - DECAYS[1]) * gradient.square()
+            size = (second / (1 - DECAYS[1] ** step)).sqrt()
+            offsets = offsets - RATE * first / (1 - DECAYS[0] ** step) / (size + 1e-12)
+            if step > steps // 2:
+                total += offsets
+        return (total / (steps - steps // 2))[:, groups]
+
+    def _slopes(self, offsets: torch.Tensor, questions: Indices) -> torch.Tensor:
+        """The loss's slopes by the coefficients, (donors, tensors) float64."""
+        vectors, reference = self.vectors, self.vectors.reference
+        directions = {
+            name: [Direction(Copy(reference, name), Copy(donor, name)) for donor in vectors.donors]
+            for name in vectors.tensors
+        }
+        found = self.search.slopes(vectors.moved(self.search.recipe, offsets), directions, questions)
+        return vectors.from_reference(torch.stack([found.along[name] for name in vectors.tensors], dim=1))
+
+    def _batches(self, questions: Indices, n: int, address: str) -> Iterator[Indices]:
+        """n batches of `BATCH` questions of each dataset, all of which come round before one comes again."""
+        streams = {name: _endless(own, self.search.config.seed, address, name) for name, own in questions.items()}
+        for _ in range(n):
+            yield {
+                name: sorted(next(streams[name]) for _ in range(min(BATCH, len(questions[name])))) for name in streams
+            }
+
+    def _with_slopes(self, questions: Indices) -> Indices:
+        datasets, scale = self.search.config.dataset, self.crossfit.scale
+        return {name: own for name, own in questions.items() if name in scale.spans and has_slopes(datasets[name].mode)}
+
+    # By CMA-ES
+
+    def evolve(self, grain: str, number: int) -> bool:
+        """Sample coefficients on each half by CMA-ES (the package cmaes); the distribution's mean is the candidate."""
+        groups, key = self._groups(grain), f"evolution/{grain}/{number}"
+        n_groups, n_donors = int(groups.max()) + 1, len(self.vectors.donors)
+        means = []
+        for half, name in zip(self.crossfit.halves, "12", strict=True):
+            means.append(self._sample(half, f"{key}/{name}", grain, n_donors, n_groups)[:, groups])
+        return self._take_trained(key, "evolution", grain, 0.0, lambda: self._trained(means))
+
+    def _sample(self, half: Indices, key: str, grain: str, n_donors: int, n_groups: int) -> torch.Tensor:
+        from cmaes import CMA
+
+        seed = int(normal(1, self.search.config.seed, key).abs().item() * 2**20)
+        optimizer = CMA(mean=np.zeros(n_donors * n_groups), sigma=SIGMA, seed=seed)
+        groups = self._groups(grain)
+
+        def candidate(index: int, point: np.ndarray) -> Candidate:
+            offsets = torch.from_numpy(point).view(n_donors, n_groups)
+            return Candidate(f"{index}", self.vectors.moved(self.search.recipe, offsets[:, groups]))
+
+        for generation in range(GENERATIONS):
+            points = [optimizer.ask() for _ in range(optimizer.population_size)]
+            step = Step(
+                f"{key}/{generation}",
+                "evolution",
+                Unit(grain, "model", self.unit.tensors, self.unit.blocks),
+                partial(lambda points: [candidate(i, point) for i, point in enumerate(points)], points),
+                accept=lambda _, alive: alive,
+                commit=False,
+                tested=False,
+                questions=half,
+            )
+            metrics = self.search.take(step).metrics
+            values = []
+            for index in range(len(points)):
+                means = {name: by[str(index)] for name, by in metrics.items()}
+                known = {name: value if value is not None else math.nan for name, value in means.items()}
+                values.append(-self.crossfit.scale.skill(known))
+            worst = max((value for value in values if math.isfinite(value)), default=0.0)
+            values = [value if math.isfinite(value) else worst + 1 for value in values]
+            optimizer.tell(list(zip(points, values, strict=True)))
+        return torch.from_numpy(optimizer.mean.copy()).view(n_donors, n_groups)
+
+    # One donor in one block
+
+    def move_blocks(self, number: int) -> bool:
+        """In each block, the one in which donors differ most first, move each donor's coefficient a little."""
+        changed = False
+        blocks = [self.search.architecture.window_unit(self.search.tensors, [i]) for i in range(self._n_blocks)]
+        size = {unit.name: sum(x * x for x in self.vectors.distances(unit.tensors).values()) for unit in blocks}
+        for unit in sorted(blocks, key=lambda unit: (-size[unit.name], unit.blocks)):
+            propose = partial(self._moves, unit)
+            changed |= self.search.take(Step(f"moves/{unit.name}/{number}", "moves", unit, propose)).changed
+        return changed
+
+    @property
+    def _n_blocks(self) -> int:
+        return self.search.architecture.n_blocks
+
+    def _moves(self, unit: Unit) -> list[Candidate]:
+        own = set(unit.tensors)
+        inside = torch.tensor([float(name in own) for name in self.vectors.tensors], dtype=torch.float64)
+        found = [Candidate("current")]
+        for row, donor in enumerate(self.vectors.donors):
+            for step in SINGLE_MOVES:
+                offsets = torch.zeros(len(self.vectors.donors), len(inside), dtype=torch.float64)
+                offsets[row] = step * inside
+                found.append(Candidate(f"{donor} {step:+g}", self.vectors.moved(self.search.recipe, offsets)))
+        return found
+
+    # What they share
+
+    def _take_trained(self, key: str, stage: str, grain: str, cost: float, propose) -> bool:  # type: ignore[no-untyped-def]
+        unit = Unit(grain, "model", self.unit.tensors, self.unit.blocks)
+        return self.search.take(Step(key, stage, unit, propose, trained=Trained(cost))).changed
+
+    def _trained(self, offsets: Sequence[torch.Tensor]) -> list[Candidate]:
+        """The incumbent, what each half led to, and the mean of both."""
+        recipe, labels = self.search.recipe, ("by the first half", "by the second half", "mean of both")
+        every = [*offsets, torch.stack(list(offsets)).mean(dim=0)]
+        moved: list[dict[str, Expression]] = [self.vectors.moved(recipe, own) for own in every]
+        return [Candidate("current"), *(Candidate(label, own) for label, own in zip(labels, moved, strict=True))]
+
+    def _groups(self, grain: str) -> torch.Tensor:
+        """The group that each tensor belongs to, (tensors,)."""
+        tensors = self.vectors.tensors
+        if grain == "tensor":
+            return torch.arange(len(tensors))
+        if grain == "model":
+            return torch.zeros(len(tensors), dtype=torch.long)
+        architecture = self.search.architecture
+        depth = {name: unit.name for unit in architecture.depth_units(tensors) for name in unit.tensors}
+        kind = {name: unit.name for unit in architecture.kind_units(tensors) for name in unit.tensors}
+        named = [(depth.get(name, ""), kind.get(name, "")) for name in tensors]
+        known = {group: index for index, group in enumerate(dict.fromkeys(named))}
+        return torch.tensor([known[group] for group in named])
+
+
+def _endless(questions: Sequence[int], *address: object) -> Iterator[int]:
+    """The questions in a random order, again and again."""
+    order = [questions[i] for i in normal(len(questions), *address).argsort().tolist()]
+    while True:
+        yield from order

@@ -64,7 +64,7 @@ pytestmark = pytest.mark.usefixtures("float64_throughout")
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_slopes_block_by_block_are_those_through_the_whole_module(family, tmp_path):
     world = World(tmp_path, family)
-    asked = (world.moved(0.3, 0.2), world.directions, world.samples, world.weights)
+    asked = (world.moved(0.3, 0.2), world.directions, world.samples, world.weights, {})
     plain, fast = world.plain.slopes(*asked), world.fast.slopes(*asked)
     assert fast.losses == pytest.approx(plain.losses, rel=1e-9)
     assert fast.along.keys() == plain.along.keys() == world.directions.keys()
@@ -78,11 +78,12 @@ def test_a_slope_is_what_a_small_step_changes_the_loss_by(tmp_path):
     world = World(tmp_path, "llama")
     step, at = 1e-2, (0.3, 0.2)
     # Values are rounded to the float32 that they are saved in, so that a step must not be too small.
+    asked = (world.samples, world.weights, {})
     loss = lambda *weights: sum(  # noqa: E731
         world.weights[name] * value
-        for name, value in world.plain.slopes(world.moved(*weights), {}, world.samples, world.weights).losses.items()
+        for name, value in world.plain.slopes(world.moved(*weights), {}, *asked).losses.items()
     )
-    slopes = world.fast.slopes(world.moved(*at), world.directions, world.samples, world.weights)
+    slopes = world.fast.slopes(world.moved(*at), world.directions, world.samples, world.weights, {})
     total = sum(values for values in slopes.along.values())
     for donor in range(2):
         before, after = ([w + sign * step * (i == donor) for i, w in enumerate(at)] for sign in (-1, 1))
@@ -93,8 +94,8 @@ def test_only_the_samples_asked_for_count_and_the_model_is_left_as_it_was(tmp_pa
     world = World(tmp_path, "qwen2")
     before = {name: value.clone() for name, value in world.models[1].module.state_dict().items()}
     samples = {"free.json": [1, 3]}
-    fast = world.fast.slopes(world.moved(0.5, 0.5), world.directions, samples, world.weights)
-    plain = world.plain.slopes(world.moved(0.5, 0.5), world.directions, samples, world.weights)
+    fast = world.fast.slopes(world.moved(0.5, 0.5), world.directions, samples, world.weights, {})
+    plain = world.plain.slopes(world.moved(0.5, 0.5), world.directions, samples, world.weights, {})
     assert list(fast.losses) == ["free.json"]
     assert fast.losses == pytest.approx(plain.losses, rel=1e-9)
     for name, value in world.models[1].module.state_dict().items():
@@ -109,7 +110,7 @@ def test_a_pass_that_does_not_fit_is_halved(tmp_path, monkeypatch):
     from olmfast.evaluation import slopes
 
     world = World(tmp_path, "llama")
-    asked = (world.moved(0.3, 0.2), world.directions, world.samples, world.weights)
+    asked = (world.moved(0.3, 0.2), world.directions, world.samples, world.weights, {})
     expected = world.fast.slopes(*asked)
     compute, seen = slopes.slopes_blockwise, []
 

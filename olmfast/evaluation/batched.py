@@ -20,10 +20,10 @@ from olmfast.evaluation.memory import Memory, Shares, is_out_of_memory
 from olmfast.evaluation.model import WorkingModel, builds_alike
 from olmfast.evaluation.passes import Passes
 from olmfast.evaluation.prefix import Prefix
-from olmfast.evaluation.scorer import Candidate, Direction, Slopes
+from olmfast.evaluation.scorer import Candidate, Direction, Slopes, Texts
 from olmfast.evaluation.scores import Scores, wanted_samples
 from olmfast.evaluation.sequential import SequentialScorer
-from olmfast.evaluation.slopes import chosen_questions, slopes_blockwise
+from olmfast.evaluation.slopes import chosen_questions, slopes_blockwise, written
 from olmfast.evaluation.trajectories import Trajectories
 from olmfast.weights.architecture import Architecture, Unit
 from olmfast.weights.recipe import Recipe
@@ -98,9 +98,10 @@ class BatchedScorer:
         directions: Mapping[str, Sequence[Direction]],
         samples: Mapping[str, Sequence[int]],
         weights: Mapping[str, float],
+        texts: Texts,
     ) -> Slopes:
         """See `Scorer.slopes`. What does not fit the memory is halved."""
-        questions = chosen_questions(self.datasets, samples, weights)
+        questions = chosen_questions(self.datasets, samples, weights, texts)
         while True:
             n_tokens = self.shares.pass_tokens
             try:
@@ -118,6 +119,12 @@ class BatchedScorer:
             with torch.no_grad():
                 self._for_slopes = BlockwiseModel(self.model.module, self._architecture)
         return self._for_slopes
+
+    def texts(self, candidate: Candidate, samples: Mapping[str, Sequence[int]]) -> Texts:
+        """See `Scorer.texts`."""
+        chosen = {name: (self.datasets[name], indices) for name, indices in samples.items()}
+        with self.model.trial(candidate):
+            return written(self.model.module, chosen, self.batch_tokens, self.model.context, self.stop_tokens)
 
     def value(self, expression: Expression) -> torch.Tensor:
         """See `Scorer.value`."""

@@ -11,9 +11,9 @@ from olmfast.evaluation import metrics
 from olmfast.evaluation.encoding import Dataset, Sample, make_batches
 from olmfast.evaluation.generation import generate
 from olmfast.evaluation.model import WorkingModel
-from olmfast.evaluation.scorer import Candidate, Direction, Slopes
+from olmfast.evaluation.scorer import Candidate, Direction, Slopes, Texts
 from olmfast.evaluation.scores import Scores, wanted_samples
-from olmfast.evaluation.slopes import chosen_questions, slopes_plain
+from olmfast.evaluation.slopes import chosen_questions, slopes_plain, written
 from olmfast.weights.architecture import Unit
 from olmfast.weights.recipe import Recipe
 from olmfast.weights.sources import Expression
@@ -66,10 +66,17 @@ class SequentialScorer:
         directions: Mapping[str, Sequence[Direction]],
         samples: Mapping[str, Sequence[int]],
         weights: Mapping[str, float],
+        texts: Texts,
     ) -> Slopes:
         """See `Scorer.slopes`."""
         with self.model.trial(candidate):
-            return slopes_plain(self.model, chosen_questions(self.datasets, samples, weights), directions)
+            return slopes_plain(self.model, chosen_questions(self.datasets, samples, weights, texts), directions)
+
+    def texts(self, candidate: Candidate, samples: Mapping[str, Sequence[int]]) -> Texts:
+        """See `Scorer.texts`."""
+        chosen = {name: (self.datasets[name], indices) for name, indices in samples.items()}
+        with self.model.trial(candidate):
+            return written(self.model.module, chosen, self.batch_tokens, self.model.context, self.stop_tokens)
 
     def value(self, expression: Expression) -> torch.Tensor:
         """See `Scorer.value`."""

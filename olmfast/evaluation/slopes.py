@@ -1,7 +1,8 @@
 """How a model's loss changes along given directions of its weights: what a search by gradient needs.
 
 The loss of a question is the mean cross-entropy of its expected answer's tokens (of the options' letters for a
-multiple choice), whatever its dataset's mode: every mode that has an expected answer falls as that does. The slope
+multiple choice), whatever its dataset's mode: every mode that has an expected answer falls as that does. Where there is
+none, a text that a good model wrote takes its place (distillation, Kim and Rush, arXiv 1606.07947). The slope
 along a direction D of a weight W is <dL/dW, D> (Frobenius). Weights' gradients exist a block at a time: what enters
 each block is kept, and each block is computed again on the way back (Chen et al., arXiv 1604.06174).
 """
@@ -10,36 +11,69 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from olmfast.evaluation import metrics
 from olmfast.evaluation.blocks import BlockwiseModel
 from olmfast.evaluation.encoding import Dataset, Sample, make_batches
+from olmfast.evaluation.generation import generate
 from olmfast.evaluation.model import WorkingModel
-from olmfast.evaluation.scorer import Direction, Slopes
+from olmfast.evaluation.scorer import Direction, Slopes, Texts
 
 COST = 4  # forward passes that a gradient takes: the first, the one that is repeated, and two on the way back
+TEXT_TOKENS = 128  # of a text that takes the place of an expected answer
 HEAD_ROWS = 256  # predicted tokens whose logits exist at a time
 
 
 Questions = Sequence[tuple[str, Sample, float]]  # dataset, question, its share in the loss
 
 
-def has_slopes(mode: str) -> bool:
-    """Whether a dataset's mode has an expected answer to be read along."""
-    return mode not in metrics.GENERATIVE
+def needs_texts(mode: str) -> bool:
+    """Whether a dataset's mode has no expected answers."""
+    return mode in metrics.GENERATIVE
 
 
 def chosen_questions(
-    datasets: Mapping[str, Dataset], samples: Mapping[str, Sequence[int]], weights: Mapping[str, float]
+    datasets: Mapping[str, Dataset],
+    samples: Mapping[str, Sequence[int]],
+    weights: Mapping[str, float],
+    texts: Texts,
 ) -> list[tuple[str, Sample, float]]:
-    """The questions that a loss is taken over: each dataset's mean, by its weight."""
+    """The questions that a loss is taken over: each dataset's mean, by its weight. `texts` replace answers."""
+
+    def sample(name: str, index: int) -> Sample:
+        own = datasets[name].samples[index]
+        return own if name not in texts else Sample(own.prompt, texts[name][index])
+
     return [
-        (name, datasets[name].samples[index], weights[name] / len(indices))
+        (name, sample(name, index), weights[name] / len(indices))
         for name, indices in samples.items()
         for index in indices
     ]
+
+
+def written(
+    module: Any,
+    chosen: Mapping[str, tuple[Dataset, Sequence[int]]],
+    batch_tokens: int,
+    context: int,
+    stop: Sequence[int],
+) -> dict[str, dict[int, tuple[int, ...]]]:
+    """What a module writes, greedily, to samples (indices) of datasets, at most `TEXT_TOKENS` of it."""
+    found: dict[str, dict[int, tuple[int, ...]]] = {}
+    for name, (dataset, indices) in chosen.items():
+        own = found[name] = {}
+        prompts = [dataset.samples[index].prompt for index in indices]
+        longest = min(TEXT_TOKENS, dataset.config.max_new_tokens)
+        for batch in make_batches([len(prompt) + longest for prompt in prompts], batch_tokens):
+            limits = [min(longest, context - len(prompts[at])) for at in batch]
+            generated = generate(module, [prompts[at] for at in batch], limits, context, stop)
+            for row, at in enumerate(batch):
+                length = int(generated.lengths[row]) + int(generated.stopped[row])
+                own[indices[at]] = tuple(generated.tokens[row, :length].tolist())
+    return found
 
 
 def slopes_blockwise(

@@ -6,21 +6,21 @@ Offsets from the current coefficients are (donors, groups), where the tensors of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 
 import numpy as np
 import torch
 
-from olmfast.evaluation.scorer import Candidate, Direction
-from olmfast.evaluation.slopes import has_slopes
+from olmfast.evaluation.scorer import Candidate, Direction, Texts
+from olmfast.evaluation.slopes import needs_texts
 from olmfast.search.crossfit import CrossFit
 from olmfast.search.halves import Indices
 from olmfast.search.loop import GRADIENT, Search, Step, Trained
 from olmfast.weights.architecture import Unit
 from olmfast.weights.coefficients import TaskVectors
 from olmfast.weights.draws import normal
-from olmfast.weights.expressions import Copy
+from olmfast.weights.expressions import Copy, whole
 from olmfast.weights.sources import Expression
 
 # Grain -> gradient steps: the whole model; each third of the depth, its attention and its MLP apart; each tensor.
@@ -47,9 +47,16 @@ class Coefficients:
         return self.search.crossfit
 
     @cached_property
-    def have_slopes(self) -> bool:
-        """Whether a dataset that counts has expected answers."""
-        return bool(self._with_slopes(self.crossfit.halves.first))
+    def texts(self) -> Texts:
+        """What the best donor writes where a dataset has no expected answers."""
+        datasets, found = self.search.config.dataset, dict[str, Mapping[int, tuple[int, ...]]]()
+        for name in self.crossfit.scale.spans:
+            if needs_texts(datasets[name].mode):
+                scores = self.search.record.steps["base"].metrics[name]
+                best = min(self.search.donors, key=lambda donor: _known(scores[donor]))
+                donor = Candidate(best, recipe=whole(best, self.search.sources.pool.tensors))
+                found |= self.search.scorer.texts(donor, {name: list(range(self.search.scorer.sizes[name]))})
+        return found
 
     # Along the gradient
 
@@ -57,7 +64,7 @@ class Coefficients:
         """Follow the gradient of each half's loss from the current coefficients; true if the mean of both passes."""
         steps = GRAINS[grain]
         halves = list(self.crossfit.halves)
-        n_asked = sum(min(BATCH, len(own)) for half in halves for own in self._with_slopes(half).values())
+        n_asked = sum(min(BATCH, len(own)) for half in halves for own in self._counting(half).values())
         cost = GRADIENT * steps * n_asked / sum(self.search.scorer.sizes.values())
 
         def propose() -> list[Candidate]:
@@ -71,7 +78,7 @@ class Coefficients:
     def _follow(self, half: Indices, name: str, grain: str, number: int) -> torch.Tensor:
         """Offsets (donors, tensors) after a descent on a half's questions: the mean over its second half of steps."""
         groups, steps = self._groups(grain), GRAINS[grain]
-        batches = self._batches(self._with_slopes(half), steps, f"{name}/{grain}/{number}")
+        batches = self._batches(self._counting(half), steps, f"{name}/{grain}/{number}")
         offsets = torch.zeros(len(self.vectors.donors), int(groups.max()) + 1, dtype=torch.float64)
         first, second, total = torch.zeros_like(offsets), torch.zeros_like(offsets), torch.zeros_like(offsets)
         for step, questions in enumerate(batches, 1):
@@ -92,7 +99,7 @@ class Coefficients:
             name: [Direction(Copy(reference, name), Copy(donor, name)) for donor in vectors.donors]
             for name in vectors.tensors
         }
-        found = self.search.slopes(vectors.moved(self.search.recipe, offsets), directions, questions)
+        found = self.search.slopes(vectors.moved(self.search.recipe, offsets), directions, questions, self.texts)
         return vectors.from_reference(torch.stack([found.along[name] for name in vectors.tensors], dim=1))
 
     def _batches(self, questions: Indices, n: int, address: str) -> Iterator[Indices]:
@@ -103,9 +110,9 @@ class Coefficients:
                 name: sorted(next(streams[name]) for _ in range(min(BATCH, len(questions[name])))) for name in streams
             }
 
-    def _with_slopes(self, questions: Indices) -> Indices:
-        datasets, scale = self.search.config.dataset, self.crossfit.scale
-        return {name: own for name, own in questions.items() if name in scale.spans and has_slopes(datasets[name].mode)}
+    def _counting(self, questions: Indices) -> Indices:
+        """Of the datasets that have a span."""
+        return {name: own for name, own in questions.items() if name in self.crossfit.scale.spans}
 
     # By CMA-ES
 
@@ -205,6 +212,10 @@ class Coefficients:
         named = [(depth.get(name, ""), kind.get(name, "")) for name in tensors]
         known = {group: index for index, group in enumerate(dict.fromkeys(named))}
         return torch.tensor([known[group] for group in named])
+
+
+def _known(score: float | None) -> float:
+    return math.inf if score is None else score
 
 
 def _endless(questions: Sequence[int], *address: object) -> Iterator[int]:

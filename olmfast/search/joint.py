@@ -60,12 +60,8 @@ class Joint:
 
     def _round(self, coefficients: Coefficients, number: int) -> Iterator[tuple[str, Callable[[], bool]]]:
         for grain in GRAINS:
-            if coefficients.have_slopes:
-                yield f"gradient/{grain}", partial(coefficients.descend, grain, number)
-            else:
-                yield f"evolution/{grain}", partial(coefficients.evolve, grain, number)
-        if coefficients.have_slopes:
-            yield "evolution/model", partial(coefficients.evolve, "model", number)
+            yield f"gradient/{grain}", partial(coefficients.descend, grain, number)
+        yield "evolution/model", partial(coefficients.evolve, "model", number)
         yield "moves", partial(coefficients.move_blocks, number)
         yield "stages", partial(self.stages, number)
 

@@ -17,7 +17,7 @@ import torch
 from olmfast.config.run import Budget, RunConfig
 from olmfast.errors import Interrupted, OlmfastError
 from olmfast.evaluation.model import builds_alike
-from olmfast.evaluation.scorer import Candidate, Direction, Scorer, Slopes
+from olmfast.evaluation.scorer import Candidate, Direction, Scorer, Slopes, Texts
 from olmfast.evaluation.scores import Scores
 from olmfast.observer import Observer
 from olmfast.search.acceptance import Gain
@@ -202,14 +202,18 @@ class Search:
                 crossfit.n_tests = 0 if outcome.changed else crossfit.n_tests + 1
 
     def slopes(
-        self, values: Mapping[str, Expression], directions: Mapping[str, Sequence[Direction]], questions: Indices
+        self,
+        values: Mapping[str, Expression],
+        directions: Mapping[str, Sequence[Direction]],
+        questions: Indices,
+        texts: Texts,
     ) -> Slopes:
         """The slopes of the loss on some questions with tensors of the current model changed: each dataset counts by
         its weight on the scale."""
         assert self.crossfit is not None
         weights = {name: self.crossfit.scale.weight(name) for name in questions}
         self._scored += GRADIENT * sum(map(len, questions.values()))
-        return self.scorer.slopes(Candidate("slopes", values), directions, questions, weights)
+        return self.scorer.slopes(Candidate("slopes", values), directions, questions, weights, texts)
 
     @property
     def evaluations_left(self) -> float:

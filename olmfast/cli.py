@@ -29,6 +29,12 @@ class _Commands(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
+# Options that a run and its check share.
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or auto.")]
+Dtype = Annotated[str | None, typer.Option(help="The dtype candidates are evaluated in.")]
+Seed = Annotated[int | None, typer.Option(help="The random seed.")]
+
 app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
@@ -69,10 +75,10 @@ def run_command(
     config: Annotated[Path, typer.Argument(help="The run's YAML file; docs/config.md lists its keys.")],
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or auto.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="The dtype candidates are evaluated in.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The random seed.")] = None,
+    set_: Overrides = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
@@ -83,10 +89,9 @@ def run_command(
 
     if resume and overwrite:
         raise InputError("--resume and --overwrite: one continues a run, the other starts anew; give one of them")
-    overrides = _overrides(set_ or [])
-    overrides |= {k: v for k, v in {"device": device, "dtype": dtype, "seed": seed}.items() if v is not None}
-    loaded = load_config(config, overrides)
-    from olmfast.terminal.runs import make_observer, print_plan, print_result
+    loaded = load_config(config, _overrides(set_ or [], device=device, dtype=dtype, seed=seed))
+    from olmfast.terminal.progress import make_observer
+    from olmfast.terminal.runs import print_plan, print_result
 
     observer = make_observer(quiet=quiet or as_json, verbose=verbose)
     from olmfast.runs.session import run
@@ -225,14 +230,21 @@ def linear_command(
 def check_command(
     config: Annotated[Path, typer.Argument(help="A merge file, or the YAML file of a run.")],
     out: Annotated[Path, typer.Option(help="Where the result of a merge would go.")] = Path("merged"),
+    set_: Overrides = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Check a run's config or a merge file and print the plan, without reading any weights."""
+    """Check a run's config or a merge file and print the plan, without reading any weights.
+
+    --set, --device, --dtype and --seed are those of a run; a merge file has no such keys.
+    """
     from olmfast.config.run import RunConfig
     from olmfast.static.check import check, read_config
     from olmfast.terminal import merges, runs
 
-    loaded = read_config(config)
+    loaded = read_config(config, _overrides(set_ or [], device=device, dtype=dtype, seed=seed))
     if isinstance(loaded, RunConfig):
         _quiet_libraries()
         runs.print_plan(check(loaded), as_json)
@@ -292,7 +304,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON."
         print(f"{name:<{width}}  {value}")
 
 
-def _overrides(entries: list[str]) -> dict[str, Any]:
+def _overrides(entries: list[str], **options: str | int | None) -> dict[str, Any]:
+    """Keys of a run's config by what the command line gives them; an option of its own wins over `--set`."""
     overrides = {}
     for entry in entries:
         key, separator, value = entry.partition("=")
@@ -302,7 +315,7 @@ def _overrides(entries: list[str]) -> dict[str, Any]:
             overrides[key] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date of month 13
             raise InputError(f"--set {entry}: the value is not valid YAML") from error
-    return overrides
+    return overrides | {key: value for key, value in options.items() if value is not None}
 
 
 @contextmanager

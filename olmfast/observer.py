@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from olmfast.output.writer import OutputTensor
+    from olmfast.search.costs import Schedule
     from olmfast.search.log import Outcome
     from olmfast.static.sensitivity import Ranked
 
@@ -14,11 +15,11 @@ if TYPE_CHECKING:
 class Observer:
     """Who watches a run or a merge. This one shows nothing; subclasses override the methods they need."""
 
-    def planned(self, n_candidates: int) -> None:
-        """How many candidates the whole run has at most."""
+    def planned(self, schedule: Schedule) -> None:
+        """What the run will do at most."""
 
     def step(self, stage: str, unit: str, n_candidates: int) -> None:
-        """A step begins."""
+        """A step begins, or the scoring of models that no choice is made of."""
 
     def candidate(self, label: str) -> None:
         """One candidate has been evaluated."""

@@ -9,6 +9,7 @@ scored must not pass for a bad one.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import NamedTuple
 
@@ -112,3 +113,16 @@ def _pair_sums(values: torch.Tensor) -> torch.Tensor:
 TEACHER_FORCED = {"bigram_loss": bigram_loss, "exact": exact, "perplexity": perplexity, "bigram": bigram}
 # A text is written, and the response is not looked at:
 GENERATIVE = {"diversity": diversity, "quality": quality}
+
+# Modes whose scores lie in a fixed range, of which a question's take up about half: see `standard_error`.
+BOUNDED = frozenset({"exact_match", "bigram_loss", "choice"})
+SPREAD = 0.5
+
+
+def standard_error(n_questions: int) -> float:
+    """What a bounded mode's mean over so many questions is likely to be off by, in shares of its usual range.
+
+    It assumes that a question's score differs from the mean by half that range, as right and wrong answers do where
+    half of them are right; it is measured on no model.
+    """
+    return SPREAD / math.sqrt(n_questions)

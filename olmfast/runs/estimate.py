@@ -13,83 +13,33 @@ from typing import Any
 
 import torch
 
-from olmfast.config.run import RunConfig
-from olmfast.evaluation.encoding import Dataset
+from olmfast.config.run import Budget, RunConfig
 from olmfast.evaluation.memory import Memory
-from olmfast.evaluation.tasks import Task
+from olmfast.evaluation.metrics import BOUNDED, standard_error
 from olmfast.observer import Observer
 from olmfast.output.folder import free_bytes
 from olmfast.runs.inputs import Inputs
-from olmfast.search.units import STAGES, units_of
-from olmfast.weights.architecture import Unit
-from olmfast.weights.offspring import offspring_count
+from olmfast.runs.steps import Stage, Work, plan_stages, plan_steps
+from olmfast.search.costs import PlannedStep, affordable, evaluations, within
 from olmfast.weights.pool import Pool, token_ids
 
 TRIAL_TOKENS, TRIAL_SECONDS = 1024, 0.3  # of the product whose rate is measured
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The decisions of one stage: the unit of each, and how many candidates it has at most, the current one included.
-
-    `current_is_scored`: the current model has no scores yet and is scored too; in all stages but the first it has.
-    """
-
-    steps: tuple[tuple[Unit, int], ...]
-    current_is_scored: bool = False
-
-    @property
-    def units(self) -> tuple[Unit, ...]:
-        """The units, each once, however many decisions it has."""
-        return tuple(dict.fromkeys(unit for unit, _ in self.steps))
-
-    @property
-    def n_candidates(self) -> int:
-        """Candidates at most; a step has fewer where donors' bytes are equal."""
-        return sum(n for _, n in self.steps)
-
-    @property
-    def tensors(self) -> frozenset[str]:
-        """The tensors that may change."""
-        return frozenset(name for unit, _ in self.steps for name in unit.tensors)
-
-    @property
-    def n_scored(self) -> int:
-        """Candidates that are run through the model."""
-        return sum(self._scored(n) for _, n in self.steps)
-
-    def model_passes(self, n_blocks: int) -> float:
-        """What scoring takes in passes through all blocks: a candidate goes through those from its unit on."""
-        return sum(self._scored(n) * (1 - min(unit.blocks, default=0) / n_blocks) for unit, n in self.steps)
-
-    def _scored(self, n: int) -> int:
-        return n if self.current_is_scored else n - 1
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one pass of whole datasets through the model takes: input tokens, and tokens that are predicted."""
-
-    tokens: int
-    labels: int
-
-    @classmethod
-    def of(cls, datasets: Iterable[Dataset], context: int) -> Work:
-        """Prompts, and responses at their maximum length."""
-        tasks = [Task.of(d.name, i, d, context) for d in datasets for i in range(len(d.samples))]
-        return cls(sum(len(task.sample.prompt) + task.limit - 1 for task in tasks), sum(task.limit for task in tasks))
+MUCH_FASTER = 1.5  # from here on another dtype's products are worth a word
 
 
 @dataclass(frozen=True)
 class Estimate:
     """What a run would do, and estimates of what it would take.
 
-    `stays` counts the tensors that remain the base's, by reason; `vocabulary` maps a donor to the number of tokens that
-    its tokenizer lists, all with `n_rows` rows. `memory_bytes` is the least that evaluation needs on `device`,
-    `memory_limit` what it may take; `flop` counts the operations of matrix products, `flop_per_s` is their rate.
+    `stages` and `steps` are what the search does at most, `budget` what it may spend. `stays` counts the tensors that
+    remain the base's, by reason; `vocabulary` maps a donor to the number of tokens that its tokenizer lists, all with
+    `n_rows` rows. `memory_bytes` is the least that evaluation needs on `device`, `memory_limit` what it may take;
+    `rates` are operations of matrix products per second, in `dtype` and others, and a step's work is counted in them.
     """
 
     stages: dict[str, Stage]
+    steps: tuple[PlannedStep, ...]
+    budget: Budget | None
     datasets: dict[str, tuple[str, int]]
     n_bytes: int
     output_dir: Path
@@ -104,32 +54,79 @@ class Estimate:
     free_bytes: int
     memory_bytes: int
     memory_limit: int
-    flop: float
-    flop_per_s: float
+    rates: dict[str, float]
 
     @property
     def n_candidates(self) -> int:
-        """Candidates of all stages together."""
-        return sum(stage.n_candidates for stage in self.stages.values())
+        """Candidates of all stages together, at most."""
+        return evaluations(self.steps)
+
+    @property
+    def n_evaluations(self) -> int:
+        """Those of them that the budget pays for; a budget of time, at the rate of a bare matrix product."""
+        n = self.n_candidates
+        if self.budget is not None and self.budget.evaluations is not None:
+            n = min(n, self.budget.evaluations)
+        if self.budget is not None and self.budget.seconds is not None:
+            n = min(n, affordable(self.steps, self.budget.seconds * self.flop_per_s))
+        return n
+
+    @property
+    def within_budget(self) -> dict[str, int]:
+        """Stage -> its candidates that the budget pays for."""
+        found = dict.fromkeys(self.stages, 0)
+        for step in within(self.steps, self.n_evaluations):
+            if step.counts:
+                found[step.stage] += step.n_candidates
+        return found
+
+    @property
+    def flop_per_s(self) -> float:
+        """The rate of a matrix product in the dtype of evaluation."""
+        return self.rates[_name(self.dtype)]
+
+    @property
+    def flop(self) -> float:
+        """Operations of the matrix products of all that the budget pays for, and of what it does not limit."""
+        return sum(step.work for step in within(self.steps, self.n_evaluations))
 
     @property
     def seconds(self) -> float:
         """Estimated: every candidate scored in full, nothing decoded, at the rate of a bare matrix product."""
         return self.flop / self.flop_per_s
 
+    @property
+    def scoring_s(self) -> float:
+        """The part of `seconds` that is no search: donors on held-out questions, and the closing tables."""
+        return sum(step.work for step in self.steps if not step.counts) / self.flop_per_s
+
+    @property
+    def faster_dtype(self) -> tuple[str, float] | None:
+        """Another dtype whose products are much faster here, and how many times."""
+        dtype = max(self.rates, key=self.rates.__getitem__)
+        times = self.rates[dtype] / self.flop_per_s
+        return (dtype, times) if times >= MUCH_FASTER else None
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
             "stages": {
                 name: {"units": len(stage.units), "candidates": stage.n_candidates, "tensors": len(stage.tensors)}
+                | ({"within_budget": self.within_budget[name]} if self.budget is not None else {})
                 for name, stage in self.stages.items()
             },
+            "budget": self.budget and self.budget.model_dump(exclude_none=True),
+            "evaluations": self.n_evaluations,
+            "evaluations_at_most": self.n_candidates,
             "candidates": self.candidates,
             "tensors": self.n_tensors,
             "tensors_that_stay": self.stays,
             "tokenizer": self.tokenizer,
             "vocabulary": {"rows": self.n_rows, "tokens": self.vocabulary},
-            "datasets": {name: {"mode": m, "samples": n} for name, (m, n) in self.datasets.items()},
+            "datasets": {
+                name: {"mode": mode, "samples": n} | ({"standard_error": standard_error(n)} if mode in BOUNDED else {})
+                for name, (mode, n) in self.datasets.items()
+            },
             "result_bytes": self.n_bytes,
             "output_dir": str(self.output_dir),
             "free_bytes": self.free_bytes,
@@ -137,7 +134,9 @@ class Estimate:
             "memory_limit_bytes": self.memory_limit,
             "flop": self.flop,
             "flop_per_s": self.flop_per_s,
+            "flop_per_s_by_dtype": self.rates,
             "estimated_s": self.seconds,
+            "estimated_scoring_s": self.scoring_s,
         }
 
 
@@ -146,13 +145,14 @@ def estimate(config: RunConfig, observer: Observer | None = None) -> Estimate:
     inputs = Inputs.open(config, observer or Observer(), weights=False)
     pool, base = inputs.pool, inputs.pool[config.base_name]
     stages, settings = plan_stages(config, pool), inputs.settings
-    context = pool.architecture.context
-    judged, held_out = (Work.of(some.datasets.values(), context) for some in (inputs.selection, inputs.holdout))
+    judged = Work.of(inputs.selection.datasets.values(), pool.architecture.context)
     memory = Memory(settings.device, config.max_ram, config.max_vram)
     n_rows, hidden = base.tensors[pool.architecture.family.embedding].shape
     least = _least_memory(config, pool, stages, judged.tokens * hidden)
     return Estimate(
         stages=stages,
+        steps=tuple(plan_steps(config, inputs)),
+        budget=config.budget,
         datasets={n: (d.config.mode, len(d.samples)) for n, d in inputs.questions.datasets.items()},
         n_bytes=base.n_bytes,
         output_dir=config.output_dir,
@@ -169,38 +169,11 @@ def estimate(config: RunConfig, observer: Observer | None = None) -> Estimate:
         free_bytes=free_bytes(config.output_dir),
         memory_bytes=memory.used + least * settings.dtype.itemsize,
         memory_limit=memory.limit,
-        flop=_operations(config, pool, stages, judged, held_out),
-        flop_per_s=product_rate(pool, settings.device, settings.dtype),
+        rates={
+            _name(dtype): product_rate(pool, settings.device, dtype)
+            for dtype in dict.fromkeys((settings.dtype, torch.float32, torch.bfloat16))
+        },
     )
-
-
-def plan_stages(config: RunConfig, pool: Pool) -> dict[str, Stage]:
-    """Stage -> the decisions it takes."""
-    architecture, tensors = pool.architecture, pool.tensors
-    n = min(len(pool), config.max_models or len(pool))
-    n_ways = sum(max(1, len(kind.values)) for kind in config.candidates)
-    # As long as whole units are swapped, the coarser before the finer, the current values are one of the donors'.
-    swaps_only = n_ways == 1 and config.candidates[0].method == "swap" and not config.scales
-    stages = {"base": Stage(((architecture.model_unit(tensors), len(pool)),), current_is_scored=True)}
-    for index, scale in enumerate(config.walk):
-        per_part = 1 + (n - (swaps_only or index == 0)) * n_ways
-        units = units_of(scale, config, architecture, tensors)
-        parts = [len(unit.blocks) if scale == "block" else 1 for unit in units]
-        stages[STAGES[scale]] = Stage(tuple((u, per_part**n_parts) for u, n_parts in zip(units, parts, strict=True)))
-    shapes = {name: pool[config.base_name].tensors[name].shape for name in tensors}
-    matrices = [
-        Unit(unit.name, unit.kind, (name,), unit.blocks)
-        for unit in units_of("tensor", config, architecture, tensors)
-        for name in unit.tensors
-        if len(shapes[name]) == 2
-    ]
-    if config.es_svd:
-        offspring = [(unit, 1 + offspring_count(min(shapes[unit.tensors[0]]))) for unit in matrices]
-        stages["svd_es"] = Stage(tuple(offspring * config.es_svd_generations))
-    if config.es_norm:
-        offspring = [(unit, 1 + offspring_count(shapes[unit.tensors[0]][0])) for unit in matrices]
-        stages["norm_es"] = Stage(tuple(offspring * config.es_norm_generations))
-    return stages
 
 
 def product_rate(pool: Pool, device: torch.device, dtype: torch.dtype) -> float:
@@ -219,26 +192,6 @@ def product_rate(pool: Pool, device: torch.device, dtype: torch.dtype) -> float:
             (tokens @ weight.T)[0, 0].item()  # waits for a GPU
             n += 1
     return n * 2 * TRIAL_TOKENS * rows * columns / elapsed
-
-
-def _operations(config: RunConfig, pool: Pool, stages: Mapping[str, Stage], judged: Work, held_out: Work) -> float:
-    """Two per parameter and token in the blocks, and per parameter of the head and predicted token; attention's own
-    products, which grow with the square of the length, are left out."""
-    architecture, base = pool.architecture, pool[config.base_name]
-    routed = architecture.config.get("num_experts_per_tok", 1) / architecture.config.get("num_local_experts", 1)
-    in_blocks = sum(
-        math.prod(base.tensors[name].shape) * (routed if ".experts." in name else 1)
-        for name in pool.tensors
-        if architecture.block_of(name) is not None and not architecture.is_ignored(name)
-    )
-    in_head = math.prod(base.tensors[architecture.family.embedding].shape)
-    whole = config.scorer == "sequential"
-    passes = sum(s.n_scored if whole else s.model_passes(architecture.n_blocks) for s in stages.values())
-    n_scored = sum(stage.n_scored for stage in stages.values())
-    n_rows = 1 + (len(pool) > 1)  # of the closing tables: the result and the plain average, besides the donors
-    through_blocks = (passes + n_rows) * judged.tokens + (len(pool) + n_rows) * held_out.tokens
-    through_head = (n_scored + n_rows) * judged.labels + (len(pool) + n_rows) * held_out.labels
-    return 2.0 * (in_blocks * through_blocks + in_head * through_head)
 
 
 def _least_memory(config: RunConfig, pool: Pool, stages: Mapping[str, Stage], n_entering: int) -> int:
@@ -273,3 +226,7 @@ def _stays(config: RunConfig, pool: Pool, stages: Mapping[str, Stage]) -> dict[s
         return "not a matrix; evolution refines only matrices"
 
     return dict(Counter(reason(name) for name in pool.tensors if name not in moved))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -18,10 +18,10 @@ from olmfast.evaluation.scorer import Candidate, Scorer
 from olmfast.observer import Observer
 from olmfast.output.writer import content_of, write_folder, writing
 from olmfast.runs.card import write_card
-from olmfast.runs.estimate import plan_stages
 from olmfast.runs.folder import RunFolder
 from olmfast.runs.inputs import Inputs
 from olmfast.runs.scoreboard import AVERAGE, RESULT, START, Scoreboard, plain_average
+from olmfast.runs.steps import CLOSING, DONORS, HELD_OUT, SELECTION, schedule
 from olmfast.search.acceptance import Scale
 from olmfast.search.candidates import score_donors, swap
 from olmfast.search.crossfit import CrossFit
@@ -126,8 +126,7 @@ class Session:
 
     def search_all(self) -> str:
         """Walk the stages in order; returns `finished`, or `stopped` when the budget is spent."""
-        stages = plan_stages(self.config, self.inputs.pool)
-        self.observer.planned(sum(stage.n_candidates for stage in stages.values()))
+        self.observer.planned(schedule(self.config, self.inputs, self.record.evaluations, self.search.elapsed_s))
         self._score_holdout_of_donors()
         status = "finished"
         try:
@@ -241,6 +240,7 @@ class Session:
         rows: dict[str, Recipe | None] = {**average, **self._start(), RESULT: recipe}
         for board, questions in ((self.selection, self.inputs.selection), (self.holdout, self.inputs.holdout)):
             if questions.datasets and board.rows:  # without the donors' scores there is no scale
+                self.observer.step(stage, CLOSING, len(rows))
                 board.score(self._scorer(questions), rows, list(questions.datasets), pool)
         content = content_of(recipe, sources, pool[self.config.base_name])
         with writing(self.record.folder, "--resume"):

@@ -21,6 +21,7 @@ from olmfast.evaluation.scorer import Candidate, Direction, Scorer, Slopes, Text
 from olmfast.evaluation.scores import Scores
 from olmfast.observer import Observer
 from olmfast.search.acceptance import Gain
+from olmfast.search.costs import Costs
 from olmfast.search.crossfit import FIRST, MEAN, SECOND, CrossFit, Decision
 from olmfast.search.halves import Indices
 from olmfast.search.log import Outcome, Standing
@@ -94,6 +95,8 @@ class Search:
         self._started = time.monotonic()
         self._evaluations: float = self.record.evaluations
         self._current: Scores | None = None  # scores of the current recipe, if they are known
+        self._costs = Costs()  # of a candidate, in seconds
+        self._costs.add("earlier sessions", self._evaluations, self._spent_before)
         self._recall()
 
     @property
@@ -146,11 +149,12 @@ class Search:
         if self.stop_requested():
             raise Interrupted("stopped on request; everything decided so far is saved, continue with --resume")
         self._scored = 0
+        began = self.elapsed_s
         if step.trained is not None:
-            self._check_budget(step.trained.evaluations + 2)
+            self._check_budget(step.stage, step.trained.evaluations + 2)
         candidates, twin = self._distinct(step.propose())
         if step.trained is None:
-            self._check_budget(len(candidates) * self._share(step.questions))
+            self._check_budget(step.stage, len(candidates) * self._share(step.questions))
         self.observer.step(step.stage, step.unit.name, len(candidates))
         scores, dropped = self._evaluate(step, candidates)
         alive = [row for row in range(len(candidates)) if row not in dropped]
@@ -180,6 +184,7 @@ class Search:
         known = self._current.to_json() if self._current is not None else {}
         standing = Standing(self.recipe, known, self.scorer.state)
         self.record.add(step.key, outcome, standing, self._evaluations, self.elapsed_s)
+        self._costs.add(step.stage, len(candidates), self.elapsed_s - began)
         self.observer.chosen(outcome)
         return outcome
 
@@ -266,17 +271,16 @@ class Search:
         own = "" if builds_alike(self.recipe, recipe, self.sources.pool) else candidate.label
         return (own, *((n, recipe.tensors[n].identity(self.sources)) for n in names if n in recipe.tensors))
 
-    def _check_budget(self, n_candidates: float) -> None:
+    def _check_budget(self, stage: str, n_candidates: float) -> None:
         budget: Budget | None = self.config.budget
         if budget is None:
             return
         if budget.evaluations is not None and self._evaluations + n_candidates > budget.evaluations:
             raise BudgetSpent
-        if budget.seconds is not None:
-            # What a candidate has cost so far says whether the whole step still fits.
-            expected = n_candidates * self.elapsed_s / self._evaluations if self._evaluations else 0.0
-            if self.elapsed_s + expected > budget.seconds:
-                raise BudgetSpent
+        # What candidates of its kind have cost so far says whether the whole step still fits.
+        expected_s = self._costs.expected_s(stage, n_candidates, unknown=0.0)
+        if budget.seconds is not None and self.elapsed_s + expected_s > budget.seconds:
+            raise BudgetSpent
 
     def _evaluate(self, step: Step, candidates: list[Candidate]) -> tuple[Scores, dict[int, str]]:
         """Dataset by dataset under a guard, so that a degraded candidate costs no further evaluation."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 from olmfast.config.loading import read_yaml
 from olmfast.config.mergekit import MergeConfig, is_merge_file, load_merge_config
 from olmfast.config.run import RunConfig, load_config
+from olmfast.errors import InputError
 from olmfast.observer import Observer
 from olmfast.static.mergekit import plan_merge
 from olmfast.static.plan import Plan
@@ -41,7 +42,17 @@ def check(
     return estimate(config, observer)
 
 
-def read_config(source: Mapping[str, Any] | str | Path) -> RunConfig | MergeConfig:
-    """The config of a run or the merge file, whichever it is. Raises InputError that lists every fault."""
+def read_config(
+    source: Mapping[str, Any] | str | Path, overrides: Mapping[str, Any] | None = None
+) -> RunConfig | MergeConfig:
+    """The config of a run or the merge file, whichever it is; `overrides` are those of `load_config`.
+
+    Raises InputError that lists every fault, or for overrides of a merge file.
+    """
     held = source if isinstance(source, Mapping) else read_yaml(Path(source))
-    return load_merge_config(source) if is_merge_file(held) else load_config(source)
+    if not is_merge_file(held):
+        return load_config(source, overrides)
+    if overrides:
+        where = "the merge" if isinstance(source, Mapping) else source
+        raise InputError(f"{where}: is a merge file, whose keys are not overridden here, got {', '.join(overrides)}")
+    return load_merge_config(source)

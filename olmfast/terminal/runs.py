@@ -1,4 +1,4 @@
-"""What a terminal shows: progress while a run goes on, and tables at its end."""
+"""What a terminal shows of a run: the plan before it, and tables at its end."""
 
 from __future__ import annotations
 
@@ -6,135 +6,19 @@ import json
 import math
 import os
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
-from olmfast.observer import Observer
+from olmfast.config.run import Budget
+from olmfast.evaluation.metrics import BOUNDED, standard_error
 from olmfast.runs.estimate import Estimate
 from olmfast.runs.scoreboard import Scoreboard
 from olmfast.runs.session import Result
-from olmfast.search.log import Outcome
-
-
-class Watcher(Observer):
-    """An observer that can be entered and left; shows nothing by itself."""
-
-    def __enter__(self) -> Watcher:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Nothing to close."""
-
-
-class Lines(Watcher):
-    """Plain lines, for logs and pipes: one per stage and decision, with the time since the start."""
-
-    def __init__(self, verbose: bool) -> None:
-        self.verbose = verbose
-        self.started = time.monotonic()
-        self.stage = ""
-
-    def step(self, stage: str, unit: str, n_candidates: int) -> None:
-        """A line when a new stage begins, or for every step when verbose."""
-        if stage != self.stage or self.verbose:
-            self._print(f"{stage} {unit}: {n_candidates} candidates")
-            self.stage = stage
-
-    def chosen(self, outcome: Outcome) -> None:
-        """A line when something changed, or for every step when verbose."""
-        if outcome.changed or self.verbose:
-            self._print(f"{outcome.stage} {outcome.unit}: {outcome.winner}")
-
-    def note(self, text: str) -> None:
-        """A line."""
-        self._print(text)
-
-    def _print(self, text: str) -> None:
-        print(f"[{time.monotonic() - self.started:7.1f}s] {text}", file=sys.stderr, flush=True)
-
-
-class Bars(Watcher):
-    """A live bar with stage, unit, candidate, best so far and the time left."""
-
-    def __init__(self, verbose: bool) -> None:
-        self.console = Console(stderr=True)
-        self.verbose = verbose
-        self.progress = Progress(
-            SpinnerColumn(),
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[best]}"),
-            console=self.console,
-            transient=True,
-        )
-        self.task = self.progress.add_task("starting", total=None, best="")
-        self.where, self.n_changed = "", 0
-
-    def __enter__(self) -> Bars:
-        self.progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.progress.stop()
-
-    def planned(self, n_candidates: int) -> None:
-        """The bar's length."""
-        self.progress.update(self.task, total=n_candidates)
-
-    def step(self, stage: str, unit: str, n_candidates: int) -> None:  # noqa: ARG002
-        """Shows where the run is."""
-        self.where = escape(f"{stage} {unit}")
-        self.progress.update(self.task, description=self.where)
-
-    def candidate(self, label: str) -> None:
-        """Advances the bar."""
-        self.progress.update(self.task, advance=1, description=f"{self.where} · {escape(label)}")
-
-    def chosen(self, outcome: Outcome) -> None:
-        """A line above the bar for what changed, or for every decision when verbose."""
-        self.n_changed += outcome.changed
-        self.progress.update(self.task, best=f"{self.n_changed} improvements")
-        if outcome.changed or self.verbose:
-            self.console.print(
-                f"{outcome.stage} [bold]{escape(outcome.unit)}[/]: {escape(outcome.winner)}", highlight=False
-            )
-
-    def recorded(self, outcome: Outcome) -> None:
-        """Advances the bar past a step of an earlier session."""
-        self.progress.update(self.task, advance=max((len(by) for by in outcome.metrics.values()), default=0))
-
-    def note(self, text: str) -> None:
-        """A line above the bar."""
-        self.console.print(text, highlight=False, markup=False)
-
-
-def make_observer(quiet: bool, verbose: bool) -> Watcher:
-    """Bars on a terminal, lines elsewhere, nothing when quiet."""
-    if quiet:
-        return Watcher()
-    return Bars(verbose) if sys.stderr.isatty() else Lines(verbose)
 
 
 def print_plan(plan: Estimate, as_json: bool) -> None:
@@ -142,11 +26,17 @@ def print_plan(plan: Estimate, as_json: bool) -> None:
     if as_json:
         print(json.dumps(plan.to_json(), indent=2))
         return
-    table = Table("stage", "units", "tensors", "candidates")
+    limited = plan.budget is not None
+    table = Table("stage", "units", "tensors", "candidates", *(["within the budget"] if limited else []))
     for name, stage in plan.stages.items():
-        table.add_row(name, str(len(stage.units)), str(len(stage.tensors)), str(stage.n_candidates))
-    table.add_row("all", "", str(plan.n_tensors), str(plan.n_candidates))
+        cells = [name, str(len(stage.units)), str(len(stage.tensors)), str(stage.n_candidates)]
+        table.add_row(*cells, *([str(plan.within_budget[name])] if limited else []))
+    cells = ["all", "", str(plan.n_tensors), str(plan.n_candidates)]
+    table.add_row(*cells, *([str(plan.n_evaluations)] if limited else []))
     _console().print(table)
+    if plan.budget is not None:
+        print(_fits(plan, plan.budget))
+    print(f"scored besides, not limited by a budget of evaluations: {_scored_besides(plan)}")
     print(f"candidates of a unit: its current values; for each donor: {plan.candidates}")
     for why, n in plan.stays.items():
         print(f"{n} tensors keep the base's values: {why}")
@@ -154,7 +44,12 @@ def print_plan(plan: Estimate, as_json: bool) -> None:
     listed = f"; tokens listed by the tokenizers: {tokens}" if tokens else ""
     print(f"tokenizer: {plan.tokenizer}'s; vocabulary: {plan.n_rows} rows in every donor{listed}")
     for name, (mode, n_samples) in plan.datasets.items():
-        print(f"{name}: {mode}, {n_samples} samples")
+        print(f"{name}: {mode}, {n_samples} samples{_likely_error(mode, n_samples)}")
+    if any(mode in BOUNDED for mode, _ in plan.datasets.values()):
+        print(
+            "these errors are assumed, not measured: scores spread by half the range between the donors; where donors "
+            "are nearer to each other, errors are larger"
+        )
     few = ", which is too little" if plan.memory_limit < plan.memory_bytes else ""
     dtype = str(plan.dtype).removeprefix("torch.")
     print(
@@ -164,13 +59,41 @@ def print_plan(plan: Estimate, as_json: bool) -> None:
     print(
         f"time: about {timedelta(seconds=math.ceil(plan.seconds))} at the {plan.flop_per_s / 1e9:.0f} GFLOP/s that a "
         "trial product reached (an estimate: decoding and everything but matrix products add to it, racing and equal "
-        "donors reduce it)"
+        f"donors reduce it); {timedelta(seconds=math.ceil(plan.scoring_s))} of it for what is scored besides"
     )
+    if plan.faster_dtype is not None:
+        faster, times = plan.faster_dtype
+        print(
+            f"{faster} products are {times:.1f} times faster than {dtype} here; dtype: {faster} may be faster, but "
+            "decoding, which is small products, may not: try it"
+        )
     there = " (exists: --overwrite or --resume will be needed)" if plan.output_dir.exists() else ""
     print(
         f"result: {decimal(plan.n_bytes)} in {plan.output_dir}{there}, {decimal(plan.free_bytes)} free there; "
         "nothing has been written"
     )
+
+
+def _fits(plan: Estimate, budget: Budget) -> str:
+    """How many candidates are tried before the budget is spent."""
+    fitting = f"{plan.n_evaluations} of at most {plan.n_candidates} candidates"
+    if budget.seconds is None:
+        return f"{fitting} fit the budget"
+    limit = timedelta(seconds=math.ceil(budget.seconds))
+    return f"about {fitting} are expected to fit the budget of {limit}, at the rate given with the time below"
+
+
+def _scored_besides(plan: Estimate) -> str:
+    """Which models are scored on which questions, and how many."""
+    besides = [step for step in plan.steps if not step.counts]
+    return ", ".join(f"{step.stage} questions: {step.unit} ({step.n_candidates})" for step in besides)
+
+
+def _likely_error(mode: str, n_samples: int) -> str:
+    if mode not in BOUNDED:
+        return ""
+    now, then = standard_error(n_samples), standard_error(4 * n_samples)
+    return f"; a skill's standard error is about {now:.2g}; {4 * n_samples} would give {then:.2g}"
 
 
 def print_result(result: Result, as_json: bool) -> None:

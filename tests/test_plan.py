@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from olmfast import load_config, run
 from olmfast.errors import InputError
 from olmfast.evaluation.memory import Memory
+from olmfast.evaluation.metrics import standard_error
 from olmfast.evaluation.model import WorkingModel
 from olmfast.observer import Observer
 from olmfast.runs.estimate import estimate
@@ -173,3 +174,107 @@ def test_the_disk_that_is_free_is_told(cfg, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 5, 5))
     with pytest.raises(InputError, match="the result needs"):
         estimate(load_config(cfg))
+
+
+def test_a_plan_counts_to_a_budget_of_evaluations(cfg, olmfast):
+    whole = estimate(load_config(cfg))
+    most, first = whole.n_candidates, whole.stages["base"].n_candidates + whole.stages["boundary"].n_candidates
+    code, out, _ = olmfast("check", cfg, "--set", "budget=5")
+    assert code == 0
+    assert f"5 of at most {most} candidates fit the budget" in out
+    assert "fit the budget" not in olmfast("check", cfg)[1]
+    found = json.loads(olmfast("check", cfg, "--set", "budget=5", "--json")[1])
+    assert (found["budget"], found["evaluations"], found["evaluations_at_most"]) == ({"evaluations": 5}, 5, most)
+    fitting = {name: stage["within_budget"] for name, stage in found["stages"].items()}
+    assert fitting == {"base": 2, "boundary": 2, "layers": 5 - first, "tensors": 0, "svd_es": 0, "norm_es": 0}
+    assert found["flop"] < whole.flop
+    roomy = json.loads(olmfast("check", cfg, "--set", f"budget={most + 1}", "--json")[1])
+    assert (roomy["evaluations"], roomy["flop"]) == (most, whole.flop)
+
+
+def test_modules_are_refined_in_turn_so_a_budget_cuts_after_some_of_them(cfg):
+    config = load_config(cfg)
+    stages = estimate(config).stages
+    before = sum(stages[name].n_candidates for name in ("base", "boundary", "layers"))
+    per_module = sum(stages[name].n_candidates for name in ("tensors", "svd_es", "norm_es")) / 16
+    fitting = estimate(load_config(cfg, {"budget": before + 4 * int(per_module)})).within_budget
+    assert min(fitting["tensors"], fitting["svd_es"], fitting["norm_es"]) > 0
+    assert all(fitting[name] < stages[name].n_candidates for name in ("tensors", "svd_es", "norm_es"))
+
+
+def test_a_plan_says_how_many_evaluations_a_budget_of_time_is_expected_to_pay_for(cfg, olmfast, monkeypatch):
+    monkeypatch.setattr("olmfast.runs.estimate.product_rate", lambda *_: 1e6)
+    whole = estimate(load_config(cfg))
+    short = estimate(load_config(cfg, {"budget": {"seconds": whole.seconds / 2}}))
+    assert 0 < short.n_evaluations < whole.n_candidates
+    # What follows the search is not limited; the last evaluation that fits is a whole one.
+    assert whole.seconds / 2 - 1 < short.seconds <= whole.seconds / 2 + whole.scoring_s
+    assert estimate(load_config(cfg, {"budget": "1d"})).n_evaluations == whole.n_candidates
+    out = olmfast("check", cfg, "--set", "budget=1m")[1]
+    assert "about " in out
+    assert "are expected to fit the budget of 0:01:00" in out
+
+
+def test_scoring_that_is_no_search_is_part_of_the_estimate_and_listed(cfg, olmfast):
+    out = olmfast("check", cfg)[1]
+    besides = "held-out questions: donors (2), selection questions: result (2), held-out questions: result (2)"
+    assert besides in out
+    alone = estimate(load_config(edit(cfg, holdout=None)))
+    assert [step.stage for step in alone.steps if not step.counts] == ["selection"]
+    assert 0 < alone.scoring_s < alone.seconds
+
+
+@pytest.mark.parametrize(("n", "error"), [(50, 0.0707), (200, 0.0354), (10, 0.158)])
+def test_the_likely_standard_error_is_half_a_range_by_the_root_of_the_questions(n, error):
+    assert standard_error(n) == pytest.approx(error, rel=0.01)
+
+
+def test_a_plan_says_what_so_many_questions_can_tell(cfg, olmfast):
+    out = olmfast(
+        "check", edit(cfg, dataset={"sums.json": {"mode": "exact_match"}, "more.json": {"mode": "perplexity"}})
+    )[1]
+    assert "sums.json: exact_match, 6 samples; a skill's standard error is about 0.2; 24 would give 0.1" in out
+    assert "more.json: perplexity, 6 samples\n" in out
+    assert "assumed, not measured" in out
+    found = json.loads(olmfast("check", cfg, "--json")[1])["datasets"]
+    assert found["sums.json"]["standard_error"] == pytest.approx(0.204, abs=0.001)
+    assert "standard_error" not in found["more.json"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rates", "told"),
+    [
+        ("float32", {"float32": 1e9, "bfloat16": 6.1e9}, "bfloat16 products are 6.1 times faster than float32 here; "),
+        ("bfloat16", {"float32": 3e9, "bfloat16": 1e9}, "float32 products are 3.0 times faster than bfloat16 here; "),
+        ("float32", {"float32": 1e9, "bfloat16": 1.2e9}, None),
+    ],
+)
+def test_a_plan_says_when_products_are_much_faster_in_another_dtype(cfg, olmfast, monkeypatch, chosen, rates, told):
+    rate = "olmfast.runs.estimate.product_rate"
+    monkeypatch.setattr(rate, lambda *measured: rates[str(measured[-1]).removeprefix("torch.")])
+    out = olmfast("check", cfg, "--dtype", chosen)[1]
+    said = [line for line in out.splitlines() if "times faster" in line]
+    assert said == ([] if told is None else [line for line in said if line.startswith(told) and "try it" in line])
+    assert bool(said) == bool(told)
+    assert json.loads(olmfast("check", cfg, "--dtype", chosen, "--json")[1])["flop_per_s_by_dtype"] == rates
+
+
+def test_check_takes_the_overrides_of_a_run(cfg, olmfast):
+    changed = olmfast("check", cfg, "--set", "samples=3", "--set", "budget=4", "--dtype", "float64", "--device", "cpu")
+    assert changed[0] == 0
+    assert "sums.json: exact_match, 3 samples" in changed[1]
+    assert "on cpu in float64" in changed[1]
+    dry = olmfast("run", cfg, "--dry-run", "--set", "samples=3", "--set", "budget=4", "--dtype", "float64", "--json")
+    same = olmfast("check", cfg, "--set", "samples=3", "--set", "budget=4", "--dtype", "float64", "--json")
+    measured = {"flop_per_s", "flop_per_s_by_dtype", "estimated_s", "estimated_scoring_s", "memory_bytes", "free_bytes"}
+    plans = [{k: v for k, v in json.loads(out).items() if k not in measured} for _, out, _ in (dry, same)]
+    assert plans[0] == plans[1]
+    for arguments in (("--set", "sampels=3"), ("--device", "cuda:77"), ("--seed", "-1")):
+        assert olmfast("check", cfg, *arguments)[0] == 2
+    merge = cfg.with_name("merge.yml")
+    merge.write_text(
+        f"merge_method: linear\nmodels: [{{model: {cfg.parent}/models/donor0, parameters: {{weight: 1}}}}]\n"
+    )
+    assert olmfast("check", merge)[0] == 0
+    code, _, error = olmfast("check", merge, "--seed", "3")
+    assert (code, "is a merge file, whose keys are not overridden here, got seed" in error) == (2, True)

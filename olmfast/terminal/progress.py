@@ -113,8 +113,8 @@ class Lines(Watcher):
 class Bars(Watcher):
     """A live bar with stage, unit, candidate, best so far and the time left."""
 
-    def __init__(self, verbose: bool) -> None:
-        super().__init__()
+    def __init__(self, verbose: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(clock)
         self.console = Console(stderr=True)
         self.verbose = verbose
         self.progress = Progress(

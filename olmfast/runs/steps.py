@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from olmfast.config.run import RunConfig
+from olmfast.config.run import Budget, RunConfig
 from olmfast.evaluation.encoding import Dataset
 from olmfast.evaluation.tasks import Task
 from olmfast.runs.inputs import Inputs
@@ -123,19 +123,18 @@ def plan_steps(config: RunConfig, inputs: Inputs) -> list[PlannedStep]:
         one = Stage(((unit, n),), current_is_scored=stage == "base")
         passes = one.n_scored if config.scorer == "sequential" else one.model_passes(n_blocks)
         steps.append(PlannedStep(stage, unit.name, n, operations.count(passes, one.n_scored, judged)))
-    for stage, work in ((SELECTION, judged), (HELD_OUT, held_out)):
+    for stage, work, like in ((SELECTION, judged, "base"), (HELD_OUT, held_out, HELD_OUT)):
         if work.tokens:
-            steps.append(
-                PlannedStep(stage, CLOSING, n_closing, operations.count(n_closing, n_closing, work), counts=False)
-            )
+            closing = operations.count(n_closing, n_closing, work)
+            steps.append(PlannedStep(stage, CLOSING, n_closing, closing, counts=False, like=like))
     return steps
 
 
 def schedule(config: RunConfig, inputs: Inputs, done: int, spent_s: float) -> Schedule:
-    """The steps of a run that `done` evaluations and `spent_s` seconds of its budget are gone of."""
-    budget = config.budget
-    seconds = None if budget is None or budget.seconds is None else budget.seconds - spent_s
-    return Schedule(tuple(plan_steps(config, inputs)), done, budget and budget.evaluations, seconds)
+    """The steps of a run, after `done` evaluations and `spent_s` seconds of earlier sessions."""
+    budget = config.budget or Budget()
+    seconds = None if budget.seconds is None else budget.seconds - spent_s
+    return Schedule(tuple(plan_steps(config, inputs)), done, budget.evaluations, seconds)
 
 
 def _decisions(config: RunConfig, pool: Pool) -> Iterator[tuple[str, Unit, int]]:

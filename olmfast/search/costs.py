@@ -14,7 +14,8 @@ DECAY = 0.8  # how much a step tells of its kind's cost, against the step after 
 class PlannedStep:
     """A step that a run takes at most: its candidates, and the work of scoring them all, in one unit for all steps.
 
-    `counts`: its candidates are evaluations of the search, which a budget limits; closing tables are not.
+    `counts`: its candidates are evaluations of the search, which a budget limits; closing tables are not. `like`: the
+    stage whose costs it has, where that is not its own.
     """
 
     stage: str
@@ -22,6 +23,12 @@ class PlannedStep:
     n_candidates: int
     work: float
     counts: bool = True
+    like: str = ""
+
+    @property
+    def kind(self) -> str:
+        """What steps are told apart by where their costs are learnt."""
+        return self.like or self.stage
 
     def limited_to(self, n_candidates: int) -> PlannedStep:
         """The same step with fewer candidates, and as much less work."""
@@ -148,14 +155,14 @@ class Forecast:
         """The step is over, if one was going on."""
         now = self.clock()
         for step in self._current:
-            self.costs.add(step.stage, step.work, now - self._since)
+            self.costs.add(step.kind, step.work, now - self._since)
             self._since = now
         self._done += evaluations(self._current)
         self._current = ()
         self._labels.clear()
 
     def _expected(self, steps: Iterable[PlannedStep]) -> list[float]:
-        return [self.costs.expected_s(step.stage, step.work) for step in steps]
+        return [self.costs.expected_s(step.kind, step.work) for step in steps]
 
     def _take(self, stage: str, unit: str, n_candidates: int | None) -> PlannedStep:
         """Take a step out of those planned; it may have fewer candidates, come in another order, or come unplanned."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -173,8 +174,8 @@ class Bars(Watcher):
         """A line above the bar."""
         self.console.print(text, highlight=False, markup=False)
 
-    def _show(self, **fields: str) -> None:
-        self.progress.update(self.task, completed=self.forecast.done, total=self.forecast.total or None, **fields)
+    def _show(self, **changes: Any) -> None:
+        self.progress.update(self.task, completed=self.forecast.done, total=self.forecast.total or None, **changes)
 
 
 class TimeLeft(ProgressColumn):

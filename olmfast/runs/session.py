@@ -21,7 +21,7 @@ from olmfast.runs.card import write_card
 from olmfast.runs.folder import RunFolder
 from olmfast.runs.inputs import Inputs
 from olmfast.runs.scoreboard import AVERAGE, RESULT, START, Scoreboard, plain_average
-from olmfast.runs.steps import CLOSING, DONORS, HELD_OUT, SELECTION, schedule
+from olmfast.runs.steps import CLOSING, HELD_OUT, SELECTION, schedule
 from olmfast.search.acceptance import Scale
 from olmfast.search.candidates import score_donors, swap
 from olmfast.search.crossfit import CrossFit
@@ -238,7 +238,11 @@ class Session:
         recipe = self.record.result or self.search.recipe
         average = {AVERAGE: plain_average(recipe.base, self.selection.donors, pool)} if len(pool) > 1 else {}
         rows: dict[str, Recipe | None] = {**average, **self._start(), RESULT: recipe}
-        for board, questions in ((self.selection, self.inputs.selection), (self.holdout, self.inputs.holdout)):
+        closing = (
+            (SELECTION, self.selection, self.inputs.selection),
+            (HELD_OUT, self.holdout, self.inputs.holdout),
+        )
+        for stage, board, questions in closing:
             if questions.datasets and board.rows:  # without the donors' scores there is no scale
                 self.observer.step(stage, CLOSING, len(rows))
                 board.score(self._scorer(questions), rows, list(questions.datasets), pool)

@@ -10,7 +10,9 @@ from olmfast.config.run import Budget, RunConfig
 from olmfast.evaluation.encoding import Dataset
 from olmfast.evaluation.tasks import Task
 from olmfast.runs.inputs import Inputs
+from olmfast.search.coefficients import joint_steps
 from olmfast.search.costs import PlannedStep, Schedule
+from olmfast.search.joint import N_STARTS
 from olmfast.search.units import STAGES, units_of
 from olmfast.weights.architecture import Unit
 from olmfast.weights.offspring import offspring_count
@@ -114,10 +116,11 @@ def plan_steps(config: RunConfig, inputs: Inputs) -> list[PlannedStep]:
     context, n_blocks = pool.architecture.context, pool.architecture.n_blocks
     judged, held_out = (Work.of(some.datasets.values(), context) for some in (inputs.selection, inputs.holdout))
     operations = Operations.of(config, pool)
-    n_closing = 1 + (len(pool) > 1)  # the result and the plain average
+    n_donors = len(config.models)
+    n_closing = 1 + (n_donors > 1) + config.is_joint  # the result, the plain average, the start
     steps = []
     if held_out.tokens:
-        n = len(pool)
+        n = n_donors
         steps.append(PlannedStep(HELD_OUT, DONORS, n, operations.count(n, n, held_out), counts=False))
     for stage, unit, n in _decisions(config, pool):
         one = Stage(((unit, n),), current_is_scored=stage == "base")
@@ -130,7 +133,7 @@ def plan_steps(config: RunConfig, inputs: Inputs) -> list[PlannedStep]:
     return steps
 
 
-def schedule(config: RunConfig, inputs: Inputs, done: int, spent_s: float) -> Schedule:
+def schedule(config: RunConfig, inputs: Inputs, done: float, spent_s: float) -> Schedule:
     """The steps of a run, after `done` evaluations and `spent_s` seconds of earlier sessions."""
     budget = config.budget or Budget()
     seconds = None if budget.seconds is None else budget.seconds - spent_s
@@ -144,7 +147,13 @@ def _decisions(config: RunConfig, pool: Pool) -> Iterator[tuple[str, Unit, int]]
     n_ways = sum(max(1, len(kind.values)) for kind in config.candidates)
     # As long as whole units are swapped, the coarser before the finer, the current values are one of the donors'.
     swaps_only = n_ways == 1 and config.candidates[0].method == "swap" and not config.scales
-    yield "base", architecture.model_unit(tensors), len(pool)
+    n_donors = len(config.models)
+    yield "base", architecture.model_unit(tensors), n_donors
+    if config.is_joint:
+        whole = architecture.model_unit(tensors)
+        yield "start", whole, 1 + N_STARTS + (config.start is not None)
+        for stage, unit, count in joint_steps(n_donors, architecture, tensors):
+            yield stage, unit, count
     for index, scale in enumerate(config.walk):
         per_part = 1 + (n - (swaps_only or index == 0)) * n_ways
         for unit in units_of(scale, config, architecture, tensors):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -17,7 +18,7 @@ from olmfast.evaluation.slopes import needs_texts
 from olmfast.search.crossfit import CrossFit
 from olmfast.search.halves import Indices
 from olmfast.search.loop import GRADIENT, Search, Step, Trained
-from olmfast.weights.architecture import Unit
+from olmfast.weights.architecture import Architecture, Unit
 from olmfast.weights.coefficients import TaskVectors
 from olmfast.weights.draws import normal
 from olmfast.weights.expressions import Copy, whole
@@ -212,6 +213,20 @@ class Coefficients:
         named = [(depth.get(name, ""), kind.get(name, "")) for name in tensors]
         known = {group: index for index, group in enumerate(dict.fromkeys(named))}
         return torch.tensor([known[group] for group in named])
+
+
+def joint_steps(n_donors: int, architecture: Architecture, tensors: Sequence[str]) -> Iterator[tuple[str, Unit, int]]:
+    """Stage, unit and about how many evaluations each move of a round takes, in order."""
+    whole = architecture.model_unit(tensors)
+    for grain, steps in GRAINS.items():
+        # Each half of two may have a third of its questions in a batch, and the candidates are two evaluations.
+        yield "gradient", replace(whole, name=grain), max(1, round(GRADIENT * steps / 3)) + 2
+    population = 4 + int(3 * math.log(n_donors))
+    for _ in range(2 * GENERATIONS):
+        yield "evolution", replace(whole, name="model"), max(1, population // 2)
+    yield "evolution", replace(whole, name="model"), 2
+    for block in range(architecture.n_blocks):
+        yield "moves", architecture.window_unit(tensors, [block]), 1 + len(SINGLE_MOVES) * n_donors
 
 
 def _known(score: float | None) -> float:

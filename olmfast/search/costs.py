@@ -44,15 +44,15 @@ class Schedule:
     """
 
     steps: tuple[PlannedStep, ...]
-    done: int = 0
+    done: float = 0
     evaluations: int | None = None
     seconds: float | None = None
 
 
-def within(steps: Iterable[PlannedStep], n_evaluations: int) -> Iterator[PlannedStep]:
+def within(steps: Iterable[PlannedStep], n_evaluations: float) -> Iterator[PlannedStep]:
     """The first steps of so many evaluations, the last of them in part; and every step that does not count."""
     for step in steps:
-        taken = min(step.n_candidates, n_evaluations) if step.counts else step.n_candidates
+        taken = min(step.n_candidates, int(n_evaluations)) if step.counts else step.n_candidates
         n_evaluations -= taken if step.counts else 0
         if taken:
             yield step.limited_to(taken)
@@ -111,12 +111,12 @@ class Forecast:
         self._labels: set[str] = set()
 
     @property
-    def done(self) -> int:
+    def done(self) -> float:
         """Evaluations done, of earlier sessions too."""
         return self._done + (len(self._labels) if evaluations(self._current) else 0)
 
     @property
-    def total(self) -> int:
+    def total(self) -> float:
         """Evaluations of the whole run: those done, and those of the plan that the budget pays for."""
         n = self._done + evaluations([*self._current, *self._rest])
         limit = self.schedule.evaluations

@@ -26,6 +26,7 @@ SCALES_OF_SUM = (0.3, 0.5, 0.7, 1.0)
 # and from which ratio on they are not (arXiv 2608.17366).
 RESTORED, RESTORED_UNEVEN, UNEVEN = 1.15, 0.5, 3.0
 DENSITY = 0.5  # of TIES and DARE
+N_STARTS = len(SCALES_OF_SUM) + 4  # average, restored mean, TIES, DARE-TIES
 
 
 @dataclass

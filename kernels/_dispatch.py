@@ -38,9 +38,9 @@ def use_triton(
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"{where}: impl is {impl!r}; use 'auto', 'triton' or 'torch'")
     tensors = list(tensors)
-    devices = sorted({str(tensor.device) for tensor in tensors})
+    devices = {tensor.device for tensor in tensors}
     if len(devices) > 1:
-        raise ValueError(f"{where}: the tensors are on different devices: {', '.join(devices)}")
+        raise ValueError(f"{where}: the tensors are on different devices: {', '.join(sorted(map(str, devices)))}")
     if impl == "torch":
         return False
     reason = _obstacle(tensors[0].device, tensors, dtypes, mixed)
@@ -114,7 +114,9 @@ def fitting(tiles: Sequence[Tile], device: torch.device, element_size: int) -> T
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device: make it the tensor's own."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 class LazyKernel:
@@ -144,9 +146,10 @@ class LazyKernel:
         raise TypeError(f"{self.function.__name__} is a Triton function; launch it with [grid]")
 
 
-def pointers(tensors: Sequence[Tensor]) -> Tensor:
-    """Their addresses (n,) int64, on their device: how a kernel takes any number of inputs."""
-    return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64).to(tensors[0].device)
+def sent(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """They (n,) int64 on a device, without waiting for it."""
+    on_cuda = device.type == "cuda"
+    return torch.tensor(numbers, dtype=torch.int64, pin_memory=on_cuda).to(device, non_blocking=True)
 
 
 def ceil_div(n: int, block: int) -> int:

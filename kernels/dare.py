@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 MASK32, MULTIPLY_A, MULTIPLY_B = 0xFFFFFFFF, 0x7FEB352D, 0x846CA68B
-BLOCK = 1024
+BLOCK, N_WARPS = 4096, 8  # sixteen masks a thread: one store
 N_CHUNK = 1 << 17
 # Elements that share a pair of keys: the counter within them has 32 bits.
 PAGE = 1 << 32
@@ -109,13 +109,15 @@ def _dare_round(x):
 # Everything that varies per call comes as a plain int32: one compiled kernel serves all seeds.
 @partial(LazyKernel, plain=("first_index", "key_a", "key_b", "limit"))
 def _dare_mask_kernel(out_ptr, n_values, first_index, key_a, key_b, limit, BLOCK: tl.constexpr):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = (offs + first_index).to(tl.uint32)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offs = tl.arange(0, BLOCK)
+    # Counters have 32 bits: they are added to in 32.
+    x = offs.to(tl.uint32) + (start + first_index).to(tl.uint32)
     x = _dare_round((x ^ key_a).to(tl.uint32))
     x = _dare_round((x ^ key_b).to(tl.uint32))
     # Unsigned comparison: both sides with the top bit turned.
     kept = (x ^ 0x80000000).to(tl.int32, bitcast=True) < limit
-    tl.store(out_ptr + offs, kept.to(tl.int8), mask=offs < n_values)
+    tl.store(out_ptr + start + offs, kept.to(tl.int8), mask=offs < n_values - start)
 
 
 def dare_mask(
@@ -165,7 +167,7 @@ def dare_mask(
             plain = [_signed(number) for number in (first_index, *keys)]
             with on_device(out):
                 _dare_mask_kernel[(ceil_div(piece.numel(), BLOCK),)](
-                    piece.view(torch.int8), piece.numel(), *plain, limit - (1 << 31), BLOCK=BLOCK
+                    piece.view(torch.int8), piece.numel(), *plain, limit - (1 << 31), BLOCK=BLOCK, num_warps=N_WARPS
                 )
         else:
             dare_mask_ref(first_index, keys, limit, piece)

@@ -28,7 +28,7 @@ from olmfast.kernels._dispatch import (
 if TYPE_CHECKING:
     import triton.language as tl
 
-BLOCK_ROWS, BLOCK_COLS = 8, 512
+BLOCK_ROWS, BLOCK_COLS, N_WARPS = 4, 1024, 4
 # Values handled at a time on a CPU: the float32 copy of the weight stays in the cache.
 N_CHUNK = 1 << 20
 
@@ -116,5 +116,5 @@ def _launch(weight: Tensor, log_scale: Tensor, axis: int, out: Tensor) -> None:
         _row_scale_kernel[(ceil_div(rows, BLOCK_ROWS), ceil_div(cols, BLOCK_COLS))](
             weight, log_scale, out, rows, cols, out.shape[0],
             *weight.stride(), *log_scale.stride(), *out.stride(),
-            AXIS=axis, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLS=BLOCK_COLS, num_warps=4,
+            AXIS=axis, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLS=BLOCK_COLS, num_warps=N_WARPS,
         )  # fmt: skip

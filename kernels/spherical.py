@@ -12,6 +12,7 @@ Source: Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985.
 
 from __future__ import annotations
 
+from struct import pack, unpack
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,13 +27,13 @@ from olmfast.kernels._dispatch import (
     prepare_out,
     use_triton,
 )
-from olmfast.kernels.summing import launch_weighted_sum, weighted_sum_ref
+from olmfast.kernels.summing import weighted_sum_ref
 
 if TYPE_CHECKING:
     import triton.language as tl
 
 EPSILON, PARALLEL = 1e-8, 0.9995
-BLOCK, BLOCKS_PER_PROGRAM = 2048, 8
+BLOCK, BLOCKS_PER_PROGRAM, N_WARPS = 4096, 4, 8
 N_CHUNK = 1 << 18
 
 
@@ -61,11 +62,11 @@ def coefficients(products: Tensor, t: float) -> Tensor:
 def _products_kernel(a_ptr, b_ptr, part_ptr, n_values, BLOCK: tl.constexpr, BLOCKS_PER_PROGRAM: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * (BLOCK * BLOCKS_PER_PROGRAM)
     aa, bb, ab = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for i in range(BLOCKS_PER_PROGRAM):
-        offs = start + i * BLOCK + tl.arange(0, BLOCK)
-        mask = offs < n_values
-        a = tl.load(a_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(b_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    for i in tl.static_range(BLOCKS_PER_PROGRAM):
+        offs = i * BLOCK + tl.arange(0, BLOCK)
+        mask = offs < n_values - start
+        a = tl.load(a_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(b_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
         aa += a * a
         bb += b * b
         ab += a * b
@@ -75,14 +76,66 @@ def _products_kernel(a_ptr, b_ptr, part_ptr, n_values, BLOCK: tl.constexpr, BLOC
     tl.store(at + 2, tl.sum(ab, axis=0))
 
 
-def _products(a: Tensor, b: Tensor) -> Tensor:
-    n_programs = ceil_div(a.numel(), BLOCK * BLOCKS_PER_PROGRAM)
-    parts = torch.empty((n_programs, 3), dtype=torch.float32, device=a.device)
+@LazyKernel
+def _coefficients_kernel(part_ptr, out_ptr, n_parts, t, EPSILON: tl.constexpr, PARALLEL: tl.constexpr,
+                         BLOCK: tl.constexpr):  # fmt: skip
+    # `coefficients` in one program; t comes as (t in float32, what is left of it).
+    offs = tl.arange(0, BLOCK)
+    aa, bb, ab = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, n_parts, BLOCK):
+        at, mask = part_ptr + (start + offs) * 3, start + offs < n_parts
+        aa += tl.load(at, mask=mask, other=0.0).to(tl.float64)
+        bb += tl.load(at + 1, mask=mask, other=0.0).to(tl.float64)
+        ab += tl.load(at + 2, mask=mask, other=0.0).to(tl.float64)
+    # Four equal values: what is computed with one is computed with a tensor.
+    zeros = tl.zeros((4,), tl.float64)
+    length_a, length_b = tl.sqrt(zeros + tl.sum(aa, axis=0)), tl.sqrt(zeros + tl.sum(bb, axis=0))
+    cos = (zeros + tl.sum(ab, axis=0)) / (tl.maximum(length_a, EPSILON) * tl.maximum(length_b, EPSILON))
+    parallel = tl.abs(cos) > PARALLEL
+    x = tl.where(parallel, 0.0, cos)
+    # arccos: Abramowitz and Stegun 4.4.45 (to 7e-5), then Newton's steps on cos(theta) = x.
+    y = tl.abs(x)
+    theta = tl.sqrt(1.0 - y) * (1.5707288 + y * (-0.2121144 + y * (0.0742610 - 0.0187293 * y)))
+    theta = tl.where(x < 0, 3.141592653589793 - theta, theta)
+    for _ in tl.static_range(3):
+        theta += (tl.cos(theta) - x) / tl.sin(theta)
+    wide = zeros + t[0] + t[1]
+    part = tl.where(tl.arange(0, 4) == 0, 1.0 - wide, wide)
+    factor = tl.where(parallel, part, tl.sin(part * theta) / tl.sin(theta))
+    tl.store(out_ptr + tl.arange(0, 4), factor.to(tl.float32), mask=tl.arange(0, 4) < 2)
+
+
+@LazyKernel
+def _arc_kernel(a_ptr, b_ptr, factor_ptr, out_ptr, n_values, BLOCK: tl.constexpr):
+    # From the end: what the products read last is still in the L2 cache.
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * BLOCK
+    offs = tl.arange(0, BLOCK)
+    mask = offs < n_values - start
+    a = tl.load(a_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(b_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
+    total = a * tl.load(factor_ptr) + b * tl.load(factor_ptr + 1)
+    tl.store(out_ptr + start + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch(a: Tensor, b: Tensor, t: float, out: Tensor) -> None:
+    n_values = a.numel()
+    n_programs = ceil_div(n_values, BLOCK * BLOCKS_PER_PROGRAM)
+    memory = torch.empty(4 + 3 * n_programs, dtype=torch.float32, device=a.device)
+    factors, parts = memory[:2], memory[4:]
+    high = _float32(t)
     with on_device(a):
         _products_kernel[(n_programs,)](
-            a, b, parts, a.numel(), BLOCK=BLOCK, BLOCKS_PER_PROGRAM=BLOCKS_PER_PROGRAM, num_warps=8
+            a, b, parts, n_values, BLOCK=BLOCK, BLOCKS_PER_PROGRAM=BLOCKS_PER_PROGRAM, num_warps=N_WARPS
         )
-    return parts.sum(dim=0, dtype=torch.float64)
+        _coefficients_kernel[(1,)](
+            parts, factors, n_programs, (high, t - high), EPSILON=EPSILON, PARALLEL=PARALLEL, BLOCK=1024, num_warps=4
+        )
+        _arc_kernel[(ceil_div(n_values, BLOCK),)](a, b, factors, out, n_values, BLOCK=BLOCK, num_warps=N_WARPS)
+
+
+def _float32(x: float) -> float:
+    """The nearest number of 32 bits."""
+    return float(unpack("f", pack("f", x))[0])
 
 
 def slerp(a: Tensor, b: Tensor, t: float, *, out: Tensor | None = None, impl: str = "auto") -> Tensor:
@@ -106,7 +159,7 @@ def slerp(a: Tensor, b: Tensor, t: float, *, out: Tensor | None = None, impl: st
     if not a.numel():
         return out
     if triton:
-        launch_weighted_sum((a, b), coefficients(_products(a, b), t).to(torch.float32), 1.0, target)
+        _launch(a, b, float(t), target)
     else:
         weighted_sum_ref((a, b), coefficients(products_ref(a, b), t).tolist(), 1.0, target)
     return out if target is out else out.copy_(target)

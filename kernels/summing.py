@@ -20,7 +20,6 @@ from olmfast.kernels._dispatch import (
     check_alike,
     compute_dtype,
     on_device,
-    pointers,
     prepare_out,
     use_triton,
 )
@@ -28,7 +27,7 @@ from olmfast.kernels._dispatch import (
 if TYPE_CHECKING:
     import triton.language as tl
 
-BLOCK = 2048
+BLOCK, N_WARPS = 4096, 8
 # Values summed at a time on a CPU: the float32 sum stays in the cache.
 N_CHUNK = 1 << 20
 
@@ -54,27 +53,27 @@ def weighted_sum_ref(tensors: Sequence[Tensor], weights: Sequence[float], diviso
 
 
 @LazyKernel
-def _weighted_sum_kernel(table_ptr, weight_ptr, out_ptr, n_values, n_tensors, divisor, BLOCK: tl.constexpr):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < n_values
+def _weighted_sum_kernel(x_ptrs, weights, out_ptr, n_values, divisor, DIVIDES: tl.constexpr, BLOCK: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offs = tl.arange(0, BLOCK)
+    mask = offs < n_values - start
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for i in range(n_tensors):
-        x_ptr = tl.load(table_ptr + i).to(tl.pointer_type(out_ptr.dtype.element_ty))
-        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        total += x * tl.load(weight_ptr + i)
-    tl.store(out_ptr + offs, (total / divisor).to(out_ptr.dtype.element_ty), mask=mask)
+    for i in tl.static_range(len(x_ptrs)):
+        x = tl.load(x_ptrs[i] + start + offs, mask=mask, other=0.0).to(tl.float32)
+        total += x * weights[i]
+    if DIVIDES:
+        total /= divisor
+    tl.store(out_ptr + start + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def launch_weighted_sum(tensors: Sequence[Tensor], weights: Tensor, divisor: float, out: Tensor) -> Tensor:
-    """The kernel on contiguous tensors of one dtype; `weights` (n,) float32 on their device."""
-    if not out.numel():
-        return out
-    table = pointers(tensors)
-    with on_device(out):
-        _weighted_sum_kernel[(ceil_div(out.numel(), BLOCK),)](
-            table, weights, out, out.numel(), len(tensors), divisor, BLOCK=BLOCK, num_warps=8
-        )
-    return out
+def _launch(tensors: Sequence[Tensor], weights: Sequence[float], divisor: float, out: Tensor) -> None:
+    """The kernel on contiguous tensors of one dtype."""
+    if out.numel():
+        with on_device(out):
+            _weighted_sum_kernel[(ceil_div(out.numel(), BLOCK),)](
+                tuple(tensors), tuple(weights), out, out.numel(), divisor,
+                DIVIDES=divisor != 1.0, BLOCK=BLOCK, num_warps=N_WARPS,
+            )  # fmt: skip
 
 
 def weighted_sum(
@@ -114,7 +113,7 @@ def weighted_sum(
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     tensors = [tensor.contiguous() for tensor in tensors]
     if triton:
-        launch_weighted_sum(tensors, factors.to(first.device, torch.float32), divisor, target)
+        _launch(tensors, factors.tolist(), divisor, target)
     else:
         weighted_sum_ref(tensors, factors.tolist(), divisor, target)
     return out if target is out else out.copy_(target)

@@ -9,17 +9,19 @@
     out = round(base + scale * m)
 
 Shapes: n tensors of one shape, base of that shape -> one of that shape. float32, one rounding.
-The threshold is exact and found without a sort: |delta| orders like its bit pattern. On a GPU a histogram of
-the high bits says in which bin the k-th largest lies, and one of the next bits of that bin's members goes on
-from there (deltas of bfloat16 have 15 bits, all others 31). On a CPU see `magnitudes`.
-Bytes: inputs once per pass (GPU: 3 or 2 digits, one count of equals, the merge; CPU: one and the merge), the
-result once: bound by memory.
+The threshold is exact and found without a sort: |delta| orders like its bit pattern. On a GPU a sample says between
+which bounds the k-th largest lies; a histogram of what lies between says in which bin, and one of that bin's members
+goes on from there. On a CPU see `magnitudes`.
+Bytes: inputs once per pass (GPU: mostly two, one more to count equals where not all of them are kept, and the merge;
+CPU: one and the merge), the result once: bound by memory.
 Source: Yadav et al., "TIES-Merging", arXiv 2306.01708.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
+from struct import pack, unpack
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -32,8 +34,8 @@ from olmfast.kernels._dispatch import (
     check_float,
     compute_dtype,
     on_device,
-    pointers,
     prepare_out,
+    sent,
     use_triton,
 )
 from olmfast.kernels.magnitudes import EVERYTHING, NOTHING, Keys, Threshold, thresholds
@@ -42,8 +44,13 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 N_CHUNK = 1 << 18  # values handled at a time on a CPU
-# On a GPU: a digit of the radix select has N_BINS values.
-BLOCK, BLOCKS_PER_PROGRAM, N_BINS = 1024, 16, 2048
+# On a GPU: values of a program's step, steps of a program.
+BLOCK, BLOCKS_PER_PROGRAM = 2048, 16
+# A sample of SAMPLE values bounds the threshold, ERRORS standard errors to either side; each pass divides what lies
+# between by 2^BITS. Three end it even where the sample misleads: 31 bits are twice BITS at most. So FEW keys are
+# counted in registers: too many programs would add to the same counters.
+SAMPLE, ERRORS, BITS, N_PASSES, FEW = 8192, 5, 16, 3, 64
+N_BINS = 1 << BITS
 # Sums of weights smaller than this are not divided by.
 TINY = 1e-8
 
@@ -55,11 +62,6 @@ class _Job(NamedTuple):
     base: Tensor | None
     normalize: bool
     scale: float
-
-    @property
-    def halves(self) -> bool:
-        """Whether the low 16 bits of every float32 delta are 0."""
-        return self.base is None and all(tensor.dtype == torch.bfloat16 for tensor in self.tensors)
 
 
 def _delta_ref(job: _Job, i: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
@@ -106,117 +108,246 @@ def ties_merge_ref(job: _Job, out: Tensor) -> Tensor:
 
 
 @LazyKernel
-def _ties_delta(table_ptr, base_ptr, i, offs, mask, HAS_BASE: tl.constexpr):
-    x_ptr = tl.load(table_ptr + i).to(tl.pointer_type(base_ptr.dtype.element_ty))
-    delta = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+def _ties_delta(table_ptr, base_ptr, i, start, offs, mask, HAS_BASE: tl.constexpr, ALIGNED: tl.constexpr):
+    address = tl.load(table_ptr + i * 5)
+    if ALIGNED:
+        # So that sixteen bytes are loaded at once.
+        address = tl.multiple_of(address, 16)
+    x_ptr = address.to(tl.pointer_type(base_ptr.dtype.element_ty))
+    delta = tl.load(x_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
     if HAS_BASE:
-        delta -= tl.load(base_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        delta -= tl.load(base_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
     return delta
 
 
 @LazyKernel
-def _ties_digits_kernel(
-    table_ptr, base_ptr, prefix_ptr, hist_ptr, n_values, HAS_BASE: tl.constexpr, SHIFT: tl.constexpr,
-    WIDTH: tl.constexpr, N_BINS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS_PER_PROGRAM: tl.constexpr,
+def _ties_key(delta):
+    return tl.abs(delta).to(tl.int32, bitcast=True)
+
+
+@LazyKernel
+def _ties_ranked(keys, rank):
+    # The rank-th largest key, bit by bit; 0 for a rank beyond their number.
+    found = 0
+    for bit in range(31):
+        larger = found | (1 << (30 - bit))
+        found = tl.where(tl.sum((keys >= larger).to(tl.int32), axis=0) >= rank, larger, found)
+    return found
+
+
+@LazyKernel
+def _ties_place(state_ptr, i, low, high, quota, split, BITS: tl.constexpr):
+    # What is known of threshold i: its bounds, its shift, how many equal keys are kept, whether that is not all.
+    shift = 0
+    for bit in range(31 - BITS):
+        shift += tl.where(((high - low) >> (BITS + bit)) > 0, 1, 0)
+    at = state_ptr + i * 5
+    tl.store(at, low)
+    tl.store(at + 1, high)
+    tl.store(at + 2, quota)
+    tl.store(at + 3, shift)
+    tl.store(at + 4, split)
+
+
+@LazyKernel
+def _ties_sample_kernel(
+    table_ptr, base_ptr, state_ptr, n_values, HAS_BASE: tl.constexpr, SAMPLE: tl.constexpr, BITS: tl.constexpr
+):
+    i = tl.program_id(0)
+    k, above, below = tl.load(table_ptr + i * 5 + 1), tl.load(table_ptr + i * 5 + 2), tl.load(table_ptr + i * 5 + 3)
+    if k == 0:
+        too_large = tl.full((), 1 << 31, tl.int64)
+        _ties_place(state_ptr, i, too_large, too_large, k, 0, BITS)
+    elif k == n_values:
+        _ties_place(state_ptr, i, tl.full((), -1, tl.int64), tl.full((), -1, tl.int64), k, 0, BITS)
+    else:
+        # One of each `step` values, not always the same one: rows and columns must not come through.
+        place = tl.arange(0, SAMPLE).to(tl.int64)
+        step = tl.maximum(n_values // SAMPLE, 1).to(tl.int64)
+        place = place * step + (place * 40503 >> 4) % step
+        mask = place < n_values
+        keys = _ties_key(_ties_delta(table_ptr, base_ptr, i, 0, place, mask, HAS_BASE, False))
+        keys = tl.where(mask, keys, -1)
+        high = tl.where(above > 0, _ties_ranked(keys, above), 0x7FFFFFFF).to(tl.int64)
+        low = _ties_ranked(keys, below).to(tl.int64)
+        _ties_place(state_ptr, i, low, high, tl.full((), -1, tl.int64), 0, BITS)
+
+
+@LazyKernel
+def _ties_count_kernel(
+    table_ptr, base_ptr, state_ptr, above_ptr, hist_ptr, n_values, HAS_BASE: tl.constexpr, ALIGNED: tl.constexpr,
+    FEW: tl.constexpr, N_BINS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS_PER_PROGRAM: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(1)
-    start = tl.program_id(0).to(tl.int64) * (BLOCK * BLOCKS_PER_PROGRAM)
-    prefix = tl.load(prefix_ptr + i)
-    bins = tl.arange(0, N_BINS)
-    counts = tl.zeros((N_BINS,), dtype=tl.int32)
-    for b in range(BLOCKS_PER_PROGRAM):
-        offs = start + b * BLOCK + tl.arange(0, BLOCK)
-        mask = offs < n_values
-        bits = tl.abs(_ties_delta(table_ptr, base_ptr, i, offs, mask, HAS_BASE)).to(tl.int32, bitcast=True)
-        digits = bits >> SHIFT
-        member = mask & ((digits >> WIDTH).to(tl.int64) == prefix)
-        # Those that do not belong are counted in bin 0 and taken off again.
-        digits = tl.where(member, digits & ((1 << WIDTH) - 1), 0)
-        counts += tl.histogram(digits, N_BINS)
-        counts -= tl.where(bins == 0, BLOCK - tl.sum(member.to(tl.int32), axis=0), 0)
-    # Sums of integers: the order of arrival does not matter.
-    tl.atomic_add(hist_ptr + i * N_BINS + bins, counts.to(tl.int64), mask=counts != 0)
+    if tl.load(state_ptr + i * 5 + 2) < 0:
+        low, high = tl.load(state_ptr + i * 5).to(tl.int32), tl.load(state_ptr + i * 5 + 1).to(tl.int32)
+        shift = tl.load(state_ptr + i * 5 + 3).to(tl.int32)
+        start = tl.program_id(0).to(tl.int64) * (BLOCK * BLOCKS_PER_PROGRAM)
+        offs, bins = tl.arange(0, BLOCK), tl.arange(0, FEW)
+        n_above, counts = tl.zeros((BLOCK,), tl.int32), tl.zeros((FEW,), tl.int32)
+        hist_ptr += i.to(tl.int64) * N_BINS
+        few = high - low < FEW
+        for _ in range(BLOCKS_PER_PROGRAM):
+            mask = offs < n_values - start
+            keys = _ties_key(_ties_delta(table_ptr, base_ptr, i, start, offs, mask, HAS_BASE, ALIGNED))
+            n_above += (mask & (keys > high)).to(tl.int32)
+            member = mask & (keys >= low) & (keys <= high)
+            if few:
+                n_members = tl.sum(member.to(tl.int32), axis=0)
+                if n_members > 0:
+                    # Those that do not belong are counted in bin 0 and taken off again.
+                    counts += tl.histogram(tl.where(member, keys - low, 0), FEW)
+                    counts -= tl.where(bins == 0, BLOCK - n_members, 0)
+            else:
+                one = tl.full((BLOCK,), 1, hist_ptr.dtype.element_ty)
+                tl.atomic_add(hist_ptr + ((keys - low) >> shift), one, mask=member, sem="relaxed")
+            start += BLOCK
+        # Sums of integers: the order of arrival does not matter.
+        if few:
+            tl.atomic_add(hist_ptr + bins, counts.to(hist_ptr.dtype.element_ty), mask=counts != 0, sem="relaxed")
+        tl.atomic_add(above_ptr + i, tl.sum(n_above, axis=0).to(above_ptr.dtype.element_ty), sem="relaxed")
+
+
+@LazyKernel
+def _ties_descend(counts, quota, ROW: tl.constexpr):
+    # The last place with at least `quota` counts from there on; what is left of the quota, and the count there.
+    from_here = tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0) + counts
+    place = tl.sum((from_here >= quota).to(tl.int32), axis=0) - 1
+    there = tl.arange(0, ROW) == place
+    count = tl.sum(tl.where(there, counts, 0), axis=0)
+    return place, quota - (tl.sum(tl.where(there, from_here, 0), axis=0) - count), count
+
+
+@LazyKernel
+def _ties_narrow_kernel(table_ptr, state_ptr, above_ptr, hist_ptr, ROW: tl.constexpr, BITS: tl.constexpr):
+    i = tl.program_id(0)
+    if tl.load(state_ptr + i * 5 + 2) < 0:
+        low, high = tl.load(state_ptr + i * 5), tl.load(state_ptr + i * 5 + 1)
+        shift = tl.load(state_ptr + i * 5 + 3)
+        at = tl.arange(0, ROW)
+        hist_ptr += i.to(tl.int64) * ROW * ROW
+        rows = tl.sum(tl.load(hist_ptr + at[:, None] * ROW + at[None, :]).to(tl.int64), axis=1)
+        quota = tl.load(table_ptr + i * 5 + 1) - tl.load(above_ptr + i).to(tl.int64)
+        unknown = tl.full((), -1, tl.int64)
+        # The sample has misled: the threshold is above or below its bounds.
+        if quota <= 0:
+            _ties_place(state_ptr, i, high + 1, tl.full((), 0x7FFFFFFF, tl.int64), unknown, 0, BITS)
+        elif quota > tl.sum(rows, axis=0):
+            _ties_place(state_ptr, i, tl.full((), 0, tl.int64), low - 1, unknown, 0, BITS)
+        else:
+            row, quota, _n = _ties_descend(rows, quota, ROW)
+            bin, quota, count = _ties_descend(tl.load(hist_ptr + row * ROW + at).to(tl.int64), quota, ROW)
+            low += ((row * ROW + bin).to(tl.int64)) << shift
+            done = shift == 0
+            high = tl.where(done, low, tl.minimum(high, low + ((unknown * 0 + 1) << shift) - 1))
+            split = done & (quota < count)
+            _ties_place(state_ptr, i, low, high, tl.where(done, quota, unknown), split.to(tl.int32), BITS)
 
 
 @LazyKernel
 def _ties_equal_kernel(
-    table_ptr, base_ptr, threshold_ptr, equal_ptr, n_values, HAS_BASE: tl.constexpr, BLOCK: tl.constexpr
-):
-    block, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    offs = block * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < n_values
-    bits = tl.abs(_ties_delta(table_ptr, base_ptr, i, offs, mask, HAS_BASE)).to(tl.int32, bitcast=True)
-    equal = mask & (bits.to(tl.int64) == tl.load(threshold_ptr + i))
-    tl.store(equal_ptr + tl.num_programs(0).to(tl.int64) * i + block, tl.sum(equal.to(tl.int32), axis=0))
+    table_ptr, base_ptr, state_ptr, equal_ptr, n_values, n_blocks, HAS_BASE: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS_PER_PROGRAM: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(1)
+    if tl.load(state_ptr + i * 5 + 4) > 0:
+        threshold = tl.load(state_ptr + i * 5)
+        offs = tl.arange(0, BLOCK)
+        for b in range(BLOCKS_PER_PROGRAM):
+            block = tl.program_id(0) * BLOCKS_PER_PROGRAM + b
+            start = block.to(tl.int64) * BLOCK
+            mask = offs < n_values - start
+            keys = _ties_key(_ties_delta(table_ptr, base_ptr, i, start, offs, mask, HAS_BASE, ALIGNED))
+            count = tl.sum((mask & (keys.to(tl.int64) == threshold)).to(tl.int32), axis=0)
+            tl.store(equal_ptr + i.to(tl.int64) * n_blocks + block, count, mask=block < n_blocks)
 
 
 @LazyKernel
-def _ties_trimmed(table_ptr, base_ptr, trim_ptr, before_ptr, w_ptr, i, offs, mask, HAS_BASE: tl.constexpr):
-    # w_i * delta_i, 0 where trimmed; trim holds (threshold, quota) of each tensor.
-    delta = _ties_delta(table_ptr, base_ptr, i, offs, mask, HAS_BASE)
-    bits = tl.abs(delta).to(tl.int32, bitcast=True).to(tl.int64)
-    threshold, quota = tl.load(trim_ptr + i * 2), tl.load(trim_ptr + i * 2 + 1)
-    before = tl.load(before_ptr + tl.num_programs(0).to(tl.int64) * i + tl.program_id(0))
-    equal = bits == threshold
-    rank = before + tl.cumsum(equal.to(tl.int32), axis=0)
-    kept = (bits > threshold) | (equal & (rank <= quota))
-    return tl.where(kept, delta, 0.0) * tl.load(w_ptr + i)
+def _ties_trimmed(
+    table_ptr, base_ptr, state_ptr, before_ptr, i, start, offs, mask, HAS_BASE: tl.constexpr, ALIGNED: tl.constexpr
+):
+    # w_i * delta_i, 0 where trimmed.
+    delta = _ties_delta(table_ptr, base_ptr, i, start, offs, mask, HAS_BASE, ALIGNED)
+    keys, threshold = _ties_key(delta).to(tl.int64), tl.load(state_ptr + i * 5)
+    kept = keys >= threshold
+    if tl.load(state_ptr + i * 5 + 4) > 0:
+        before = tl.load(before_ptr + tl.num_programs(0).to(tl.int64) * i + tl.program_id(0))
+        equal, quota = keys == threshold, tl.load(state_ptr + i * 5 + 2)
+        rank = before + tl.cumsum(equal.to(tl.int32), axis=0)
+        kept = (keys > threshold) | (equal & (rank <= quota))
+    return tl.where(kept, delta, 0.0) * _ties_weight(table_ptr, i)
+
+
+@LazyKernel
+def _ties_weight(table_ptr, i):
+    return tl.load(table_ptr + i * 5 + 4).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @LazyKernel
 def _ties_merge_kernel(
-    table_ptr, base_ptr, trim_ptr, before_ptr, w_ptr, out_ptr, n_values, n_tensors, scale,
-    HAS_BASE: tl.constexpr, NORMALIZE: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr,
+    table_ptr, base_ptr, state_ptr, before_ptr, out_ptr, n_values, n_tensors, scale,
+    HAS_BASE: tl.constexpr, ALIGNED: tl.constexpr, NORMALIZE: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < n_values
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offs = tl.arange(0, BLOCK)
+    mask = offs < n_values - start
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for i in range(n_tensors):
-        total += _ties_trimmed(table_ptr, base_ptr, trim_ptr, before_ptr, w_ptr, i, offs, mask, HAS_BASE)
+        total += _ties_trimmed(table_ptr, base_ptr, state_ptr, before_ptr, i, start, offs, mask, HAS_BASE, ALIGNED)
     sign = tl.where(total >= 0, 1.0, -1.0)
     merged, divisor = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
     for i in range(n_tensors):
-        part = _ties_trimmed(table_ptr, base_ptr, trim_ptr, before_ptr, w_ptr, i, offs, mask, HAS_BASE)
+        part = _ties_trimmed(table_ptr, base_ptr, state_ptr, before_ptr, i, start, offs, mask, HAS_BASE, ALIGNED)
         agree = part * sign > 0
         merged += tl.where(agree | (part != part), part, 0.0)
-        divisor += tl.where(agree, tl.load(w_ptr + i), 0.0)
+        divisor += tl.where(agree, _ties_weight(table_ptr, i), 0.0)
     if NORMALIZE:
         merged = merged / tl.where(tl.abs(divisor) < TINY, 1.0, divisor)
     merged *= scale
     if HAS_BASE:
-        merged += tl.load(base_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offs, merged.to(out_ptr.dtype.element_ty), mask=mask)
+        merged += tl.load(base_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + start + offs, merged.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _row(tensor: Tensor, k: int, weight: float) -> tuple[int, int, int, int, int]:
+    """What the kernels have to know of a tensor: address, values kept, ranks of the sample, bits of the weight."""
+    n, n_sampled = tensor.numel(), min(tensor.numel(), SAMPLE)
+    rank = k / n * n_sampled
+    width = 0.0 if n == n_sampled else ERRORS * (rank * (1 - k / n)) ** 0.5 + 2
+    return tensor.data_ptr(), k, int(rank - width), ceil(rank + width), unpack("i", pack("f", weight))[0]
 
 
 def _launch(job: _Job, out: Tensor) -> Tensor:
     n, n_values, device = len(job.tensors), out.numel(), out.device
-    table, like = pointers(job.tensors), job.base if job.base is not None else job.tensors[0]
-    has_base = job.base is not None
-    prefix = torch.zeros(n, dtype=torch.int64, device=device)
-    remaining = torch.tensor(job.n_kept, dtype=torch.int64).to(device)
+    rows = [_row(*of_one) for of_one in zip(job.tensors, job.n_kept, job.weights, strict=True)]
+    table, like = sent([number for row in rows for number in row], device), job.base
+    options = {"HAS_BASE": like is not None, "ALIGNED": all(row[0] % 16 == 0 for row in rows)}
+    like = like if like is not None else job.tensors[0]
+    counting = torch.int32 if n_values < 1 << 31 else torch.int64
+    state = torch.empty((n, 5), dtype=torch.int64, device=device)
+    counts = torch.zeros(N_PASSES * n * (N_BINS + 1), dtype=counting, device=device).view(N_PASSES, -1)
     n_blocks = ceil_div(n_values, BLOCK)
+    equal = torch.zeros((n, n_blocks), dtype=torch.int32, device=device)
+    grid = (ceil_div(n_blocks, BLOCKS_PER_PROGRAM), n)
     with on_device(out):
-        for shift, width in ((20, 11), (16, 4)) if job.halves else ((20, 11), (10, 10), (0, 10)):
-            counts = torch.zeros((n, N_BINS), dtype=torch.int64, device=device)
-            _ties_digits_kernel[(ceil_div(n_blocks, BLOCKS_PER_PROGRAM), n)](
-                table, like, prefix, counts, n_values, HAS_BASE=has_base, SHIFT=shift, WIDTH=width,
-                N_BINS=N_BINS, BLOCK=BLOCK, BLOCKS_PER_PROGRAM=BLOCKS_PER_PROGRAM,
+        _ties_sample_kernel[(n,)](
+            table, like, state, n_values, HAS_BASE=options["HAS_BASE"], SAMPLE=SAMPLE, BITS=BITS, num_warps=16
+        )
+        for hist, above in (part.split((n * N_BINS, n)) for part in counts):
+            _ties_count_kernel[grid](
+                table, like, state, above, hist, n_values, **options,
+                FEW=FEW, N_BINS=N_BINS, BLOCK=BLOCK, BLOCKS_PER_PROGRAM=BLOCKS_PER_PROGRAM, num_warps=8,
             )  # fmt: skip
-            from_top = counts.flip(1).cumsum(1)
-            position = (from_top < remaining[:, None]).sum(1, keepdim=True)
-            digit = N_BINS - 1 - position
-            remaining = remaining - (from_top.gather(1, position) - counts.gather(1, digit))[:, 0]
-            prefix = (prefix << width) | digit[:, 0]
-        threshold = prefix << (16 if job.halves else 0)
-        equal = torch.empty((n, n_blocks), dtype=torch.int64, device=device)
-        _ties_equal_kernel[(n_blocks, n)](table, like, threshold, equal, n_values, HAS_BASE=has_base, BLOCK=BLOCK)
-        before = equal.cumsum(1) - equal
-        weights = torch.tensor(job.weights, dtype=torch.float32).to(device)
+            _ties_narrow_kernel[(n,)](table, state, above, hist, ROW=1 << BITS // 2, BITS=BITS, num_warps=16)
+        _ties_equal_kernel[grid](
+            table, like, state, equal, n_values, n_blocks, **options,
+            BLOCK=BLOCK, BLOCKS_PER_PROGRAM=BLOCKS_PER_PROGRAM, num_warps=8,
+        )  # fmt: skip
+        before = equal.cumsum(1, dtype=counting).sub_(equal)
         # Products are rounded before they are summed, as in torch: a fused one could turn an elected sign.
         _ties_merge_kernel[(n_blocks,)](
-            table, like, torch.stack((threshold, remaining), dim=1).contiguous(), before, weights, out,
-            n_values, n, float(job.scale), HAS_BASE=has_base, NORMALIZE=job.normalize, TINY=TINY,
-            BLOCK=BLOCK, enable_fp_fusion=False,
+            table, like, state, before, out, n_values, n, float(job.scale), **options,
+            NORMALIZE=job.normalize, TINY=TINY, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 

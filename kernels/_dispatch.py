@@ -119,6 +119,33 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device)
 
 
+def takes_descriptors(device: torch.device, *tensors: Tensor) -> bool:
+    """Whether Hopper's tensor copies can read these: rows in one piece, all of them on sixteen bytes."""
+    if device.type != "cuda" or torch.version.hip is not None or _capability(device)[0] != 9 or _descriptor() is None:
+        return False
+    return all(
+        tensor.numel() > 0
+        and tensor.stride(-1) == 1
+        and tensor.data_ptr() % 16 == 0
+        and tensor.stride(-2) * tensor.element_size() % 16 == 0
+        for tensor in tensors
+    )
+
+
+@lru_cache(maxsize=1)
+def _descriptor() -> Any:
+    """Triton's class of tensor descriptors; None where this triton has none."""
+    try:
+        return import_module("triton.tools.tensor_descriptor").TensorDescriptor
+    except ImportError:
+        return None
+
+
+def descriptor(tensor: Tensor, block: Sequence[int]) -> Any:
+    """How a kernel reads blocks of a tensor (rows, columns) by tensor copies."""
+    return _descriptor().from_tensor(tensor, list(block))
+
+
 class LazyKernel:
     """A `@triton.jit` function that imports triton only when it is first launched.
 
@@ -144,6 +171,43 @@ class LazyKernel:
     def __call__(self, *_args: Any) -> Any:
         """For type checkers: kernels call each other, but only inside Triton."""
         raise TypeError(f"{self.function.__name__} is a Triton function; launch it with [grid]")
+
+
+# Loaded kernels, by everything that Triton chooses a kernel by.
+_LOADED: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+# The versions of Triton whose loaded kernels are known to be run as `launch` does it.
+KNOWN = ("3.6.", "3.7.")
+
+
+def _trait(argument: Any) -> Any:
+    """What Triton chooses a kernel by, of one argument."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument % 16 == 0, argument == 1, -(1 << 31) <= argument < 1 << 31
+    return tuple(map(_trait, argument)) if isinstance(argument, tuple) else float
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """`kernel[grid](*arguments, **constants)` without Triton's search for the kernel, which takes longer than small ones.
+
+    `arguments` are all that the kernel takes but its constants, which come last, in its order and in capitals; what is
+    not in capitals is an option of the compiler.
+    """
+    device = torch.cuda.current_device() if torch.cuda.is_available() else -1
+    key = (id(kernel), device, *map(_trait, arguments), *constants.values())
+    loaded = _LOADED.get(key)
+    if loaded is None:
+        compiled = kernel[grid](*arguments, **constants)
+        known = device >= 0 and torch.version.hip is None and import_module("triton").__version__.startswith(KNOWN)
+        if known and not isinstance(kernel, LazyKernel):
+            values = tuple(value for name, value in constants.items() if name.isupper())
+            _LOADED[key] = (compiled.run, compiled.function, compiled.packed_metadata, values, kernel)
+        return
+    run, function, metadata, values, _ = loaded
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    x, y, z = (*grid, 1, 1)[:3]
+    run(x, y, z, stream, function, metadata, None, None, None, *arguments, *values)
 
 
 def sent(numbers: Sequence[int], device: torch.device) -> Tensor:

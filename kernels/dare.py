@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from olmfast.kernels._dispatch import LazyKernel, ceil_div, on_device, prepare_out, use_triton
+from olmfast.kernels._dispatch import LazyKernel, ceil_div, launch, on_device, prepare_out, use_triton
 
 if TYPE_CHECKING:
     import triton.language as tl
 
 MASK32, MULTIPLY_A, MULTIPLY_B = 0xFFFFFFFF, 0x7FEB352D, 0x846CA68B
-BLOCK, N_WARPS = 4096, 8  # sixteen masks a thread: one store
+BLOCK, N_WARPS = 4096, 4  # sixteen bytes at a time
 N_CHUNK = 1 << 17
 # Elements that share a pair of keys: the counter within them has 32 bits.
 PAGE = 1 << 32
@@ -166,9 +166,10 @@ def dare_mask(
         if triton:
             plain = [_signed(number) for number in (first_index, *keys)]
             with on_device(out):
-                _dare_mask_kernel[(ceil_div(piece.numel(), BLOCK),)](
-                    piece.view(torch.int8), piece.numel(), *plain, limit - (1 << 31), BLOCK=BLOCK, num_warps=N_WARPS
-                )
+                launch(
+                    _dare_mask_kernel, (ceil_div(piece.numel(), BLOCK),),
+                    piece.view(torch.int8), piece.numel(), *plain, limit - (1 << 31), BLOCK=BLOCK, num_warps=N_WARPS,
+                )  # fmt: skip
         else:
             dare_mask_ref(first_index, keys, limit, piece)
         done += piece.numel()

@@ -40,7 +40,8 @@ def svd_factors(weight: Tensor, *, drop: bool = True, method: str = "auto") -> S
             'gram' on a GPU where it is accurate, 'svd' elsewhere (float64, null directions that are kept, CPU).
 
     Returns:
-        SvdFactors(u, s, vh), contiguous; k = 0 for a weight of zeros.
+        SvdFactors(u, s, vh), contiguous, but that on a GPU vh is the transposed view of a contiguous V, as products
+        on tensor cores read it; k = 0 for a weight of zeros.
 
     Raises:
         TypeError, ValueError: not a floating-point matrix, not finite, or unknown method.
@@ -109,4 +110,6 @@ def _canonical(u: Tensor, s: Tensor, vh: Tensor) -> SvdFactors:
         return SvdFactors(u.contiguous(), s, vh.contiguous())
     entry = u.abs().argmax(dim=0, keepdim=True)
     sign = torch.where(u.gather(0, entry) < 0, -1.0, 1.0).to(u.dtype)
-    return SvdFactors((u * sign).contiguous(), s.contiguous(), (vh * sign.T).contiguous())
+    vh = vh * sign.T
+    vh = vh.T.contiguous().T if vh.device.type == "cuda" else vh.contiguous()
+    return SvdFactors((u * sign).contiguous(), s.contiguous(), vh)

@@ -5,12 +5,13 @@
 Shapes: W (rows, cols), U (rows, k), Vh (k, cols), c (lambda, k) -> (lambda, rows, cols).
 Precision: the product accumulates in float32 whatever its operands are; exp and the product with W are float32;
 one rounding to W's dtype.
-Bytes: W and the result once per offspring, U and Vh once per row of tiles. 2 * lambda * rows * cols * k
-operations: bound by arithmetic for any k worth having.
+Bytes: W and the result once per offspring, U and Vh once per row of tiles; the smaller of U and Vh, times c, is
+written once per offspring. 2 * lambda * rows * cols * k operations: bound by arithmetic for any k worth having.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,10 +23,12 @@ from olmfast.kernels._dispatch import (
     ceil_div,
     check_float,
     compute_dtype,
+    descriptor,
     fitting,
     interpreted,
     on_device,
     prepare_out,
+    takes_descriptors,
     use_triton,
 )
 
@@ -33,8 +36,14 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 PRECISIONS = ("ieee", "tf32", "bf16")
-# Best first: Hopper and A100, then 99 KB (Ada, consumer Ampere), then 64 KB.
+# Best first: A100, then 99 KB (Ada, consumer Ampere), then 64 KB.
 TILES = (Tile(128, 256, 32, 3, 8), Tile(128, 128, 32, 3, 8), Tile(128, 64, 32, 2, 4), Tile(64, 64, 32, 2, 4))
+# Float32 products run on the ordinary units, whose registers the widest tile would overflow.
+IEEE_TILES = TILES[1:]
+# Hopper, by tensor copies: rows, columns, stages and warps; 128 bytes of k at a time.
+HOPPER = (128, 256, 3, 8)
+# Rows and columns that are scaled at a time; bytes of the operand that is scaled for offspring of one launch.
+SCALED_BLOCK, CHUNK_BYTES = (32, 128), 1 << 28
 # Values of noise computed at a time on a CPU: all the noise there ever is, in float32.
 N_CHUNK = 1 << 22
 
@@ -66,47 +75,149 @@ def svd_noise_ref(weight: Tensor, u: Tensor, vh: Tensor, coefficients: Tensor, *
     return out
 
 
-@LazyKernel
-def _svd_noise_kernel(
-    w_ptr, u_ptr, vh_ptr, c_ptr, out_ptr, rows, cols, k, clamp,
-    w_row, w_col, u_row, u_k, vh_k, vh_col, c_row, c_k, out_j, out_row, out_col,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+@partial(LazyKernel, plain=("n_offspring",))
+def _scaled_kernel(
+    x_ptr, c_ptr, out_ptr, n, k, k_padded, n_offspring, x_row, x_k, c_row, c_k, out_j, out_row, out_k,
+    BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # Tiles in groups of GROUP rows: neighbours share U and Vh in the L2 cache.
+    # Each row of x (n, k) times each row of c, zeros from k to k_padded: what is read once is written n_offspring times.
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    at = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside, mask_k = rows[:, None] < n, at < k
+    x_at = x_ptr + rows[:, None] * x_row + at[None, :] * x_k
+    x = tl.load(x_at, mask=inside & mask_k[None, :], other=0.0).to(tl.float32)
+    out_at = out_ptr + rows[:, None] * out_row + at[None, :] * out_k
+    for j in range(n_offspring):
+        c = tl.load(c_ptr + j * c_row + at * c_k, mask=mask_k, other=0.0).to(tl.float32)
+        tl.store(out_at, (x * c[None, :]).to(out_ptr.dtype.element_ty), mask=inside & (at < k_padded)[None, :])
+        # A running pointer: j * out_j could pass 2^31.
+        out_at += out_j
+
+
+@LazyKernel
+def _noise_place(tile, rows, cols, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    # Tiles in groups of GROUP rows: neighbours share what they read in the L2 cache.
     n_tiles_m, n_tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(cols, BLOCK_N)
-    tile, j = tl.program_id(0), tl.program_id(1).to(tl.int64)
     group = tile // (GROUP * n_tiles_n)
     group_rows = tl.minimum(n_tiles_m - group * GROUP, GROUP)
-    tile_m = group * GROUP + (tile % (GROUP * n_tiles_n)) % group_rows
-    tile_n = (tile % (GROUP * n_tiles_n)) // group_rows
-    offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    return group * GROUP + (tile % (GROUP * n_tiles_n)) % group_rows, (tile % (GROUP * n_tiles_n)) // group_rows
+
+
+@LazyKernel
+def _noise_finish(noise, w_ptr, out_ptr, offs_m, offs_n, rows, cols, clamp, w_row, w_col, out_row, out_col):
     mask_m, mask_n = offs_m < rows, offs_n < cols
-
-    noise = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, k, BLOCK_K):
-        at = start + offs_k
-        mask_k = at < k
-        c = tl.load(c_ptr + j * c_row + at * c_k, mask=mask_k, other=0.0).to(tl.float32)
-        a_at = u_ptr + offs_m[:, None] * u_row + at[None, :] * u_k
-        b_at = vh_ptr + at[:, None] * vh_k + offs_n[None, :] * vh_col
-        a = tl.load(a_at, mask=mask_m[:, None] & mask_k[None, :], other=0.0).to(tl.float32) * c[None, :]
-        b = tl.load(b_at, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        if PRECISION == "bf16":
-            a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)
-        if PRECISION != "bf16" or WIDEN:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        noise = tl.dot(a, b, noise, input_precision="tf32" if PRECISION == "tf32" else "ieee")
-
+    mask = mask_m[:, None] & mask_n[None, :]
+    offs_m, offs_n = offs_m.to(tl.int64), offs_n.to(tl.int64)
+    w = tl.load(w_ptr + offs_m[:, None] * w_row + offs_n[None, :] * w_col, mask=mask, other=0.0).to(tl.float32)
     # A NaN in U, Vh or c must come out as NaN, not as the bound.
     noise = tl.minimum(noise, clamp, propagate_nan=tl.PropagateNan.ALL)
     noise = tl.maximum(noise, -clamp, propagate_nan=tl.PropagateNan.ALL)
-    mask = mask_m[:, None] & mask_n[None, :]
-    w = tl.load(w_ptr + offs_m[:, None] * w_row + offs_n[None, :] * w_col, mask=mask, other=0.0).to(tl.float32)
-    out_at = out_ptr + j * out_j + offs_m[:, None] * out_row + offs_n[None, :] * out_col
+    out_at = out_ptr + offs_m[:, None] * out_row + offs_n[None, :] * out_col
     tl.store(out_at, (w * tl.exp(noise)).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@LazyKernel
+def _svd_noise_kernel(
+    w_ptr, a_ptr, b_ptr, out_ptr, rows, cols, k, clamp,
+    w_row, w_col, a_j, a_row, b_j, b_k, b_col, out_j, out_row, out_col,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # a (rows, k), b (k, cols), one of them for each offspring; k is a multiple of BLOCK_K.
+    j = tl.program_id(1).to(tl.int64)
+    tile_m, tile_n = _noise_place(tl.program_id(0), rows, cols, GROUP, BLOCK_M, BLOCK_N)
+    offs_m, offs_n = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    # Past the edge other rows are read, and their noise is not written: no masks in the loop.
+    a_at = a_ptr + j * a_j + (offs_m % rows).to(tl.int64)[:, None] * a_row + offs_k[None, :]
+    b_at = b_ptr + j * b_j + (offs_n % cols).to(tl.int64)[None, :] * b_col + offs_k[:, None] * b_k
+    noise = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for _ in range(0, k, BLOCK_K):
+        a, b = tl.load(a_at), tl.load(b_at)
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        noise = tl.dot(a, b, noise, input_precision=PRECISION)
+        a_at += BLOCK_K
+        b_at += BLOCK_K * b_k
+    _noise_finish(noise, w_ptr, out_ptr + j * out_j, offs_m, offs_n, rows, cols, clamp, w_row, w_col, out_row, out_col)
+
+
+@LazyKernel
+def _svd_noise_hopper_kernel(
+    w_ptr, a, b, out_ptr, rows, cols, k, clamp, w_row, w_col, a_rows, b_rows, out_j, out_row, out_col,
+    PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # The same by tensor copies: a and b describe (rows, k) and (cols, k), the offspring's below each other.
+    j = tl.program_id(1)
+    tile_m, tile_n = _noise_place(tl.program_id(0), rows, cols, GROUP, BLOCK_M, BLOCK_N)
+    a_at, b_at = j * a_rows + tile_m * BLOCK_M, j * b_rows + tile_n * BLOCK_N
+    noise = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, k, BLOCK_K):
+        noise = tl.dot(a.load([a_at, start]), b.load([b_at, start]).T, noise, input_precision=PRECISION)
+    # In halves: a whole tile with its weights overflows the registers.
+    left, right = tl.split(tl.permute(tl.reshape(noise, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+    offs_m, offs_n = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+    out_ptr += j.to(tl.int64) * out_j
+    _noise_finish(left, w_ptr, out_ptr, offs_m, offs_n, rows, cols, clamp, w_row, w_col, out_row, out_col)
+    offs_n += BLOCK_N // 2
+    _noise_finish(right, w_ptr, out_ptr, offs_m, offs_n, rows, cols, clamp, w_row, w_col, out_row, out_col)
+
+
+def _padded(x: Tensor, dtype: torch.dtype, k: int) -> Tensor:
+    """(rows, k) in one piece, zeros past x's own columns; x itself where it is that."""
+    if x.dtype == dtype and x.shape[1] == k and x.is_contiguous() and x.data_ptr() % 16 == 0:
+        return x
+    padded = x.new_zeros((x.shape[0], k), dtype=dtype)
+    padded[:, : x.shape[1]] = x
+    return padded
+
+
+def _launch(
+    weight: Tensor, u: Tensor, vh: Tensor, coefficients: Tensor, clamp: float, precision: str, out: Tensor
+) -> None:
+    (rows, cols), k, n_offspring, device = weight.shape, u.shape[1], coefficients.shape[0], weight.device
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    element = dtype.itemsize
+    hopper = Tile(*HOPPER[:2], 128 // element, *HOPPER[2:])
+    by_copies = precision != "ieee" and k > 0 and takes_descriptors(device)
+    tile = hopper if by_copies else fitting(IEEE_TILES if precision == "ieee" else TILES, device, element)
+    k_padded = ceil_div(k, tile.block_k) * tile.block_k
+    # The smaller operand is scaled, once for each offspring. Products in float32 run on the ordinary units: they read
+    # Vh row by row, and are fed by wider loads so.
+    v, by_rows = vh.T, precision == "ieee"
+    scales_u = rows < cols and not by_rows
+    scaled, other = (u, v) if scales_u else (v, u)
+    n = scaled.shape[0]
+    other = _padded(other, dtype, k_padded)
+    n_at_once = min(n_offspring, max(1, CHUNK_BYTES // max(1, n * k_padded * element)))
+    shape = (n_at_once, k_padded, n) if by_rows else (n_at_once, n, k_padded)
+    memory = torch.empty(shape, dtype=dtype, device=device)
+    buffer = memory.mT if by_rows else memory
+    constants = {"PRECISION": "ieee" if precision == "ieee" else "tf32", "GROUP": 8, "BLOCK_M": tile.block_m,
+                 "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "num_stages": tile.n_stages,
+                 "num_warps": tile.n_warps}  # fmt: skip
+    n_tiles = ceil_div(rows, tile.block_m) * ceil_div(cols, tile.block_n)
+    for start in range(0, n_offspring, n_at_once):
+        c, target = coefficients[start : start + n_at_once], out[start : start + n_at_once]
+        grid = (ceil_div(n, SCALED_BLOCK[0]), max(1, ceil_div(k_padded, SCALED_BLOCK[1])))
+        _scaled_kernel[grid](
+            scaled, c, buffer, n, k, k_padded, len(c), *scaled.stride(), *c.stride(), *buffer.stride(),
+            BLOCK_ROWS=SCALED_BLOCK[0], BLOCK_K=SCALED_BLOCK[1],
+        )  # fmt: skip
+        a, b = (buffer, other) if scales_u else (other, buffer)
+        if by_copies:
+            a, b = (descriptor(x.flatten(0, -2), (n, tile.block_k)) for x, n in ((a, tile.block_m), (b, tile.block_n)))
+            _svd_noise_hopper_kernel[n_tiles, len(c)](
+                weight, a, b, target, rows, cols, k_padded, clamp, *weight.stride(),
+                rows if scales_u else 0, 0 if scales_u else cols, *target.stride(), **constants,
+            )  # fmt: skip
+            continue
+        _svd_noise_kernel[n_tiles, len(c)](
+            weight, a, b, target, rows, cols, k_padded, clamp, *weight.stride(),
+            a.stride(0) if scales_u else 0, a.stride(-2), 0 if scales_u else b.stride(0), b.stride(-1), b.stride(-2),
+            *target.stride(), WIDEN=interpreted(), **constants,
+        )  # fmt: skip
 
 
 def svd_noise(
@@ -116,7 +227,7 @@ def svd_noise(
     coefficients: Tensor,
     *,
     clamp: float = 3.0,
-    precision: str = "tf32",
+    precision: str | None = None,
     out: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -129,7 +240,8 @@ def svd_noise(
         u: (rows, k). vh: (k, cols). coefficients: (lambda, k). Any float dtype and strides; k may be 0.
         clamp: bound of the exponent on both sides.
         precision: of the product's operands on a GPU: 'ieee' (float32), 'tf32' (relative error of the noise
-            about 3e-4) or 'bf16' (about 3e-3). Torch computes in float32 (float64 for a float64 weight).
+            about 3e-4) or 'bf16' (about 3e-3). None: 'bf16' for a bfloat16 weight, whose rounding is larger, else
+            'tf32'. Torch computes in float32 (float64 for a float64 weight).
         out: (lambda, rows, cols) of the weight's dtype, any strides; must not overlap the inputs.
         impl: 'auto', 'triton' or 'torch'.
 
@@ -139,6 +251,8 @@ def svd_noise(
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, precision or impl.
     """
+    if precision is None:
+        precision = "bf16" if weight.dtype == torch.bfloat16 else "tf32"
     _check(weight, u, vh, coefficients, clamp, precision)
     shape = (coefficients.shape[0], *weight.shape)
     triton = use_triton("svd_noise", impl, (weight, u, vh, coefficients))
@@ -147,21 +261,8 @@ def svd_noise(
         return svd_noise_ref(weight, u, vh, coefficients, clamp=clamp, out=out)
     if not out.numel():
         return out
-    if precision == "bf16":
-        u, vh = u.to(torch.bfloat16), vh.to(torch.bfloat16)
-    rows, cols = weight.shape
-    # Float32 products run on the ordinary units, whose registers the widest tile would overflow.
-    tiles = TILES[1:] if precision == "ieee" else TILES
-    tile = fitting(tiles, weight.device, max(u.element_size(), vh.element_size()))
-    grid = (ceil_div(rows, tile.block_m) * ceil_div(cols, tile.block_n), shape[0])
     with on_device(weight):
-        _svd_noise_kernel[grid](
-            weight, u, vh, coefficients, out, rows, cols, u.shape[1], float(clamp),
-            *weight.stride(), *u.stride(), *vh.stride(), *coefficients.stride(), *out.stride(),
-            PRECISION=precision, WIDEN=interpreted(), GROUP=8,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-            num_stages=tile.n_stages, num_warps=tile.n_warps,
-        )  # fmt: skip
+        _launch(weight, u, vh, coefficients, float(clamp), precision, out)
     return out
 
 

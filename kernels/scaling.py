@@ -10,6 +10,7 @@ Bytes: W once for all offspring, the result once: bound by memory, lambda + 1 ti
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,7 @@ from olmfast.kernels._dispatch import (
     ceil_div,
     check_float,
     compute_dtype,
+    launch,
     on_device,
     prepare_out,
     use_triton,
@@ -28,7 +30,7 @@ from olmfast.kernels._dispatch import (
 if TYPE_CHECKING:
     import triton.language as tl
 
-BLOCK_ROWS, BLOCK_COLS, N_WARPS = 4, 1024, 4
+BLOCK, MIN_COLS = 4096, 512
 # Values handled at a time on a CPU: the float32 copy of the weight stays in the cache.
 N_CHUNK = 1 << 20
 
@@ -47,7 +49,7 @@ def row_scale_ref(weight: Tensor, log_scale: Tensor, *, axis: int, out: Tensor) 
     return out
 
 
-@LazyKernel
+@partial(LazyKernel, plain=("n_offspring",))
 def _row_scale_kernel(
     w_ptr, s_ptr, out_ptr, rows, cols, n_offspring,
     w_row, w_col, s_row, s_at, out_j, out_row, out_col,
@@ -112,9 +114,13 @@ def _launch(weight: Tensor, log_scale: Tensor, axis: int, out: Tensor) -> None:
         # Stored the other way round: walk along the memory.
         weight, out, axis = weight.T, out.transpose(1, 2), 1 - axis
     rows, cols = weight.shape
+    # As wide as the weight is, so that a program writes in one piece.
+    block_cols = min(max(1 << (cols - 1).bit_length(), MIN_COLS), BLOCK)
+    block_rows = BLOCK // block_cols
     with on_device(weight):
-        _row_scale_kernel[(ceil_div(rows, BLOCK_ROWS), ceil_div(cols, BLOCK_COLS))](
+        launch(
+            _row_scale_kernel, (ceil_div(rows, block_rows), ceil_div(cols, block_cols)),
             weight, log_scale, out, rows, cols, out.shape[0],
             *weight.stride(), *log_scale.stride(), *out.stride(),
-            AXIS=axis, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLS=BLOCK_COLS, num_warps=N_WARPS,
+            AXIS=axis, BLOCK_ROWS=block_rows, BLOCK_COLS=block_cols, num_warps=4,
         )  # fmt: skip

@@ -14,6 +14,7 @@ their order. The shares depend on the vocabulary alone, so a token's result does
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -25,10 +26,12 @@ from olmfast.kernels._dispatch import (
     ceil_div,
     check_float,
     compute_dtype,
+    descriptor,
     dtype_name,
     fitting,
     interpreted,
     on_device,
+    takes_descriptors,
     use_triton,
 )
 
@@ -37,11 +40,16 @@ if TYPE_CHECKING:
 
 # Block of logits on a CPU: (tokens, vocabulary).
 CPU_BLOCK = (1024, 2048)
-# Best first: 99 KB and more, then 64 KB. Wider tiles spill registers in the reductions over the vocabulary.
+PRECISIONS = ("ieee", "tf32", "tf32x3")
+# Best first: 99 KB and more, then 64 KB.
 TILES = (Tile(128, 128, 64, 3, 8), Tile(64, 128, 64, 2, 4), Tile(64, 64, 32, 2, 4))
-# Float32 products run on the ordinary units and need their registers.
-FLOAT32_TILES = (Tile(64, 64, 32, 2, 4),)
-MAX_SHARES = 64
+FLOAT32_TILES = (Tile(128, 128, 32, 3, 8), Tile(64, 128, 32, 2, 4), Tile(64, 64, 32, 2, 4))
+# Products on the ordinary units need their registers.
+IEEE_TILES = (Tile(64, 128, 16, 3, 4), Tile(64, 64, 16, 3, 4))
+# Hopper, by tensor copies: tokens, vocabulary, stages and warps; 128 bytes of width at a time.
+HOPPER = (128, 256, 3, 8)
+# Shares of the vocabulary for tiles of 256, and as many more for narrower ones: with few tokens, a multiprocessor each.
+MAX_SHARES = 132
 COMBINE_BLOCK = 128
 NO_LABEL = -100
 
@@ -112,74 +120,109 @@ def _fold(logits: Tensor, first: int, labels: Tensor, running: TokenScores) -> N
 
 
 @LazyKernel
-def _scores_kernel(
-    h_ptr, w_ptr, bias_ptr, label_ptr, max_ptr, arg_ptr, sum_ptr, own_ptr,
-    n_tokens, n_vocabulary, width, blocks_per_share, scale, softcap,
-    h_head, h_token, h_at, w_head, w_row, w_at, bias_head, bias_at, label_head, label_at,
-    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def _scores_fold(
+    logits, first, label, best, arg, total, own, bad, bias_ptr, bias_at, n_vocabulary, scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    share, head = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
-    mask_m = offs_m < n_tokens
-    label = tl.load(label_ptr + head * label_head + offs_m * label_at, mask=mask_m, other=-1)
-    best = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
-    own = tl.full((BLOCK_M,), float("nan"), dtype=tl.float32)
-    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    arg, bad = tl.zeros((BLOCK_M,), dtype=tl.int64), tl.zeros((BLOCK_M,), dtype=tl.int32)
-    h_ptr += head * h_head
-    w_ptr += head * w_head
-
-    for i in range(blocks_per_share):
-        first = (share * blocks_per_share + i).to(tl.int64) * BLOCK_N
-        offs_n = first + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < n_vocabulary
-        logits = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for start in range(0, width, BLOCK_K):
-            at = start + offs_k
-            mask_k = at < width
-            h_at_ = h_ptr + offs_m[:, None] * h_token + at[None, :] * h_at
-            w_at_ = w_ptr + offs_n[None, :] * w_row + at[:, None] * w_at
-            h = tl.load(h_at_, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-            w = tl.load(w_at_, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
-            if WIDEN:
-                h, w = h.to(tl.float32), w.to(tl.float32)
-            logits = tl.dot(h, w, logits, input_precision=PRECISION)
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + head * bias_head + offs_n * bias_at, mask=mask_n, other=0.0)
-            logits += bias.to(tl.float32)[None, :]
-        if HAS_SCALE:
-            logits *= scale
+    # A block of logits, folded into what is known of its tokens.
+    offs_n = first + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < n_vocabulary
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_n.to(tl.int64) * bias_at, mask=mask_n, other=0.0)
+        logits += bias.to(tl.float32)[None, :]
+    if HAS_SCALE:
+        logits *= scale
+    if HAS_CAP:
         # Looked at before the cap, which would hide an infinity.
         finite = tl.abs(logits) < float("inf")
         bad |= tl.max((mask_n[None, :] & (finite == 0)).to(tl.int32), axis=1)
-        if HAS_CAP:
-            # tanh by way of exp(-2 |x|), which cannot overflow.
-            decay = tl.exp(-2.0 * tl.abs(logits / softcap))
-            size = softcap * (1.0 - decay) / (1.0 + decay)
-            logits = tl.where(logits < 0, -size, size)
-
-        # A label past the vocabulary must not hit the tile's empty columns.
-        hit = (offs_n[None, :] == label[:, None]) & mask_n[None, :]
-        hit_logit = tl.sum(tl.where(hit, logits, 0.0), axis=1)
-        own = tl.where(tl.max(hit.to(tl.int32), axis=1) > 0, hit_logit, own)
+        # tanh by way of exp(-2 |x|), which cannot overflow.
+        decay = tl.exp(-2.0 * tl.abs(logits / softcap))
+        size = softcap * (1.0 - decay) / (1.0 + decay)
+        logits = tl.where(logits < 0, -size, size)
+    else:
+        # NaN and +inf make the sum NaN; -inf would pass unseen.
+        valid = tl.where(mask_n[None, :], logits, 0.0) if TAIL else logits
+        bad |= (tl.min(valid, axis=1) == float("-inf")).to(tl.int32)
+    if TAIL:
         logits = tl.where(mask_n[None, :], logits, float("-inf"))
-        block_best, block_arg = tl.max(logits, axis=1, return_indices=True, return_indices_tie_break_left=True)
-        arg = tl.where(block_best > best, first + block_arg, arg)
-        highest = tl.maximum(best, block_best)
-        total = total * tl.exp(best - highest) + tl.sum(tl.exp(logits - highest[:, None]), axis=1)
-        best = highest
+    here = (label >= first) & (label < first + BLOCK_N)
+    if tl.max(here.to(tl.int32), axis=0) > 0:
+        hit = offs_n[None, :] == label[:, None]
+        own = tl.where(here, tl.sum(tl.where(hit, logits, 0.0), axis=1), own)
+    block_best = tl.max(logits, axis=1)
+    # The first of equals; cheaper than a maximum that carries its index along.
+    block_arg = tl.min(tl.where(logits == block_best[:, None], offs_n[None, :], 0x7FFFFFFF), axis=1)
+    arg = tl.where(block_best > best, block_arg, arg)
+    highest = tl.maximum(best, block_best)
+    total = total * tl.exp(best - highest) + tl.sum(tl.exp(logits - highest[:, None]), axis=1)
+    return highest, arg, total, own, bad
 
-    at_out = (head * tl.num_programs(1) + share) * n_tokens + offs_m
+
+@partial(LazyKernel, plain=("n_tokens", "n_shares", "blocks_per_share"))
+def _scores_kernel(
+    h_ptr, w_ptr, bias_ptr, label_ptr, max_ptr, arg_ptr, sum_ptr, own_ptr,
+    n_tokens, n_vocabulary, width, n_shares, blocks_per_share, scale, softcap,
+    h_head, h_token, w_head, w_row, bias_head, bias_at, label_head, label_at,
+    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr, TAIL: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, BY_COPIES: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # Tokens in groups of GROUP blocks: neighbours share what they read in the L2 cache.
+    tile, head = tl.program_id(0), tl.program_id(1)
+    group = tile // (GROUP * n_shares)
+    group_size = tl.minimum(tl.cdiv(n_tokens, BLOCK_M) - group * GROUP, GROUP)
+    token = (group * GROUP + (tile % (GROUP * n_shares)) % group_size) * BLOCK_M
+    share = (tile % (GROUP * n_shares)) // group_size
+    offs_m, offs_n, offs_k = token + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    mask_m = offs_m < n_tokens
+    label = tl.load(label_ptr + head.to(tl.int64) * label_head + offs_m * label_at, mask=mask_m, other=-1)
+    # A label past the vocabulary must not hit the tile's empty columns.
+    label = tl.where(label < n_vocabulary, tl.maximum(label, -1), -1).to(tl.int32)
+    best = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    own = tl.full((BLOCK_M,), float("nan"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    arg, bad = tl.zeros((BLOCK_M,), dtype=tl.int32), tl.zeros((BLOCK_M,), dtype=tl.int32)
+    bias_ptr += head.to(tl.int64) * bias_head
+    first_block = share * blocks_per_share
+    for i in range(first_block, tl.minimum(first_block + blocks_per_share, tl.cdiv(n_vocabulary, BLOCK_N))):
+        first = i * BLOCK_N
+        logits = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        if BY_COPIES:
+            # Heads lie below each other: strides are numbers of rows.
+            for start in range(0, width, BLOCK_K):
+                h, w = h_ptr.load([head * h_head + token, start]), w_ptr.load([head * w_head + first, start])
+                logits = tl.dot(h, w.T, logits, input_precision=PRECISION)
+        else:
+            # Past the edge other rows are read; what comes of them is masked, or not stored.
+            h_row = head.to(tl.int64) * h_head + (offs_m % n_tokens).to(tl.int64) * h_token
+            w_col = head.to(tl.int64) * w_head + ((first + offs_n) % n_vocabulary).to(tl.int64) * w_row
+            h_at, w_at = h_ptr + h_row[:, None] + offs_k[None, :], w_ptr + w_col[None, :] + offs_k[:, None]
+            for start in range(0, width, BLOCK_K):
+                if EVEN:
+                    h, w = tl.load(h_at), tl.load(w_at)
+                else:
+                    mask_k = offs_k < width - start
+                    h = tl.load(h_at, mask=mask_k[None, :], other=0.0)
+                    w = tl.load(w_at, mask=mask_k[:, None], other=0.0)
+                if WIDEN:
+                    h, w = h.to(tl.float32), w.to(tl.float32)
+                logits = tl.dot(h, w, logits, input_precision=PRECISION)
+                h_at += BLOCK_K
+                w_at += BLOCK_K
+        best, arg, total, own, bad = _scores_fold(
+            logits, first, label, best, arg, total, own, bad, bias_ptr, bias_at, n_vocabulary, scale, softcap,
+            HAS_BIAS, HAS_SCALE, HAS_CAP, TAIL, BLOCK_N,
+        )  # fmt: skip
+
+    at_out = (head.to(tl.int64) * n_shares + share) * n_tokens + offs_m
     tl.store(max_ptr + at_out, best, mask=mask_m)
     tl.store(arg_ptr + at_out, arg, mask=mask_m)
     tl.store(sum_ptr + at_out, tl.where(bad > 0, float("nan"), total), mask=mask_m)
     tl.store(own_ptr + at_out, own, mask=mask_m)
 
 
-@LazyKernel
+@partial(LazyKernel, plain=("n_tokens", "n_shares"))
 def _combine_kernel(
     max_ptr, arg_ptr, sum_ptr, own_ptr, max_out, arg_out, lse_out, own_out, n_tokens, n_shares,
     BLOCK: tl.constexpr,
@@ -195,7 +238,7 @@ def _combine_kernel(
         share_best = tl.load(max_ptr + at, mask=mask, other=0.0)
         share_own = tl.load(own_ptr + at, mask=mask, other=0.0)
         # Strictly greater: of equal maxima the earlier share keeps its lower index.
-        arg = tl.where(share_best > best, tl.load(arg_ptr + at, mask=mask, other=0), arg)
+        arg = tl.where(share_best > best, tl.load(arg_ptr + at, mask=mask, other=0).to(tl.int64), arg)
         highest = tl.maximum(best, share_best)
         share_total = tl.load(sum_ptr + at, mask=mask, other=0.0)
         total = total * tl.exp(best - highest) + share_total * tl.exp(share_best - highest)
@@ -216,6 +259,7 @@ def token_scores(
     bias: Tensor | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    precision: str | None = None,
     check: bool | None = None,
     impl: str = "auto",
 ) -> TokenScores:
@@ -227,6 +271,9 @@ def token_scores(
         labels: (tokens,) or (K, tokens), integers; -100 marks a token without label (label logit NaN).
         bias: (vocabulary,) or (K, vocabulary), added to the product.
         scale: multiplies the logits, after the bias (Cohere). softcap: applied last (Gemma).
+        precision: of the products of float32 inputs in the kernel: 'ieee', 'tf32', or 'tf32x3' (three products of
+            TF32 parts, as exact as float32's own sums and several times as fast). None: 'tf32' where
+            torch.backends.cuda.matmul.allow_tf32 is set, else 'tf32x3'.
         check: raise on logits that are not finite and on labels outside the vocabulary. None: on a CPU yes,
             on a GPU no, because the answer would have to be waited for. Unchecked, `logsumexp` of such a
             token is NaN on every device (for a wrong label, `label_logit`): look when you wait anyway.
@@ -240,6 +287,10 @@ def token_scores(
         FloatingPointError: logits that are not finite, where checked.
     """
     n_heads = _check(hidden, head_weight, labels, bias, softcap)
+    if precision is None:
+        precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    if precision not in PRECISIONS:
+        raise ValueError(f"token_scores: precision is {precision!r}; use 'ieee', 'tf32' or 'tf32x3'")
     triton = use_triton("token_scores", impl, (hidden, head_weight))
     # One form from here on: (K, tokens, width), (K, vocabulary, width), (K, tokens), (K, vocabulary).
     k = n_heads if n_heads is not None else 1
@@ -248,7 +299,7 @@ def token_scores(
     head_weight = head_weight if head_weight.dim() == 3 else head_weight[None]
     bias = bias.expand(k, -1) if bias is not None else None
     if triton:
-        scores = _launch(hidden, head_weight, labels, bias, softcap, scale)
+        scores = _launch(hidden, head_weight, labels, bias, softcap, scale, precision)
     else:
         per_head = [
             token_scores_ref(
@@ -269,31 +320,46 @@ def _launch(
     bias: Tensor | None,
     softcap: float | None,
     scale: float | None,
+    precision: str,
 ) -> TokenScores:
     (k, n_tokens, width), n_vocabulary, device = hidden.shape, head_weight.shape[1], hidden.device
-    tiles = FLOAT32_TILES if hidden.dtype == torch.float32 else TILES
-    tile = fitting(tiles, device, hidden.element_size())
+    element = hidden.element_size()
+    ordinary = hidden.dtype == torch.float32 and precision == "ieee"
+    exact = hidden.dtype == torch.float32 and precision == "tf32x3"  # needs registers for the parts
+    by_copies = not ordinary and not exact and takes_descriptors(device, hidden, head_weight)
+    # Heads that do not lie below each other have no descriptor.
+    by_copies = by_copies and hidden.stride(0) in (0, n_tokens * hidden.stride(1)) and head_weight[0].is_contiguous()
+    by_copies = by_copies and hidden[0].is_contiguous() and head_weight.is_contiguous()
+    tiles = IEEE_TILES if ordinary else FLOAT32_TILES if hidden.dtype == torch.float32 else TILES
+    tile = Tile(*HOPPER[:2], 128 // element, *HOPPER[2:]) if by_copies else fitting(tiles, device, element)
     n_blocks = ceil_div(n_vocabulary, tile.block_n)
-    per_share = ceil_div(n_blocks, MAX_SHARES)
+    per_share = ceil_div(n_blocks, MAX_SHARES * 256 // tile.block_n)
     n_shares = ceil_div(n_blocks, per_share)
-    tf32 = torch.backends.cuda.matmul.allow_tf32
 
-    def fields(*shape: int) -> TokenScores:
+    def fields(indices: torch.dtype, *shape: int) -> TokenScores:
         floats = [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(3)]
-        return TokenScores(floats[0], torch.empty(shape, dtype=torch.int64, device=device), *floats[1:])
+        return TokenScores(floats[0], torch.empty(shape, dtype=indices, device=device), *floats[1:])
 
-    parts, scores = fields(k, n_shares, n_tokens), fields(k, n_tokens)
+    parts, scores = fields(torch.int32, k, n_shares, n_tokens), fields(torch.int64, k, n_tokens)
     if not n_tokens or not k:
         return scores
+    if not by_copies:
+        hidden, head_weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, head_weight))
     bias_or_dummy = bias if bias is not None else hidden[:, 0]
+    h, w, h_head, w_head = hidden, head_weight, hidden.stride(0), head_weight.stride(0)
+    if by_copies:
+        h = descriptor((hidden if h_head else hidden[:1]).flatten(0, 1), (tile.block_m, tile.block_k))
+        w = descriptor(head_weight.flatten(0, 1), (tile.block_n, tile.block_k))
+        h_head, w_head = n_tokens if h_head else 0, n_vocabulary
     with on_device(hidden):
-        _scores_kernel[(ceil_div(n_tokens, tile.block_m), n_shares, k)](
-            hidden, head_weight, bias_or_dummy, labels, *parts,
-            n_tokens, n_vocabulary, width, per_share,
+        _scores_kernel[ceil_div(n_tokens, tile.block_m) * n_shares, k](
+            h, w, bias_or_dummy, labels, *parts,
+            n_tokens, n_vocabulary, width, n_shares, per_share,
             1.0 if scale is None else float(scale), 1.0 if softcap is None else float(softcap),
-            *hidden.stride(), *head_weight.stride(), *bias_or_dummy.stride(), *labels.stride(),
+            h_head, hidden.stride(1), w_head, head_weight.stride(1), *bias_or_dummy.stride(), *labels.stride(),
             HAS_BIAS=bias is not None, HAS_SCALE=scale is not None, HAS_CAP=softcap is not None,
-            PRECISION="tf32" if tf32 else "ieee", WIDEN=interpreted(),
+            TAIL=n_vocabulary % tile.block_n != 0, PRECISION="ieee" if interpreted() else precision,
+            WIDEN=interpreted(), BY_COPIES=by_copies, EVEN=width % tile.block_k == 0, GROUP=8,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
             num_stages=tile.n_stages, num_warps=tile.n_warps,
         )  # fmt: skip

@@ -12,6 +12,7 @@ Source: Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985.
 
 from __future__ import annotations
 
+from functools import partial
 from struct import pack, unpack
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from olmfast.kernels._dispatch import (
     ceil_div,
     check_alike,
     compute_dtype,
+    launch,
     on_device,
     prepare_out,
     use_triton,
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 EPSILON, PARALLEL = 1e-8, 0.9995
-BLOCK, BLOCKS_PER_PROGRAM, N_WARPS = 4096, 4, 8
+BLOCK, BLOCKS_PER_PROGRAM, N_WARPS = 2048, 8, 8
 N_CHUNK = 1 << 18
 
 
@@ -76,7 +78,7 @@ def _products_kernel(a_ptr, b_ptr, part_ptr, n_values, BLOCK: tl.constexpr, BLOC
     tl.store(at + 2, tl.sum(ab, axis=0))
 
 
-@LazyKernel
+@partial(LazyKernel, plain=("n_parts",))
 def _coefficients_kernel(part_ptr, out_ptr, n_parts, t, EPSILON: tl.constexpr, PARALLEL: tl.constexpr,
                          BLOCK: tl.constexpr):  # fmt: skip
     # `coefficients` in one program; t comes as (t in float32, what is left of it).
@@ -124,13 +126,15 @@ def _launch(a: Tensor, b: Tensor, t: float, out: Tensor) -> None:
     factors, parts = memory[:2], memory[4:]
     high = _float32(t)
     with on_device(a):
-        _products_kernel[(n_programs,)](
-            a, b, parts, n_values, BLOCK=BLOCK, BLOCKS_PER_PROGRAM=BLOCKS_PER_PROGRAM, num_warps=N_WARPS
-        )
-        _coefficients_kernel[(1,)](
-            parts, factors, n_programs, (high, t - high), EPSILON=EPSILON, PARALLEL=PARALLEL, BLOCK=1024, num_warps=4
-        )
-        _arc_kernel[(ceil_div(n_values, BLOCK),)](a, b, factors, out, n_values, BLOCK=BLOCK, num_warps=N_WARPS)
+        launch(
+            _products_kernel, (n_programs,),
+            a, b, parts, n_values, BLOCK=BLOCK, BLOCKS_PER_PROGRAM=BLOCKS_PER_PROGRAM, num_warps=N_WARPS,
+        )  # fmt: skip
+        launch(
+            _coefficients_kernel, (1,),
+            parts, factors, n_programs, (high, t - high), EPSILON=EPSILON, PARALLEL=PARALLEL, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+        launch(_arc_kernel, (ceil_div(n_values, BLOCK),), a, b, factors, out, n_values, BLOCK=BLOCK, num_warps=N_WARPS)
 
 
 def _float32(x: float) -> float:

@@ -19,6 +19,7 @@ from olmfast.kernels._dispatch import (
     ceil_div,
     check_alike,
     compute_dtype,
+    launch,
     on_device,
     prepare_out,
     use_triton,
@@ -27,7 +28,7 @@ from olmfast.kernels._dispatch import (
 if TYPE_CHECKING:
     import triton.language as tl
 
-BLOCK, N_WARPS = 4096, 8
+BLOCK, N_WARPS = 2048, 8
 # Values summed at a time on a CPU: the float32 sum stays in the cache.
 N_CHUNK = 1 << 20
 
@@ -70,7 +71,8 @@ def _launch(tensors: Sequence[Tensor], weights: Sequence[float], divisor: float,
     """The kernel on contiguous tensors of one dtype."""
     if out.numel():
         with on_device(out):
-            _weighted_sum_kernel[(ceil_div(out.numel(), BLOCK),)](
+            launch(
+                _weighted_sum_kernel, (ceil_div(out.numel(), BLOCK),),
                 tuple(tensors), tuple(weights), out, out.numel(), divisor,
                 DIVIDES=divisor != 1.0, BLOCK=BLOCK, num_warps=N_WARPS,
             )  # fmt: skip
@@ -100,11 +102,11 @@ def weighted_sum(
     """
     tensors = list(tensors)
     check_alike("weighted_sum", tensors)
-    factors = torch.as_tensor(weights, dtype=torch.float64, device="cpu").reshape(-1)
-    if factors.numel() != len(tensors):
-        raise ValueError(f"weighted_sum: {factors.numel()} weights for {len(tensors)} tensors")
+    factors = weights.double().flatten().tolist() if isinstance(weights, Tensor) else [float(one) for one in weights]
+    if len(factors) != len(tensors):
+        raise ValueError(f"weighted_sum: {len(factors)} weights for {len(tensors)} tensors")
     # Added up in the dtype of the sum, as whoever divides tensor by tensor does.
-    divisor = float(factors.to(compute_dtype(tensors[0].dtype)).sum()) if normalize else 1.0
+    divisor = float(torch.tensor(factors, dtype=compute_dtype(tensors[0].dtype)).sum()) if normalize else 1.0
     if divisor == 0.0:
         raise ValueError("weighted_sum: the weights sum to 0; use normalize=False")
     first = tensors[0]
@@ -113,7 +115,7 @@ def weighted_sum(
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     tensors = [tensor.contiguous() for tensor in tensors]
     if triton:
-        _launch(tensors, factors.tolist(), divisor, target)
+        _launch(tensors, factors, divisor, target)
     else:
-        weighted_sum_ref(tensors, factors.tolist(), divisor, target)
+        weighted_sum_ref(tensors, factors, divisor, target)
     return out if target is out else out.copy_(target)

@@ -20,6 +20,7 @@ Source: Yadav et al., "TIES-Merging", arXiv 2306.01708.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from math import ceil
 from struct import pack, unpack
 from typing import TYPE_CHECKING, NamedTuple
@@ -33,6 +34,7 @@ from olmfast.kernels._dispatch import (
     check_alike,
     check_float,
     compute_dtype,
+    launch,
     on_device,
     prepare_out,
     sent,
@@ -47,9 +49,9 @@ N_CHUNK = 1 << 18  # values handled at a time on a CPU
 # On a GPU: values of a program's step, steps of a program.
 BLOCK, BLOCKS_PER_PROGRAM = 2048, 16
 # A sample of SAMPLE values bounds the threshold, ERRORS standard errors to either side; each pass divides what lies
-# between by 2^BITS. Three end it even where the sample misleads: 31 bits are twice BITS at most. So FEW keys are
-# counted in registers: too many programs would add to the same counters.
-SAMPLE, ERRORS, BITS, N_PASSES, FEW = 8192, 5, 16, 3, 64
+# between by 2^BITS: mostly two passes find it, and N_PASSES where the sample misleads (then 31 bits are left). Counters
+# stand COPIES times, and up to FEW keys are counted in registers: else programs would wait for each other.
+SAMPLE, ERRORS, BITS, N_PASSES, FEW, COPIES = 8192, 5, 12, 4, 64, 8
 N_BINS = 1 << BITS
 # Sums of weights smaller than this are not divided by.
 TINY = 1e-8
@@ -109,11 +111,10 @@ def ties_merge_ref(job: _Job, out: Tensor) -> Tensor:
 
 @LazyKernel
 def _ties_delta(table_ptr, base_ptr, i, start, offs, mask, HAS_BASE: tl.constexpr, ALIGNED: tl.constexpr):
-    address = tl.load(table_ptr + i * 5)
+    x_ptr = tl.load(table_ptr + i * 5).to(tl.pointer_type(base_ptr.dtype.element_ty))
     if ALIGNED:
         # So that sixteen bytes are loaded at once.
-        address = tl.multiple_of(address, 16)
-    x_ptr = address.to(tl.pointer_type(base_ptr.dtype.element_ty))
+        x_ptr = tl.multiple_of(x_ptr, 16)
     delta = tl.load(x_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
     if HAS_BASE:
         delta -= tl.load(base_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
@@ -176,7 +177,8 @@ def _ties_sample_kernel(
 @LazyKernel
 def _ties_count_kernel(
     table_ptr, base_ptr, state_ptr, above_ptr, hist_ptr, n_values, HAS_BASE: tl.constexpr, ALIGNED: tl.constexpr,
-    FEW: tl.constexpr, N_BINS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS_PER_PROGRAM: tl.constexpr,
+    FEW: tl.constexpr, N_BINS: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKS_PER_PROGRAM: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(1)
     if tl.load(state_ptr + i * 5 + 2) < 0:
@@ -185,7 +187,7 @@ def _ties_count_kernel(
         start = tl.program_id(0).to(tl.int64) * (BLOCK * BLOCKS_PER_PROGRAM)
         offs, bins = tl.arange(0, BLOCK), tl.arange(0, FEW)
         n_above, counts = tl.zeros((BLOCK,), tl.int32), tl.zeros((FEW,), tl.int32)
-        hist_ptr += i.to(tl.int64) * N_BINS
+        hist_ptr += (i * COPIES + tl.program_id(0) % COPIES) * N_BINS
         few = high - low < FEW
         for _ in range(BLOCKS_PER_PROGRAM):
             mask = offs < n_values - start
@@ -219,14 +221,20 @@ def _ties_descend(counts, quota, ROW: tl.constexpr):
 
 
 @LazyKernel
-def _ties_narrow_kernel(table_ptr, state_ptr, above_ptr, hist_ptr, ROW: tl.constexpr, BITS: tl.constexpr):
+def _ties_narrow_kernel(
+    table_ptr, state_ptr, above_ptr, hist_ptr, ROW: tl.constexpr, BITS: tl.constexpr, COPIES: tl.constexpr
+):
     i = tl.program_id(0)
     if tl.load(state_ptr + i * 5 + 2) < 0:
         low, high = tl.load(state_ptr + i * 5), tl.load(state_ptr + i * 5 + 1)
         shift = tl.load(state_ptr + i * 5 + 3)
         at = tl.arange(0, ROW)
-        hist_ptr += i.to(tl.int64) * ROW * ROW
-        rows = tl.sum(tl.load(hist_ptr + at[:, None] * ROW + at[None, :]).to(tl.int64), axis=1)
+        hist_ptr += i * (COPIES * ROW * ROW)
+        bins = tl.zeros((ROW, ROW), hist_ptr.dtype.element_ty)
+        for copy in tl.static_range(COPIES):
+            bins += tl.load(hist_ptr + copy * ROW * ROW + at[:, None] * ROW + at[None, :])
+        bins = bins.to(tl.int64)
+        rows = tl.sum(bins, axis=1)
         quota = tl.load(table_ptr + i * 5 + 1) - tl.load(above_ptr + i).to(tl.int64)
         unknown = tl.full((), -1, tl.int64)
         # The sample has misled: the threshold is above or below its bounds.
@@ -236,7 +244,8 @@ def _ties_narrow_kernel(table_ptr, state_ptr, above_ptr, hist_ptr, ROW: tl.const
             _ties_place(state_ptr, i, tl.full((), 0, tl.int64), low - 1, unknown, 0, BITS)
         else:
             row, quota, _n = _ties_descend(rows, quota, ROW)
-            bin, quota, count = _ties_descend(tl.load(hist_ptr + row * ROW + at).to(tl.int64), quota, ROW)
+            line = tl.sum(tl.where(at[:, None] == row, bins, 0), axis=0)
+            bin, quota, count = _ties_descend(line, quota, ROW)
             low += ((row * ROW + bin).to(tl.int64)) << shift
             done = shift == 0
             high = tl.where(done, low, tl.minimum(high, low + ((unknown * 0 + 1) << shift) - 1))
@@ -244,7 +253,7 @@ def _ties_narrow_kernel(table_ptr, state_ptr, above_ptr, hist_ptr, ROW: tl.const
             _ties_place(state_ptr, i, low, high, tl.where(done, quota, unknown), split.to(tl.int32), BITS)
 
 
-@LazyKernel
+@partial(LazyKernel, plain=("n_blocks",))
 def _ties_equal_kernel(
     table_ptr, base_ptr, state_ptr, equal_ptr, n_values, n_blocks, HAS_BASE: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr, BLOCKS_PER_PROGRAM: tl.constexpr,
@@ -283,7 +292,7 @@ def _ties_weight(table_ptr, i):
     return tl.load(table_ptr + i * 5 + 4).to(tl.int32).to(tl.float32, bitcast=True)
 
 
-@LazyKernel
+@partial(LazyKernel, plain=("n_tensors",))
 def _ties_merge_kernel(
     table_ptr, base_ptr, state_ptr, before_ptr, out_ptr, n_values, n_tensors, scale,
     HAS_BASE: tl.constexpr, ALIGNED: tl.constexpr, NORMALIZE: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr,
@@ -325,28 +334,33 @@ def _launch(job: _Job, out: Tensor) -> Tensor:
     like = like if like is not None else job.tensors[0]
     counting = torch.int32 if n_values < 1 << 31 else torch.int64
     state = torch.empty((n, 5), dtype=torch.int64, device=device)
-    counts = torch.zeros(N_PASSES * n * (N_BINS + 1), dtype=counting, device=device).view(N_PASSES, -1)
+    counts = torch.zeros(N_PASSES * n * (COPIES * N_BINS + 1), dtype=counting, device=device)
     n_blocks = ceil_div(n_values, BLOCK)
     equal = torch.zeros((n, n_blocks), dtype=torch.int32, device=device)
     grid = (ceil_div(n_blocks, BLOCKS_PER_PROGRAM), n)
     with on_device(out):
-        _ties_sample_kernel[(n,)](
-            table, like, state, n_values, HAS_BASE=options["HAS_BASE"], SAMPLE=SAMPLE, BITS=BITS, num_warps=16
-        )
-        for hist, above in (part.split((n * N_BINS, n)) for part in counts):
-            _ties_count_kernel[grid](
-                table, like, state, above, hist, n_values, **options,
-                FEW=FEW, N_BINS=N_BINS, BLOCK=BLOCK, BLOCKS_PER_PROGRAM=BLOCKS_PER_PROGRAM, num_warps=8,
+        launch(
+            _ties_sample_kernel, (n,),
+            table, like, state, n_values, HAS_BASE=options["HAS_BASE"], SAMPLE=SAMPLE, BITS=BITS, num_warps=16,
+        )  # fmt: skip
+        for part in counts.view(N_PASSES, -1):
+            hist, above = part.split((n * COPIES * N_BINS, n))
+            launch(
+                _ties_count_kernel, grid, table, like, state, above, hist, n_values, **options,
+                FEW=FEW, N_BINS=N_BINS, COPIES=COPIES, BLOCK=BLOCK, BLOCKS_PER_PROGRAM=BLOCKS_PER_PROGRAM, num_warps=8,
             )  # fmt: skip
-            _ties_narrow_kernel[(n,)](table, state, above, hist, ROW=1 << BITS // 2, BITS=BITS, num_warps=16)
-        _ties_equal_kernel[grid](
-            table, like, state, equal, n_values, n_blocks, **options,
+            launch(
+                _ties_narrow_kernel, (n,), table, state, above, hist,
+                ROW=1 << BITS // 2, BITS=BITS, COPIES=COPIES, num_warps=8,
+            )  # fmt: skip
+        launch(
+            _ties_equal_kernel, grid, table, like, state, equal, n_values, n_blocks, **options,
             BLOCK=BLOCK, BLOCKS_PER_PROGRAM=BLOCKS_PER_PROGRAM, num_warps=8,
         )  # fmt: skip
         before = equal.cumsum(1, dtype=counting).sub_(equal)
         # Products are rounded before they are summed, as in torch: a fused one could turn an elected sign.
-        _ties_merge_kernel[(n_blocks,)](
-            table, like, state, before, out, n_values, n, float(job.scale), **options,
+        launch(
+            _ties_merge_kernel, (n_blocks,), table, like, state, before, out, n_values, n, float(job.scale), **options,
             NORMALIZE=job.normalize, TINY=TINY, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
     return out

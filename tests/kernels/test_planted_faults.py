@@ -55,7 +55,7 @@ def test_a_sum_rounded_at_every_step_is_not_rounded_once(planted, impl, check_ro
     tensors = [torch.randn(3000, generator=torch.Generator().manual_seed(i)).abs().half() for i in range(5)]
     truth = sum(tensor.double() for tensor in tensors) / 5
     check_rounded_once(summing.weighted_sum(tensors, [0.2] * 5, impl=impl), truth, impl, slack=1e-5)
-    old = "total += x * tl.load(weight_ptr + i)"
+    old = "total += x * weights[i]"
     faulty = planted(summing, old, f"total = ({old.removeprefix('total += ')} + total).to(tl.float16).to(tl.float32)")
     with pytest.raises(AssertionError, match="elements are off"):
         check_rounded_once(faulty.weighted_sum(tensors, [0.2] * 5, impl=impl), truth, impl, slack=1e-5)

@@ -189,7 +189,7 @@ def _trait(argument: Any) -> Any:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """`kernel[grid](*arguments, **constants)` without Triton's search for the kernel, which takes longer than small ones.
+    """`kernel[grid](*arguments, **constants)` without Triton's search for the kernel, slower than many a kernel.
 
     `arguments` are all that the kernel takes but its constants, which come last, in its order and in capitals; what is
     not in capitals is an option of the compiler.

@@ -80,7 +80,7 @@ def _scaled_kernel(
     x_ptr, c_ptr, out_ptr, n, k, k_padded, n_offspring, x_row, x_k, c_row, c_k, out_j, out_row, out_k,
     BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # Each row of x (n, k) times each row of c, zeros from k to k_padded: what is read once is written n_offspring times.
+    # Each row of x (n, k) times each row of c, zeros from k to k_padded: read once, written n_offspring times.
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     at = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside, mask_k = rows[:, None] < n, at < k

@@ -43,11 +43,13 @@ CPU_BLOCK = (1024, 2048)
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 # Best first: 99 KB and more, then 64 KB.
 TILES = (Tile(128, 128, 64, 3, 8), Tile(64, 128, 64, 2, 4), Tile(64, 64, 32, 2, 4))
-FLOAT32_TILES = (Tile(128, 128, 32, 3, 8), Tile(64, 128, 32, 2, 4), Tile(64, 64, 32, 2, 4))
-# Products on the ordinary units need their registers.
-IEEE_TILES = (Tile(64, 128, 16, 3, 4), Tile(64, 64, 16, 3, 4))
-# Hopper, by tensor copies: tokens, vocabulary, stages and warps; 128 bytes of width at a time.
-HOPPER = (128, 256, 3, 8)
+# The parts of float32 take registers, on the ordinary units the products do.
+FLOAT32_TILES = (Tile(128, 64, 32, 3, 8), Tile(64, 64, 32, 2, 8))
+IEEE_TILES = (Tile(64, 128, 16, 3, 8),)
+# Hopper: tokens, vocabulary, stages and warps of tensor copies, 128 bytes of width at a time; where logits are changed
+# in several ways, less fits the registers.
+HOPPER, HOPPER_CHANGED = (128, 256, 3, 8), (128, 128, 4, 8)
+HOPPER_FLOAT32 = Tile(128, 128, 32, 3, 8)
 # Shares of the vocabulary for tiles of 256, and as many more for narrower ones: with few tokens, a multiprocessor each.
 MAX_SHARES = 132
 COMBINE_BLOCK = 128
@@ -330,8 +332,15 @@ def _launch(
     # Heads that do not lie below each other have no descriptor.
     by_copies = by_copies and hidden.stride(0) in (0, n_tokens * hidden.stride(1)) and head_weight[0].is_contiguous()
     by_copies = by_copies and hidden[0].is_contiguous() and head_weight.is_contiguous()
-    tiles = IEEE_TILES if ordinary else FLOAT32_TILES if hidden.dtype == torch.float32 else TILES
-    tile = Tile(*HOPPER[:2], 128 // element, *HOPPER[2:]) if by_copies else fitting(tiles, device, element)
+    if by_copies:
+        n_changes = sum(change is not None for change in (bias, softcap, scale))
+        block_m, block_n, n_stages, n_warps = HOPPER if n_changes < 2 else HOPPER_CHANGED
+        tile = Tile(block_m, block_n, 128 // element, n_stages, n_warps)
+    elif exact and takes_descriptors(device):
+        tile = HOPPER_FLOAT32
+    else:
+        tiles = IEEE_TILES if ordinary else FLOAT32_TILES if hidden.dtype == torch.float32 else TILES
+        tile = fitting(tiles, device, element)
     n_blocks = ceil_div(n_vocabulary, tile.block_n)
     per_share = ceil_div(n_blocks, MAX_SHARES * 256 // tile.block_n)
     n_shares = ceil_div(n_blocks, per_share)

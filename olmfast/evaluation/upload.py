@@ -1,13 +1,15 @@
-"""Donor bytes -> parameters on another device, through a small ring of page-locked buffers.
+"""Donor bytes -> parameters on another device, through page-locked buffers and a stage on the device.
 
-While one buffer's bytes travel on a stream of their own, the shard engine fills the next from the mapped
-file, already in the parameter's dtype. Nothing as large as a tensor is allocated on either side.
+While one buffer's bytes travel on a stream of their own, the shard engine fills the next from the mapped file, already
+in the parameter's dtype. They arrive in a stage, not in the parameters: what is queued on the device may still read
+these, and need not be waited for. From there they are copied on the device, in the order of its work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 
@@ -15,13 +17,28 @@ from olmfast.weights.checkpoint import TensorInfo, copy_tensors
 
 BUFFER_BYTES = 32 << 20
 N_BUFFERS = 3
+STAGE_BYTES = 512 << 20  # a block of a 7B model
+ALIGNMENT = 256
+
+
+class _Piece(NamedTuple):
+    """Some rows of a tensor on their way: where they come from, where they go, where in a buffer they lie."""
+
+    info: TensorInfo
+    target: torch.Tensor
+    begin: int
+
+    def within(self, memory: torch.Tensor) -> torch.Tensor:
+        """Their place in a buffer's bytes, in their shape and dtype."""
+        n_bytes = self.target.numel() * self.target.element_size()
+        return memory[self.begin : self.begin + n_bytes].view(self.target.dtype).view(self.target.shape)
 
 
 class Uploader:
     """Copies tensors of checkpoints into parameters on `device`; on a CPU (for tests) without streams."""
 
-    def __init__(self, device: torch.device, buffer_bytes: int = BUFFER_BYTES) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, buffer_bytes: int = BUFFER_BYTES, stage_bytes: int = STAGE_BYTES) -> None:
+        self.device, self.buffer_bytes, self.stage_bytes = device, buffer_bytes, max(stage_bytes, buffer_bytes)
         self._is_cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if self._is_cuda else None  # type: ignore[no-untyped-call]
         self._buffers = [
@@ -29,6 +46,7 @@ class Uploader:
         ]
         self._sent: list[torch.cuda.Event | None] = [None] * N_BUFFERS
         self._next = 0
+        self._stage: torch.Tensor | None = None
 
     def upload(self, pairs: Iterable[tuple[TensorInfo, torch.Tensor]]) -> None:
         """Fill each parameter (or view of one) from its tensor of the same shape.
@@ -36,40 +54,85 @@ class Uploader:
         Work that is queued on the current stream afterwards sees the new values. Raises OlmfastError naming the
         file and tensor that cannot be read.
         """
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))  # earlier work still reads the old values
-        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-            for info, target in pairs:
-                self._upload(info, target)
-        if self._stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._stream)
-
-    def _upload(self, info: TensorInfo, target: torch.Tensor) -> None:
-        if not info.n_bytes:
-            return
-        rows = target if target.dim() else target.view(1)
-        row_bytes = rows[0].numel() * target.element_size()
-        step = self._buffers[0].numel() // row_bytes
-        if step == 0:  # one row is larger than a buffer
-            staged = torch.empty(info.shape, dtype=target.dtype)
-            copy_tensors([info.into(staged)])
-            target.copy_(staged)
-            return
-        for begin in range(0, rows.shape[0], step):
-            part = rows[begin : begin + step]
-            staged = self._buffer(part)
-            copy_tensors([info.rows(begin, begin + part.shape[0]).into(staged)])
-            part.copy_(staged, non_blocking=True)
-            if self._stream is not None:
+        pairs = [(info, target) for info, target in pairs if info.n_bytes]
+        arrived: list[tuple[_Piece, torch.Tensor]] = []
+        begin = 0
+        for pieces, n_bytes in self._buffers_of(pairs):
+            filled = self._filled(pieces)[:n_bytes]
+            if self._stream is None:
+                for piece in pieces:
+                    piece.target.copy_(piece.within(filled))
+                continue
+            stage = self._staged(pairs)
+            if begin + n_bytes > len(stage):
+                self._spread(arrived)
+                arrived, begin = [], 0
+            place = stage[begin : begin + n_bytes]
+            with torch.cuda.stream(self._stream):
+                place.copy_(filled, non_blocking=True)
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record(self._stream)
-                self._sent[self._next] = event
-            self._next = (self._next + 1) % N_BUFFERS
+            self._sent[self._next - 1] = event
+            arrived += [(piece, place) for piece in pieces]
+            begin += n_bytes
+        self._spread(arrived)
 
-    def _buffer(self, part: torch.Tensor) -> torch.Tensor:
-        """The next buffer, in the part's shape and dtype, once its last bytes have left."""
-        event = self._sent[self._next]
+    def _buffers_of(self, pairs: Iterable[tuple[TensorInfo, torch.Tensor]]) -> Iterator[tuple[list[_Piece], int]]:
+        """The tensors in pieces, as many as fit a buffer at a time, and the bytes they take there."""
+        pieces: list[_Piece] = []
+        begin = 0
+        for info, target in pairs:
+            rows = target if target.dim() else target.view(1)
+            row_bytes = rows[0].numel() * target.element_size()
+            if row_bytes > self.buffer_bytes:
+                staged = torch.empty(info.shape, dtype=target.dtype)
+                copy_tensors([info.into(staged)])
+                target.copy_(staged)
+                continue
+            at = 0
+            while at < rows.shape[0]:
+                n = min(rows.shape[0] - at, max(0, self.buffer_bytes - begin) // row_bytes)
+                if n:
+                    pieces.append(_Piece(info.rows(at, at + n), rows[at : at + n], begin))
+                    begin += n * row_bytes
+                    begin += -begin % ALIGNMENT
+                    at += n
+                if at < rows.shape[0]:
+                    yield pieces, min(begin, self.buffer_bytes)
+                    pieces, begin = [], 0
+        if pieces:
+            yield pieces, min(begin, self.buffer_bytes)
+
+    def _filled(self, pieces: list[_Piece]) -> torch.Tensor:
+        """The next buffer, once its last bytes have left, with these pieces in it."""
+        buffer, event = self._buffers[self._next], self._sent[self._next]
         if event is not None:
             event.synchronize()
-        n_bytes = part.numel() * part.element_size()
-        return self._buffers[self._next][:n_bytes].view(part.dtype).view(part.shape)
+        copy_tensors([piece.info.into(piece.within(buffer)) for piece in pieces])
+        self._next = (self._next + 1) % N_BUFFERS
+        return buffer
+
+    def _staged(self, pairs: list[tuple[TensorInfo, torch.Tensor]]) -> torch.Tensor:
+        """Memory on the device for all of it, if it may be that much."""
+        wanted = sum(target.numel() * target.element_size() + ALIGNMENT for _, target in pairs)
+        n_bytes = min(self.stage_bytes, max(wanted, self.buffer_bytes))
+        if self._stage is None or len(self._stage) < n_bytes:
+            if self._stage is not None:
+                self._wait_for_work()
+            self._stage = torch.empty(n_bytes, dtype=torch.uint8, device=self.device)
+            self._wait_for_work()  # which may have had this memory before
+        return self._stage
+
+    def _wait_for_work(self) -> None:
+        """Let the bytes that follow travel after what is queued on the device now."""
+        assert self._stream is not None
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+
+    def _spread(self, arrived: list[tuple[_Piece, torch.Tensor]]) -> None:
+        """Copy what is in the stage to where it belongs, after the work that is queued; then the stage is free."""
+        if self._stream is None or not arrived:
+            return
+        torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        for piece, place in arrived:
+            piece.target.copy_(piece.within(place))
+        self._wait_for_work()

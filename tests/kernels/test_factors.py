@@ -30,12 +30,23 @@ def check(weight, factors, tolerance=1e-6):
     assert ((u * s) @ vh - scaled).norm() < tolerance * float(s.norm()) + 1.01 * dropped**0.5
 
 
+def tolerance_of(weight, method):
+    """A GPU's own decomposition in float32 is orthogonal to some 2e-5 only; ours is not excused by it."""
+    if method == "auto" and weight.device.type == "cuda":
+        try:
+            svd_factors(weight, method="gram")
+            method = "gram"
+        except ArithmeticError:
+            method = "svd"
+    return 1e-6 if method == "gram" else 2e-5 if weight.device.type == "cuda" else 2e-6
+
+
 @pytest.mark.parametrize("method", ["auto", "gram", "svd"])
 @pytest.mark.parametrize("name", MATRICES)
 def test_factors_are_accurate(name, method, device):
     torch.manual_seed(0)
     weight = MATRICES[name]().to(device)
-    check(weight, svd_factors(weight, method=method), 1e-6 if method == "gram" else 2e-6)
+    check(weight, svd_factors(weight, method=method), tolerance_of(weight, method))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -52,7 +63,7 @@ def test_null_directions_are_dropped_unless_kept(device):
     assert len(svd_factors(weight).s) == 5
     kept = svd_factors(weight, drop=False)
     assert len(kept.s) == 70
-    check(weight, kept, 2e-6)
+    check(weight, kept, tolerance_of(weight, "svd"))
     with pytest.raises(ArithmeticError, match="method='gram' is not accurate here"):
         svd_factors(weight, drop=False, method="gram")
 
@@ -77,7 +88,9 @@ def test_the_weight_is_not_changed_and_any_strides_do(device):
     assert torch.equal(weight, copy)
     for strided, plain in zip(factors, svd_factors(weight), strict=True):
         torch.testing.assert_close(strided, plain, rtol=1e-4, atol=1e-6)
-        assert strided.is_contiguous()
+    assert factors.u.is_contiguous()
+    # As products read it: V in one piece on a GPU, its transpose on a CPU.
+    assert (factors.vh.T if device.type == "cuda" else factors.vh).is_contiguous()
 
 
 @settings(max_examples=25, deadline=None)

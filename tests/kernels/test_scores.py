@@ -59,6 +59,19 @@ def test_bias_scale_and_softcap(options, biased, impl, device):
     check(scores, logits_of(hidden, head, bias, **options), labels)
 
 
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
+def test_float32_products_are_as_exact_as_float32(precision, impl, device):
+    hidden, head, labels = problem(70, 300, 96, torch.float32, device)
+    scores = token_scores(hidden, head, labels, precision=precision, impl=impl)
+    check(scores, logits_of(hidden, head), labels, logits_of(hidden, head, dtype=torch.float32))
+
+
+def test_a_precision_that_is_none_is_refused(device):
+    hidden, head, labels = problem(2, 3, 4, torch.float32, device)
+    with pytest.raises(ValueError, match="token_scores: precision is 'fp8'; use 'ieee', 'tf32' or 'tf32x3'"):
+        token_scores(hidden, head, labels, precision="fp8")
+
+
 def test_scale_of_zero_gives_equal_logits(impl, device):
     hidden, head, labels = problem(5, 300, 8, torch.float32, device)
     scores = token_scores(hidden, head, labels, scale=0.0, impl=impl)

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from olmfast.kernels import ties_merge
-from olmfast.kernels.ties import N_CHUNK
+from olmfast.kernels.ties import N_CHUNK, SAMPLE
 
 
 def trimmed(delta, density):
@@ -127,6 +127,17 @@ def test_a_sample_that_misleads_costs_time_only():
     delta = torch.linspace(0.1, 0.2, N_CHUNK // 2)
     delta[::64] += 10
     assert torch.equal(ties_merge([delta], [1.0], 0.5), trimmed(delta, 0.5))
+
+
+@pytest.mark.parametrize("density", [0.2, 0.7])
+@pytest.mark.parametrize("sampled", [10.0, 1e-3])
+def test_a_gpus_sample_that_misleads_costs_time_only(sampled, density, impl, device):
+    size = 2 * SAMPLE + 77
+    place = torch.arange(SAMPLE)
+    delta = torch.linspace(0.1, 0.2, size)
+    delta[place * 2 + (place * 40503 >> 4) % 2] *= sampled  # exactly those that the kernel looks at
+    kept = ties_merge([delta.to(device)], [1.0], density, impl=impl)
+    assert torch.equal(kept.cpu(), trimmed(delta, density))
 
 
 def test_float64_runs_in_float64():

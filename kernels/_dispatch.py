@@ -185,7 +185,10 @@ def _trait(argument: Any) -> Any:
         return argument.dtype, argument.data_ptr() % 16 == 0
     if isinstance(argument, int):
         return argument % 16 == 0, argument == 1, -(1 << 31) <= argument < 1 << 31
-    return tuple(map(_trait, argument)) if isinstance(argument, tuple) else float
+    if isinstance(argument, tuple):
+        return tuple(map(_trait, argument))
+    block = getattr(argument, "block_shape", None)
+    return float if block is None else (argument.base.dtype, *block)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:

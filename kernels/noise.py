@@ -26,6 +26,7 @@ from olmfast.kernels._dispatch import (
     descriptor,
     fitting,
     interpreted,
+    launch,
     on_device,
     prepare_out,
     takes_descriptors,
@@ -78,7 +79,7 @@ def svd_noise_ref(weight: Tensor, u: Tensor, vh: Tensor, coefficients: Tensor, *
 @partial(LazyKernel, plain=("n_offspring",))
 def _scaled_kernel(
     x_ptr, c_ptr, out_ptr, n, k, k_padded, n_offspring, x_row, x_k, c_row, c_k, out_j, out_row, out_k,
-    BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROUND: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # Each row of x (n, k) times each row of c, zeros from k to k_padded: read once, written n_offspring times.
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -89,7 +90,13 @@ def _scaled_kernel(
     out_at = out_ptr + rows[:, None] * out_row + at[None, :] * out_k
     for j in range(n_offspring):
         c = tl.load(c_ptr + j * c_row + at * c_k, mask=mask_k, other=0.0).to(tl.float32)
-        tl.store(out_at, (x * c[None, :]).to(out_ptr.dtype.element_ty), mask=inside & (at < k_padded)[None, :])
+        scaled = x * c[None, :]
+        if ROUND:
+            # To the nearest number of TF32: the tensor cores would cut it off, which doubles the error. Not NaN,
+            # whose bits might carry over into a sign.
+            rounded = ((scaled.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+            scaled = tl.where(scaled == scaled, rounded, scaled)
+        tl.store(out_at, scaled.to(out_ptr.dtype.element_ty), mask=inside & (at < k_padded)[None, :])
         # A running pointer: j * out_j could pass 2^31.
         out_at += out_j
 
@@ -164,59 +171,59 @@ def _svd_noise_hopper_kernel(
     _noise_finish(right, w_ptr, out_ptr, offs_m, offs_n, rows, cols, clamp, w_row, w_col, out_row, out_col)
 
 
-def _padded(x: Tensor, dtype: torch.dtype, k: int) -> Tensor:
-    """(rows, k) in one piece, zeros past x's own columns; x itself where it is that."""
-    if x.dtype == dtype and x.shape[1] == k and x.is_contiguous() and x.data_ptr() % 16 == 0:
-        return x
-    padded = x.new_zeros((x.shape[0], k), dtype=dtype)
-    padded[:, : x.shape[1]] = x
-    return padded
-
-
 def _launch(
     weight: Tensor, u: Tensor, vh: Tensor, coefficients: Tensor, clamp: float, precision: str, out: Tensor
 ) -> None:
     (rows, cols), k, n_offspring, device = weight.shape, u.shape[1], coefficients.shape[0], weight.device
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    element = dtype.itemsize
+    element, ordinary = dtype.itemsize, precision == "ieee"
+    by_copies = not ordinary and k > 0 and takes_descriptors(device)
     hopper = Tile(*HOPPER[:2], 128 // element, *HOPPER[2:])
-    by_copies = precision != "ieee" and k > 0 and takes_descriptors(device)
-    tile = hopper if by_copies else fitting(IEEE_TILES if precision == "ieee" else TILES, device, element)
+    tile = hopper if by_copies else fitting(IEEE_TILES if ordinary else TILES, device, element)
     k_padded = ceil_div(k, tile.block_k) * tile.block_k
-    # The smaller operand is scaled, once for each offspring. Products in float32 run on the ordinary units: they read
-    # Vh row by row, and are fed by wider loads so.
-    v, by_rows = vh.T, precision == "ieee"
-    scales_u = rows < cols and not by_rows
-    scaled, other = (u, v) if scales_u else (v, u)
-    n = scaled.shape[0]
-    other = _padded(other, dtype, k_padded)
-    n_at_once = min(n_offspring, max(1, CHUNK_BYTES // max(1, n * k_padded * element)))
-    shape = (n_at_once, k_padded, n) if by_rows else (n_at_once, n, k_padded)
+
+    def scaled(x: Tensor, c: Tensor, memory: Tensor) -> Tensor:
+        launch(
+            _scaled_kernel, (ceil_div(len(x), SCALED_BLOCK[0]), max(1, ceil_div(k_padded, SCALED_BLOCK[1]))),
+            x, c, memory, len(x), k, k_padded, len(c), *x.stride(), *c.stride(), *memory.stride(),
+            ROUND=precision == "tf32", BLOCK_ROWS=SCALED_BLOCK[0], BLOCK_K=SCALED_BLOCK[1],
+        )  # fmt: skip
+        return memory[: len(c)]
+
+    # The smaller operand is scaled, once for each offspring; both get rows in one piece, of whole blocks. Products in
+    # float32 run on the ordinary units: they read Vh row by row, and are fed by wider loads so.
+    scales_u = rows < cols and not ordinary
+    small, large = (u, vh.T) if scales_u else (vh.T, u)
+    once = torch.ones((), dtype=torch.float32, device=device).expand(1, k)
+    large = scaled(large, once, torch.empty((1, len(large), k_padded), dtype=dtype, device=device))
+    n_at_once = min(n_offspring, max(1, CHUNK_BYTES // max(1, len(small) * k_padded * element)))
+    shape = (n_at_once, k_padded, len(small)) if ordinary else (n_at_once, len(small), k_padded)
     memory = torch.empty(shape, dtype=dtype, device=device)
-    buffer = memory.mT if by_rows else memory
-    constants = {"PRECISION": "ieee" if precision == "ieee" else "tf32", "GROUP": 8, "BLOCK_M": tile.block_m,
-                 "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "num_stages": tile.n_stages,
-                 "num_warps": tile.n_warps}  # fmt: skip
+    memory = memory.mT if ordinary else memory
+    constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+                 "num_stages": tile.n_stages, "num_warps": tile.n_warps}  # fmt: skip
     n_tiles = ceil_div(rows, tile.block_m) * ceil_div(cols, tile.block_n)
     for start in range(0, n_offspring, n_at_once):
         c, target = coefficients[start : start + n_at_once], out[start : start + n_at_once]
-        grid = (ceil_div(n, SCALED_BLOCK[0]), max(1, ceil_div(k_padded, SCALED_BLOCK[1])))
-        _scaled_kernel[grid](
-            scaled, c, buffer, n, k, k_padded, len(c), *scaled.stride(), *c.stride(), *buffer.stride(),
-            BLOCK_ROWS=SCALED_BLOCK[0], BLOCK_K=SCALED_BLOCK[1],
-        )  # fmt: skip
-        a, b = (buffer, other) if scales_u else (other, buffer)
+        many = scaled(small, c, memory)
+        a, b = (many, large) if scales_u else (large, many)
+        # The next offspring's operand is as far as this; the shared one is the same for all.
         if by_copies:
-            a, b = (descriptor(x.flatten(0, -2), (n, tile.block_k)) for x, n in ((a, tile.block_m), (b, tile.block_n)))
-            _svd_noise_hopper_kernel[n_tiles, len(c)](
-                weight, a, b, target, rows, cols, k_padded, clamp, *weight.stride(),
-                rows if scales_u else 0, 0 if scales_u else cols, *target.stride(), **constants,
+            launch(
+                _svd_noise_hopper_kernel, (n_tiles, len(c)), weight,
+                descriptor(a.flatten(0, 1), (tile.block_m, tile.block_k)),
+                descriptor(b.flatten(0, 1), (tile.block_n, tile.block_k)),
+                target, rows, cols, k_padded, clamp, *weight.stride(),
+                rows if scales_u else 0, 0 if scales_u else cols, *target.stride(),
+                PRECISION="tf32", GROUP=8, **constants,
             )  # fmt: skip
             continue
-        _svd_noise_kernel[n_tiles, len(c)](
+        launch(
+            _svd_noise_kernel, (n_tiles, len(c)),
             weight, a, b, target, rows, cols, k_padded, clamp, *weight.stride(),
-            a.stride(0) if scales_u else 0, a.stride(-2), 0 if scales_u else b.stride(0), b.stride(-1), b.stride(-2),
-            *target.stride(), WIDEN=interpreted(), **constants,
+            a.stride(0) if scales_u else 0, a.stride(1), 0 if scales_u else b.stride(0), b.stride(2), b.stride(1),
+            *target.stride(),
+            PRECISION="ieee" if ordinary else "tf32", WIDEN=interpreted(), GROUP=8, **constants,
         )  # fmt: skip
 
 

@@ -8,8 +8,8 @@ may have K in front (K heads at once).
 Precision: products of the inputs' dtype, accumulated in float32; everything after that in float32.
 Bytes: the head once per block of tokens; 2 * tokens * vocabulary * width operations: bound by arithmetic from
 some hundred tokens on. Memory O(tokens).
-Deterministic: phase one reduces a fixed share of the vocabulary per program, phase two combines the shares in
-their order. The shares depend on the vocabulary alone, so a token's result does not depend on its batch.
+Deterministic: phase one reduces a fixed share of the vocabulary per program, phase two combines the shares always
+in the same way. The shares depend on the vocabulary alone, so a token's result does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from olmfast.kernels._dispatch import (
     dtype_name,
     fitting,
     interpreted,
+    launch,
     on_device,
     takes_descriptors,
     use_triton,
@@ -52,7 +53,7 @@ HOPPER, HOPPER_CHANGED = (128, 256, 3, 8), (128, 128, 4, 8)
 HOPPER_FLOAT32 = Tile(128, 128, 32, 3, 8)
 # Shares of the vocabulary for tiles of 256, and as many more for narrower ones: with few tokens, a multiprocessor each.
 MAX_SHARES = 132
-COMBINE_BLOCK = 128
+COMBINE_BLOCK = 16
 NO_LABEL = -100
 
 
@@ -163,7 +164,7 @@ def _scores_fold(
 
 @partial(LazyKernel, plain=("n_tokens", "n_shares", "blocks_per_share"))
 def _scores_kernel(
-    h_ptr, w_ptr, bias_ptr, label_ptr, max_ptr, arg_ptr, sum_ptr, own_ptr,
+    h_ptr, w_ptr, bias_ptr, label_ptr, part_ptr,
     n_tokens, n_vocabulary, width, n_shares, blocks_per_share, scale, softcap,
     h_head, h_token, w_head, w_row, bias_head, bias_at, label_head, label_at,
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr, TAIL: tl.constexpr,
@@ -217,40 +218,39 @@ def _scores_kernel(
             HAS_BIAS, HAS_SCALE, HAS_CAP, TAIL, BLOCK_N,
         )  # fmt: skip
 
-    at_out = (head.to(tl.int64) * n_shares + share) * n_tokens + offs_m
-    tl.store(max_ptr + at_out, best, mask=mask_m)
-    tl.store(arg_ptr + at_out, arg, mask=mask_m)
-    tl.store(sum_ptr + at_out, tl.where(bad > 0, float("nan"), total), mask=mask_m)
-    tl.store(own_ptr + at_out, own, mask=mask_m)
+    at_out = part_ptr + (head.to(tl.int64) * n_shares + share) * n_tokens + offs_m
+    step = tl.num_programs(1).to(tl.int64) * n_shares * n_tokens
+    tl.store(at_out, best, mask=mask_m)
+    tl.store(at_out + step, arg.to(tl.float32, bitcast=True), mask=mask_m)
+    tl.store(at_out + 2 * step, tl.where(bad > 0, float("nan"), total), mask=mask_m)
+    tl.store(at_out + 3 * step, own, mask=mask_m)
 
 
 @partial(LazyKernel, plain=("n_tokens", "n_shares"))
-def _combine_kernel(
-    max_ptr, arg_ptr, sum_ptr, own_ptr, max_out, arg_out, lse_out, own_out, n_tokens, n_shares,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+def _combine_kernel(part_ptr, out_ptr, arg_out, n_tokens, n_shares, SHARES: tl.constexpr, BLOCK: tl.constexpr):
     head = tl.program_id(1).to(tl.int64)
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    offs, shares = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, SHARES)
     mask = offs < n_tokens
-    best = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
-    own = tl.full((BLOCK,), float("nan"), dtype=tl.float32)
-    total, arg = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.int64)
-    for share in range(n_shares):
-        at = (head * n_shares + share) * n_tokens + offs
-        share_best = tl.load(max_ptr + at, mask=mask, other=0.0)
-        share_own = tl.load(own_ptr + at, mask=mask, other=0.0)
-        # Strictly greater: of equal maxima the earlier share keeps its lower index.
-        arg = tl.where(share_best > best, tl.load(arg_ptr + at, mask=mask, other=0).to(tl.int64), arg)
-        highest = tl.maximum(best, share_best)
-        share_total = tl.load(sum_ptr + at, mask=mask, other=0.0)
-        total = total * tl.exp(best - highest) + share_total * tl.exp(share_best - highest)
-        own = tl.where(share_own == share_own, share_own, own)
-        best = highest
-    at = head * n_tokens + offs
-    tl.store(max_out + at, best, mask=mask)
-    tl.store(arg_out + at, arg, mask=mask)
-    tl.store(lse_out + at, best + tl.log(total), mask=mask)
-    tl.store(own_out + at, own, mask=mask)
+    both = (shares < n_shares)[:, None] & mask[None, :]
+    at = part_ptr + (head * n_shares + shares)[:, None] * n_tokens + offs[None, :]
+    step = tl.num_programs(1).to(tl.int64) * n_shares * n_tokens
+    share_best = tl.load(at, mask=both, other=float("-inf"))
+    share_arg = tl.load(at + step, mask=both, other=0.0).to(tl.int32, bitcast=True)
+    share_total = tl.load(at + 2 * step, mask=both, other=0.0)
+    share_own = tl.load(at + 3 * step, mask=both, other=float("nan"))
+    best = tl.max(share_best, axis=0)
+    # Of equal maxima the lowest index.
+    arg = tl.min(tl.where(share_best == best[None, :], share_arg, 0x7FFFFFFF), axis=0)
+    total = tl.sum(share_total * tl.exp(share_best - best[None, :]), axis=0)
+    known = share_own == share_own
+    own = tl.sum(tl.where(known, share_own, 0.0), axis=0)
+    own = tl.where(tl.max(known.to(tl.int32), axis=0) > 0, own, float("nan"))
+    at, step = head * n_tokens + offs, tl.num_programs(1).to(tl.int64) * n_tokens
+    # Where all is NaN there is no maximum: some index.
+    tl.store(arg_out + at, tl.where(arg == 0x7FFFFFFF, 0, arg).to(tl.int64), mask=mask)
+    tl.store(out_ptr + at, best, mask=mask)
+    tl.store(out_ptr + step + at, best + tl.log(total), mask=mask)
+    tl.store(out_ptr + 2 * step + at, own, mask=mask)
 
 
 def token_scores(
@@ -345,11 +345,10 @@ def _launch(
     per_share = ceil_div(n_blocks, MAX_SHARES * 256 // tile.block_n)
     n_shares = ceil_div(n_blocks, per_share)
 
-    def fields(indices: torch.dtype, *shape: int) -> TokenScores:
-        floats = [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(3)]
-        return TokenScores(floats[0], torch.empty(shape, dtype=indices, device=device), *floats[1:])
-
-    parts, scores = fields(torch.int32, k, n_shares, n_tokens), fields(torch.int64, k, n_tokens)
+    # Of each share, then of all of them together: greatest logit, its index, sum or logarithm of it, the label's logit.
+    parts = torch.empty((4, k, n_shares, n_tokens), dtype=torch.float32, device=device)
+    floats = torch.empty((3, k, n_tokens), dtype=torch.float32, device=device)
+    scores = TokenScores(floats[0], torch.empty((k, n_tokens), dtype=torch.int64, device=device), floats[1], floats[2])
     if not n_tokens or not k:
         return scores
     if not by_copies:
@@ -361,9 +360,9 @@ def _launch(
         w = descriptor(head_weight.flatten(0, 1), (tile.block_n, tile.block_k))
         h_head, w_head = n_tokens if h_head else 0, n_vocabulary
     with on_device(hidden):
-        _scores_kernel[ceil_div(n_tokens, tile.block_m) * n_shares, k](
-            h, w, bias_or_dummy, labels, *parts,
-            n_tokens, n_vocabulary, width, n_shares, per_share,
+        launch(
+            _scores_kernel, (ceil_div(n_tokens, tile.block_m) * n_shares, k),
+            h, w, bias_or_dummy, labels, parts, n_tokens, n_vocabulary, width, n_shares, per_share,
             1.0 if scale is None else float(scale), 1.0 if softcap is None else float(softcap),
             h_head, hidden.stride(1), w_head, head_weight.stride(1), *bias_or_dummy.stride(), *labels.stride(),
             HAS_BIAS=bias is not None, HAS_SCALE=scale is not None, HAS_CAP=softcap is not None,
@@ -372,9 +371,11 @@ def _launch(
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
             num_stages=tile.n_stages, num_warps=tile.n_warps,
         )  # fmt: skip
-        _combine_kernel[(ceil_div(n_tokens, COMBINE_BLOCK), k)](
-            *parts, *scores, n_tokens, n_shares, BLOCK=COMBINE_BLOCK
-        )
+        launch(
+            _combine_kernel, (ceil_div(n_tokens, COMBINE_BLOCK), k),
+            parts, floats, scores.argmax, n_tokens, n_shares,
+            SHARES=1 << (n_shares - 1).bit_length(), BLOCK=COMBINE_BLOCK,
+        )  # fmt: skip
     return scores
 
 

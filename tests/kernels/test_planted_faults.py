@@ -76,7 +76,10 @@ def test_products_in_half_precision_are_found(planted, impl, check_rounded_once)
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("arg = tl.where(share_best > best,", "arg = tl.where(share_best >= best,"),
+        (
+            "arg = tl.min(tl.where(share_best == best[None, :],",
+            "arg = tl.max(tl.where(share_best != best[None, :] + 1,",
+        ),
         ("arg = tl.where(block_best > best,", "arg = tl.where(block_best >= best,"),
     ],
 )

@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 
 SCORING := $(addprefix tests/test_, scoring.py batched.py selection.py search.py evolution.py families.py)
 
-.PHONY: demo demo-fresh demo-compare test test-portable bench lint parity sanitize clean
+.PHONY: demo demo-fresh demo-compare test test-portable bench gpu lint parity sanitize clean
 
 .venv/installed: pyproject.toml setup.py constraints.txt olmfast/__init__.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -36,6 +36,10 @@ test-portable: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/pytest bench --benchmark-only
+
+# Where there is a GPU: whether all is right on it, and how fast; `make gpu PARTS="rates swap"`: some of it.
+gpu: .venv/installed
+	bench/gpu.sh $(PARTS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

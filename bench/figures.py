@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -90,9 +91,15 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 @contextmanager
-def room(factory: pytest.TempPathFactory, name: str, n_bytes: float) -> Iterator[Path]:
-    """A folder for so many bytes, which is deleted at the end. Where the disk has less, the benchmark is skipped."""
-    folder = factory.mktemp(name)
+def room(factory: pytest.TempPathFactory, name: str, n_bytes: float, preferred: Path | None = None) -> Iterator[Path]:
+    """A folder for so many bytes, which is deleted at the end: in `preferred` where that has them.
+
+    Where the disk has less, the benchmark is skipped.
+    """
+    if preferred is not None and preferred.is_dir() and shutil.disk_usage(preferred).free >= n_bytes:
+        folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=preferred))
+    else:
+        folder = factory.mktemp(name)
     try:
         free = shutil.disk_usage(folder).free
         if free < n_bytes:

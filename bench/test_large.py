@@ -5,9 +5,12 @@
 On CUDA the model has the blocks of Llama-7B (width 4,096), 8 of them or, with OLMFAST_BENCH_ALL=1, all 32, and is
 scored in bfloat16 under `max_vram: 24GB`; elsewhere it is a small one that shows that all of this works:
 OLMFAST_BENCH_SHAPE says otherwise. Weights are random and bfloat16: each donor is one ancestor with 1 or 2 % of each
-matrix's spread added, made a tensor at a time and written a block at a time. Three donors of 8 blocks take 11 GB of
-disk, of 32 blocks 40.4 GB, and as much as a fourth must be free for a result (`--basetemp=FOLDER` says where); they are
-deleted afterwards. The plain driver loads a donor into main memory.
+matrix's spread added, made a tensor at a time and written a block at a time, once. Three donors of 8 blocks take 11 GB,
+of 32 blocks 40.4 GB, and as much as a fourth must be free for a result: in memory (/dev/shm) where that has room, else
+on disk (`--basetemp=FOLDER` says where); they are deleted afterwards. The plain driver loads a donor into main memory.
+
+Each figure is shown as soon as it is there. On a GPU no new one is begun after 240 seconds (OLMFAST_BENCH_SECONDS says
+otherwise); what could not be finished is named at the end.
 
 OLMFAST_BENCH_CONVERSATIONS names a file of docs/config.md's formats, or several with a colon between: the three
 datasets get 64 questions each (16 on a CPU, unless OLMFAST_BENCH_ALL=1), from the files in turn, by a byte-level BPE
@@ -37,6 +40,7 @@ import gc
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -104,6 +108,34 @@ VRAM = 24 * 10**9
 ROUNDS = 5 if GPU else 1
 EMBEDDING, LOGITS = 3.0, 4.0  # standard deviations, as in search_case.make_case
 NOW = Candidate("now")
+BEGAN = time.perf_counter()
+SECONDS = float(os.environ.get("OLMFAST_BENCH_SECONDS", "240" if GPU else "inf"))
+MEMORY_FOLDER = Path("/dev/shm")
+
+
+class Remaining:
+    """Of the seconds that the benchmark may take, and what there was no time for."""
+
+    def __init__(self) -> None:
+        self.left_out: list[str] = []
+
+    @property
+    def seconds(self) -> float:
+        return SECONDS - (time.perf_counter() - BEGAN)
+
+    def suffices(self, what: str, needed: float) -> bool:
+        """Whether there is time for something; it is left out otherwise."""
+        if self.seconds >= needed:
+            return True
+        self.left_out.append(what)
+        return False
+
+    def median(self, call: Callable[[], object]) -> float:
+        """Seconds of a call: of as many as there is time for, one at least."""
+        times = [elapsed(call, DEVICE)]
+        while len(times) < ROUNDS and self.seconds > 3 * times[-1]:
+            times.append(elapsed(call, DEVICE))
+        return median(times)
 
 
 def shape_asked_for() -> tuple[str, Shape]:
@@ -117,7 +149,7 @@ def shape_asked_for() -> tuple[str, Shape]:
 def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     """Donors and datasets; the donors do not stay."""
     _, shape = shape_asked_for()
-    with room(tmp_path_factory, "large", (len(DONORS) + 1) * shape.n_bytes) as folder:
+    with room(tmp_path_factory, "large", (len(DONORS) + 1) * shape.n_bytes, MEMORY_FOLDER if GPU else None) as folder:
         tokenizer = write_datasets(folder, shape)
         for index, name in enumerate(DONORS):
             write_donor(folder / "models" / name, shape, tokenizer, index)
@@ -246,8 +278,19 @@ class Measured:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass
+class Plain:
+    """Of inference of the same blocks and nothing else, per part of the datasets: its tokens, and tokens a second."""
+
+    tokens: dict[str, int]
+    rates: dict[str, float]
+    matmul: float
+    operations: int  # of a token
+
+
 def test_candidates_of_a_large_model(benchmark: Any, report: Report, figures: Figures, case: Case) -> None:
     name, shape = shape_asked_for()
+    remaining = Remaining()
     config = case.config(
         QUESTIONS,
         device=str(DEVICE),
@@ -258,10 +301,11 @@ def test_candidates_of_a_large_model(benchmark: Any, report: Report, figures: Fi
     kind = "random words" if SOURCE is None else "conversations"
     figures.say(
         f"shape {name}: {shape.n_blocks} blocks of width {shape.width}, {shape.n_bytes / 1e9:.2f} GB, "
-        f"{QUESTIONS} x {len(MODES)} questions of {kind}"
+        f"{QUESTIONS} x {len(MODES)} questions of {kind}; donors in {case.folder}"
     )
     with session(config) as engine:
-        peak, found = measure(benchmark, report, engine, shape)
+        figures.say(f"donors made and opened after {time.perf_counter() - BEGAN:.0f} s")
+        peak, found = measure(benchmark, report, figures, engine, shape, remaining)
         datasets, base, dtype = (
             engine.inputs.selection.datasets,
             engine.search.recipe.base,
@@ -271,59 +315,65 @@ def test_candidates_of_a_large_model(benchmark: Any, report: Report, figures: Fi
     gc.collect()
     if GPU:
         torch.cuda.empty_cache()
-    baseline = Baseline(case.folders, datasets, case.folder / "plain", device=DEVICE, dtype=dtype)
-    baseline.start(base, Scores.empty(1, datasets, torch.float32))
-    baseline.score(baseline.model)  # the first forwards are slower
-    for kind, ours in found.items():
-        compare(report, kind, ours, baseline)
+    if found and remaining.suffices("the plain driver", 30):
+        baseline = Baseline(case.folders, datasets, case.folder / "plain", device=DEVICE, dtype=dtype)
+        baseline.start(base, Scores.empty(1, datasets, torch.float32))
+        seconds, _ = timed(partial(baseline.score, baseline.model), DEVICE)  # the first forwards are slower
+        for kind, ours in found.items():
+            if remaining.suffices(f"the plain driver's {kind}", 1.5 * seconds):
+                compare(report, kind, ours, baseline)
+    for left_out in remaining.left_out:
+        figures.say(f"not finished within {SECONDS:.0f} s: {left_out}")
     assert not GPU or peak < VRAM
 
 
-def measure(benchmark: Any, report: Report, engine: Session, shape: Shape) -> tuple[int, dict[str, Measured]]:
+PARTS = {"read along": READ_ALONG, "all three": list(MODES)}
+
+
+def measure(
+    benchmark: Any, report: Report, figures: Figures, engine: Session, shape: Shape, remaining: Remaining
+) -> tuple[int, dict[str, Measured]]:
     """Bytes at the peak of scoring, and for each kind of candidate what was measured."""
     search, scorer, block = engine.search, engine.search.scorer, shape.n_blocks // 2
     assert isinstance(scorer, BatchedScorer)
-    dtype = engine.inputs.settings.dtype
-    parts = {"all three": list(MODES), "read along": READ_ALONG}
     found: dict[str, Measured] = {}
     with watched(scorer.memory) as peak:
-        scorer.score(search.architecture.window_unit(search.tensors, [block]), [NOW])
+        unit = search.architecture.window_unit(search.tensors, [block])
+        seconds = elapsed(partial(scorer.score, unit, [NOW]), DEVICE)
+        figures.say(f"the current model, all questions: {seconds:.3g} s")
+        plain: Plain | None = None
         for kind in KINDS:
+            if not remaining.suffices(f"{kind} candidates", 10):
+                continue
             at_hand = (0, block, shape.n_blocks - 1)
             preparing, (unit, candidates) = timed(
                 partial(candidates_of, kind, engine, block, at_hand, per_unit=None), DEVICE
             )
+            figures.say(f"{kind}: {len(candidates)} candidates prepared in {preparing:.3g} s")
             before = scorer.statistics.decoded
-            scores = scorer.score(unit, candidates)  # compiles, and fills caches
+            # Compiles, and fills caches.
+            seconds, scores = timed(partial(scorer.score, unit, candidates), DEVICE)
+            figures.say(f"{kind}: scored for the first time in {seconds:.3g} s")
             decoded = scorer.statistics.decoded - before
-            found[kind] = Measured(unit, [one.label for one in candidates], scores, preparing, decoded)
-            for part, names in parts.items():
+            found[kind] = ours = Measured(unit, [one.label for one in candidates], scores, preparing, decoded)
+            ours.seconds["all three"] = seconds  # until there are better ones
+            if plain is None:  # what enters the block is known now
+                plain = plain_rates(report, engine, shape, block, remaining)
+            for part, names in PARTS.items():
+                if not remaining.suffices(f"{kind}, {part}", seconds):
+                    continue
                 call = partial(scorer.score, unit, candidates, names)
-                found[kind].seconds[part] = median(elapsed(call, DEVICE) for _ in range(ROUNDS))
-        benchmark.pedantic(call, rounds=1)
+                ours.seconds[part] = remaining.median(call)
+                rate = len(ours.labels) * plain.tokens[part] / ours.seconds[part]
+                report(
+                    f"{kind}, {len(ours.labels)} candidates, {part}", f"{rate:,.0f} tokens/s",
+                    f"plain inference {plain.rates[part]:,.0f}", rate / plain.rates[part],
+                    f"{plain.operations * rate / plain.matmul:.1%} of matmul",
+                    unit=ours.unit.name, seconds=f"{ours.seconds[part]:.3g}",
+                    decoded=f"{ours.decoded if part == 'all three' else 0} tokens",
+                )  # fmt: skip
+        benchmark.pedantic(lambda: None, rounds=1)
         reserved = torch.cuda.max_memory_reserved(DEVICE) if GPU else None
-    lengths = [len(task.ids) for task in scorer.trajectories.tasks]
-    n_suffix = shape.n_blocks - block
-    operations = 2 * n_suffix * shape.block_parameters  # of a token
-    matmul = rate_of_matmul(dtype, scorer.shares.pass_tokens, shape)
-    for part, names in parts.items():
-        tokens = sum(len(scorer.trajectories.tasks[number].ids) for number in numbers_of(scorer, names))
-        run = plain_inference(scorer, block, names)
-        run()
-        plain = tokens / median(elapsed(run, DEVICE) for _ in range(ROUNDS))
-        report(
-            f"plain inference of blocks {block} to {shape.n_blocks - 1}, {part}", f"{plain:,.0f} tokens/s",
-            limit=f"{operations * plain / matmul:.1%} of matmul", inputs=f"{min(lengths)} to {max(lengths)} tokens",
-            matmul=f"{matmul / 1e12:.3g} TFLOP/s in {dtype}",
-        )  # fmt: skip
-        for kind, ours in found.items():
-            rate = len(ours.labels) * tokens / ours.seconds[part]
-            report(
-                f"{kind}, {len(ours.labels)} candidates, {part}", f"{rate:,.0f} tokens/s",
-                f"plain inference {plain:,.0f}", rate / plain, f"{operations * rate / matmul:.1%} of matmul",
-                unit=ours.unit.name, seconds=f"{ours.seconds[part]:.3g}",
-                decoded=f"{ours.decoded if part == 'all three' else 0} tokens",
-            )  # fmt: skip
     report(
         "memory at the peak of scoring", f"{peak.n_bytes / 1e9:.2f} GB",
         limit=f"{peak.n_bytes / VRAM:.0%} of 24 GB" if GPU else "-",
@@ -331,6 +381,26 @@ def measure(benchmark: Any, report: Report, engine: Session, shape: Shape) -> tu
         padding=f"{scorer.statistics.padding:.1%}",
     )  # fmt: skip
     return peak.n_bytes, found
+
+
+def plain_rates(report: Report, engine: Session, shape: Shape, block: int, remaining: Remaining) -> Plain:
+    """How fast one model's blocks from `block` on are on the same batches, and one large product."""
+    scorer, dtype = engine.search.scorer, engine.inputs.settings.dtype
+    assert isinstance(scorer, BatchedScorer)
+    lengths = [len(task.ids) for task in scorer.trajectories.tasks]
+    operations = 2 * (shape.n_blocks - block) * shape.block_parameters
+    plain = Plain({}, {}, rate_of_matmul(dtype, scorer.shares.pass_tokens, shape), operations)
+    for part, names in PARTS.items():
+        plain.tokens[part] = sum(lengths[number] for number in numbers_of(scorer, names))
+        run = plain_inference(scorer, block, names)
+        run()
+        plain.rates[part] = plain.tokens[part] / remaining.median(run)
+        report(
+            f"plain inference of blocks {block} to {shape.n_blocks - 1}, {part}", f"{plain.rates[part]:,.0f} tokens/s",
+            limit=f"{operations * plain.rates[part] / plain.matmul:.1%} of matmul",
+            inputs=f"{min(lengths)} to {max(lengths)} tokens", matmul=f"{plain.matmul / 1e12:.3g} TFLOP/s in {dtype}",
+        )  # fmt: skip
+    return plain
 
 
 def compare(report: Report, kind: str, ours: Measured, baseline: Baseline) -> None:

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Checks and times olmfast on the GPU at hand, without a network, in less than eight minutes.
+#
+#   bench/gpu.sh              everything, the most important first
+#   bench/gpu.sh PART ...     some of: self-check tests batched demo rates kernels swap large
+#
+# Each part has a limit of its own, and each figure is shown as soon as it is there. All of it also goes to the file
+# OLMFAST_GPU_RESULTS (gpu-results.txt), with the card, the driver, the versions, the commit and the commands.
+# OLMFAST_BEFORE=FOLDER: `rates` also measures the older olmfast in that folder, first. PYTHON: the interpreter.
+set -u -o pipefail
+cd "$(dirname "$0")/.."
+if [ -z "${PYTHON:-}" ]; then PYTHON=python3; [ -x .venv/bin/python ] && PYTHON=.venv/bin/python; fi
+results=${OLMFAST_GPU_RESULTS:-gpu-results.txt}
+export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+failed=()
+
+say() { printf '%s\n' "$*" | tee -a "$results"; }
+
+part() {  # name, limit in seconds, command
+  local name=$1 limit=$2 began=$SECONDS status
+  shift 2
+  say "" "== $name: $*"
+  timeout --kill-after=5 "$limit" "$@" 2>&1 | tee -a "$results"
+  status=${PIPESTATUS[0]}
+  if [ "$status" = 124 ] || [ "$status" = 137 ]; then say "== $name: stopped at its limit of $limit s"; fi
+  if [ "$status" != 0 ]; then failed+=("$name"); fi
+  say "== $name: exit code $status, $((SECONDS - began)) s"
+}
+
+run() {
+  case $1 in
+    self-check) part self-check 40 "$PYTHON" -m olmfast.kernels ;;
+    tests) part tests 120 "$PYTHON" -m pytest tests/kernels -q -rf -p no:cacheprovider $parallel \
+      --ignore tests/kernels/test_compile.py --ignore tests/kernels/test_dispatch.py ;;
+    batched) part batched 60 "$PYTHON" -m pytest tests/test_batched.py -q -rf -p no:cacheprovider $parallel ;;
+    demo) part demo 90 "$PYTHON" -c 'import sys; from olmfast.cli import main; sys.exit(main())' \
+      run examples/demo/olm_config.yaml --overwrite ;;
+    rates)
+      if [ -n "${OLMFAST_BEFORE:-}" ]; then
+        PYTHONPATH=$OLMFAST_BEFORE part "rates before" 60 "$PYTHON" bench/rates.py
+      fi
+      part rates 60 "$PYTHON" bench/rates.py ;;
+    kernels) part kernels 90 "$PYTHON" -m pytest bench/test_kernels.py --benchmark-only -q -p no:cacheprovider ;;
+    swap) part swap 45 "$PYTHON" -m pytest bench/test_shards.py -k device --benchmark-only -q -p no:cacheprovider ;;
+    large)
+      OLMFAST_BENCH_ALL=1 OLMFAST_BENCH_SECONDS=${OLMFAST_BENCH_SECONDS:-200} part large 240 \
+        "$PYTHON" -m pytest bench/test_large.py --benchmark-only -q -p no:cacheprovider ;;
+    *) echo "gpu.sh: $1: not a part" >&2; exit 2 ;;
+  esac
+}
+
+nvidia-smi > /dev/null 2>&1 || { echo "gpu.sh: no GPU here" >&2; exit 2; }
+parallel=$("$PYTHON" -c 'import os, xdist; print("-n", min(14, os.cpu_count()))' 2> /dev/null || true)
+: > "$results"
+say "$(date -u +%F) $(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | head -1)"
+say "$("$PYTHON" -c 'import sys, torch, triton, transformers as t
+print("Python", sys.version.split()[0] + ", torch", torch.__version__ + ", triton", triton.__version__ + ", transformers", t.__version__)')"
+say "commit ${OLMFAST_COMMIT:-$(git rev-parse --short HEAD 2> /dev/null || echo unknown)}; command: bench/gpu.sh $*"
+for name in "${@:-}"; do
+  if [ -n "$name" ]; then run "$name"; continue; fi
+  for each in self-check tests batched rates swap demo large kernels; do
+    # Eight minutes in all: what comes last may be left out.
+    if [ "$SECONDS" -gt "${OLMFAST_GPU_SECONDS:-440}" ]; then say "== $each: left out, $SECONDS s have passed"; continue; fi
+    run "$each"
+  done
+done
+say "" "results are in $results"
+[ ${#failed[@]} = 0 ] || { say "failed: ${failed[*]}"; exit 1; }

@@ -4,40 +4,68 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from olmfast.evaluation.blocks import State
+
+class Kept(NamedTuple):
+    """One input's keys and values in a block: a row of (rows, heads, width, head size), from its first token on."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    row: int
 
 
-def filled_cache(config: Any, inputs: Sequence[Sequence[State]], room: int) -> tuple[Any, torch.Tensor]:
+def filled_cache(
+    config: Any, inputs: Sequence[Sequence[Kept]], lengths: Sequence[int], room: int
+) -> tuple[Any, torch.Tensor]:
     """A cache that holds the states of several inputs, with room for more tokens, and the mask of what is in it.
 
-    Each input has keys and values (heads, tokens, head size) per block. They are aligned on the right.
+    Each input has its keys and values per block, of which the first `lengths` tokens count. They are aligned on the
+    right.
     """
     from transformers import DynamicCache
 
-    lengths = [states[0][0].shape[1] for states in inputs]
     width = max(lengths)
     cache = DynamicCache(config=config)
+    places: dict[tuple[tuple[int, int], ...], tuple[torch.Tensor, ...]] = {}
     for block in range(len(inputs[0])):
+        # What one pass has computed lies in one tensor, and is copied at once.
+        together: dict[int, list[tuple[int, int]]] = {}
+        for row, states in enumerate(inputs):
+            together.setdefault(id(states[block].keys), []).append((row, states[block].row))
         filled = []
         for part in range(2):
             first = inputs[0][block][part]
-            buffer = first.new_zeros(len(inputs), first.shape[0], width + room, first.shape[2])
-            for row, (states, n) in enumerate(zip(inputs, lengths, strict=True)):
-                buffer[row, :, width - n : width] = states[block][part]
+            buffer = first.new_zeros(len(inputs), first.shape[1], width + room, first.shape[3])
+            for rows in together.values():
+                key = tuple(rows)
+                if key not in places:
+                    places[key] = _places(rows, lengths, width, first.device)
+                into_row, into_token, from_row, from_token = places[key]
+                buffer[into_row, :, into_token] = inputs[rows[0][0]][block][part][from_row, :, from_token]
             filled.append(buffer)
         if block < len(cache.layers) and cache.layers[block].is_sliding:
             cache.update(filled[0][:, :, :width], filled[1][:, :, :width], block)
         else:
             layer = _roomy_layer()(filled[0], filled[1], width)
             cache.layers[block : block + 1] = [layer]
-    mask = torch.zeros(len(inputs), width, dtype=torch.long, device=first.device)
+    mask = torch.zeros(len(inputs), width, dtype=torch.long)
     for row, n in enumerate(lengths):
         mask[row, width - n :] = 1
-    return cache, mask
+    return cache, mask.to(first.device)
+
+
+def _places(
+    rows: Sequence[tuple[int, int]], lengths: Sequence[int], width: int, device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    """Row and token in a buffer, and row and token where it comes from, of every token of inputs (row, its source)."""
+    counts = torch.tensor([lengths[row] for row, _ in rows])
+    into_row, from_row = (torch.tensor(column).repeat_interleave(counts) for column in zip(*rows, strict=True))
+    from_token = torch.cat([torch.arange(lengths[row]) for row, _ in rows])
+    into_token = from_token + (width - counts).repeat_interleave(counts)
+    return tuple(index.to(device) for index in (into_row, into_token, from_row, from_token))
 
 
 @functools.cache

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from olmfast.evaluation.blocks import BlockwiseModel, State
-from olmfast.evaluation.cache import filled_cache
+from olmfast.evaluation.blocks import BlockwiseModel
+from olmfast.evaluation.cache import Kept, filled_cache
 from olmfast.evaluation.cohort import Cohort, Statistics
 from olmfast.evaluation.leaves import Leaf, computing_for
 from olmfast.evaluation.memory import Shares, is_out_of_memory
@@ -102,7 +102,8 @@ class Rollout:
     place: int
     task: int
     own: OwnTokens  # so far; the last one has not been fed yet
-    states: list[State]  # per block, keys and values (heads, tokens, head size) of all tokens before it
+    states: list[Kept]  # per block, keys and values of all tokens before it
+    n_states: int  # how many tokens that are
     limit: int  # how many tokens are still wanted, at least 1
 
 
@@ -118,20 +119,23 @@ def resume(
     rollouts = [rollouts[index] for index in order]
     device = next(module.parameters()).device
     n_steps = max(one.limit for one in rollouts)
-    cache, mask = filled_cache(module.config, [one.states for one in rollouts], n_steps)
+    cache, mask = filled_cache(
+        module.config, [one.states for one in rollouts], [one.n_states for one in rollouts], n_steps
+    )
     stop_ids = torch.tensor(sorted(stop), dtype=torch.long, device=device)
     ids = torch.tensor([[one.own.tokens[-1]] for one in rollouts], device=device)
     positions = mask.sum(1, keepdim=True)
     left = torch.tensor([one.limit for one in rollouts], device=device)
     rows = torch.arange(len(rollouts), device=device)  # which rollout each row of the batch is
+    width = mask.shape[1]
+    mask = torch.cat([mask, mask.new_ones(len(rollouts), n_steps)], dim=1)
+    places, counts = np.unique([one.place for one in rollouts], return_counts=True)
     tokens = torch.zeros(len(rollouts), n_steps, dtype=torch.long, device=device)
     probabilities: torch.Tensor | None = None
     lengths = torch.zeros(len(rollouts), dtype=torch.long, device=device)
     for step in range(n_steps):
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        places, counts = np.unique([rollouts[row].place for row in rows.tolist()], return_counts=True)
         with computing_for(leaves, places.tolist(), counts.tolist()):
-            token, max_prob = _next_tokens(module, ids, mask, positions, cache)
+            token, max_prob = _next_tokens(module, ids, mask[:, : width + step + 1], positions, cache)
         if probabilities is None:
             probabilities = max_prob.new_zeros(len(rollouts), n_steps)
         tokens[rows, step] = token  # what comes after a row's end is not read
@@ -147,9 +151,11 @@ def resume(
             keep = alive.nonzero()[:, 0]
             cache.batch_select_indices(keep)
             rows, left, mask, ids, positions = rows[keep], left[keep], mask[keep], ids[keep], positions[keep]
+            places, counts = np.unique([rollouts[row].place for row in rows.tolist()], return_counts=True)
     assert probabilities is not None
+    tokens, probabilities = tokens.cpu(), probabilities.cpu()  # at once
     found = {
-        index: OwnTokens(tokens[row, :n].tolist(), probabilities[row, :n].cpu())
+        index: OwnTokens(tokens[row, :n].tolist(), probabilities[row, :n])
         for row, (index, n) in enumerate(zip(order, lengths.tolist(), strict=True))
     }
     return [found[index] for index in range(len(order))]

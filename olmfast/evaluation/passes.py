@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from olmfast.evaluation import metrics
-from olmfast.evaluation.blocks import BlockwiseModel, Needed, Recorder, State
+from olmfast.evaluation.blocks import BlockwiseModel, Needed, Recorder
+from olmfast.evaluation.cache import Kept
 from olmfast.evaluation.cohort import Cohort, Statistics
 from olmfast.evaluation.encoding import make_batches
 from olmfast.evaluation.generation import Rollout
 from olmfast.evaluation.memory import Memory, Shares, is_out_of_memory
 from olmfast.evaluation.suffix import Suffix
-from olmfast.evaluation.tasks import OwnTokens, Task
+from olmfast.evaluation.tasks import Task
 from olmfast.evaluation.trajectories import Trajectories
 
 MEASURED_TOKENS = 512  # in the pass whose memory is measured
@@ -96,6 +97,7 @@ class Passes:
         needed = torch.split(taken.view(k, -1, taken.shape[-1]), [len(task.labels) for task in tasks], dim=1)
         self._score_choices(cohort, places, tasks, needed)
         rollouts: list[Rollout] = []
+        leaving: list[int] = []  # their rows in the pass
         for at, logits, argmax in self._logits(needed, tasks):
             task, number = tasks[at], numbers[at]
             for i, place in enumerate(places):
@@ -107,9 +109,12 @@ class Passes:
                 if task.is_over(own, self.trajectories.stop_tokens):
                     self.trajectories.finish(cohort, place, number, own)
                 else:
-                    assert recorder is not None
-                    states = self._states(suffix, recorder, i * len(tasks) + at, number, own)
-                    rollouts.append(Rollout(place, number, own, states, task.limit - len(own.tokens)))
+                    n_states = len(task.sample.prompt) + len(own.tokens) - 1  # of all tokens but the last
+                    states = self._states_below(number, suffix)
+                    rollouts.append(Rollout(place, number, own, states, n_states, task.limit - len(own.tokens)))
+                    leaving.append(i * len(tasks) + at)
+        if recorder is not None and rollouts:
+            self._take_along(rollouts, leaving, recorder, suffix.first)
         return rollouts
 
     def _needed(self, numbers: Sequence[int]) -> Needed:
@@ -145,25 +150,25 @@ class Passes:
         for at, max_logit, argmax, logsumexp, label_logit in zip(places, *parts, strict=True):
             yield at, metrics.ResponseLogits(max_logit, label_logit, logsumexp), argmax
 
-    def _states(self, suffix: Suffix, recorder: Recorder, row: int, number: int, own: OwnTokens) -> list[State]:
-        """Keys and values of all tokens but the last of a candidate's own, per block."""
-        n = len(self.trajectories.tasks[number].sample.prompt) + len(own.tokens) - 1
-        states = [(keys[:, :n], values[:, :n]) for keys, values in self._states_below(number, suffix)]
-        for block in range(suffix.first, len(self.blockwise.blocks)):
+    def _take_along(self, rollouts: Sequence[Rollout], rows: Sequence[int], recorder: Recorder, first: int) -> None:
+        """Keep the keys and values of these rows of a pass, from block `first` on, and let the others go."""
+        width = max(one.n_states for one in rollouts)
+        for block in range(first, len(self.blockwise.blocks)):
             keys, values = recorder.states[block]
-            at = row % len(keys)  # what is shared by all candidates is recorded once
-            states.append((keys[at, :, :n].clone(), values[at, :, :n].clone()))
-        return states
+            at = torch.tensor(rows, device=keys.device) % len(keys)  # what all candidates share is recorded once
+            keys, values = (part[:, :, :width].index_select(0, at) for part in (keys, values))
+            for row, one in enumerate(rollouts):
+                one.states.append(Kept(keys, values, row))
 
-    def _states_below(self, number: int, suffix: Suffix) -> list[State]:
-        """Keys and values of the blocks below the suffix, (heads, tokens, head size): kept, or computed once more."""
+    def _states_below(self, number: int, suffix: Suffix) -> list[Kept]:
+        """Keys and values in the blocks below the suffix: kept, or computed once more."""
         batch, row = self.trajectories.place_of(number)
         if len(batch.states) >= suffix.first:
-            return [(keys[row], values[row]) for keys, values in batch.states[: suffix.first]]
+            return [Kept(keys, values, row) for keys, values in batch.states[: suffix.first]]
         if number not in suffix.states_below:
             recorder = Recorder()
             hidden = self.blockwise.enter(self.blockwise.pad([self.trajectories.tasks[number].ids]))
             self.blockwise.run(hidden, 0, suffix.first, recorder)
-            found = [(keys[0], values[0]) for _, (keys, values) in sorted(recorder.states.items())]
+            found = [Kept(keys, values, 0) for _, (keys, values) in sorted(recorder.states.items())]
             suffix.states_below[number] = found
-        return suffix.states_below[number]
+        return list(suffix.states_below[number])

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from olmfast.evaluation.blocks import BlockwiseModel, Needed, Recorder, State
+from olmfast.evaluation.blocks import BlockwiseModel, Needed, Recorder
+from olmfast.evaluation.cache import Kept
 from olmfast.evaluation.forwards import replaced
 from olmfast.evaluation.leaves import Leaf, tile
 
@@ -27,7 +28,7 @@ class Suffix:
         self, blockwise: BlockwiseModel, first: int, hidden: torch.Tensor, leaves: Sequence[Leaf], needed: Needed
     ) -> None:
         self.blockwise, self.first, self.hidden, self.leaves, self.needed = blockwise, first, hidden, leaves, needed
-        self.states_below: dict[int, list[State]] = {}
+        self.states_below: dict[int, list[Kept]] = {}
         self._recorder = Recorder()
         self._outputs: dict[Any, list[Any]] = {}  # module -> what it returned, call by call
         self._first_leaf: Leaf | None = None

@@ -68,7 +68,9 @@ def svd_factors(weight: Tensor, *, drop: bool = True, method: str = "auto") -> S
 
 def svd_factors_ref(matrix: Tensor, drop: bool) -> SvdFactors:
     """The library's decomposition."""
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    # Of cuSOLVER's methods the one that leaves null directions orthogonal.
+    driver = "gesvd" if matrix.device.type == "cuda" and torch.version.hip is None else None
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False, driver=driver)
     k = _n_kept(s, matrix) if drop else len(s)
     return SvdFactors(u[:, :k], s[:k], vh[:k])
 

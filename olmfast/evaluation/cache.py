@@ -36,15 +36,15 @@ def filled_cache(
         for row, states in enumerate(inputs):
             together.setdefault(id(states[block].keys), []).append((row, states[block].row))
         filled = []
-        for part in range(2):
-            first = inputs[0][block][part]
+        for part in ("keys", "values"):
+            first: torch.Tensor = getattr(inputs[0][block], part)
             buffer = first.new_zeros(len(inputs), first.shape[1], width + room, first.shape[3])
             for rows in together.values():
                 key = tuple(rows)
                 if key not in places:
                     places[key] = _places(rows, lengths, width, first.device)
                 into_row, into_token, from_row, from_token = places[key]
-                buffer[into_row, :, into_token] = inputs[rows[0][0]][block][part][from_row, :, from_token]
+                buffer[into_row, :, into_token] = getattr(inputs[rows[0][0]][block], part)[from_row, :, from_token]
             filled.append(buffer)
         if block < len(cache.layers) and cache.layers[block].is_sliding:
             cache.update(filled[0][:, :, :width], filled[1][:, :, :width], block)

@@ -181,14 +181,17 @@ KNOWN = ("3.6.", "3.7.")
 
 def _trait(argument: Any) -> Any:
     """What Triton chooses a kernel by, of one argument."""
+    kind = type(argument)
+    if kind is int:
+        # 1, multiples of 16, and the others, of 32 bits or of more.
+        return (argument == 1) + 2 * (argument % 16 == 0) + 4 * (-(1 << 31) <= argument < 1 << 31)
+    if kind is float:
+        return float
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
-        return argument % 16 == 0, argument == 1, -(1 << 31) <= argument < 1 << 31
-    if isinstance(argument, tuple):
+    if kind is tuple:
         return tuple(map(_trait, argument))
-    block = getattr(argument, "block_shape", None)
-    return float if block is None else (argument.base.dtype, *block)
+    return argument.base.dtype, *argument.block_shape
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -197,7 +200,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     `arguments` are all that the kernel takes but its constants, which come last, in its order and in capitals; what is
     not in capitals is an option of the compiler.
     """
-    device = torch.cuda.current_device() if torch.cuda.is_available() else -1
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
     key = (id(kernel), device, *map(_trait, arguments), *constants.values())
     loaded = _LOADED.get(key)
     if loaded is None:

@@ -200,7 +200,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     `arguments` are all that the kernel takes but its constants, which come last, in its order and in capitals; what is
     not in capitals is an option of the compiler.
     """
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1  # type: ignore[no-untyped-call]
     key = (id(kernel), device, *map(_trait, arguments), *constants.values())
     loaded = _LOADED.get(key)
     if loaded is None:

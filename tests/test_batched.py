@@ -102,6 +102,9 @@ def assert_same(fast, plain, tolerance):
     for name in plain.samples:
         assert torch.equal(fast.evaluated[name], plain.evaluated[name])
         assert torch.equal(fast.truncated[name], plain.truncated[name]), name
+        assert (name in fast.right) == (name in plain.right) == (name not in ("words.json", "quality.json"))
+        if name in plain.right:
+            assert torch.equal(fast.right[name], plain.right[name]), name
         own, other = fast.samples[name], plain.samples[name]
         assert torch.allclose(own, other, rtol=tolerance, atol=tolerance, equal_nan=True), (name, own, other)
 

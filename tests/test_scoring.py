@@ -143,9 +143,13 @@ def scorer_for(folder: Path, dataset: Dataset, dtype=torch.float32, batch_tokens
     return SequentialScorer(model, {"set.json": dataset}, tiny_tokenizer(), [4], batch_tokens)
 
 
-def score(scorer: SequentialScorer) -> np.ndarray:
+def scores_of(scorer: SequentialScorer) -> Scores:
     unit = scorer.model.sources.pool.architecture.model_unit(())
-    return scorer.score(unit, [Candidate("now")]).samples["set.json"][0].numpy()
+    return scorer.score(unit, [Candidate("now")])
+
+
+def score(scorer: SequentialScorer) -> np.ndarray:
+    return scores_of(scorer).samples["set.json"][0].numpy()
 
 
 def softmax64(logits: torch.Tensor) -> np.ndarray:
@@ -190,23 +194,60 @@ def reference(model, mode: str, sample, strict: bool = False) -> float:
     return math.exp(sum(pairs) / len(pairs))
 
 
-@pytest.mark.parametrize("mode", ["exact_match", "bigram_loss", "exact", "bigram", "perplexity"])
-def test_scores_follow_the_formula(mode, donor, tmp_path):
-    # The model's own greedy answers are mixed in, so that right tokens are seen as well as wrong ones.
-    model = AutoModelForCausalLM.from_pretrained(donor / "donor", dtype=torch.float64)
-    asked = encode(tmp_path, PAIRS)
+def with_own_answers(model, folder: Path) -> list[tuple[str, str]]:
+    """Questions of which some are answered as the model does, so that right tokens are seen as well as wrong ones."""
+    asked = encode(folder, PAIRS)
     pairs = list(PAIRS)
     for index in (0, 1, 4):
         own, _ = free_running(model, asked.samples[index].prompt, 3)
         text = tiny_tokenizer().decode(own)
         if text.strip() == text and text:
             pairs[index] = (PAIRS[index][0], text)
-    dataset = encode(tmp_path, pairs, mode=mode)
+    return pairs
+
+
+@pytest.mark.parametrize("mode", ["exact_match", "bigram_loss", "exact", "bigram", "perplexity"])
+def test_scores_follow_the_formula(mode, donor, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(donor / "donor", dtype=torch.float64)
+    dataset = encode(tmp_path, with_own_answers(model, tmp_path), mode=mode)
     wanted = [reference(model, mode, sample) for sample in dataset.samples]
     np.testing.assert_allclose(score(scorer_for(donor, dataset, torch.float64)), wanted, rtol=1e-9)
     found = score(scorer_for(donor, dataset))
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, wanted, rtol=2e-4)
+
+
+def is_right(model, mode: str, sample, strict: bool = False) -> bool:
+    if mode == "exact_match" and not strict:
+        return free_running(model, sample.prompt, len(sample.response))[0] == list(sample.response)
+    logits = model(torch.tensor([sample.prompt + sample.response])).logits[0]
+    tops = softmax64(logits[len(sample.prompt) - 1 : -1]).argmax(-1)
+    return tuple(tops) == sample.response
+
+
+@pytest.mark.parametrize("mode", [*metrics.TEACHER_FORCED, "exact_match", "strict"])
+def test_an_answer_is_right_when_every_token_is_the_expected_one(mode, donor, tmp_path):
+    keys = {"mode": mode} if mode != "strict" else {"mode": "exact_match", "strict": True}
+    model = AutoModelForCausalLM.from_pretrained(donor / "donor", dtype=torch.float64)
+    dataset = encode(tmp_path, with_own_answers(model, tmp_path), **keys)
+    wanted = [is_right(model, keys["mode"], sample, "strict" in keys) for sample in dataset.samples]
+    assert 0 < sum(wanted) < len(wanted)
+    scores = scores_of(scorer_for(donor, dataset, torch.float64))
+    assert scores.right["set.json"][0].tolist() == wanted
+    assert float(scores.accuracy("set.json")) == pytest.approx(sum(wanted) / len(wanted))
+
+
+def test_a_right_choice_is_the_one_that_costs_nothing_and_a_written_text_is_neither_right_nor_wrong(donor, tmp_path):
+    items = [{"question": f"Pick {i}", "choices": ["w", "x", "y", "z"], "answer": i % 4} for i in range(8)]
+    (tmp_path / "set.json").write_text(json.dumps(items))
+    dataset = load_datasets(tmp_path, {"set.json": DatasetConfig(mode="choice")}, tiny_tokenizer(), 128)["set.json"]
+    scores = scores_of(scorer_for(donor, dataset, torch.float64))
+    assert scores.right["set.json"].tolist() == (scores.samples["set.json"] == 0).tolist()
+    assert 0 < int(scores.right["set.json"].sum()) < len(items)
+    for mode in metrics.GENERATIVE:
+        scores = scores_of(scorer_for(donor, encode(tmp_path, PAIRS, mode=mode, max_new_tokens=4)))
+        assert scores.right == {}
+        assert scores.accuracy("set.json") is None
 
 
 def test_strict_exact_match_is_one_once_a_token_is_wrong(donor, tmp_path):
@@ -280,6 +321,7 @@ def test_a_model_whose_logits_are_no_numbers_has_no_score_in_any_mode(mode, dono
     scorer = scorer_for(donor, dataset)
     scorer.model.module.model.norm.weight.fill_(torch.nan)
     assert np.isnan(score(scorer)).all()
+    assert not any(bool(right.any()) for right in scores_of(scorer).right.values())
 
 
 def test_one_sample_without_a_score_leaves_the_candidate_without_a_mean():
@@ -287,6 +329,34 @@ def test_one_sample_without_a_score_leaves_the_candidate_without_a_mean():
     evaluated[2, 1] = False
     mean = Scores({"a": samples}, {"a": evaluated}, {"a": torch.zeros_like(evaluated)}).mean("a")
     np.testing.assert_equal(mean.numpy(), [2.0, np.nan, 1.0])
+
+
+def test_what_is_known_of_scores_stays_with_them_whatever_is_done_to_them():
+    def table(n: int) -> Scores:
+        generator = torch.Generator().manual_seed(n)
+        flags = [{name: torch.rand(n, 4, generator=generator) < 0.5 for name in names} for names in ("ab", "a")]
+        samples = {name: torch.rand(n, 4, generator=generator) for name in "ab"}
+        return Scores(samples, {name: torch.ones(n, 4).bool() for name in "ab"}, *flags)
+
+    one, two = table(3), table(2)
+    assert one.rows([2, 0]).right["a"].tolist() == one.right["a"][[2, 0]].tolist()
+    assert one.followed_by(two).right["a"].tolist() == [*one.right["a"].tolist(), *two.right["a"].tolist()]
+    assert one.only(["b"]).right == {}
+    assert list(one.only(["a"]).right) == ["a"]
+    assert one.at({"a": [3, 1]}).right["a"].tolist() == one.right["a"][:, [3, 1]].tolist()
+    assert Scores.joined([one.only(["a"]), one.only(["b"])]).right["a"] is one.right["a"]
+    limited = one.limited_to({"a": [1], "b": [0, 2]})
+    assert limited.right["a"][:, 1].tolist() == one.right["a"][:, 1].tolist()
+    assert not bool(limited.right["a"][:, [0, 2, 3]].any())
+    filled = limited.filled_by(one)
+    assert all(torch.equal(part["a"], other["a"]) for part, other in zip(filled.parts, one.parts, strict=True))
+    assert one.spread([4, 1, 0], 5).right["a"][[4, 1, 0]].tolist() == one.right["a"].tolist()
+    read = Scores.from_json(json.loads(json.dumps(one.to_json())))
+    for part, other in zip(read.parts, one.parts, strict=True):
+        assert {name: x.tolist() for name, x in part.items()} == {name: x.tolist() for name, x in other.items()}
+    known = limited.rows([0])
+    two.put(1, known)
+    assert two.right["a"][1].tolist() == known.right["a"][0].tolist()
 
 
 def test_text_formulas():

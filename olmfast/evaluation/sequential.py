@@ -12,7 +12,7 @@ from olmfast.evaluation.encoding import Dataset, Sample, make_batches
 from olmfast.evaluation.generation import generate
 from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.scorer import Candidate, Direction, Slopes, Texts
-from olmfast.evaluation.scores import Scores, wanted_samples
+from olmfast.evaluation.scores import Answer, Scores, wanted_samples
 from olmfast.evaluation.slopes import chosen_questions, slopes_plain, written
 from olmfast.weights.architecture import Unit
 from olmfast.weights.recipe import Recipe
@@ -53,10 +53,9 @@ class SequentialScorer:
                 for name, indices in wanted.items():
                     if not indices:
                         continue
-                    scores, truncated = self._score_dataset(self.datasets[name], indices)
-                    result.samples[name][row, indices] = scores.to(result.samples[name].dtype)
-                    result.evaluated[name][row, indices] = True
-                    result.truncated[name][row, indices] = truncated
+                    answers = self._score_dataset(self.datasets[name], indices)
+                    for index, answer in zip(indices, answers, strict=True):
+                        result.set(row, name, index, answer)
             self.progress(candidate.label)
         return result
 
@@ -86,20 +85,19 @@ class SequentialScorer:
         """See `Scorer.commit`. Nothing is kept from one step to the next here."""
         self.model.set_recipe(recipe)
 
-    def _score_dataset(self, dataset: Dataset, wanted: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _score_dataset(self, dataset: Dataset, wanted: list[int]) -> list[Answer]:
         samples = [dataset.samples[index] for index in wanted]
         mode = dataset.config.mode
-        truncated = torch.zeros(len(samples), dtype=torch.bool)
         if mode in metrics.GENERATIVE:
             return self._generate(dataset, samples)
         if mode == "exact_match":
-            return self._exact_match(dataset, samples), truncated
-        return self._teacher_forced(mode, samples), truncated
+            return self._exact_match(dataset, samples)
+        return self._teacher_forced(mode, samples)
 
     @torch.inference_mode()
-    def _teacher_forced(self, mode: str, samples: list[Sample]) -> torch.Tensor:
+    def _teacher_forced(self, mode: str, samples: list[Sample]) -> list[Answer]:
         """Right-padded: padding comes after every scored token and so cannot reach it (causal attention)."""
-        found: dict[int, torch.Tensor] = {}
+        found: dict[int, Answer] = {}
         inputs = [sample.prompt + sample.response[:-1] for sample in samples]
         for batch in make_batches([len(ids) for ids in inputs], self.batch_tokens):
             width = len(inputs[batch[0]])
@@ -110,11 +108,11 @@ class SequentialScorer:
             for row, index in enumerate(batch):
                 sample = samples[index]
                 rows = logits[row, len(sample.prompt) - 1 : len(inputs[index])]
-                found[index] = _score_response(mode, rows, sample).cpu()
-        return torch.stack([found[index] for index in range(len(samples))])
+                found[index] = _score_response(mode, rows, sample)
+        return [found[index] for index in range(len(samples))]
 
-    def _exact_match(self, dataset: Dataset, samples: list[Sample]) -> torch.Tensor:
-        found: dict[int, torch.Tensor] = {}
+    def _exact_match(self, dataset: Dataset, samples: list[Sample]) -> list[Answer]:
+        found: dict[int, Answer] = {}
         lengths = [len(sample.prompt) + len(sample.response) for sample in samples]
         for batch in make_batches(lengths, self.batch_tokens):
             chosen = [samples[index] for index in batch]
@@ -124,13 +122,13 @@ class SequentialScorer:
             for row, (index, sample) in enumerate(zip(batch, chosen, strict=True)):
                 n = len(sample.response)
                 right = tokens[row, :n] == torch.tensor(sample.response)
-                found[index] = metrics.exact_match(max_prob[row, :n], right, dataset.config.strict)
-        return torch.stack([found[index] for index in range(len(samples))])
+                score = metrics.exact_match(max_prob[row, :n], right, dataset.config.strict)
+                found[index] = Answer(score, bool(right.all()))
+        return [found[index] for index in range(len(samples))]
 
-    def _generate(self, dataset: Dataset, samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _generate(self, dataset: Dataset, samples: list[Sample]) -> list[Answer]:
         """A generation that reaches `max_new_tokens`, or the model's context, is counted as truncated."""
-        scores = torch.zeros(len(samples), dtype=torch.float64)
-        truncated = torch.zeros(len(samples), dtype=torch.bool)
+        found: dict[int, Answer] = {}
         formula = metrics.GENERATIVE[dataset.config.mode]
         longest = dataset.config.max_new_tokens
         for batch in make_batches([len(s.prompt) + longest for s in samples], self.batch_tokens):
@@ -141,14 +139,15 @@ class SequentialScorer:
                 length = int(generated.lengths[row])
                 text = self.tokenizer.decode(generated.tokens[row, :length].tolist(), skip_special_tokens=True)
                 failed = bool(generated.max_prob[row, : length + 1].isnan().any())
-                scores[index] = torch.nan if failed else formula(text, dataset.config.forbid)
-                truncated[index] = not bool(generated.stopped[row])
-        return scores, truncated
+                score = torch.nan if failed else formula(text, dataset.config.forbid)
+                found[index] = Answer(score, truncated=not bool(generated.stopped[row]))
+        return [found[index] for index in range(len(samples))]
 
 
-def _score_response(mode: str, logits: torch.Tensor, sample: Sample) -> torch.Tensor:
+def _score_response(mode: str, logits: torch.Tensor, sample: Sample) -> Answer:
     if mode == "choice":
         options = torch.tensor(sample.options, device=logits.device)
-        return metrics.choice(logits[0, options], sample.options.index(sample.response[0]))
-    labels = torch.tensor(sample.response, device=logits.device)
-    return metrics.TEACHER_FORCED[mode](metrics.response_logits(logits, labels))
+        wrong = metrics.choice(logits[0, options], sample.options.index(sample.response[0]))
+        return Answer(wrong, not bool(wrong))
+    found = metrics.response_logits(logits, torch.tensor(sample.response, device=logits.device))
+    return Answer(metrics.TEACHER_FORCED[mode](found), bool(found.is_top.all()))

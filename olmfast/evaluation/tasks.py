@@ -15,6 +15,7 @@ import torch
 
 from olmfast.evaluation import metrics
 from olmfast.evaluation.encoding import Dataset, Sample
+from olmfast.evaluation.scores import Answer
 
 NO_LABEL = -100
 
@@ -83,15 +84,17 @@ class Task:
             return min(self.dataset.config.max_new_tokens, self.context - len(self.sample.prompt))
         return len(self.sample.response)
 
-    def teacher_forced(self, logits: metrics.ResponseLogits, argmax: torch.Tensor) -> torch.Tensor:
-        """The score of a task that does not run freely; all fields are (labels,)."""
+    def teacher_forced(self, logits: metrics.ResponseLogits, argmax: torch.Tensor) -> Answer:
+        """The answer to a task that does not run freely; all fields are (labels,)."""
         if self.mode == "exact_match":
-            return metrics.exact_match(logits.max_prob, argmax == torch.tensor(self.labels), strict=True)
-        return metrics.TEACHER_FORCED[self.mode](logits)
+            right = argmax == torch.tensor(self.labels)
+            return Answer(metrics.exact_match(logits.max_prob, right, strict=True), bool(right.all()))
+        return Answer(metrics.TEACHER_FORCED[self.mode](logits), bool(logits.is_top.all()))
 
-    def choice(self, option_logits: torch.Tensor) -> torch.Tensor:
-        """The score of a multiple choice from the logits of its options (options,)."""
-        return metrics.choice(option_logits, self.sample.options.index(self.sample.response[0]))
+    def choice(self, option_logits: torch.Tensor) -> Answer:
+        """The answer to a multiple choice from the logits of its options (options,)."""
+        wrong = metrics.choice(option_logits, self.sample.options.index(self.sample.response[0]))
+        return Answer(wrong, not bool(wrong))
 
     def follow(self, argmax: torch.Tensor, max_prob: torch.Tensor) -> OwnTokens:
         """The candidate's own tokens up to where it first leaves the trajectory; both are (labels,)."""
@@ -104,13 +107,14 @@ class Task:
         stopped = self.generates and own.tokens[-1] in stop
         return stopped or len(own.tokens) >= self.limit or bool(own.max_prob.isnan().any())
 
-    def free_run(self, own: OwnTokens, tokenizer: Any, stop: Collection[int]) -> tuple[torch.Tensor, bool]:
-        """The score of a free run that is over, and whether it was cut off by its limit."""
+    def free_run(self, own: OwnTokens, tokenizer: Any, stop: Collection[int]) -> Answer:
+        """The answer of a free run that is over; it was cut off if its limit ended it."""
         failed = bool(own.max_prob.isnan().any())
         if self.mode == "exact_match":
             right = torch.tensor(own.tokens) == torch.tensor(self.sample.response[: len(own.tokens)])
-            return metrics.exact_match(own.max_prob, right, strict=False), False
+            complete = len(own.tokens) == len(self.sample.response)
+            return Answer(metrics.exact_match(own.max_prob, right, strict=False), complete and bool(right.all()))
         stopped = own.tokens[-1] in stop
         text = tokenizer.decode(own.tokens[:-1] if stopped else own.tokens, skip_special_tokens=True)
         score = metrics.GENERATIVE[self.mode](text, self.dataset.config.forbid)
-        return torch.tensor(torch.nan if failed else score, dtype=torch.float64), not stopped
+        return Answer(torch.nan if failed else score, truncated=not stopped)

@@ -73,8 +73,8 @@ class Trajectories:
     def finish(self, cohort: Cohort, place: int, number: int, own: OwnTokens) -> None:
         """Enter the score of a free run that is over, and remember its tokens."""
         task = self.tasks[number]
-        value, truncated = task.free_run(own, self.tokenizer, self.stop_tokens)
-        cohort.scores.set(cohort.rows[place], task.name, task.index, value, truncated)
+        answer = task.free_run(own, self.tokenizer, self.stop_tokens)
+        cohort.scores.set(cohort.rows[place], task.name, task.index, answer)
         self._generated.setdefault(cohort.labels[place], {})[number] = own.tokens
 
     def found(self, label: str) -> None:

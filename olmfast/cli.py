@@ -279,7 +279,7 @@ def evaluate_command(
             raise InputError(f"--dataset {entry}: expected FILE:MODE")
         entries[file] = {"mode": mode, "samples": samples, "max_new_tokens": max_new_tokens}
     board = evaluate(model, entries, against or [], models_dir=models_dir, device=device, dtype=dtype)
-    print_scoreboard(board, "Scores", as_json)
+    print_scoreboard(board, "Scores", as_json, model)
 
 
 @app.command()

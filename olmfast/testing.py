@@ -111,6 +111,29 @@ def sums(n: int, seed: int = 0) -> list[tuple[str, str]]:
     return [(f"{a}+{b}=", str(a + b)) for a, b in rows]
 
 
+def write_answers(path: Path, model: Path, n: int = 24) -> Path:
+    """Write up to n questions whose right answers are two characters that `model` itself says, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    from olmfast.config.run import DatasetConfig
+    from olmfast.evaluation.encoding import load_datasets
+
+    entries = {path.name: DatasetConfig(mode="exact_match", samples=10 * n)}
+    module, tokenizer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), tiny_tokenizer()
+    asked = sums(10 * n)
+    write_dataset(path, asked)
+    samples = load_datasets(path.parent, entries, tokenizer, 128)[path.name].samples
+    found = []
+    for (question, _), sample in zip(asked, samples, strict=True):
+        ids = list(sample.prompt)
+        for _ in range(2):
+            ids.append(int(module(torch.tensor([ids])).logits[0, -1].argmax()))
+        text = tokenizer.decode(ids[-2:])
+        if len(text) == 2 and text.strip() == text:  # no special token, and nothing that a template would strip
+            found.append((question, text))
+    return write_dataset(path, found[:n])
+
+
 def write_choices(path: Path, model: Path, n: int = 24) -> Path:
     """Write multiple-choice questions whose right answers are what `model` itself picks, in float32."""
     from transformers import AutoModelForCausalLM

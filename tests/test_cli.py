@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from olmfast import __version__, cli, load_config, run
-from olmfast.testing import tiny_run
+from olmfast.testing import tiny_run, write_answers
 
 OLMFAST = [sys.executable, "-m", "olmfast.cli"]
 STAGES = {"boundary_select": True, "layer_swap": True, "tensor_swap": True, "es_norm": True}
@@ -201,15 +201,16 @@ def test_evaluate_scores_a_single_model(olmfast, pool):
     assert "skill retained" not in out
 
 
-def test_evaluate_shows_a_model_beside_donors_and_their_average(olmfast, pool):
+def test_evaluate_shows_a_model_beside_donors_and_their_average(olmfast, pool, tmp_path):
     models = [str(pool / "models" / name) for name in ("donor0", "donor[1]")]
+    data = write_answers(tmp_path / "own.json", models[1])  # which tells the donors apart beyond noise
     against = [part for model in models for part in ("--against", model)]
-    arguments = ("evaluate", models[1], *against, "--dataset", f"{pool / 'heldout.json'}:perplexity")
+    arguments = ("evaluate", models[1], *against, "--dataset", f"{data}:exact_match")
     code, out, _ = olmfast(*arguments, "--json")
     board = json.loads(out)
     assert code == 0
     assert list(board["rows"]) == [models[0], models[1], "plain average"]
-    scores = {name: row[str(pool / "heldout.json")] for name, row in board["rows"].items()}
+    scores = {name: row[str(data)] for name, row in board["rows"].items()}
     best, worst = sorted(models, key=scores.__getitem__)
     assert board["skill_retained"][best] == 1
     assert board["skill_retained"][worst] == 0

@@ -126,13 +126,15 @@ def test_when_every_candidate_is_worse_the_output_is_the_base_byte_for_byte(tmp_
 
 
 def test_base_select_starts_from_the_best_donor_and_max_models_keeps_the_best(tmp_path):
-    path = tiny_run(tmp_path, n_donors=4, layer_swap=True, base_select=True, max_models=2, selection="mean")
+    keys = {"base_select": True, "max_models": 2, "selection": "mean", "dataset": {"own.json": {"mode": "choice"}}}
+    path = tiny_run(tmp_path, n_donors=4, layer_swap=True, **keys)
+    write_choices(tmp_path / "own.json", tmp_path / "models" / "donor2")  # which tells the donors apart beyond noise
     result = run(load_config(path))
     base = result.record.outcome("base")
     ranked = [base.winner, *base.order]
     best = max(result.selection.donors, key=result.selection.retained)
     assert result.recipe.base == ranked[0] == best
-    tried = set(result.record.data["layers"]["0"]["metrics"]["sums.json"])
+    tried = set(result.record.data["layers"]["0"]["metrics"]["own.json"])
     assert tried == set(ranked[:2])
 
 

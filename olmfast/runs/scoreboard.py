@@ -1,33 +1,45 @@
-"""Models side by side: the score of each on each dataset, and how much of the donors' skill each retains."""
+"""Models side by side: scores and accuracy of each on each dataset, and how much of the donors' skill each retains."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from olmfast.config.run import parse_datasets
 from olmfast.evaluation.open import Evaluation, Questions, Settings
 from olmfast.evaluation.scorer import Candidate, Scorer
+from olmfast.evaluation.scores import Scores
 from olmfast.search.ranking import skill_retained
+from olmfast.search.spans import real_spans
 from olmfast.weights.expressions import Copy, merge, whole
 from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Recipe
 
 AVERAGE = "plain average"
+START = "start"  # the recipe that a search began from
 RESULT = "merged"
-START = "start"  # of a joint search
+DECIMALS = 7  # of a sample's score, as in the ledger
 
 
 @dataclass
 class Scoreboard:
-    """`rows` maps a model's label to its mean score per dataset; `donors` are the labels that set the scale."""
+    """`rows` maps a model's label to its mean score per dataset; `donors` are the labels that set the scale.
+
+    By label and dataset there are also `truncated`, the share of generations that were cut off, if any; `accuracy`,
+    the share of answers that are fully right, where the mode knows a right one; and `samples`, the score of each
+    question. A row that an older version wrote has no `accuracy` and no `samples`.
+    """
 
     donors: list[str]
     rows: dict[str, dict[str, float]] = field(default_factory=dict)
     truncated: dict[str, dict[str, float]] = field(default_factory=dict)
+    accuracy: dict[str, dict[str, float]] = field(default_factory=dict)
+    samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     @property
     def datasets(self) -> list[str]:
@@ -36,49 +48,101 @@ class Scoreboard:
 
     @property
     def spans(self) -> dict[str, tuple[float, float]]:
-        """Dataset -> the (best, worst) score of the donors that have one; NaN if none has."""
-        finite = {
-            name: [score for donor in self.donors if math.isfinite(score := self.rows[donor][name])]
-            for name in self.datasets
-        }
-        return {name: (min(known), max(known)) if known else (math.nan, math.nan) for name, known in finite.items()}
+        """Dataset -> the (best, worst) score of the donors that have one; NaN if none is better beyond noise.
+
+        Noise is known where `samples` are: see `real_spans`.
+        """
+        found = {}
+        for name in self.datasets:
+            known = [score for donor in self.donors if math.isfinite(score := self.rows[donor][name])]
+            found[name] = (min(known), max(known)) if known else (math.nan, math.nan)
+        if all(donor in self.samples for donor in self.donors):
+            scores = {name: self.scores_of(self.donors, name) for name in found}
+            found |= {name: (math.nan, math.nan) for name, span in real_spans(scores).items() if span is None}
+        return found
+
+    def scores_of(self, labels: Sequence[str], dataset: str) -> torch.Tensor:
+        """(labels, questions), float64: the score of each question, of labels whose `samples` are known."""
+        return torch.tensor([self.samples[label][dataset] for label in labels], dtype=torch.float64)
+
+    def skill(self, label: str) -> dict[str, float]:
+        """Dataset -> skill retained of one model, of the datasets that tell the donors apart."""
+        row, left_out = self.rows[label], self.without_span()
+        spans = {name: span for name, span in self.spans.items() if name not in left_out}
+        return {name: skill_retained({name: row[name]}, {name: span}) for name, span in spans.items()}
 
     def retained(self, label: str) -> float:
         """Mean skill retained of one model; NaN if no dataset tells the donors apart."""
         return skill_retained(self.rows[label], self.spans)
 
-    def cell(self, label: str, dataset: str) -> str:
-        """A score as tables show it, with the share of generations that were cut off, if any."""
-        rate = self.truncated.get(label, {}).get(dataset, 0.0)
-        return f"{self.rows[label][dataset]:.4f}" + (f" ({rate:.0%} cut off)" if rate else "")
+    def n_questions(self, dataset: str) -> int | None:
+        """How many questions the scores are the means of; None where an older version wrote them all."""
+        return next((len(by[dataset]) for by in self.samples.values()), None)
 
-    def alike(self) -> list[str]:
-        """Datasets on which all donors score alike, left out of `retained`."""
+    def heading(self, dataset: str, shown: str | None = None) -> str:
+        """A dataset as tables name it (or as `shown`), with its number of questions."""
+        n = self.n_questions(dataset)
+        return (shown or dataset) + (f" (n={n})" if n is not None else "")
+
+    def cell(self, label: str, dataset: str) -> str:
+        """A score as tables show it, with accuracy, and the share of generations that were cut off, if any."""
+        right, cut = (part.get(label, {}).get(dataset) for part in (self.accuracy, self.truncated))
+        told = [f"{right:.0%} right"] if right is not None else []
+        told += [f"{cut:.0%} cut off"] if cut else []
+        return f"{self.rows[label][dataset]:.4f}" + (f" ({', '.join(told)})" if told else "")
+
+    def without_span(self) -> list[str]:
+        """Datasets on which no donor is better than another beyond noise, left out of `retained`."""
         return [name for name, span in self.spans.items() if math.isnan(skill_retained({name: 0.0}, {name: span}))]
 
+    @property
+    def has_scale(self) -> bool:
+        """Whether any dataset tells the donors apart."""
+        return len(self.without_span()) < len(self.datasets)
+
+    def remark(self) -> str:
+        """What readers of `retained` have to know, in a line; empty if nothing."""
+        left_out = self.without_span()
+        if len(self.donors) < 2 or not left_out:
+            return ""
+        if not self.has_scale:
+            return "no skill retained: no donor is better than another beyond noise; more questions may tell them apart"
+        return f"left out of skill retained, no donor being better than another beyond noise: {', '.join(left_out)}"
+
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, readable back by `from_json`; `retained` is only for readers."""
+        """Plain JSON values, readable back by `from_json`; `skill_retained` is only for readers."""
         retained = {label: self.retained(label) for label in self.rows} if self.rows else {}
-        return {"donors": self.donors, "rows": self.rows, "truncated": self.truncated, "skill_retained": retained}
+        means = {"donors": self.donors, "rows": self.rows, "truncated": self.truncated, "skill_retained": retained}
+        return means | {"accuracy": self.accuracy, "samples": self.samples}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Scoreboard:
         """Read what `to_json` wrote, through strict JSON: NaN and infinite scores have become null there."""
-        rows = {
-            label: {name: math.nan if score is None else score for name, score in row.items()}
-            for label, row in data["rows"].items()
+        rows = {label: dict(zip(row, _numbers(row.values()), strict=True)) for label, row in data["rows"].items()}
+        samples = {
+            label: {name: _numbers(scores) for name, scores in by.items()}
+            for label, by in data.get("samples", {}).items()
         }
-        return cls(list(data["donors"]), rows, dict(data["truncated"]))
+        return cls(list(data["donors"]), rows, dict(data["truncated"]), dict(data.get("accuracy", {})), samples)
 
     def score(self, scorer: Scorer, recipes: Mapping[str, Recipe | None], names: Sequence[str], pool: Pool) -> None:
         """Add a row per recipe (None: the current model)."""
         unit = pool.architecture.model_unit(pool.tensors)
         candidates = [Candidate(label, recipe=recipe) for label, recipe in recipes.items()]
-        scores = scorer.score(unit, candidates, list(names))
-        for row, label in enumerate(recipes):
-            self.rows[label] = {name: float(scores.mean(name)[row]) for name in names}
-            rates = {name: float(scores.truncated[name][row].float().mean()) for name in names}
+        self.enter(list(recipes), scorer.score(unit, candidates, list(names)))
+
+    def enter(self, labels: Sequence[str], scores: Scores) -> None:
+        """Add a row per candidate of `scores`, all evaluated in full, or put it in place of the label's old one."""
+        accuracy = {name: found for name in scores.samples if (found := scores.accuracy(name)) is not None}
+        for row, label in enumerate(labels):
+            self.rows[label] = {name: float(scores.mean(name)[row]) for name in scores.samples}
+            rates = {name: float(scores.truncated[name][row].float().mean()) for name in scores.samples}
             self.truncated[label] = {name: rate for name, rate in rates.items() if rate}
+            self.accuracy[label] = {name: float(shares[row]) for name, shares in accuracy.items()}
+            self.samples[label] = {
+                name: [round(score, DECIMALS) for score in values[row].tolist()]
+                for name, values in scores.samples.items()
+            }
 
 
 def plain_average(base: str, donors: Sequence[str], pool: Pool) -> Recipe:
@@ -121,3 +185,8 @@ def evaluate(
     evaluation = Evaluation(whole(name, pool.tensors), pool, settings)
     board.score(evaluation.scorer(questions), rows, list(questions.datasets), pool)
     return board
+
+
+def _numbers(values: Iterable[float | None]) -> list[float]:
+    """Numbers as strict JSON keeps them: null stands for NaN."""
+    return [math.nan if value is None else value for value in values]

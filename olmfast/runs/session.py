@@ -22,6 +22,7 @@ from olmfast.runs.folder import RunFolder
 from olmfast.runs.inputs import Inputs
 from olmfast.runs.scoreboard import AVERAGE, RESULT, START, Scoreboard, plain_average
 from olmfast.runs.steps import CLOSING, HELD_OUT, SELECTION, schedule
+from olmfast.runs.verdict import Verdict, of_run
 from olmfast.search.acceptance import Scale
 from olmfast.search.candidates import score_donors, swap
 from olmfast.search.crossfit import CrossFit
@@ -48,6 +49,11 @@ class Result:
     record: Record
     selection: Scoreboard
     holdout: Scoreboard
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """How it compares with its donors and their average; None where the questions cannot say."""
+        return of_run(self.selection, self.holdout)
 
 
 def run(
@@ -244,17 +250,20 @@ class Session:
         )
         for stage, board, questions in closing:
             if questions.datasets and board.rows:  # without the donors' scores there is no scale
-                self.observer.step(stage, CLOSING, len(rows))
-                board.score(self._scorer(questions), rows, list(questions.datasets), pool)
+                unknown = {name: whole(name, pool.tensors) for name in board.rows if name not in board.samples}
+                self.observer.step(stage, CLOSING, len(rows) + len(unknown))
+                board.score(self._scorer(questions), {**unknown, **rows}, list(questions.datasets), pool)
         content = content_of(recipe, sources, pool[self.config.base_name])
         with writing(self.record.folder, "--resume"):
             write_folder(content, sources, self.record.folder, self.config.shard_size)
         account = content.account()
         boards = {"Selection": self.selection, "Held-out": self.holdout}
         # The recipe too: it is nowhere yet when the budget ended the run before its first step.
-        told = {"recipe_digest": recipe.digest(), "account": account, "holdout": self.holdout.to_json()}
+        verdict = of_run(self.selection, self.holdout)
+        told = {"recipe_digest": recipe.digest(), "account": account, "verdict": verdict and verdict.to_json()}
+        told["holdout"] = self.holdout.to_json()
         self.record.update(self.search.recipe, selection=self.selection.to_json(), **told)
-        card = write_card(self.config, self.record, recipe, boards, account)
+        card = write_card(self.config, self.record, recipe, boards, verdict, account)
         (self.record.folder / "README.md").write_text(card, encoding="utf-8")
         return account
 

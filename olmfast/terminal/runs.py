@@ -104,39 +104,54 @@ def print_result(result: Result, as_json: bool) -> None:
             "status": result.status,
             "selection": result.selection.to_json(),
             "holdout": result.holdout.to_json() if result.holdout.rows else None,
+            "verdict": result.verdict and result.verdict.to_json(),
             "choices": {f"{o.stage}/{o.unit}": o.winner for o in result.record.choices()},
         }
-        print(json.dumps(_without_nan(content), indent=2))
+        print(json.dumps(strict(content), indent=2))
         return
     table = Table("unit", "from", title="What was chosen", title_justify="left")
     for outcome in result.record.choices():
         if outcome.changed or outcome.stage not in ("tensors", "svd_es", "norm_es"):
             table.add_row(outcome.where, outcome.winner + ("" if outcome.changed else " (kept)"))
     _console().print(table)
-    print_scoreboard(result.selection, "Selection scores (lower is better)", False)
-    if result.holdout.rows:
-        print_scoreboard(result.holdout, "Held-out scores (lower is better)", False)
+    boards = {"Selection": result.selection, "Held-out": result.holdout}
+    for title, board in boards.items():
+        if board.rows or title == "Selection":
+            _print_board(board, f"{title} scores (lower is better)")
+    _print_verdict(result.verdict, {})
     left = "" if result.status == "finished" else "; the budget is spent, --resume with a larger one continues"
     output = Path(os.path.normpath(result.output_dir))
     shown = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
     print(f"\n{shown}: {result.status}{left}")
 
 
-def print_scoreboard(board: Scoreboard, title: str, as_json: bool) -> None:
-    """A row per model: its score per dataset and the mean skill it retains of the donors'."""
+def print_scoreboard(board: Scoreboard, title: str, as_json: bool, model: str | None = None) -> None:
+    """A row per model, and how the row `model` compares with the others."""
+    verdict = verdict_on(model, board) if model is not None else None
     if as_json:
-        print(json.dumps(_without_nan(board.to_json()), indent=2))
+        print(json.dumps(strict(board.to_json() | {"verdict": verdict and verdict.to_json()}), indent=2))
         return
-    several = len(board.donors) > 1
+    _print_board(board, title)
+    _print_verdict(verdict, _short([*board.rows]) | _short(board.datasets))
+
+
+def _print_board(board: Scoreboard, title: str) -> None:
+    """A row per model: its scores and accuracy per dataset, and where there is a scale, the skill it retains."""
     models, datasets = _short([*board.rows]), _short(board.datasets)
-    table = Table("model", *datasets.values(), *(["skill retained"] if several else []), title=title)
+    headings = [board.heading(name, shown) for name, shown in datasets.items()]
+    table = Table("model", *headings, *(["skill retained"] if board.has_scale else []), title=title)
     table.title_justify = "left"
     for label in board.rows:
         cells = [board.cell(label, name) for name in board.datasets]
-        table.add_row(models[label], *cells, *([f"{board.retained(label):.3f}"] if several else []))
+        table.add_row(models[label], *cells, *([f"{board.retained(label):.3f}"] if board.has_scale else []))
     _console().print(table)
-    if several and (alike := board.alike()):
-        print(f"left out of skill retained, because all donors score alike: {', '.join(alike)}")
+    if remark := board.remark():
+        print(remark)
+
+
+def _print_verdict(verdict: Verdict | None, shown: dict[str, str]) -> None:
+    if verdict is not None:
+        print("", *verdict.lines(shown), sep="\n")
 
 
 def _short(names: list[str]) -> dict[str, str]:
@@ -151,11 +166,3 @@ def _short(names: list[str]) -> dict[str, str]:
 def _console() -> Console:
     # A pipe has no width: tables must not be folded there.
     return Console(markup=False) if sys.stdout.isatty() else Console(width=200, markup=False)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return value

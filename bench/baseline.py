@@ -21,7 +21,7 @@ import torch
 
 from olmfast.evaluation import metrics
 from olmfast.evaluation.encoding import Dataset, Sample
-from olmfast.evaluation.scores import Scores
+from olmfast.evaluation.scores import Answer, Scores
 from olmfast.search.evolve import NORM_DECAY, SVD_DECAY
 from olmfast.search.ranking import Rules, choose, order
 from olmfast.weights.draws import normal
@@ -166,7 +166,7 @@ class Baseline:
         scores = Scores.empty(1, self.datasets, torch.float32)
         for name, dataset in self.datasets.items():
             for index, sample in enumerate(dataset.samples):
-                scores.set(0, name, index, score_sample(model, dataset, sample))
+                scores.set(0, name, index, Answer(score_sample(model, dataset, sample)))
         return scores
 
 

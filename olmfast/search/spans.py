@@ -26,9 +26,10 @@ def real_spans(samples: Mapping[str, torch.Tensor]) -> dict[str, tuple[float, fl
 
 
 def _real_span(scores: torch.Tensor) -> tuple[float, float] | None:
-    scores = scores[scores.isfinite().all(dim=1)].unique(dim=0)  # type: ignore[no-untyped-call]
-    if len(scores) < 2:
+    distinct = {tuple(row) for row in scores[scores.isfinite().all(dim=1)].tolist()}
+    if len(distinct) < 2:
         return None
+    scores = torch.tensor(sorted(distinct), dtype=torch.float64)
     means = scores.mean(dim=1)
     best, worst = int(means.argmin()), int(means.argmax())
     p = one_sided_p(scores[worst] - scores[best]) * math.comb(len(scores), 2)

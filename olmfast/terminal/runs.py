@@ -8,7 +8,6 @@ import os
 import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -19,6 +18,8 @@ from olmfast.evaluation.metrics import BOUNDED, standard_error
 from olmfast.runs.estimate import Estimate
 from olmfast.runs.scoreboard import Scoreboard
 from olmfast.runs.session import Result
+from olmfast.runs.verdict import Verdict, verdict_on
+from olmfast.search.log import strict
 
 
 def print_plan(plan: Estimate, as_json: bool) -> None:

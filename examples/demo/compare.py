@@ -187,7 +187,7 @@ def main() -> None:
     finalists = {**donors, AVERAGE: merged("linear", list(donors.values()))}
     for method, grid in GRIDS.items():
         started = time.monotonic()
-        recipes = grid(donors, arguments.evaluations or record.evaluations)
+        recipes = grid(donors, arguments.evaluations or int(record.evaluations))
         found = skill(score(evaluation, {**donors, **recipes}, inputs.selection), len(donors))[len(donors) :]
         label = list(recipes)[int(found.argmax())]
         finalists[f"best {method}"] = recipes[label]

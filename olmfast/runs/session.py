@@ -241,7 +241,7 @@ class Session:
     def write(self) -> str:
         """Score the result with its donors and write it; returns the line that accounts for every tensor."""
         pool, sources = self.inputs.pool, self.evaluation.sources
-        recipe = self.record.result or self.search.recipe
+        recipe = self.record.validated or self.search.recipe
         average = {AVERAGE: plain_average(recipe.base, self.selection.donors, pool)} if len(pool) > 1 else {}
         rows: dict[str, Recipe | None] = {**average, **self._start(), RESULT: recipe}
         closing = (
@@ -308,7 +308,7 @@ class Session:
 
 
 def _result(config: RunConfig, record: Record) -> Result:
-    recipe = record.result
+    recipe = record.validated or record.recipe
     if recipe is None:
         raise OlmfastError(f"{record.folder}: the record holds no recipe")
     boards = [Scoreboard.from_json(record.values[key]) for key in ("selection", "holdout")]

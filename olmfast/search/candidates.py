@@ -7,9 +7,11 @@ from itertools import product
 
 from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.scores import Scores
+from olmfast.search.acceptance import Scale
 from olmfast.search.log import Outcome
 from olmfast.search.loop import Search, Step
-from olmfast.search.ranking import order
+from olmfast.search.ranking import Rules, order
+from olmfast.search.spans import real_spans
 from olmfast.weights.architecture import Unit
 from olmfast.weights.expressions import Copy, merge, whole
 from olmfast.weights.recipe import Recipe
@@ -27,16 +29,26 @@ def score_donors(search: Search) -> Outcome:
         return [Candidate(base) if untouched else donors[base], *(donors[name] for name in donors if name != base)]
 
     def accept(scores: Scores, alive: list[int]) -> list[int]:
+        if search.config.is_joint:
+            return _by_skill(scores, alive, search.rules)
         # The donors' own scores are the scale here: no earlier step has set one.
         means = {name: scores.mean(name)[alive] for name in scores.samples}
         spans = {name: (float(values.min()), float(values.max())) for name, values in means.items()}
         ranked = order(scores, alive, replace(search.rules, spans=spans))
-        if (search.config.base_select or search.config.is_joint) and search.record.header.get("imported_base") is None:
+        if search.config.base_select and search.record.header.get("imported_base") is None:
             return ranked
         return [0, *(row for row in ranked if row != 0)]
 
     step = Step("base", "base", unit, propose, accept=accept, guarded=False, commit=False, races=False, spans=True)
     return search.take(step)
+
+
+def _by_skill(scores: Scores, alive: list[int], rules: Rules) -> list[int]:
+    """The donors by their mean skill on the datasets that tell them apart; the base first where none does."""
+    spans = real_spans({name: scores.samples[name][alive] for name in scores.samples})
+    scale = Scale({name: span for name, span in spans.items() if span is not None}, rules.weights)
+    means = {row: {name: float(scores.mean(name)[row]) for name in scale.spans} for row in alive}
+    return sorted(alive, key=lambda row: -scale.skill(means[row])) if scale.spans else alive
 
 
 def swap(search: Search, stage: str, unit: Unit, following: Unit | None = None, again: str = "") -> Outcome:

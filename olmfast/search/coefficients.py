@@ -24,8 +24,8 @@ from olmfast.weights.draws import normal
 from olmfast.weights.expressions import Copy, whole
 from olmfast.weights.sources import Expression
 
-# Grain -> gradient steps: the whole model; each third of the depth, its attention and its MLP apart; each tensor.
-GRAINS = {"model": 12, "part": 16, "tensor": 24}
+# Grain -> gradient steps: each third of the depth, its attention and its MLP apart; each tensor.
+GRAINS = {"part": 16, "tensor": 60}
 RATE = 0.1  # how far a coefficient moves in a step of a steady gradient
 BATCH = 6  # questions of each dataset in a gradient step
 DECAYS = 0.9, 0.99  # of the gradient's means, Adam (arXiv 1412.6980)

@@ -118,10 +118,10 @@ class Record:
             self.update(snapshots={**known, name: self.recipe.to_json()})
 
     @property
-    def result(self) -> Recipe | None:
-        """The recipe of the result: the current one, unless another did better on validation questions."""
+    def validated(self) -> Recipe | None:
+        """The snapshot that the validation questions chose."""
         chosen = self.values.get("validation", {}).get("result")
-        return self.recipe if chosen is None else self.snapshots[chosen]
+        return None if chosen is None else self.snapshots[chosen]
 
     def outcome(self, key: str) -> Outcome | None:
         """What a step decided in an earlier session, or None if it has not been taken."""

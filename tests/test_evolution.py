@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -11,15 +12,16 @@ import torch
 from safetensors.torch import load_file
 
 from olmfast import load_config, run
+from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.scores import Scores
-from olmfast.search.evolve import _accept_any
+from olmfast.search.evolve import _accept_any, consolidated
 from olmfast.search.ranking import Rules, choose
 from olmfast.testing import sums, tiny_model, tiny_run, tiny_tokenizer
 from olmfast.weights.draws import normal
 from olmfast.weights.expressions import Copy
-from olmfast.weights.offspring import SvdOffspring, offspring_count, svd_coefficients
+from olmfast.weights.offspring import NormOffspring, SvdOffspring, offspring_count, svd_coefficients
 from olmfast.weights.pool import Pool
-from olmfast.weights.sources import Sources
+from olmfast.weights.sources import Sources, expression_from_json
 
 UNIT = "model.layers.0.self_attn.q_proj"
 TENSOR = f"{UNIT}.weight"
@@ -187,3 +189,21 @@ def test_what_es_accept_any_takes_improves_a_dataset(tmp_path):
     assert taken
     for outcome in taken:
         assert any(by[outcome.winner] < by["current"] for by in outcome.metrics.values())
+
+
+def test_a_generation_offers_the_sum_of_its_perturbations_by_what_they_gained(tmp_path):
+    tiny_model(tmp_path / "d0", seed=0)
+    pool = Pool.open(["d0"], tmp_path, tmp_path)
+    sources, skills = Sources(pool, tmp_path), [0.1, 0.4, 0.1, 0.2]
+    siblings = [
+        Candidate(f"{i}", {TENSOR: NormOffspring(Copy("d0", TENSOR), "float32", 0.02, 0, TENSOR, 0, i)})
+        for i in range(4)
+    ]
+    found = consolidated(siblings, TENSOR, skills).values[TENSOR]
+    gained = np.array(skills) - np.mean(skills)
+    shares = gained / np.linalg.norm(gained)
+    weight = pool["d0"].read(TENSOR).double()
+    draws = torch.stack([normal(len(weight), 0, TENSOR, "norm_es", 0, i) for i in range(4)])
+    wanted = weight * torch.exp(0.02 * (torch.from_numpy(shares)[:, None] * draws).sum(0))[:, None]
+    torch.testing.assert_close(sources.value(found).double(), wanted, rtol=1e-6, atol=1e-7)
+    assert expression_from_json(json.loads(json.dumps(found.to_json()))) == found

@@ -6,11 +6,14 @@ bit-identical.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.scores import Scores
+from olmfast.search.log import Outcome
 from olmfast.search.loop import Search, Step
 from olmfast.search.ranking import Comparison, choose
 from olmfast.weights.architecture import Unit
@@ -54,18 +57,52 @@ def generation(search: Search, tensor: str, method: str, number: int, successes:
 def _evolve(search: Search, unit: Unit, tensor: str, method: str, generations: int, again: str) -> None:
     successes = 0
 
+    inside = Unit(unit.name, unit.kind, (tensor,), unit.blocks)
+
     def propose(number: int) -> list[Candidate]:
         return [Candidate("current"), *generation(search, tensor, method, number, successes)]
 
+    def propose_sum(siblings: Sequence[Candidate], skills: Sequence[float]) -> list[Candidate]:
+        return [Candidate("current"), consolidated(siblings, tensor, skills)]
+
     for number in range(generations):
+        key = f"tensors/{unit.name}/{method}/{number}"
+        siblings = generation(search, tensor, method, number, successes) if search.crossfit else []
         step = Step(
-            f"tensors/{unit.name}/{method}/{number}{again}",
+            f"{key}{again}",
             method,
-            Unit(unit.name, unit.kind, (tensor,), unit.blocks),
+            inside,
             partial(propose, number),
             accept=partial(_accept_any, search) if search.config.es_accept == "any" else None,
         )
-        successes += search.take(step).changed
+        outcome = search.take(step)
+        successes += outcome.changed
+        skills = _skills(search, outcome, siblings)
+        if not outcome.changed and len(set(skills)) > 1:
+            step = Step(f"{key}/sum{again}", method, inside, partial(propose_sum, siblings, skills))
+            successes += search.take(step).changed
+
+
+def _skills(search: Search, outcome: Outcome, siblings: Sequence[Candidate]) -> list[float]:
+    """The mean skill of each of a generation's offspring; none where one has no score."""
+    if search.crossfit is None:
+        return []
+    found = []
+    for one in siblings:
+        means = {name: score for name, by in outcome.metrics.items() if (score := by[one.label]) is not None}
+        found.append(search.crossfit.scale.skill(means) if len(means) == len(outcome.metrics) else math.nan)
+    return found if all(map(math.isfinite, found)) else []
+
+
+def consolidated(siblings: Sequence[Candidate], tensor: str, skills: Sequence[float]) -> Candidate:
+    """One more candidate of a generation: the sum of its offspring's perturbations, each by how much its skill is above
+    the generation's mean, as long as one of them (CoRP, arXiv 2605.31494)."""
+    center = math.fsum(skills) / len(skills)
+    size = math.sqrt(math.fsum((skill - center) ** 2 for skill in skills))
+    first = siblings[0].values[tensor]
+    assert isinstance(first, Offspring)
+    shares = tuple((skill - center) / size for skill in skills)
+    return Candidate(f"{first.method}/{first.generation}/sum", {tensor: replace(first, shares=shares)})
 
 
 def _accept_any(search: Search, scores: Scores, alive: list[int]) -> list[int]:

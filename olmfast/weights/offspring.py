@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -46,7 +46,8 @@ Kind = TypeVar("Kind", bound="Offspring")
 class Offspring(Expression):
     """One change of a parent's weight, of which its values are rounded to `dtype`, by name.
 
-    `sigma` is the step size; seed, tensor, generation and index are the address of its random numbers.
+    `sigma` is the step size; seed, tensor, generation and index are the address of its random numbers. With `shares`
+    (one per sibling, squares summing to 1) its numbers are the sum of the siblings' by their shares.
     """
 
     method: ClassVar[str]  # as reports name it
@@ -57,6 +58,7 @@ class Offspring(Expression):
     tensor: str
     generation: int
     index: int
+    shares: tuple[float, ...] = field(default=(), kw_only=True)
 
     @abstractmethod
     def dimensions(self, sources: Sources) -> int:
@@ -80,12 +82,13 @@ class Offspring(Expression):
     def to_json(self) -> dict[str, Any]:
         """See `Expression.to_json`."""
         own = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "parent"}
+        own = {key: value for key, value in own.items() if key != "shares" or value}
         return {self.key: self.parent.to_json(), **own}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Offspring:
         """See `Expression.from_json`."""
-        own = {key: value for key, value in entry.items() if key != cls.key}
+        own = {key: tuple(v) if key == "shares" else v for key, v in entry.items() if key != cls.key}
         return cls(expression_from_json(entry[cls.key]), **own)
 
     def weight(self, sources: Sources) -> torch.Tensor:
@@ -111,7 +114,11 @@ class Offspring(Expression):
         return sources.parent(self.parent, getattr(torch, self.dtype))
 
     def _draws(self, n: int) -> torch.Tensor:
-        return normal(n, self.seed, self.tensor, self.method, self.generation, self.index)
+        address = (self.seed, self.tensor, self.method, self.generation)
+        if not self.shares:
+            return normal(n, *address, self.index)
+        drawn = (share * normal(n, *address, index) for index, share in enumerate(self.shares))
+        return sum(drawn, torch.zeros(n, dtype=torch.float64))
 
 
 @dataclass(frozen=True)

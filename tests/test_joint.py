@@ -1,0 +1,363 @@
+"""The joint search: what it accepts, what it refuses, and that it can be killed, repeated and checked."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from olmfast import InputError, load_config, run
+from olmfast.config.run import DatasetConfig
+from olmfast.evaluation.encoding import load_datasets
+from olmfast.evaluation.scores import Scores
+from olmfast.search.acceptance import Gain, Scale, passes
+from olmfast.search.crossfit import CrossFit
+from olmfast.search.halves import Halves, set_aside
+from olmfast.testing import sums, tiny_model, tiny_run, tiny_tokenizer, write_dataset
+from olmfast.weights.coefficients import task_vectors
+from olmfast.weights.expressions import Copy, merge, whole
+from olmfast.weights.pool import Pool
+from olmfast.weights.sources import Sources
+
+SCALE = Scale({"a": (0.2, 1.0), "b": (0.0, 0.5)})
+
+
+# What is accepted
+
+
+def test_skill_is_1_for_the_best_donor_0_for_the_worst_and_never_more_than_1():
+    assert SCALE.skill({"a": 0.2, "b": 0.0}) == 1
+    assert SCALE.skill({"a": 1.0, "b": 0.5}) == 0
+    assert SCALE.skill({"a": -5.0, "b": 0.5}) == 0.5  # one lucky dataset is not worth several
+    assert math.isnan(SCALE.skill({"a": math.nan, "b": 0.0}))
+
+
+def test_a_difference_that_rounding_makes_is_no_gain():
+    scale = Scale({"a": (0.0, 1.0)}, noise={"a": 0.02})
+    old = torch.full((20,), 0.5)
+    assert scale.gain({"a": old - 0.01}, {"a": old}).mean == 0
+    assert scale.gain({"a": old - 0.03}, {"a": old}).mean == pytest.approx(0.03)
+
+
+def test_tests_share_the_significance():
+    gain = next(Gain(x / 100, 0.01, 30) for x in range(1, 100) if Gain(x / 100, 0.01, 30).p < 0.02)
+    assert passes(gain, 0.05, 1)
+    assert not passes(gain, 0.05, 5)
+    assert passes(Gain(0.001, 1.0, 30), None, 5)
+    assert not passes(Gain(-0.1, 0.0, 30), None, 1)
+    assert sum(6 / (math.pi * k) ** 2 for k in range(1, 100_000)) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_gain_is_told_without_the_share_of_noise():
+    assert Gain(0.1, 0.05, 30).shrunk == pytest.approx(0.075)
+    assert Gain(0.1, 0.2, 30).shrunk == 0
+    assert Gain(0.1, 0.0, 30).shrunk == 0.1
+
+
+@given(st.dictionaries(st.text(min_size=1), st.integers(1, 40), min_size=1), st.integers(0, 9))
+def test_halves_and_validation_divide_the_questions(sizes, seed):
+    kept, aside = set_aside(sizes, 0.2, seed)
+    for name, n in sizes.items():
+        assert sorted(kept[name] + aside.get(name, [])) == list(range(n))
+        assert kept[name]
+    halves = Halves.of(sizes, seed)
+    for name, n in sizes.items():
+        first, second = (half.get(name, []) for half in halves)
+        assert sorted(first + second) == list(range(n))
+        assert 0 <= len(first) - len(second) <= 1
+    assert halves == Halves.of(sizes, seed)
+
+
+def scored(samples: dict[str, torch.Tensor]) -> Scores:
+    """Scores (candidates, questions) of which all have been evaluated."""
+    every = {name: torch.ones_like(values, dtype=torch.bool) for name, values in samples.items()}
+    none = {name: torch.zeros_like(values, dtype=torch.bool) for name, values in samples.items()}
+    return Scores(samples, every, none, none)
+
+
+@pytest.mark.parametrize("n", [6, 20])
+def test_of_candidates_that_differ_by_luck_few_are_accepted_and_of_better_ones_most(n):
+    generator = torch.Generator().manual_seed(n)
+    accepted = {0.0: 0, 0.5: 0}
+    trials = 200
+    for gain in accepted:
+        for seed in range(trials):
+            hard = {name: torch.rand(n, generator=generator) for name in ("a", "b", "c")}  # of each question
+            samples = {
+                name: own + 0.3 * torch.randn(9, n, generator=generator) - gain * (torch.arange(9) == 5)[:, None]
+                for name, own in hard.items()
+            }
+            scale = Scale(dict.fromkeys(samples, (0.0, 1.0)))
+            crossfit = CrossFit(Halves.of(dict.fromkeys(samples, n), seed), scale, 0.05)
+            decision = crossfit.of_candidates(scored(samples), range(9))
+            accepted[gain] += decision.winner != 0
+            assert crossfit.n_tests == (0 if decision.winner or decision.gain is None else 1)
+    assert accepted[0.0] <= 0.05 * trials
+    assert accepted[0.5] >= 0.8 * trials
+
+
+# Task vectors
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """An ancestor and two fine-tunes of it."""
+    folder = tmp_path_factory.mktemp("family")
+    tiny_model(folder / "base", seed=0, noise=0.0, num_hidden_layers=2)
+    for seed in (1, 2, 3):
+        tiny_model(folder / f"tune{seed}", seed=seed, noise=0.05, num_hidden_layers=2)
+    return folder
+
+
+def test_the_base_is_the_ancestor_where_the_others_are_nearer_to_it_than_to_each_other(family):
+    def anchor(*names):
+        pool = Pool.open(list(names), family, family)
+        return task_vectors(pool, names, None, names[0], pool.architecture.is_ignored).anchor
+
+    assert anchor("base", "tune1", "tune2", "tune3") == "base"
+    assert anchor("tune1", "tune2", "tune3") is None  # the donors' mean
+
+
+@pytest.mark.parametrize("names", [("base", "tune1", "tune2"), ("tune1", "tune2", "tune3")])
+def test_coefficients_are_read_back_from_the_expressions_they_make(names, family):
+    pool = Pool.open(list(names), family, family)
+    vectors = task_vectors(pool, names, None, names[0], pool.architecture.is_ignored)
+    sources, recipe = Sources(pool, family), whole(names[0], pool.tensors)
+    name = "model.layers.1.mlp.up_proj.weight"
+    values = {donor: pool[donor].read(name).double() for donor in names}
+    anchor = values[vectors.anchor] if vectors.anchor else sum(values.values()) / len(values)
+    numbers = torch.arange(len(vectors.donors), dtype=torch.float64)[:, None] / 4 + 0.1
+    made = vectors.of(recipe, numbers.expand(-1, len(vectors.tensors)))
+    moved = made.with_values(vectors.moved(made, torch.full_like(numbers, 0.5).expand(-1, len(vectors.tensors))))
+    for result, offset in ((made, 0.0), (moved, 0.5)):
+        expected = anchor + sum(
+            (float(x) + offset) * (values[donor] - anchor) for donor, x in zip(vectors.donors, numbers, strict=True)
+        )
+        torch.testing.assert_close(sources.value(result.tensors[name]).double(), expected, rtol=1e-5, atol=1e-6)
+        assert vectors.coefficients_of(result.tensors[name], name) is not None
+    other = merge("slerp", [Copy(names[0], name), Copy(names[1], name)], t=0.5)
+    assert vectors.coefficients_of(other, name) is None
+    halves = torch.full((len(vectors.donors), len(vectors.tensors)), 0.5)
+    step = vectors.moved(recipe.with_values({name: other}), halves)
+    wanted = sources.value(other).double() + sum(0.5 * (values[donor] - anchor) for donor in vectors.donors)
+    torch.testing.assert_close(sources.value(step[name]).double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_distances_are_those_of_the_task_vectors(family):
+    names = ("base", "tune1", "tune2")
+    pool = Pool.open(list(names), family, family)
+    vectors = task_vectors(pool, names, "base", "tune1", pool.architecture.is_ignored)
+    squares = sum((pool["tune1"].read(n).double() - pool["base"].read(n).double()).square().sum() for n in pool.tensors)
+    assert vectors.distances()["tune1"] == pytest.approx(math.sqrt(float(squares)), rel=1e-5)
+
+
+# Whole runs
+
+
+def own_answers(path: Path, model: Path, n: int, seed: int) -> Path:
+    """Questions whose expected answers are what a model writes itself: it is the best donor there is."""
+    module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    questions = [question for question, _ in sums(n, seed)]
+    write_dataset(path, [(question, "12") for question in questions])
+    entries = {path.name: DatasetConfig(mode="exact")}
+    samples = load_datasets(path.parent, entries, tiny_tokenizer(), 128)[path.name].samples
+    pairs = []
+    for question, sample in zip(questions, samples, strict=True):
+        ids = torch.tensor([sample.prompt])
+        for _ in range(3):
+            logits = module(ids).logits[0, -1]
+            logits[:5] = -torch.inf  # special tokens and what is no text
+            ids = torch.cat([ids, logits.argmax().view(1, 1)], dim=1)
+        pairs.append((question, tiny_tokenizer().decode(ids[0, -3:]).strip() or "x"))
+    return write_dataset(path, pairs)
+
+
+def skilled_run(
+    folder: Path,
+    n: int = 12,
+    n_donors: int = 3,
+    held_out: int = 0,
+    noise: float = 0.2,
+    mode: str = "exact_match",
+    **keys,
+) -> Path:
+    """A pool in which each donor is best at a dataset of its own, and a config without a word of how to search."""
+    config = tiny_run(folder, n_donors, model={"noise": noise, "num_hidden_layers": 2})
+    data = yaml.safe_load(config.read_text())
+    data["dataset"], data["holdout"] = {}, {}
+    for i, name in enumerate(data["models"]):
+        own_answers(folder / f"skill{i}.json", folder / "models" / name, n, seed=i)
+        data["dataset"][f"skill{i}.json"] = {"mode": mode}
+        if held_out:
+            own_answers(folder / f"held{i}.json", folder / "models" / name, held_out, seed=100 + i)
+            data["holdout"][f"held{i}.json"] = {"mode": mode}
+    config.write_text(yaml.safe_dump({**data, "samples": 1000, **keys}))
+    return config
+
+
+def test_a_config_of_models_and_questions_gets_the_joint_search(tmp_path):
+    config = skilled_run(tmp_path, n=20, budget=60)
+    assert load_config(config).is_joint
+    result = run(config)
+    assert result.record.evaluations <= 60
+    assert {key.split("/")[0] for key in result.record.steps} >= {"base", "start", "gradient"}
+    anchor = result.record.values["anchor"]
+    assert set(anchor["distances"]["overall"]) == {"donor0", "donor1", "donor2"}
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert report["olmfast"]["verdict"] is not None
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    pool = Pool.open(["donor0", "donor1", "donor2"], tmp_path / "models", tmp_path)
+    sources = Sources(pool, tmp_path / "out")
+    for name, value in written.items():
+        assert torch.equal(value, sources.value(result.recipe.tensors[name]))
+
+
+@pytest.mark.parametrize(
+    "keys", [{"layer_swap": True}, {"selection": "ranks"}, {"scales": ["model"]}, {"direction": "forward"}]
+)
+def test_a_config_with_keys_of_the_original_is_searched_by_stages(keys, tmp_path):
+    config = load_config(tiny_run(tmp_path, 2), keys)
+    assert not config.is_joint
+    assert config.required_p is None
+
+
+def scattered_run(folder: Path, **keys) -> Path:
+    """Two donors that each have one block of two that is good for a skill of its own, and junk in the other.
+
+    The answers to each skill's questions are those of a model that is the base but for that block.
+    """
+    models = folder / "models"
+    tiny_model(models / "base", seed=0, noise=0.0, num_hidden_layers=2)
+    for name, seed in (("good", 1), ("junk", 2)):
+        tiny_model(models / name, seed=seed, noise=0.15, num_hidden_layers=2)
+    base, good, junk = (load_file(models / name / "model.safetensors") for name in ("base", "good", "junk"))
+    for i, name in enumerate(("one", "two")):
+        skill = base | {k: v for k, v in good.items() if f".layers.{i}." in k}
+        donor = skill | {k: v for k, v in junk.items() if f".layers.{1 - i}." in k}
+        for where, values in ((f"skill {i}", skill), (name, donor)):
+            tiny_model(models / where, num_hidden_layers=2)
+            save_file(values, models / where / "model.safetensors", metadata={"format": "pt"})
+        for part, seed in (("asked", i), ("held", 10 + i)):
+            own_answers(folder / f"{part}{i}.json", models / f"skill {i}", 140, seed)
+    config = {"models_dir": "models", "output_dir": "out", "models": ["base", "one", "two"], "device": "cpu"}
+    for key, part in (("dataset", "asked"), ("holdout", "held")):
+        config[key] = {f"{part}{i}.json": {"mode": "exact"} for i in (0, 1)}
+    path = folder / "cfg.yaml"
+    path.write_text(yaml.safe_dump({**config, **keys}))
+    return path
+
+
+def test_the_search_finds_which_donor_has_what_where_the_usual_merges_do_not(tmp_path):
+    result = run(scattered_run(tmp_path, budget=150))
+    board = result.holdout
+    assert board.retained("merged") > 0.1 + max(board.retained(label) for label in board.rows if label != "merged")
+    assert any(one.changed for key, one in result.record.steps.items() if key.startswith("gradient"))
+    validated = result.record.values["validation"]["skill"]
+    assert validated["start"] < list(validated.values())[-1]
+
+
+def test_the_plain_average_of_equal_donors_is_left_as_it_is_where_nothing_is_better(tmp_path):
+    result = run(skilled_run(tmp_path, n=40, held_out=60, noise=0.05, mode="exact", budget=120))
+    board = result.holdout
+    assert board.retained("merged") > max(board.retained(donor) for donor in board.donors)
+    assert board.retained("merged") >= board.retained("start") - 1e-6
+
+
+def test_donors_that_are_copies_leave_nothing_to_search(tmp_path):
+    config = tiny_run(tmp_path, 2)
+    data = yaml.safe_load(config.read_text())
+    for name in ("donor0", "donor1"):
+        tiny_model(tmp_path / "models" / name, seed=1)
+    del data["dataset"]["talk.json"]
+    config.write_text(yaml.safe_dump(data))
+    notes = []
+
+    from olmfast.observer import Observer
+
+    class Notes(Observer):
+        def note(self, text):
+            notes.append(text)
+
+    result = run(config, observer=Notes())
+    assert result.status == "finished"
+    assert result.recipe.tensors == whole("donor0", result.recipe.tensors).tensors
+    assert any("nothing to search by" in note for note in notes)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_on_a_pool_that_no_merge_helps_the_result_is_not_worse_than_its_start(seed, tmp_path):
+    # Nothing but one donor's skill counts, so that whatever is mixed in does harm.
+    config = skilled_run(tmp_path, n=12, n_donors=2, held_out=150, budget=60, seed=seed)
+    data = yaml.safe_load(config.read_text())
+    data["dataset"], data["holdout"] = ({k: v for k, v in data[p].items() if "0" in k} for p in ("dataset", "holdout"))
+    config.write_text(yaml.safe_dump(data))
+    board = run(config).holdout
+    start = board.retained("start") if "start" in board.rows else max(board.retained(d) for d in board.donors)
+    assert board.retained("merged") >= start - 1e-6
+
+
+def digest(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def test_a_killed_search_resumed_is_the_search_uninterrupted(tmp_path):
+    config = skilled_run(tmp_path, n=16, budget=70)
+    whole_run = run(load_config(config, {"output_dir": str(tmp_path / "whole")}))
+    command = [sys.executable, "-m", "olmfast.cli", "run", str(config), "-q"]
+    log, waits = tmp_path / "out.partial" / "steps.jsonl", [2, 4, 6]
+    for n_lines in waits:
+        process = subprocess.Popen([*command, "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < n_lines + 2):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    resumed = run(config, resume=True)
+    assert resumed.recipe == whole_run.recipe
+    assert resumed.record.evaluations == whole_run.record.evaluations
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("float64_throughout")
+def test_the_sequential_scorer_decides_the_same(tmp_path):
+    config = skilled_run(tmp_path, n=10, budget=50, dtype="float64")
+    found = {
+        scorer: run(load_config(config, {"scorer": scorer, "output_dir": str(tmp_path / scorer)}))
+        for scorer in ("batched", "sequential")
+    }
+    steps = {scorer: {key: one.winner for key, one in found[scorer].record.steps.items()} for scorer in found}
+    assert steps["batched"] == steps["sequential"]
+
+
+def test_the_ancestor_and_the_start_may_be_models_that_are_not_merged(tmp_path):
+    tiny_model(tmp_path / "models" / "ancestor", seed=0, noise=0.0, num_hidden_layers=2)
+    tiny_model(tmp_path / "models" / "given", seed=9, noise=0.2, num_hidden_layers=2)
+    result = run(skilled_run(tmp_path, n=16, budget=20, ancestor="ancestor", start="given"))
+    assert result.record.values["anchor"]["model"] == "ancestor"
+    assert "given start" in result.record.steps["start"].metrics["skill0.json"]
+    assert result.selection.donors == ["donor0", "donor1", "donor2"]
+
+
+def test_an_ancestor_in_a_search_by_stages_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="search: joint"):
+        load_config(tiny_run(tmp_path, 2, layer_swap=True, ancestor="donor0"))
+
+
+def test_stages_that_are_switched_on_as_well_are_tested_too_and_a_generation_offers_its_sum(tmp_path):
+    keys = {"search": "joint", "es_norm": True, "es_norm_generations": 1, "es_norm_sigma": 0.2}
+    keys["units"] = ["model.layers.1.mlp.down_proj"]
+    steps = run(skilled_run(tmp_path, n=20, budget=250, **keys)).record.steps
+    generation = {key: one for key, one in steps.items() if "/norm_es/0" in key}
+    assert any(key.endswith("/sum") for key in generation) or any(one.changed for one in generation.values())
+    assert all(one.tested or not one.changed for one in generation.values())

@@ -461,4 +461,4 @@ def test_the_documentation_says_what_is_free_to_change_on_resume():
 def test_the_example_of_the_documentation_loads():
     text = (Path(__file__).parents[1] / "docs" / "config.md").read_text(encoding="utf-8")
     example = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1]
-    assert parse_config(yaml.safe_load(example), "docs", Path()).layer_swap
+    assert parse_config(yaml.safe_load(example), "docs", Path()).is_joint

@@ -217,7 +217,7 @@ def test_a_plan_says_how_many_evaluations_a_budget_of_time_is_expected_to_pay_fo
 
 def test_scoring_that_is_no_search_is_part_of_the_estimate_and_listed(cfg, olmfast):
     out = olmfast("check", cfg)[1]
-    besides = "held-out questions: donors (2), selection questions: result (2), held-out questions: result (2)"
+    besides = "held-out questions: donors (2), selection questions: result (4), held-out questions: result (2)"
     assert besides in out
     alone = estimate(load_config(edit(cfg, holdout=None)))
     assert [step.stage for step in alone.steps if not step.counts] == ["selection"]

@@ -36,6 +36,7 @@ from olmfast.observer import Observer
 from olmfast.runs.inputs import Inputs
 from olmfast.runs.scoreboard import AVERAGE, RESULT
 from olmfast.search.record import Record
+from olmfast.search.spans import real_spans
 from olmfast.weights.expressions import merge, whole
 from olmfast.weights.recipe import Recipe
 from olmfast.weights.sources import Expression
@@ -122,8 +123,15 @@ def skill_retained(means: Mapping[str, torch.Tensor], n_donors: int) -> torch.Te
     return torch.stack(shares).mean(0)
 
 
+def telling(scores: Scores, n_donors: int) -> Scores:
+    """The scores on datasets that tell the donors apart; all where none does."""
+    spans = real_spans({name: samples[:n_donors] for name, samples in scores.samples.items()})
+    return scores.only([name for name, span in spans.items() if span is not None] or list(spans))
+
+
 def skill(scores: Scores, n_donors: int) -> torch.Tensor:
-    """(models,): skill retained on the scores' datasets."""
+    """(models,): skill retained on the datasets that tell the donors apart."""
+    scores = telling(scores, n_donors)
     return skill_retained({name: scores.mean(name).double() for name in scores.samples}, n_donors)
 
 
@@ -131,7 +139,7 @@ def intervals(scores: Scores, n_donors: int) -> torch.Tensor:
     """(2, models): the 2.5 and 97.5 % quantiles of the last model's skill retained minus each one's."""
     generator = torch.Generator().manual_seed(SEED)
     means = {}
-    for name, samples in scores.samples.items():
+    for name, samples in telling(scores, n_donors).samples.items():
         n = samples.shape[1]
         drawn = torch.randint(n, (RESAMPLES, n), generator=generator)
         counts = torch.zeros(RESAMPLES, n, dtype=torch.float64)
@@ -194,7 +202,7 @@ def main() -> None:
         best, seconds = float(found.max()), time.monotonic() - started
         told = f"{method}: best of {len(recipes)} on the selection questions {best:.3f}: {label} ({seconds:.0f} s)"
         print(told, flush=True)
-    finalists[RESULT] = record.recipe
+    finalists[RESULT] = record.validated or record.recipe
 
     seeds = ", ".join(map(str, SEEDS))
     fresh = fresh_questions(inputs, arguments.count)

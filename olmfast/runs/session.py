@@ -243,7 +243,11 @@ class Session:
         pool, sources = self.inputs.pool, self.evaluation.sources
         recipe = self.record.validated or self.search.recipe
         average = {AVERAGE: plain_average(recipe.base, self.selection.donors, pool)} if len(pool) > 1 else {}
-        rows: dict[str, Recipe | None] = {**average, **self._start(), RESULT: recipe}
+        rows: dict[str, Recipe | None] = {
+            **average,
+            **self._start(),
+            RESULT: None if recipe == self.search.recipe else recipe,
+        }
         closing = (
             (SELECTION, self.selection, self.inputs.selection),
             (HELD_OUT, self.holdout, self.inputs.holdout),
@@ -261,8 +265,8 @@ class Session:
         # The recipe too: it is nowhere yet when the budget ended the run before its first step.
         verdict = of_run(self.selection, self.holdout)
         told = {"recipe_digest": recipe.digest(), "account": account, "verdict": verdict and verdict.to_json()}
-        told["holdout"] = self.holdout.to_json()
-        self.record.update(self.search.recipe, selection=self.selection.to_json(), **told)
+        boarded = {"selection": self.selection.to_json(), "holdout": self.holdout.to_json()}
+        self.record.update(self.search.recipe, **boarded, **told)
         card = write_card(self.config, self.record, recipe, boards, verdict, account)
         (self.record.folder / "README.md").write_text(card, encoding="utf-8")
         return account

@@ -128,8 +128,9 @@ def plan_steps(config: RunConfig, inputs: Inputs) -> list[PlannedStep]:
         steps.append(PlannedStep(stage, unit.name, n, operations.count(passes, one.n_scored, judged)))
     for stage, work, like in ((SELECTION, judged, "base"), (HELD_OUT, held_out, HELD_OUT)):
         if work.tokens:
-            closing = operations.count(n_closing, n_closing, work)
-            steps.append(PlannedStep(stage, CLOSING, n_closing, closing, counts=False, like=like))
+            n = n_closing + (n_donors if stage == SELECTION else 0)  # whose answers one by one are wanted again
+            closing = operations.count(n, n, work)
+            steps.append(PlannedStep(stage, CLOSING, n, closing, counts=False, like=like))
     return steps
 
 

@@ -143,6 +143,8 @@ def verdict_on(model: str, board: Scoreboard, kind: str = "") -> Verdict | None:
 
 def of_run(selection: Scoreboard, holdout: Scoreboard) -> Verdict | None:
     """The verdict on a run's result: on its held-out questions if it has any, else on those that chose it."""
+    if not holdout.rows and RESULT not in selection.rows:
+        return None
     return verdict_on(RESULT, holdout, HELD_OUT) if holdout.rows else verdict_on(RESULT, selection, SELECTION)
 
 

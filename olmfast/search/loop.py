@@ -152,10 +152,12 @@ class Search:
         began = self.elapsed_s
         if step.trained is not None:
             self._check_budget(step.stage, step.trained.evaluations + 2)
+            self.observer.step(step.stage, step.unit.name, 1 + MEAN)  # training takes its time
         candidates, twin = self._distinct(step.propose())
         if step.trained is None:
             self._check_budget(step.stage, len(candidates) * self._share(step.questions))
-        self.observer.step(step.stage, step.unit.name, len(candidates))
+        if step.trained is None:
+            self.observer.step(step.stage, step.unit.name, len(candidates))
         scores, dropped = self._evaluate(step, candidates)
         alive = [row for row in range(len(candidates)) if row not in dropped]
         gain: Gain | None = None

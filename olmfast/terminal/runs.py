@@ -21,6 +21,9 @@ from olmfast.runs.session import Result
 from olmfast.runs.verdict import Verdict, verdict_on
 from olmfast.search.log import strict
 
+# Steps that are told only where they change something.
+QUIET = ("tensors", "svd_es", "norm_es", "gradient", "evolution", "moves")
+
 
 def print_plan(plan: Estimate, as_json: bool) -> None:
     """What a run would do."""
@@ -112,7 +115,7 @@ def print_result(result: Result, as_json: bool) -> None:
         return
     table = Table("unit", "from", title="What was chosen", title_justify="left")
     for outcome in result.record.choices():
-        if outcome.changed or outcome.stage not in ("tensors", "svd_es", "norm_es"):
+        if outcome.changed or outcome.stage not in QUIET:
             table.add_row(outcome.where, outcome.winner + ("" if outcome.changed else " (kept)"))
     _console().print(table)
     boards = {"Selection": result.selection, "Held-out": result.holdout}

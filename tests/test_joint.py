@@ -60,6 +60,12 @@ def test_tests_share_the_significance():
     assert sum(6 / (math.pi * k) ** 2 for k in range(1, 100_000)) == pytest.approx(1, abs=1e-4)
 
 
+def test_a_gain_without_noise_on_a_few_questions_is_no_proof():
+    assert Gain(0.5, 0.0, 1).p == 0.25
+    assert Gain(0.5, 0.0, 19).p < 1e-5
+    assert Gain(0.0, 0.0, 19).p == 1.0
+
+
 def test_a_gain_is_told_without_the_share_of_noise():
     assert Gain(0.1, 0.05, 30).shrunk == pytest.approx(0.075)
     assert Gain(0.1, 0.2, 30).shrunk == 0
@@ -361,3 +367,24 @@ def test_stages_that_are_switched_on_as_well_are_tested_too_and_a_generation_off
     generation = {key: one for key, one in steps.items() if "/norm_es/0" in key}
     assert any(key.endswith("/sum") for key in generation) or any(one.changed for one in generation.values())
     assert all(one.tested or not one.changed for one in generation.values())
+
+
+def test_a_dataset_of_one_question_and_validation_of_its_own_are_no_obstacle(tmp_path):
+    config = skilled_run(tmp_path, n=20, budget=60)
+    data = yaml.safe_load(config.read_text())
+    own_answers(tmp_path / "one.json", tmp_path / "models" / "donor1", 1, seed=5)
+    own_answers(tmp_path / "check.json", tmp_path / "models" / "donor1", 5, seed=6)
+    data["dataset"]["one.json"] = {"mode": "exact_match"}
+    data["validation"] = {"check.json": {"mode": "exact_match"}}
+    config.write_text(yaml.safe_dump(data))
+    result = run(config)
+    assert any(key.startswith("gradient") for key in result.record.steps)
+
+
+def test_a_larger_budget_continues_from_where_the_smaller_one_ended(tmp_path):
+    config = scattered_run(tmp_path)
+    whole_run = run(load_config(config, {"output_dir": str(tmp_path / "whole"), "budget": 110}))
+    for budget in (12, 40, 110):
+        parts = run(load_config(config, {"budget": budget}), resume=True)
+    assert parts.record.steps.keys() == whole_run.record.steps.keys()
+    assert parts.recipe == whole_run.recipe

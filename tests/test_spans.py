@@ -61,14 +61,15 @@ def test_copies_of_a_donor_count_once_and_copies_alone_have_no_span():
     assert real_spans({"a": torch.stack([pair[0], pair[0]])})["a"] is None
 
 
-def test_a_constant_difference_is_real_and_a_single_question_never_is():
-    row = torch.arange(4.0)
-    assert real_spans({"a": torch.stack([row, row + 1])})["a"] == (1.5, 2.5)
+def test_a_constant_difference_is_real_unless_there_are_but_a_few_questions():
+    row = torch.arange(8.0)
+    assert real_spans({"a": torch.stack([row, row + 1])})["a"] == (3.5, 4.5)
+    assert real_spans({"a": torch.tensor([[0.0, 0, 0], [1, 1, 1]])})["a"] is None  # three of three may be luck
     assert real_spans({"a": torch.tensor([[0.0], [5.0]])})["a"] is None
 
 
 def test_a_donor_that_cannot_be_scored_is_left_out():
-    row = torch.arange(4.0)
-    broken = torch.tensor([math.nan, 0, 0, 0])
-    assert real_spans({"a": torch.stack([row, broken, row + 1])})["a"] == (1.5, 2.5)
+    row, broken = torch.arange(8.0), torch.zeros(8)
+    broken[0] = math.nan
+    assert real_spans({"a": torch.stack([row, broken, row + 1])})["a"] == (3.5, 4.5)
     assert real_spans({"a": torch.stack([row, broken])})["a"] is None

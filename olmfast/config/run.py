@@ -279,7 +279,7 @@ class RunConfig(BaseModel):
         if self.search is not None:
             return self.search == "joint"
         copeland = "selection" in self.model_fields_set and self.selection == "copeland"
-        return not copeland and not self.model_fields_set.intersection(STAGE_KEYS) and not self.load_merge_report
+        return not copeland and not self.model_fields_set.intersection(STAGE_KEYS)
 
     @property
     def required_p(self) -> float | None:

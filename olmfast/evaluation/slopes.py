@@ -22,7 +22,6 @@ from olmfast.evaluation.generation import generate
 from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.scorer import Direction, Slopes, Texts
 
-COST = 4  # forward passes that a gradient takes: the first, the one that is repeated, and two on the way back
 TEXT_TOKENS = 128  # of a text that takes the place of an expected answer
 HEAD_ROWS = 256  # predicted tokens whose logits exist at a time
 

@@ -149,13 +149,13 @@ class Session:
 
     def _walk_stages(self, again: str = "") -> bool:
         """Walk the units of all scales; true if anything changed. `again` marks a walk that is not the first."""
-        before = self.search.recipe
+        changed = False
         for scale in self.config.walk:
-            self._walk(scale, again)
+            changed |= self._walk(scale, again)
         if "tensor" not in self.config.walk:
             for unit in self._units("tensor"):
-                refine(self.search, unit, again)
-        return self.search.recipe != before
+                changed |= refine(self.search, unit, again)
+        return changed
 
     def _search_jointly(self) -> None:
         """Search the coefficients of all donors; the stages that the config switches on as well are part of it."""
@@ -208,6 +208,8 @@ class Session:
             snapshots = self.record.snapshots
         if len(snapshots) < 2 or not questions.datasets or self.search.crossfit is None:
             return
+        if not self.config.validation_sets and not set(questions.datasets) & set(self.search.crossfit.scale.spans):
+            return  # none of the questions set aside tells models apart
         unit = self.search.architecture.model_unit(self.search.tensors)
         candidates = [Candidate(label, recipe=recipe) for label, recipe in snapshots.items()]
         scores = self._scorer(questions).score(unit, candidates)
@@ -232,17 +234,21 @@ class Session:
     def _units(self, scale: Units) -> list[Unit]:
         return units_of(scale, self.config, self.search.architecture, self.search.tensors)
 
-    def _walk(self, scale: Units, again: str) -> None:
+    def _walk(self, scale: Units, again: str) -> bool:
+        changed = False
         for unit, following in in_order(self._units(scale)):
-            swap(self.search, STAGES[scale], unit, following, again)
+            changed |= swap(self.search, STAGES[scale], unit, following, again).changed
             if scale == "tensor":
-                refine(self.search, unit, again)
+                changed |= refine(self.search, unit, again)
+        return changed
 
     def write(self) -> str:
         """Score the result with its donors and write it; returns the line that accounts for every tensor."""
         pool, sources = self.inputs.pool, self.evaluation.sources
         recipe = self.record.validated or self.search.recipe
-        average = {AVERAGE: plain_average(recipe.base, self.selection.donors, pool)} if len(pool) > 1 else {}
+        average: dict[str, Recipe | None] = {}
+        if len(self.inputs.donors) > 1:
+            average = {AVERAGE: plain_average(recipe.base, self.selection.donors, pool)}
         rows: dict[str, Recipe | None] = {
             **average,
             **self._start(),
@@ -305,7 +311,8 @@ class Session:
         self.selection = Scoreboard(list(rows), rows, truncated)
         spans = {name: (span[0], span[1]) for name, span in outcome.spans.items()}
         search.set_scale(spans if self.config.is_joint else self.selection.spans, self.selection.rows[outcome.winner])
-        if outcome.winner != search.recipe.base:
+        resumed = self.config.is_joint and len(self.record.steps) > 1  # its merges have the config's base
+        if outcome.winner != search.recipe.base and not resumed:
             search.rebase(whole(outcome.winner, pool.tensors))
         if self.config.max_models is not None:
             search.donors = [outcome.winner, *outcome.order][: self.config.max_models]

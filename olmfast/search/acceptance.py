@@ -29,8 +29,10 @@ class Gain:
         """How likely so large a gain is where there is none."""
         from scipy.stats import t
 
+        if self.error == 0 and self.mean > 0:
+            return 2.0 ** -(self.freedom + 1)  # as if each question had been a coin: few of them prove little
         if self.error == 0 or not math.isfinite(self.error):
-            return 0.0 if self.error == 0 and self.mean > 0 else 1.0
+            return 1.0
         return float(t.sf(self.mean / self.error, max(1, self.freedom)))
 
     @property

@@ -144,7 +144,7 @@ class Coefficients:
                 "evolution",
                 Unit(grain, "model", self.unit.tensors, self.unit.blocks),
                 partial(lambda points: [candidate(i, point) for i, point in enumerate(points)], points),
-                accept=lambda _, alive: alive,
+                accept=lambda _, alive: alive or [0],
                 commit=False,
                 tested=False,
                 questions=half,

@@ -23,16 +23,21 @@ SVD_DECAY = 0.8  # sigma's factor after a success, SVD-ES
 NORM_DECAY = 0.9  # and norm-ES
 
 
-def refine(search: Search, unit: Unit, again: str = "") -> None:
-    """SVD-ES and then norm-ES, where switched on, on each of the unit's matrices; `again` as for `swap`."""
+def refine(search: Search, unit: Unit, again: str = "") -> bool:
+    """SVD-ES and then norm-ES, where switched on, on each of the unit's matrices; true if anything changed.
+
+    `again` as for `swap`.
+    """
+    changed = False
     config = search.config
     for tensor in unit.tensors:
         if search.is_matrix(tensor):
             if config.es_svd:
-                _evolve(search, unit, tensor, "svd_es", config.es_svd_generations, again)
+                changed |= _evolve(search, unit, tensor, "svd_es", config.es_svd_generations, again)
             if config.es_norm:
-                _evolve(search, unit, tensor, "norm_es", config.es_norm_generations, again)
+                changed |= _evolve(search, unit, tensor, "norm_es", config.es_norm_generations, again)
             search.sources.release_parent()
+    return changed
 
 
 def generation(search: Search, tensor: str, method: str, number: int, successes: int) -> list[Candidate]:
@@ -54,7 +59,7 @@ def generation(search: Search, tensor: str, method: str, number: int, successes:
     return [Candidate(f"{method}/{number}/{one.index}", {tensor: one}) for one in siblings]
 
 
-def _evolve(search: Search, unit: Unit, tensor: str, method: str, generations: int, again: str) -> None:
+def _evolve(search: Search, unit: Unit, tensor: str, method: str, generations: int, again: str) -> bool:
     successes = 0
 
     inside = Unit(unit.name, unit.kind, (tensor,), unit.blocks)
@@ -81,6 +86,7 @@ def _evolve(search: Search, unit: Unit, tensor: str, method: str, generations: i
         if not outcome.changed and len(set(skills)) > 1:
             step = Step(f"{key}/sum{again}", method, inside, partial(propose_sum, siblings, skills))
             successes += search.take(step).changed
+    return successes > 0
 
 
 def _skills(search: Search, outcome: Outcome, siblings: Sequence[Candidate]) -> list[float]:

@@ -170,7 +170,8 @@ class Search:
         before = self.recipe
         if step.commit and winner != 0:
             self.recipe = self._stored(step, candidates[winner])
-        self.scorer.commit(self.recipe, candidates[winner].label)
+        sampled = step.questions is not None  # by CMA-ES: what it wrote is not the current model's
+        self.scorer.commit(self.recipe, None if sampled else candidates[winner].label)
         if step.questions is None and (step.commit or candidates[0].is_current):
             self._current = scores.rows([winner if step.commit else 0])
         if not builds_alike(before, self.recipe, self.sources.pool):
@@ -182,11 +183,12 @@ class Search:
         if step.spans:
             found = real_spans({name: scores.samples[name][alive] for name in scores.samples})
             outcome.spans = {name: list(span) for name, span in found.items() if span is not None}
-        self._evaluations += self._counted(len(candidates))
+        counted = self._counted(len(candidates))
+        self._evaluations += counted
         known = self._current.to_json() if self._current is not None else {}
         standing = Standing(self.recipe, known, self.scorer.state)
         self.record.add(step.key, outcome, standing, self._evaluations, self.elapsed_s)
-        self._costs.add(step.stage, len(candidates), self.elapsed_s - began)
+        self._costs.add(step.stage, counted, self.elapsed_s - began)
         self.observer.chosen(outcome)
         return outcome
 
@@ -312,7 +314,8 @@ class Search:
         asked: list[tuple[list[int], Indices]] = [(list(range(len(candidates))), step.questions or every)]
         if step.trained is not None and self.crossfit is not None and len(candidates) == 1 + MEAN:
             halves = self.crossfit.halves
-            asked = [([0, MEAN], every), ([FIRST], halves.second), ([SECOND], halves.first)]
+            first, second = ({name: half.get(name, []) for name in every} for half in halves)
+            asked = [([0, MEAN], every), ([FIRST], second), ([SECOND], first)]
         found: Scores | None = None
         for rows, questions in asked:
             own = self._ask(step, candidates, rows, questions).spread(rows, len(candidates))
@@ -320,7 +323,7 @@ class Search:
         assert found is not None
         self._write_ledger(step, candidates, list(range(len(candidates))), found)
         dropped = {row: reason for row in range(len(candidates)) if (reason := self._fault(found, row, None))}
-        if 0 in dropped:
+        if 0 in dropped and candidates[0].is_current:
             raise OlmfastError(f"{step.key}: {candidates[0].label}: {dropped[0]}; the incumbent cannot be scored")
         return found, dropped
 

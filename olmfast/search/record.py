@@ -45,6 +45,7 @@ from olmfast.weights.sources import leaves
 REPORT = "merge_report.json"
 LEDGER = "evaluations.jsonl"
 REFINED = "refined"
+SNAPSHOT = "snapshot: "  # before its name, in the record's values
 REPORT_EVERY_S = 30.0  # the report grows with the model and the steps
 
 
@@ -62,6 +63,7 @@ class Record:
         self.evaluations: float = 0
         self.elapsed_s, self.ledger_bytes = 0.0, 0
         self.values: dict[str, Any] = {}
+        self._snapshots: dict[str, Recipe] = {}
         self._log_bytes = 0
         self._reported_s = -math.inf
 
@@ -109,13 +111,12 @@ class Record:
     @property
     def snapshots(self) -> dict[str, Recipe]:
         """What a joint search began with, and what each part of it that changed anything led to."""
-        return {name: Recipe.from_json(entry) for name, entry in self.values.get("snapshots", {}).items()}
+        return dict(self._snapshots)
 
     def keep_snapshot(self, name: str) -> None:
         """Keep the current recipe, once, under the name of the part of the search that led to it."""
-        known = self.values.get("snapshots", {})
-        if name not in known and self.recipe is not None:
-            self.update(snapshots={**known, name: self.recipe.to_json()})
+        if name not in self._snapshots and self.recipe is not None:
+            self.update(**{SNAPSHOT + name: self.recipe.to_json()})
 
     @property
     def validated(self) -> Recipe | None:
@@ -194,10 +195,15 @@ class Record:
             self.ledger_bytes = entry.ledger_bytes
         else:
             self.values |= entry.values
+            self._snapshots |= {
+                key.removeprefix(SNAPSHOT): Recipe.from_json(value)
+                for key, value in entry.values.items()
+                if key.startswith(SNAPSHOT)
+            }
         self.standing = self.standing.changed_by(entry.change)
 
     def _remove_superseded(self) -> None:
-        recipes = [*self.snapshots.values(), *([self.recipe] if self.recipe else [])]
+        recipes = [*self._snapshots.values(), *([self.recipe] if self.recipe else [])]
         expressions = {expression for recipe in recipes for expression in recipe.tensors.values()}
         needed = {leaf.file for e in expressions for leaf in leaves(e) if isinstance(leaf, Stored)}
         for path in (self.folder / REFINED).glob("*"):

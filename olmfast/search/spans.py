@@ -45,5 +45,5 @@ def one_sided_p(differences: torch.Tensor) -> float:
     if math.isnan(error):
         return 1.0  # one question tells nothing of its noise
     if error == 0:
-        return 0.0 if mean > 0 else 1.0
+        return 2.0**-n if mean > 0 else 1.0  # as if each question had been a coin: few of them prove little
     return float(t.sf(mean / error, n - 1))

@@ -116,7 +116,8 @@ class Record:
     def keep_snapshot(self, name: str) -> None:
         """Keep the current recipe, once, under the name of the part of the search that led to it."""
         if name not in self._snapshots and self.recipe is not None:
-            self.update(**{SNAPSHOT + name: self.recipe.to_json()})
+            values: dict[str, Any] = {SNAPSHOT + name: self.recipe.to_json()}
+            self.update(None, **values)
 
     @property
     def validated(self) -> Recipe | None:

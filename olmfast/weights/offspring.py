@@ -88,7 +88,8 @@ class Offspring(Expression):
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Offspring:
         """See `Expression.from_json`."""
-        own = {key: tuple(v) if key == "shares" else v for key, v in entry.items() if key != cls.key}
+        own: dict[str, Any] = {key: value for key, value in entry.items() if key != cls.key}
+        own["shares"] = tuple(own.get("shares", ()))
         return cls(expression_from_json(entry[cls.key]), **own)
 
     def weight(self, sources: Sources) -> torch.Tensor:

@@ -388,3 +388,11 @@ def test_a_larger_budget_continues_from_where_the_smaller_one_ended(tmp_path):
         parts = run(load_config(config, {"budget": budget}), resume=True)
     assert parts.record.steps.keys() == whole_run.record.steps.keys()
     assert parts.recipe == whole_run.recipe
+
+
+def test_the_plan_of_a_joint_search_says_that_it_is_of_one_round(tmp_path, olmfast):
+    code, out, _ = olmfast("check", skilled_run(tmp_path, n=4, budget=30))
+    assert code == 0
+    assert "one round of the joint search" in out
+    assert "candidates of a unit" not in out
+    assert "of at most" in out

@@ -157,7 +157,8 @@ def estimate(config: RunConfig, observer: Observer | None = None) -> Estimate:
         n_bytes=base.n_bytes,
         output_dir=config.output_dir,
         candidates=", ".join(
-            f"{kind.method} {' '.join(f'{x:g}' for x in kind.values)}".strip() for kind in config.candidates
+            f"{kind.method} {' '.join(f'{x:g}' for x in kind.values)}".strip()
+            for kind in (config.candidates if config.walk or not config.is_joint else [])
         ),
         n_tensors=len(pool.tensors),
         stays=_stays(config, pool, stages),

@@ -5,7 +5,7 @@ What one half picks, the other half tests.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from olmfast.weights.draws import normal
@@ -27,7 +27,7 @@ class Halves:
         parts = ({name: sorted(own[start::2]) for name, own in order.items() if own[start::2]} for start in (0, 1))
         return cls(*parts)
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Indices]:
         return iter((self.first, self.second))
 
 

@@ -41,7 +41,10 @@ def print_plan(plan: Estimate, as_json: bool) -> None:
     if plan.budget is not None:
         print(_fits(plan, plan.budget))
     print(f"scored besides, not limited by a budget of evaluations: {_scored_besides(plan)}")
-    print(f"candidates of a unit: its current values; for each donor: {plan.candidates}")
+    if "start" in plan.stages:
+        print("one round of the joint search; rounds repeat until one changes nothing, or the budget is spent")
+    if plan.candidates:
+        print(f"candidates of a unit: its current values; for each donor: {plan.candidates}")
     for why, n in plan.stays.items():
         print(f"{n} tensors keep the base's values: {why}")
     tokens = ", ".join(f"{name} {n}" for name, n in plan.vocabulary.items() if n)

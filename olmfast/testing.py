@@ -38,6 +38,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {**_COMMON, "num_key_value_heads": 4},
     "mixtral": {**_COMMON, "num_local_experts": 2},
 }
+# Sizes under all the names that config classes have for them; `tiny_config` takes those that a class knows.
+_TINY = {
+    112: "vocab_size",
+    64: "max_position_embeddings n_positions",
+    48: "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff hidden_dim",
+    32: "hidden_size d_model n_embd dim embed_dim word_embed_proj_dim max_source_positions max_target_positions",
+    16: "moe_intermediate_size shared_expert_intermediate_size q_lora_rank kv_lora_rank image_size projection_dim "
+    "embedding_size mamba_d_head",
+    8: "head_dim d_kv qk_rope_head_dim qk_nope_head_dim v_head_dim num_mel_bins patch_size state_size mamba_d_state "
+    "linear_key_head_dim linear_value_head_dim",
+    4: "num_hidden_layers n_layer n_layers num_layers num_decoder_layers encoder_layers decoder_layers "
+    "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads num_experts "
+    "n_routed_experts num_local_experts rotary_dim mamba_n_heads eos_token_id",
+    2: "num_key_value_heads num_experts_per_tok depth linear_num_value_heads linear_num_key_heads",
+    1: "n_group topk_group bos_token_id",
+    0: "pad_token_id",
+}
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -94,6 +111,53 @@ def tiny_model(
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     tiny_tokenizer().save_pretrained(folder)
     transformers.logging.set_verbosity(level)
+    return folder
+
+
+def tiny_config(model_type: str, **keys: Any) -> Any:
+    """A config of any of Transformers' types, of four layers (or what `keys` say) and a hundred tokens."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return _shrunk(CONFIG_MAPPING[model_type], keys)
+
+
+def _shrunk(kind: Any, keys: Mapping[str, Any]) -> Any:
+    default = kind()
+    small = {}
+    for key, value in ((key, size) for size, keys_of_size in _TINY.items() for key in keys_of_size.split()):
+        known = (
+            hasattr(default, key)
+            and key not in kind.attribute_map
+            and not isinstance(getattr(kind, key, None), property)
+        )
+        if known and (getattr(default, key) is not None or key.endswith("_token_id")):
+            small[key] = value
+    for key in kind.sub_configs or ():
+        part = getattr(default, key, None)
+        if part is not None:
+            small[key] = _shrunk(type(part), keys.get(key, {})).to_dict()
+    return kind(**{**small, **{key: value for key, value in keys.items() if key not in (kind.sub_configs or ())}})
+
+
+def tiny_of(
+    folder: Path, model: type[Any], config: Any, seed: int = 0, noise: float = 0.1, tokenizer: bool = True
+) -> Path:
+    """Save a random model of a class of Transformers and return its folder; all seeds share one ancestor."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with torch.random.fork_rng():
+        torch.manual_seed(1234)
+        module = model(config)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for tensor in (*module.parameters(), *module.buffers()):
+                if tensor.is_floating_point():
+                    tensor.add_(torch.randn_like(tensor) * noise)
+    module.save_pretrained(folder)
+    if tokenizer:
+        tiny_tokenizer().save_pretrained(folder)
     return folder
 
 

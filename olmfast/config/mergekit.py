@@ -315,6 +315,17 @@ class Group:
     base: str | None
     parameters: Parameters
 
+    @property
+    def models(self) -> list[str]:
+        """The models' names."""
+        return [source.model for source in self.sources]
+
+    @property
+    def n_layers(self) -> int:
+        """How many layers a slice makes."""
+        begin, end = self.sources[0].layer_range or (0, 0)
+        return end - begin
+
     def layer_range(self, model: str) -> tuple[int, int] | None:
         """The layers of one of its models; None for all."""
         return next(source.layer_range for source in self.sources if source.model == model)

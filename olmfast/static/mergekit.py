@@ -5,47 +5,59 @@ Any other description of a merge makes a `Plan` of its own, which is written the
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from olmfast.config.mergekit import Group, MergeConfig, TokenSource, settings_of
-from olmfast.errors import InputError, did_you_mean
+from olmfast.config.mergekit import Group, MergeConfig, settings_of
+from olmfast.errors import InputError
 from olmfast.output.writer import TIED, Content, OutputTensor, in_order
+from olmfast.static.differences import check_differences
+from olmfast.static.loading import DTYPE_KEYS, check_loads
 from olmfast.static.plan import Plan
-from olmfast.weights import chat_templates
-from olmfast.weights.architecture import numbered
+from olmfast.static.spelling import Spelling, align_names
+from olmfast.static.stacking import Stack, stack_of, stacked_config
+from olmfast.static.vocabularies import TokenTensors, chat_template_texts, plan_tokens, with_vocabulary
+from olmfast.weights.architecture import numbered, stated_blocks
 from olmfast.weights.checkpoint import FLOATS, Checkpoint, TensorInfo
 from olmfast.weights.chunks import Held, Operands, Setting
 from olmfast.weights.expressions import Copy, Rows, merge
 from olmfast.weights.methods import METHODS
 from olmfast.weights.pool import Pool
+from olmfast.weights.skeletons import Skeletons
 from olmfast.weights.sources import Expression
-from olmfast.weights.vocabulary import Given, Origin, Vocabulary, plan_vocabulary, row_of, tokenizer_texts
+from olmfast.weights.vocabulary import Vocabulary, tokenizer_texts
 
 # Methods that draw random numbers: their masks depend on the seed and the tensor's name.
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 
 
-def plan_merge(config: MergeConfig, *, seed: int = 0) -> Plan:
+def plan_merge(config: MergeConfig, *, seed: int = 0, allow_mismatch: Collection[str] = ()) -> Plan:
     """Open the models a merge file names and say for every tensor of the result what it is made of.
 
-    Reads headers, configs and tokenizers, no weights. Raises InputError that lists everything that does not fit.
+    Reads headers, configs and tokenizers, no weights (but those of a tensor that is stored twice). Of a result that is
+    not shaped as the base is, the module that Transformers makes of its config.json is held against its tensors.
+    `allow_mismatch` are keys of config.json that may differ, although the weights then mean something else.
+    Raises InputError that lists everything that does not fit.
     """
     pool = Pool.open(config.model_names, config.folder, config.folder, alike=False, download=False)
     _check_families(pool)
-    base = config.base_model or config.groups()[0].sources[0].model
-    vocabulary = _vocabulary(config, pool, base)
-    planner = _Planner(config, pool, base, vocabulary, seed)
-    tensors = planner.plan()
-    tokenizer = vocabulary.source if vocabulary else base
+    base = pool[config.base_model or config.groups()[0].sources[0].model]
+    with Skeletons() as skeletons:
+        spelling = align_names(pool, base, skeletons)
+        notes = check_differences(pool, base, skeletons, allow_mismatch, config.vocabulary is not None)
+        vocabulary, tokens = plan_tokens(config, pool, base, skeletons)
+        planner = _Planner(config, pool, base, seed, skeletons, spelling, vocabulary, tokens)
+        tensors = planner.plan()
+        written = planner.model_config()
+        notes += check_loads(base, written, tensors, skeletons)
+    tokenizer = vocabulary.source if vocabulary else base.name
     texts = tokenizer_texts(vocabulary, pool[tokenizer].folder) if vocabulary else {}
     if config.chat_template is not None:
-        texts |= _chat_template(config, pool, tokenizer, texts)
-    content = Content(tensors, pool[base], planner.model_config(), pool[tokenizer], texts, planner.left_out)
+        texts |= chat_template_texts(config, pool, tokenizer, texts)
+    content = Content(tensors, base, written, pool[tokenizer], texts, planner.left_out)
     return Plan(
         config.merge_method,
         pool,
@@ -53,8 +65,9 @@ def plan_merge(config: MergeConfig, *, seed: int = 0) -> Plan:
         config.text,
         "mergekit_config.yml",
         planner.buffers,
-        planner.notes,
+        [*notes, *(vocabulary.notes() if vocabulary else [])],
         vocabulary,
+        [planner.spelled(name) for name in tokens.rows],
     )
 
 
@@ -68,25 +81,32 @@ def _check_families(pool: Pool) -> None:
 class _Planner:
     """Walks the tensors of the result; what does not fit is collected and raised at once."""
 
-    def __init__(self, config: MergeConfig, pool: Pool, base: str, vocabulary: Vocabulary | None, seed: int) -> None:
-        self.config, self.pool, self.base, self.vocabulary, self.seed = config, pool, pool[base], vocabulary, seed
+    def __init__(
+        self,
+        config: MergeConfig,
+        pool: Pool,
+        base: Checkpoint,
+        seed: int,
+        skeletons: Skeletons,
+        spelling: Spelling,
+        vocabulary: Vocabulary | None,
+        tokens: TokenTensors,
+    ) -> None:
+        self.config, self.pool, self.base, self.seed, self.skeletons = config, pool, base, seed, skeletons
+        self.spelling, self.vocabulary, self.tokens = spelling, vocabulary, tokens
         self.groups = config.groups()
-        self.blocks = self.base.architecture.family.blocks
         self.faults: list[str] = []
         self.faulty: dict[str, list[str]] = {}
         self.tried: dict[Hashable, str | None] = {}
-        self.left_out: dict[str, str] = {}
+        self.left_out: dict[str, str] = dict(spelling.left_out)
         self.buffers: list[list[tuple[str, str]]] = []
-        self.notes: list[str] = []
         self.head_written = False
         self.dtypes: Counter[torch.dtype] = Counter()
 
     def plan(self) -> list[OutputTensor]:
         """Every tensor of the result, in the order of writing. Raises InputError with everything that is wrong."""
-        if self.config.slices is not None:
-            tensors = [tensor for planned in self._stacked() if (tensor := planned) is not None]
-        else:
-            tensors = [tensor for tensor in self._side_by_side() if tensor is not None]
+        found = self._side_by_side() if self._is_whole else self._stacked()
+        tensors = [tensor for tensor in found if tensor is not None]
         for what, names in self.faulty.items():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             self.faults.append(f"{names[0]}{more}: {what}")
@@ -97,18 +117,31 @@ class _Planner:
     def model_config(self) -> dict[str, Any]:
         """The base's config.json with what the merge changes: layers, vocabulary, dtype, tied head."""
         config = dict(self.base.config)
-        if self.config.slices is not None:
-            config = _stacked_config(config, self.groups, self.pool)
+        if not self._is_whole:
+            config = stacked_config(self.base, self.groups, self.pool, self.skeletons)
         if self.vocabulary is not None:
-            config = _with_vocabulary(config, self.vocabulary, self.pool)
-        if self.head_written and self.base.architecture.tied_in_config:
+            config = with_vocabulary(config, self.vocabulary, self.tokens.keys, self.pool, self.base)
+        if self.spelling.untied or (self.head_written and self.base.architecture.tied_in_config):
             config["tie_word_embeddings"] = False
+            inner = config.get("text_config")
+            if isinstance(inner, dict) and inner.get("tie_word_embeddings"):
+                config["text_config"] = {**inner, "tie_word_embeddings": False}
         dtype = self.dtypes.most_common(1)[0][0] if self.dtypes else None
-        keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+        keys = [key for key in DTYPE_KEYS if key in config] or ["dtype"]
         if (self.config.dtype or self.config.out_dtype) and dtype is not None:
             for key in keys:
                 config[key] = str(dtype).removeprefix("torch.")
         return config
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether all layers of the models are merged in their places."""
+        return self.config.slices is None or (len(self.groups) == 1 and self._is_all_of(self.groups[0]))
+
+    def _is_all_of(self, group: Group) -> bool:
+        depths = [(source.layer_range, self.pool[source.model].architecture.n_blocks) for source in group.sources]
+        stated = [stated_blocks(self.pool[source.model].config) for source in group.sources]
+        return all(given == (0, n) for given, n in depths) and all(n in (None, depths[0][1]) for n in stated)
 
     def _side_by_side(self) -> Iterator[OutputTensor | None]:
         """All layers of the models, merged layer by layer."""
@@ -126,38 +159,34 @@ class _Planner:
             yield self._tensor(group, name, [name] * len(group.sources), depth)
 
     def _stacked(self) -> Iterator[OutputTensor | None]:
-        """Layers of slices one after another, renumbered; the rest from the first slice and from the last."""
-        first, last = self.groups[0], self.groups[-1]
-        for group in self.groups:
-            for source in group.sources:
-                n_blocks = self.pool[source.model].architecture.n_blocks
-                if source.layer_range is not None and source.layer_range[1] > n_blocks:
-                    self.faults.append(
-                        f"{group.name}: layer_range {list(source.layer_range)} of {source.model}, which has {n_blocks} "
-                        f"layers (0 to {n_blocks - 1})"
-                    )
+        """Layers of slices one after another, renumbered; what comes before them from the first slice, what follows
+        from the last, and other towers from the base."""
+        stacks = {model: stack_of(self.pool[model], self.skeletons) for g in self.groups for model in g.models}
+        stacks[self.base.name] = stack_of(self.base, self.skeletons)
+        self.faults += _range_faults(self.groups, stacks)
         if self.faults:
             return
-        for name in self._names(first):
-            if self._block(name) is None and not self._is_behind(name):
+        first, last = self.groups[0], self.groups[-1]
+        for region, group in (("before", first), ("after", last)):
+            for name in self._names(group):
+                if any(stacks[model].regions.get(name) == region for model in group.models):
+                    yield self._tensor(group, name, [name] * len(group.sources), 0.0)
+        for name, region in stacks[self.base.name].regions.items():
+            if region == "aside" or (region == "around" and first.models == last.models == [self.base.name]):
+                yield self._copied(name, self.base, name)
+            elif region == "around" and first.models == last.models:
                 yield self._tensor(first, name, [name] * len(first.sources), 0.0)
-        for name in self._names(last):
-            if self._block(name) is None and self._is_behind(name):
-                yield self._tensor(last, name, [name] * len(last.sources), 0.0)
+            elif region == "around":
+                self._refused(name, "whether it is the first slice's or the last's cannot be told; use models")
         written = 0
         for group in self.groups:
-            ranges = [source.layer_range or (0, 0) for source in group.sources]
-            n_layers = ranges[0][1] - ranges[0][0]
-            for offset in range(n_layers):
-                depth = offset / (n_layers - 1) if n_layers > 1 else 1.0
-                parts: dict[str, None] = {}
-                for source, (begin, _) in zip(group.sources, ranges, strict=True):
-                    prefix = f"{self.blocks}.{begin + offset}."
-                    held = self.pool[source.model].tensors
-                    parts |= {name[len(prefix) :]: None for name in held if name.startswith(prefix)}
-                for part in parts:
-                    names = [f"{self.blocks}.{begin + offset}.{part}" for begin, _ in ranges]
-                    yield self._tensor(group, f"{self.blocks}.{written}.{part}", names, depth)
+            begins = {source.model: (source.layer_range or (0, 0))[0] for source in group.sources}
+            for offset in range(group.n_layers):
+                depth = offset / (group.n_layers - 1) if group.n_layers > 1 else 1.0
+                parts = {part: None for model, begin in begins.items() for part in stacks[model].parts(begin + offset)}
+                for before, after in parts:
+                    names = [f"{before}{begin + offset}{after}" for begin in begins.values()]
+                    yield self._tensor(group, f"{before}{written}{after}", names, depth)
                 written += 1
 
     def _names(self, group: Group) -> list[str]:
@@ -172,16 +201,6 @@ class _Planner:
             last[prefix] = max(last.get(prefix, 0), index)
         return last
 
-    def _block(self, name: str) -> int | None:
-        place = numbered(name)
-        return place[1] if place and place[0] == self.blocks else None
-
-    def _is_behind(self, name: str) -> bool:
-        """Whether a tensor outside the blocks comes after them: the final norm and the head."""
-        architecture = self.base.architecture
-        module, head = name.rpartition(".")[0], architecture.family.head.rpartition(".")[0]
-        return module == head or architecture.is_norm(module) or module.endswith("ln_f")
-
     def _tensor(self, group: Group, output: str, names: Sequence[str], depth: float) -> OutputTensor | None:
         """One tensor of the result; `names` are what the group's models call it. None if the result has none."""
         donors = [self.pool[source.model] for source in group.sources]
@@ -194,7 +213,7 @@ class _Planner:
             self.head_written = True
         held = {d.name: (d, n) for d, n in zip(donors, names, strict=True) if n in d.tensors}
         if len(held) < len(donors):
-            if not self.base.architecture.is_ignored(output):
+            if output not in self.spelling.buffers and not self.base.architecture.is_ignored(output):
                 lacking = [donor.name for donor in donors if donor.name not in held]
                 self._refused(output, f"in {', '.join(held)}, but not in {', '.join(lacking)}")
                 return None
@@ -209,18 +228,23 @@ class _Planner:
 
     def _copied(self, output: str, donor: Checkpoint, name: str) -> OutputTensor:
         info = donor.tensors[name]
-        return OutputTensor(self._spelled(output), info.dtype, info.shape, Copy(donor.name, name))
+        return OutputTensor(self.spelled(output), info.dtype, info.shape, Copy(donor.name, name))
 
     def _merged(
         self, group: Group, output: str, names: dict[str, str], infos: dict[str, TensorInfo], depth: float
     ) -> OutputTensor | None:
         config, method = self.config, METHODS[self.config.merge_method]
         shapes = {model: info.shape for model, info in infos.items()}
-        if self._is_vocabulary(output) and self.vocabulary is not None:
+        if self._has_token_rows(output) and self.vocabulary is not None:
+            odd = [m for m, shape in shapes.items() if shape[0] != self.vocabulary.model_rows[m]]
+            if odd:
+                rows = self.vocabulary.model_rows[odd[0]]
+                self._refused(output, f"{shapes[odd[0]][0]} rows in {odd[0]}, whose embedding has {rows}")
+                return None
             shapes = {model: (self.vocabulary.n_rows, *shape[1:]) for model, shape in shapes.items()}
         if len(set(shapes.values())) > 1:
             listed = ", ".join(f"{model} {list(shape)}" for model, shape in shapes.items())
-            advice = "; use tokenizer_source: base or union" if self._is_vocabulary(output) else ""
+            advice = "; use tokenizer_source: base or union" if self._is_of_tokens(output) else ""
             self._refused(output, f"shapes differ: {listed}{advice}")
             return None
         terms = group.terms(method)
@@ -241,14 +265,14 @@ class _Planner:
         if config.merge_method == "passthrough" and not self._scales(settings):
             only = expressions[terms[0].model]
             if isinstance(only, Rows) or config.dtype is None or infos[terms[0].model].dtype == dtype:
-                return OutputTensor(self._spelled(output), out_dtype, shapes[terms[0].model], only)
+                return OutputTensor(self.spelled(output), out_dtype, shapes[terms[0].model], only)
         if config.merge_method in RANDOM:
             settings |= {"seed": self.seed, "stream": output}
         if config.dtype is not None:
             settings["dtype"] = config.dtype
         base = expressions[group.base] if has_base and group.base is not None else None
         expression = merge(config.merge_method, [expressions[term.model] for term in terms], base, **settings)
-        return OutputTensor(self._spelled(output), out_dtype, next(iter(shapes.values())), expression)
+        return OutputTensor(self.spelled(output), out_dtype, next(iter(shapes.values())), expression)
 
     def _refused(self, output: str, what: str) -> None:
         """Note what is wrong with a tensor; a fault that several share is reported once."""
@@ -272,19 +296,27 @@ class _Planner:
         return any(scale != 1.0 for scale in settings.get("scale", ()))
 
     def _source(self, output: str, model: str, names: dict[str, str], infos: dict[str, TensorInfo]) -> Expression:
-        if self.vocabulary is None or not self._is_vocabulary(output):
+        if self.vocabulary is None or not self._has_token_rows(output):
             return Copy(model, names[model])
-        return self.vocabulary.rows(model, list(infos), self.config.base_model, lambda name: Copy(name, names[name]))
+        width = infos[model].shape[1:]
+        others = {d.name: _head_name(d, output) for d in self.pool if d.name not in names}
+        others = {
+            m: n for m, n in others.items() if n in self.pool[m].tensors and self.pool[m].tensors[n].shape[1:] == width
+        }
+        places = {**others, **names}
+        return self.vocabulary.rows(
+            model, list(infos), self.config.base_model, lambda name: Copy(name, places[name]), list(others)
+        )
 
-    def _is_vocabulary(self, output: str) -> bool:
-        """Whether a tensor has a row per token: embedding, head, and the head's bias."""
+    def _has_token_rows(self, output: str) -> bool:
+        """Whether a tensor has a row per token of a vocabulary that changes."""
+        return output in self.tokens.rows
+
+    def _is_of_tokens(self, output: str) -> bool:
         family = self.base.architecture.family
-        if output in (family.embedding, family.head):
-            return True
-        bias = f"{family.head.rpartition('.')[0]}.bias"
-        return output == bias
+        return output in (family.embedding, family.head)
 
-    def _spelled(self, output: str) -> str:
+    def spelled(self, output: str) -> str:
         """A canonical name in the spelling of the base's files."""
         base = self.base
         if output in base.file_names:
@@ -312,82 +344,12 @@ def _promoted(infos: Sequence[TensorInfo] | Any) -> torch.dtype:
     return dtype
 
 
-def _stacked_config(config: dict[str, Any], groups: Sequence[Group], pool: Pool) -> dict[str, Any]:
-    """The number of layers, and every list that has an entry per layer, as the slices make them."""
-    ranges = [(pool[g.sources[0].model], g.sources[0].layer_range or (0, 0)) for g in groups]
-    n_layers = sum(end - begin for _, (begin, end) in ranges)
-    parts = [config, config["text_config"]] if isinstance(config.get("text_config"), dict) else [config]
-    changed = []
-    for part, inside in zip(parts, (None, "text_config"), strict=False):
-        part = dict(part)
-        for key, value in part.items():
-            if key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") and isinstance(value, int):
-                part[key] = n_layers
-            elif isinstance(value, list) and "layer" in key:
-                rebuilt: list[Any] = []
-                for model, (begin, end) in ranges:
-                    own = model.config if inside is None else model.config.get(inside, {})
-                    listed = own.get(key)
-                    if isinstance(listed, list) and len(listed) == model.architecture.n_blocks:
-                        rebuilt += listed[begin:end]
-                if len(rebuilt) == n_layers:
-                    part[key] = rebuilt
-        changed.append(part)
-    return {**changed[0], "text_config": changed[1]} if len(changed) > 1 else changed[0]
-
-
-def _with_vocabulary(config: dict[str, Any], vocabulary: Vocabulary, pool: Pool) -> dict[str, Any]:
-    """The size of the vocabulary, and the special tokens of the model whose tokenizer is taken."""
-    part = config["text_config"] if "vocab_size" not in config and "text_config" in config else config
-    changed = {**part, "vocab_size": vocabulary.n_rows}
-    theirs = pool[vocabulary.source].config
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
-        if key in theirs:
-            changed[key] = theirs[key]
-    return changed if part is config else {**config, "text_config": changed}
-
-
-def _vocabulary(config: MergeConfig, pool: Pool, base: str) -> Vocabulary | None:
-    wanted = config.vocabulary
-    if wanted is None:
-        return None
-    rows = {}
-    for donor in pool:
-        embedding = donor.architecture.family.embedding
-        if embedding not in donor.tensors:
-            raise InputError(f"{donor.name}: no embedding was found among its tensors, so its vocabulary is unknown")
-        rows[donor.name] = donor.tensors[embedding].shape[0]
-    tokens = {
-        token: Given(_token_origin(entry.source, token, pool), entry.force) for token, entry in wanted.tokens.items()
-    }
-    return plan_vocabulary(pool, pool.names, base, wanted.source, tokens, wanted.pad_to_multiple_of, rows)
-
-
-def _token_origin(source: TokenSource | None, token: str, pool: Pool) -> Origin | None:
-    where = f"tokenizer.tokens.{token}"
-    if source is None:
-        return None
-    if source.kind == "zero":
-        return ()
-    model = str(source.model)
-    if model not in pool.donors:
-        raise InputError(f"{where}: {model!r} is not one of the models{did_you_mean(model, pool.names)}")
-    if source.token_id is not None:
-        return ((model, source.token_id),)
-    return ((model, row_of(pool, model, source.token or token, where)),)
-
-
-def _chat_template(config: MergeConfig, pool: Pool, tokenizer: str, texts: Mapping[str, str]) -> dict[str, str]:
-    """chat_template.jinja, and tokenizer_config.json without a template of its own."""
-    folder = pool[tokenizer].folder
-    merged = list(dict.fromkeys(source.model for group in config.groups() for source in group.sources))
-    text = chat_templates.choose(str(config.chat_template), {name: pool[name].folder for name in merged})
-    if text is None:
-        return {}
-    changed = {"chat_template.jinja": text}
-    path = folder / "tokenizer_config.json"
-    if "tokenizer_config.json" in texts or path.is_file():
-        own = json.loads(texts.get("tokenizer_config.json") or path.read_text(encoding="utf-8"))
-        if own.pop("chat_template", None) is not None:
-            changed["tokenizer_config.json"] = json.dumps(own, ensure_ascii=False, indent=2) + "\n"
-    return changed
+def _range_faults(groups: Sequence[Group], stacks: Mapping[str, Stack]) -> Iterator[str]:
+    for group in groups:
+        for source in group.sources:
+            n_blocks = stacks[source.model].n_blocks
+            if source.layer_range is not None and source.layer_range[1] > n_blocks:
+                yield (
+                    f"{group.name}: layer_range {list(source.layer_range)} of {source.model}, which has {n_blocks} "
+                    f"layers (0 to {n_blocks - 1})"
+                )

@@ -19,7 +19,8 @@ class Plan:
     """What a static merge writes, decided before any weight is read.
 
     `buffers` are integer tensors (model, tensor) that must be the same in all models; `recipe_text` is the merge file
-    or the command, kept in the result as `recipe_file` if that is given.
+    or the command, kept in the result as `recipe_file` if that is given. `token_rows` are the tensors of the result
+    whose rows are those of `vocabulary`.
     """
 
     title: str
@@ -30,6 +31,7 @@ class Plan:
     buffers: Sequence[Sequence[tuple[str, str]]] = ()
     notes: Sequence[str] = ()
     vocabulary: Vocabulary | None = None
+    token_rows: Sequence[str] = ()
 
     @property
     def n_bytes(self) -> int:

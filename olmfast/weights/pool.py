@@ -198,9 +198,11 @@ def vocabulary_differences(first: Checkpoint, other: Checkpoint) -> list[str]:
 def token_ids(folder: Path) -> dict[str, int]:
     """Token -> id from tokenizer.json, where there is one and its model lists its tokens."""
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        return {}
-    data = read_json(path)
+    return token_ids_in(read_json(path), path) if path.is_file() else {}
+
+
+def token_ids_in(data: dict[str, Any], path: Path) -> dict[str, int]:
+    """Token -> id of what a tokenizer.json holds. Raises InputError if it is something else."""
     try:
         listed = data["model"].get("vocab", {})
         if isinstance(listed, list):  # unigram models list (token, score) pairs in the order of the ids

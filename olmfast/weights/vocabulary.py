@@ -20,6 +20,8 @@ from olmfast.weights.sources import Expression
 
 # Where a row comes from: a model and a row of it, the same row of several models on average, or nothing (zeros).
 Origin = tuple[tuple[str, int], ...]
+# The origin of a token that a tokenizer has and no embedding: the mean of the model's rows.
+MEAN: Origin = (("", -1),)
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Vocabulary:
 
     `source` is the model whose tokenizer files it has, with `added` tokens (entries of tokenizer.json) appended.
     `ids` maps tokens to rows, of which there are `n_rows`; those from `n_padded_from` on are padding of mean rows.
+    `of_models` are the rows of each model's tokens; `rowless` are its tokens whose id is past its embedding.
     """
 
     source: str
@@ -46,16 +49,45 @@ class Vocabulary:
     of_models: Mapping[str, Mapping[str, int]]
     model_rows: Mapping[str, int]
     given: Mapping[str, Given] = field(default_factory=dict)
+    rowless: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
-    def rows(self, model: str, models: Sequence[str], base: str | None, place: Callable[[str], Copy]) -> Expression:
+    @property
+    def is_as_it_was(self) -> bool:
+        """Whether all models have this vocabulary already, so that no row moves."""
+        if self.added or self.given or self.n_rows != self.model_rows[self.source] or any(self.rowless.values()):
+            return False
+        alike = all(ids == self.of_models[self.source] for ids in self.of_models.values())
+        return alike and len(set(self.model_rows.values())) == 1
+
+    def notes(self) -> list[str]:
+        """What a user should know: tokens whose id is past the embedding, and what they get."""
+        return [
+            f"{model}: {len(tokens)} tokens of the tokenizer have no row in the embedding, which has "
+            f"{self.model_rows[model]}, the first {tokens[0]!r}; they get the row of a model that has one, else the "
+            "mean of the rows"
+            for model, tokens in self.rowless.items()
+            if tokens
+        ]
+
+    def rows(
+        self,
+        model: str,
+        models: Sequence[str],
+        base: str | None,
+        place: Callable[[str], Copy],
+        others: Sequence[str] = (),
+    ) -> Expression:
         """One model's tensor with the rows of this vocabulary; `place` says where a model has that tensor.
 
-        `models` are those it is merged with: tokens that it lacks come from them.
+        `models` are those it is merged with: tokens that it lacks come from them, and from `others` if none has them.
         """
-        origins = self._origins(model, models, base)
+        origins = self._origins(model, models, base, others)
         runs: list[tuple[Expression | None, int, int]] = []
         for group in _runs(origins):
             first = group[0]
+            if first == MEAN:
+                runs += [(MeanRow(place(model)), 0, 1)] * len(group)
+                continue
             sources = [Rows(((place(name), row, row + len(group)),)) for name, row in first]
             if not sources:
                 runs.append((None, 0, len(group)))
@@ -73,13 +105,16 @@ class Vocabulary:
 
     def counts(self, model: str, models: Sequence[str], base: str | None) -> dict[str, int]:
         """How many rows of a model are its own, come from another, are averaged, are zeros."""
-        found = {"kept": 0, "from others": 0, "averaged": 0, "zero": 0}
+        found = {"kept": 0, "from others": 0, "averaged": 0, "the mean": 0, "zero": 0}
         for origin in self._origins(model, models, base):
+            if origin == MEAN:
+                found["the mean"] += 1
+                continue
             kinds = ("zero", "kept" if origin and origin[0][0] == model else "from others")
             found["averaged" if len(origin) > 1 else kinds[len(origin)]] += 1
         return found
 
-    def _origins(self, model: str, models: Sequence[str], base: str | None) -> list[Origin]:
+    def _origins(self, model: str, models: Sequence[str], base: str | None, others: Sequence[str] = ()) -> list[Origin]:
         """Where each row of `model`, aligned with this vocabulary, comes from."""
         tokens = {index: token for token, index in self.ids.items()}
         own, used = self.of_models[model], set(self.of_models[model].values())
@@ -92,15 +127,18 @@ class Vocabulary:
             elif token in own and not (token in self.given and self.given[token].force):
                 origins.append(((model, own[token]),))
             else:
-                origins.append(self._from_others(token, models, base))
+                origins.append(self._from_others(token, models, base, others))
         return origins
 
-    def _from_others(self, token: str, models: Sequence[str], base: str | None) -> Origin:
+    def _from_others(self, token: str, models: Sequence[str], base: str | None, others: Sequence[str]) -> Origin:
         """What replaces a token that a model lacks: what the config says, the base's, or the others' mean."""
         given = self.given.get(token)
         if given and given.origin is not None:
             return given.origin
         holders = [name for name in models if token in self.of_models[name]]
+        holders = holders or [name for name in others if token in self.of_models[name]]
+        if not holders and any(token in tokens for tokens in self.rowless.values()):
+            return MEAN  # but a token that only the config names is a row of zeros, as in mergekit
         if len(holders) > 1 and base in holders:
             holders = [name for name in holders if name == base]
         return tuple((name, self.of_models[name][token]) for name in holders)
@@ -126,13 +164,14 @@ def plan_vocabulary(
 
     Raises InputError for a model without tokenizer.json, or a token that is not where the config says it is.
     """
-    of_models = {name: _ids(pool[name], rows[name]) for name in models}
+    every = {name: _ids(pool[name]) for name in models}
+    of_models = {name: {t: i for t, i in ids.items() if i < rows[name]} for name, ids in every.items()}
+    rowless = {name: [t for t, i in ids.items() if i >= rows[name]] for name, ids in every.items()}
     chosen = base if source in ("base", "union") else source
-    ids, added = dict(token_ids(pool[chosen].folder)), list[dict[str, Any]]()
-    ids = {token: index for token, index in ids.items() if index < rows[chosen]}
+    ids, added = dict(every[chosen]), list[dict[str, Any]]()
     following = max(ids.values(), default=-1) + 1
     if source == "union":
-        entries = {token: None for name in models for token in of_models[name]}
+        entries = {token: None for name in models for token in every[name]}
         special = {e["content"]: e for name in reversed(models) for e in _added_tokens(pool[name])}
         plain = [token for token in entries if token not in special]
         wanted = [*plain, *(token for token in entries if token in special)]
@@ -150,7 +189,7 @@ def plan_vocabulary(
         for model, row in given.origin or ():
             if not 0 <= row < rows[model]:
                 raise InputError(f"tokenizer.tokens.{token}: {model} has no row {row}; it has {rows[model]}")
-    return Vocabulary(chosen, ids, n_rows, n_filled, added, of_models, rows, tokens)
+    return Vocabulary(chosen, ids, n_rows, n_filled, added, of_models, rows, tokens, rowless)
 
 
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
@@ -164,13 +203,30 @@ def row_of(pool: Pool, model: str, token: str, where: str) -> int:
     return ids[token]
 
 
-def _ids(model: Checkpoint, n_rows: int) -> dict[str, int]:
-    if not (model.folder / "tokenizer.json").is_file():
+def _ids(model: Checkpoint) -> dict[str, int]:
+    """Every token and its id. Raises InputError without tokenizer.json, or if two tokens share an id."""
+    path = model.folder / "tokenizer.json"
+    if not path.is_file():
         raise InputError(
             f"{model.folder}: no tokenizer.json, which the merge of vocabularies needs; make it with "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
-    return {token: index for token, index in token_ids(model.folder).items() if index < n_rows}
+    ids = token_ids(model.folder)
+    shared = shared_ids(ids)
+    if shared:
+        index, tokens = shared[0]
+        raise InputError(f"{path}: the tokens {tokens[0]!r} and {tokens[1]!r} have the same id {index}")
+    return ids
+
+
+def shared_ids(ids: Mapping[str, int]) -> list[tuple[int, list[str]]]:
+    """The ids that several tokens have, with these."""
+    if len(set(ids.values())) == len(ids):
+        return []
+    tokens: dict[int, list[str]] = {}
+    for token, index in ids.items():
+        tokens.setdefault(index, []).append(token)
+    return [(index, found) for index, found in tokens.items() if len(found) > 1]
 
 
 def _added_tokens(model: Checkpoint) -> list[dict[str, Any]]:

@@ -35,6 +35,11 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or auto.")]
 Dtype = Annotated[str | None, typer.Option(help="The dtype candidates are evaluated in.")]
 Seed = Annotated[int | None, typer.Option(help="The random seed.")]
 
+AllowMismatch = Annotated[
+    list[str] | None,
+    typer.Option("--allow-mismatch", metavar="KEY", help="Merge although models differ in this key of config.json."),
+]
+
 app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
@@ -121,6 +126,7 @@ def merge_command(
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Continue even if weights are NaN or infinite.")
     ] = False,
+    allow_mismatch: AllowMismatch = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Merge models as a merge file says, without evaluating them."""
@@ -132,7 +138,7 @@ def merge_command(
     loaded = load_merge_config(config)
     if dry_run:
         read_options(device, shard_size, max_ram)
-        merges.print_plan(check(loaded), out, as_json)
+        merges.print_plan(check(loaded, allow_mismatch=allow_mismatch or ()), out, as_json)
         return
     with merges.Watcher(as_json) as observer:
         done = merge(
@@ -144,6 +150,7 @@ def merge_command(
             seed=seed,
             overwrite=overwrite,
             allow_nonfinite=allow_nonfinite,
+            allow_mismatch=allow_mismatch or (),
             observer=observer,
         )
     merges.print_written(done, as_json)
@@ -186,6 +193,7 @@ def linear_command(
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Continue even if weights are NaN or infinite.")
     ] = False,
+    allow_mismatch: AllowMismatch = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Merge two models linearly, as a whole or in some layers."""
@@ -213,6 +221,7 @@ def linear_command(
         " ".join(["olmfast", *sys.argv[1:]]),
         adaptive.read_sensitivity(sensitivity) if sensitivity else None,
         top,
+        tuple(allow_mismatch or ()),
     )
     if dry_run:
         read_options(device)
@@ -234,6 +243,7 @@ def check_command(
     device: Device = None,
     dtype: Dtype = None,
     seed: Seed = None,
+    allow_mismatch: AllowMismatch = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Check a run's config or a merge file and print the plan, without reading any weights.
@@ -249,7 +259,7 @@ def check_command(
         _quiet_libraries()
         runs.print_plan(check(loaded), as_json)
     else:
-        merges.print_plan(check(loaded), out, as_json)
+        merges.print_plan(check(loaded, allow_mismatch=allow_mismatch or ()), out, as_json)
 
 
 @app.command("evaluate")

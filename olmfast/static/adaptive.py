@@ -17,11 +17,15 @@ from olmfast.config.loading import read_any_yaml
 from olmfast.config.run import DatasetConfig, parse_datasets
 from olmfast.errors import InputError, did_you_mean
 from olmfast.output.writer import Content, OutputTensor, in_order
+from olmfast.static.differences import find_differences
 from olmfast.static.plan import Plan
+from olmfast.static.spelling import align_names
+from olmfast.static.stacking import learn_architecture
 from olmfast.weights.checkpoint import Checkpoint, read_json
 from olmfast.weights.chunks import Setting
 from olmfast.weights.expressions import Copy, Rows, merge
 from olmfast.weights.pool import Pool, vocabulary_differences
+from olmfast.weights.skeletons import Skeletons
 from olmfast.weights.sources import Expression
 
 METHODS = ("linear", "slerp", "ties", "dare")
@@ -55,6 +59,7 @@ class LinearMerge:
     command: str = ""
     sensitivity: tuple[Path, str] | None = None
     top: int | None = None
+    allow_mismatch: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _refuse(self._faults())
@@ -161,12 +166,17 @@ def plan_linear(wanted: LinearMerge) -> Plan:
     names = list(dict.fromkeys([wanted.model_a, wanted.model_b]))
     pool = Pool.open(names, Path.cwd(), Path.cwd(), alike=False, download=False)
     a, b = pool[wanted.model_a], pool[wanted.model_b]
+    with Skeletons() as skeletons:
+        align_names(pool, a, skeletons)
+        warnings, faults = find_differences(pool, a, skeletons, wanted.allow_mismatch, tokens_are_aligned=True)
+        learn_architecture(a, skeletons)
     theirs = _counterparts(a, b)
     _refuse(
         [
             *_layer_faults(wanted, a.architecture.n_blocks),
             *_ranking_faults(wanted, a.architecture.n_blocks),
             *_key_faults(a, b, theirs),
+            *faults,
         ]
     )
     notes = []
@@ -183,7 +193,7 @@ def plan_linear(wanted: LinearMerge) -> Plan:
     notes += [f"{b.name}: {difference}; rows are merged by id" for difference in vocabulary_differences(a, b)]
     title = f"{wanted.method} (adaptive)"
     content = Content(in_order(tensors), a, a.config, a, texts)
-    return Plan(title, pool, content, recipe_text=wanted.command or wanted.folder_name, notes=notes)
+    return Plan(title, pool, content, recipe_text=wanted.command or wanted.folder_name, notes=notes, warnings=warnings)
 
 
 def _layer_faults(wanted: LinearMerge, n_blocks: int) -> Iterator[str]:

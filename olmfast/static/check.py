@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -21,22 +21,28 @@ if TYPE_CHECKING:
 @overload
 def check(config: RunConfig, *, observer: Observer | None = None) -> Estimate: ...
 @overload
-def check(config: MergeConfig, *, observer: Observer | None = None) -> Plan: ...
+def check(config: MergeConfig, *, observer: Observer | None = None, allow_mismatch: Collection[str] = ()) -> Plan: ...
 @overload
-def check(config: Mapping[str, Any] | str | Path, *, observer: Observer | None = None) -> Estimate | Plan: ...
 def check(
-    config: RunConfig | MergeConfig | Mapping[str, Any] | str | Path, *, observer: Observer | None = None
+    config: Mapping[str, Any] | str | Path, *, observer: Observer | None = None, allow_mismatch: Collection[str] = ()
+) -> Estimate | Plan: ...
+def check(
+    config: RunConfig | MergeConfig | Mapping[str, Any] | str | Path,
+    *,
+    observer: Observer | None = None,
+    allow_mismatch: Collection[str] = (),
 ) -> Estimate | Plan:
     """Check a run or a merge, and say what it would do: an Estimate of the run, or the Plan of the merge.
 
     `config` is the path of a run's config or of a merge file, what one of them holds, or either loaded. Writes nothing,
     but for donors of a run that have to be downloaded, and reads no weights; `observer` is told what is noteworthy.
+    `allow_mismatch` is that of `merge`.
     Raises InputError that lists everything that does not fit.
     """
     if not isinstance(config, (RunConfig, MergeConfig)):
         config = read_config(config)
     if isinstance(config, MergeConfig):
-        return plan_merge(config)
+        return plan_merge(config, allow_mismatch=allow_mismatch)
     from olmfast.runs.estimate import estimate  # what evaluates models, which no merge needs
 
     return estimate(config, observer)

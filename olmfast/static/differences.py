@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from olmfast.config.loading import show
-from olmfast.errors import InputError, did_you_mean
+from olmfast.errors import did_you_mean
 from olmfast.weights.checkpoint import Checkpoint
 from olmfast.weights.pool import Pool, vocabulary_differences
 from olmfast.weights.skeletons import Skeletons
@@ -31,15 +31,17 @@ DECISIVE = re.compile(
     r"|\w*scaling(_factor)?|\w*scale(s|_\w+)?|\w*softcap\w*|query_pre_attn_scalar|num_experts_per_tok|norm_topk_prob"
     r"|scoring_func|topk_method|use_parallel_residual|use_qk_norm|qk_layernorm|logits?_scale|attn_scale"
 )
+# Left out, they follow from others; that shapes are equal says what they are.
+DERIVED = ("head_dim", "num_key_value_heads", "n_inner", "intermediate_size")
 CLASSIFIER = re.compile(r"For\w*Classification")
 
 
-def check_differences(
+def find_differences(
     pool: Pool, base: Checkpoint, skeletons: Skeletons, allowed: Collection[str], tokens_are_aligned: bool
-) -> list[str]:
-    """A line for each difference from the base's config that changes what weights mean.
+) -> tuple[list[str], list[str]]:
+    """A line for each difference from the base's config that changes what weights mean: what to tell, what to refuse.
 
-    Raises InputError, listing all, for those under which a merge means nothing; `allowed` are keys that may differ.
+    Refused is what makes a merge mean nothing; `allowed` are keys that may differ nevertheless.
     """
     notes, faults, seen = [], [], set[str]()
     for other, key, ours, theirs in _differences(pool, base, skeletons):
@@ -58,15 +60,11 @@ def check_differences(
             else:
                 advice = "; use tokenizer_source: base or union" if key == "tokenizer" else ""
                 faults.append(f"{line}{advice}, or --allow-mismatch {key} to merge by number")
-    if faults:
-        raise InputError("\n".join(faults))
     unknown = [key for key in allowed if key not in seen and not _is_in(key, base.config)]
     if unknown and unknown[0] not in ("tokenizer", "id2label"):
-        known = sorted({*seen, *base.config})
-        raise InputError(
-            f"--allow-mismatch {unknown[0]}: no such key in {base.name}'s config{did_you_mean(unknown[0], known)}"
-        )
-    return notes
+        meant = did_you_mean(unknown[0], sorted({*seen, *base.config}))
+        faults.append(f"--allow-mismatch {unknown[0]}: no such key in {base.name}'s config{meant}")
+    return notes, faults
 
 
 def _is_in(key: str, config: Mapping[str, Any]) -> bool:
@@ -81,7 +79,8 @@ def _differences(pool: Pool, base: Checkpoint, skeletons: Skeletons) -> Iterable
     plain = {donor.name: dict(_told(donor.config)) for donor in pool}
     if all(plain[donor.name] == plain[base.name] for donor in donors):
         return
-    filled = skeletons.settings([donor.config for donor in pool])
+    alike = len({str(donor.config.get("model_type")) for donor in pool}) == 1
+    filled = skeletons.settings([donor.config for donor in pool]) if alike else None
     if filled is not None:
         plain = {donor.name: dict(_told(settings)) for donor, settings in zip(pool, filled, strict=True)}
     ours = plain[base.name]
@@ -90,8 +89,10 @@ def _differences(pool: Pool, base: Checkpoint, skeletons: Skeletons) -> Iterable
         for key in {**ours, **theirs}:
             # Without the defaults, a key that one does not state may well have the same value.
             stated = filled is not None or (key in ours and key in theirs)
-            if stated and ours.get(key) != theirs.get(key):
-                yield donor, key, ours.get(key), theirs.get(key)
+            both = (ours.get(key), theirs.get(key))
+            derived = None in both and key.rpartition(".")[2] in DERIVED
+            if stated and both[0] != both[1] and not derived:
+                yield donor, key, *both
 
 
 def _told(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

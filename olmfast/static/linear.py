@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +31,7 @@ def linear(
     device: str = "cpu",
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    allow_mismatch: Collection[str] = (),
     observer: Observer | None = None,
 ) -> Written:
     """Merge two models as `alpha * A + (1 - alpha) * B`, as a whole or in some layers, and write the result.
@@ -39,7 +40,7 @@ def linear(
     (docs/linear.md): `layers` counts from 0, and what is not merged is A's, byte for byte; `layer_alphas` gives layers
     an alpha of their own (a list with one for each, some by number, or a file); `sensitivity`, a dataset and a mode as
     `FILE:MODE`, ranks layers on `device`, and the `top` best of them are merged. Without `output` the result goes to
-    a folder in `merged_models`, named after the merge.
+    a folder in `merged_models`, named after the merge. `allow_mismatch` is that of `merge`.
 
     Raises InputError, before anything is written, for values out of range, models that do not fit together, an output
     that is there (unless `overwrite`), too little space, and, unless `allow_nonfinite`, for NaN and infinity;
@@ -58,6 +59,7 @@ def linear(
         seed,
         sensitivity=None if sensitivity is None else read_sensitivity(sensitivity),
         top=top,
+        allow_mismatch=tuple(allow_mismatch),
     )
     return merge_linear(
         wanted,

@@ -14,7 +14,7 @@ import torch
 from olmfast.config.mergekit import Group, MergeConfig, settings_of
 from olmfast.errors import InputError
 from olmfast.output.writer import TIED, Content, OutputTensor, in_order
-from olmfast.static.differences import check_differences
+from olmfast.static.differences import find_differences
 from olmfast.static.loading import DTYPE_KEYS, check_loads
 from olmfast.static.plan import Plan
 from olmfast.static.spelling import Spelling, align_names
@@ -47,9 +47,10 @@ def plan_merge(config: MergeConfig, *, seed: int = 0, allow_mismatch: Collection
     base = pool[config.base_model or config.groups()[0].sources[0].model]
     with Skeletons() as skeletons:
         spelling = align_names(pool, base, skeletons)
-        notes = check_differences(pool, base, skeletons, allow_mismatch, config.vocabulary is not None)
+        notes, faults = find_differences(pool, base, skeletons, allow_mismatch, config.vocabulary is not None)
         vocabulary, tokens = plan_tokens(config, pool, base, skeletons)
         planner = _Planner(config, pool, base, seed, skeletons, spelling, vocabulary, tokens)
+        planner.faults += faults
         tensors = planner.plan()
         written = planner.model_config()
         notes += check_loads(base, written, tensors, skeletons)
@@ -65,9 +66,9 @@ def plan_merge(config: MergeConfig, *, seed: int = 0, allow_mismatch: Collection
         config.text,
         "mergekit_config.yml",
         planner.buffers,
-        [*notes, *(vocabulary.notes() if vocabulary else [])],
-        vocabulary,
-        [planner.spelled(name) for name in tokens.rows],
+        vocabulary=vocabulary,
+        token_rows=[planner.spelled(name) for name in tokens.rows],
+        warnings=[*notes, *(vocabulary.notes() if vocabulary else [])],
     )
 
 
@@ -163,8 +164,9 @@ class _Planner:
         from the last, and other towers from the base."""
         stacks = {model: stack_of(self.pool[model], self.skeletons) for g in self.groups for model in g.models}
         stacks[self.base.name] = stack_of(self.base, self.skeletons)
-        self.faults += _range_faults(self.groups, stacks)
-        if self.faults:
+        outside = list(_range_faults(self.groups, stacks))
+        self.faults += outside
+        if outside:
             return
         first, last = self.groups[0], self.groups[-1]
         for region, group in (("before", first), ("after", last)):

@@ -20,7 +20,7 @@ class Plan:
 
     `buffers` are integer tensors (model, tensor) that must be the same in all models; `recipe_text` is the merge file
     or the command, kept in the result as `recipe_file` if that is given. `token_rows` are the tensors of the result
-    whose rows are those of `vocabulary`.
+    whose rows are those of `vocabulary`. `warnings` are what a user is told although the merge can be done.
     """
 
     title: str
@@ -32,6 +32,7 @@ class Plan:
     notes: Sequence[str] = ()
     vocabulary: Vocabulary | None = None
     token_rows: Sequence[str] = ()
+    warnings: Sequence[str] = ()
 
     @property
     def n_bytes(self) -> int:
@@ -63,7 +64,7 @@ class Plan:
             "result_bytes": self.n_bytes,
             "read_bytes": self.n_bytes_read,
             "memory_bytes": memory_bytes(self),
-            "notes": list(self.notes),
+            "notes": [*self.warnings, *self.notes],
         }
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from olmfast.config.mergekit import Group
 from olmfast.errors import InputError
 from olmfast.static.spelling import shapes_of
-from olmfast.weights.architecture import numbered, stated_blocks
+from olmfast.weights.architecture import FAMILIES, numbered, stated_blocks
 from olmfast.weights.checkpoint import Checkpoint
 from olmfast.weights.pool import Pool
 from olmfast.weights.skeletons import Skeletons
@@ -50,6 +50,24 @@ def stack_of(model: Checkpoint, skeletons: Skeletons) -> Stack:
         )
     regions = {name: skeleton.regions.get(name, "aside") for name in model.tensors if name not in skeleton.blocks}
     return Stack(skeleton.n_blocks, {name: tuple(place) for name, place in skeleton.blocks.items()}, regions)  # type: ignore[misc]
+
+
+def learn_architecture(model: Checkpoint, skeletons: Skeletons) -> None:
+    """Let Transformers say what a model's blocks, embedding and head are, where its type is not in the table."""
+    if model.architecture.model_type in FAMILIES:
+        return
+    skeleton = skeletons.examine(model.config, shapes_of(model), "stack", "vocabulary")
+    family = model.architecture.family
+    prefixes = {before for before, _, _ in skeleton.blocks.values()}
+    if len(prefixes) == 1:
+        family = replace(family, blocks=prefixes.pop().removesuffix("."))
+    matrices = [name for name in skeleton.rows if len(model.tensors[name].shape) == 2]
+    embedding = [name for name in matrices if skeleton.modules[name] == skeleton.embedding_module]
+    if embedding:
+        heads = [name for name in matrices if name != embedding[0]]
+        family = replace(family, embedding=embedding[0], head=heads[0] if heads else family.head)
+    n_blocks = skeleton.n_blocks or model.architecture.n_blocks
+    model.architecture = replace(model.architecture, family=family, n_blocks=n_blocks)
 
 
 def _by_names(model: Checkpoint, why: str) -> Stack:

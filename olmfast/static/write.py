@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from olmfast.output.writer import (
 from olmfast.search.log import STEPS
 from olmfast.static.mergekit import plan_merge
 from olmfast.static.plan import Plan, memory_bytes
+from olmfast.static.vocabularies import check_written
 from olmfast.weights.devices import pick_device
 from olmfast.weights.sources import Sources
 
@@ -63,13 +64,15 @@ def merge(
     seed: int = 0,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    allow_mismatch: Collection[str] = (),
     observer: Observer | None = None,
 ) -> Written:
     """Merge models as a merge file in mergekit's form says, and write the result to the folder `output`.
 
     `config` is the file's path, what it holds (paths are then relative to the working directory), or a MergeConfig.
     Tensors are computed on `device` (`cpu`, `cuda`, `cuda:1`, `auto`); no file of weights is larger than `shard_size`,
-    a number of bytes or `5GB`; `seed` is that of DARE and DELLA.
+    a number of bytes or `5GB`; `seed` is that of DARE and DELLA. `allow_mismatch` are keys of config.json that may
+    differ although the same weights then mean something else, `tokenizer` and `id2label` among them.
 
     Raises InputError, before anything is written, for a merge file or models that do not fit, an output that is there
     (unless `overwrite`), too little space, a merge that is estimated to need more memory than `max_ram`, and, unless
@@ -79,7 +82,7 @@ def merge(
     if not isinstance(config, MergeConfig):
         config = load_merge_config(config)
     return write_merge(
-        plan_merge(config, seed=seed),
+        plan_merge(config, seed=seed, allow_mismatch=allow_mismatch),
         Path(output),
         device=device,
         shard_size=shard_size,
@@ -111,6 +114,8 @@ def write_merge(
     folder = OutputFolder(output, overwrite=overwrite)
     check_output(plan, folder, limit)
     check_buffers(plan)
+    for warning in plan.warnings:
+        observer.note(warning)
     observer.merging(plan.title, plan.n_bytes)
     with folder.lock(empty=True), writing(folder.partial, "the same command"), _one_thread(target):
         sources = Sources(plan.pool, folder.partial, device=target)
@@ -124,6 +129,8 @@ def write_merge(
             raise Interrupted(f"{output}: stopped; nothing of it is left") from error
         except FileChanged as error:
             raise error.with_advice("the same command") from error
+        if plan.vocabulary is not None:
+            check_written(plan.vocabulary, plan.token_rows, folder.partial)
         _write_recipe_and_card(plan, folder.partial)
         _shards.sync_folder(folder.partial)
         folder.rename()
@@ -180,7 +187,7 @@ def _write_recipe_and_card(plan: Plan, folder: Path) -> None:
         write_text(folder / plan.recipe_file, plan.recipe_text)
     base = plan.content.base.name
     names = [base, *(name for name in plan.pool.names if name != base)]
-    card = merge_card(names, plan.title, plan.recipe_text, plan.account(), plan.notes)
+    card = merge_card(names, plan.title, plan.recipe_text, plan.account(), [*plan.warnings, *plan.notes])
     write_text(folder / "README.md", card)
 
 

@@ -51,7 +51,7 @@ def print_plan(plan: Plan, out: Path, as_json: bool) -> None:
         for model in plan.pool.names:
             counts = vocabulary.counts(model, plan.pool.names, content.base.name)
             print(f"  {model}: " + ", ".join(f"{n} rows {what}" for what, n in counts.items() if n))
-    for note in plan.notes:
+    for note in (*plan.warnings, *plan.notes):
         print(note)
     print(
         f"reads {decimal(plan.n_bytes_read)}, writes {decimal(plan.n_bytes)}; at most {decimal(memory_bytes(plan))} of "
@@ -77,6 +77,10 @@ class Watcher(Observer):
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
+
+    def note(self, text: str) -> None:
+        """What the user should know, beside the result."""
+        print(f"note: {text}", file=sys.stderr)
 
     def ranked(self, layers: Sequence[Ranked], n_merged: int) -> None:
         """The layers by what merging each alone does to the score; nothing with JSON."""

@@ -321,7 +321,8 @@ def _vocabulary(data: Mapping[str, Any], module: Any, names: Mapping[str, str]) 
             owner = getattr(owner, key)
         setattr(owner, path[-1], n_rows + 64)
     now, larger = module.state_dict(), build(grown).state_dict()
-    rows, others = [], []
+    rows: list[str] = []
+    others: list[str] = []
     for name, target in names.items():
         before, after = list(now[target].shape), list(larger[target].shape)
         if before != after:

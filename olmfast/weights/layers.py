@@ -45,13 +45,9 @@ def stacked(
             return {"fault": f"{name}: {fault}"}
     texts = {name: text_config(module.config).to_dict() for name, module in built.items()}
     kinds = {name: _kinds(module, stacks[name]) for name, module in built.items()}
-    for place, merged in enumerate(layers):
-        (first, index), *others = merged
-        for other, its_index in others:
-            what = _difference(kinds[other][its_index], kinds[first][index])
-            if what:
-                unlike = f"layer {its_index} of {other} {what} of layer {index} of {first}"
-                return {"fault": f"layer {place} of the result: {unlike}"}
+    unlike = _unlike(kinds, layers)
+    if unlike:
+        return {"fault": unlike}
     wanted = [kinds[merged[0][0]][merged[0][1]] for merged in layers]
     path = text_path(read_config(base))
     result = deepcopy(dict(base))
@@ -64,8 +60,8 @@ def stacked(
         followed = _follow(key, {name: text.get(key) for name, text in texts.items()}, depths, [m[0] for m in layers])
         if followed is not None:
             part[key] = followed
-    what = _judge(result, wanted)
-    if what is None:
+    refused = _judge(result, wanted)
+    if refused is None:
         return {"config": result}
     for key, value in _thresholds(part, texts, wanted):
         tried = deepcopy(result)
@@ -74,7 +70,19 @@ def stacked(
             return {"config": tried}
     rules = [key for key in {**part, **next(iter(texts.values()))} if _is_rule(key, part, texts)]
     kinds_from = ", ".join(rules) or "the model type alone"
-    return {"fault": f"{what}. Kinds of layers come from {kinds_from}, which cannot say this"}
+    return {"fault": f"{refused}. Kinds of layers come from {kinds_from}, which cannot say this"}
+
+
+def _unlike(
+    kinds: Mapping[str, Sequence[Mapping[str, Any]]], layers: Sequence[Sequence[tuple[str, int]]]
+) -> str | None:
+    """Which layers are merged with each other although they are of different kinds."""
+    for place, ((first, index), *others) in enumerate(layers):
+        for other, its_index in others:
+            what = _difference(kinds[other][its_index], kinds[first][index])
+            if what:
+                return f"layer {place} of the result: layer {its_index} of {other} {what} of layer {index} of {first}"
+    return None
 
 
 def _as_in(base: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def slopes_plain(model: WorkingModel, questions: Questions, directions: Mapping[
         for name, sample, weight in questions:
             ids = torch.tensor([sample.prompt + sample.response[:-1]], device=model.device)
             logits = model.module(input_ids=ids, use_cache=False).logits[0, len(sample.prompt) - 1 :]
-            loss = _losses(logits, sample).mean()
+            loss = _losses(logits[: _n(sample)], [(sample, at) for at in range(_n(sample))]).mean()
             if directions:
                 _backward(loss * weight)
             found.add_loss(name, float(loss.detach()))
@@ -181,20 +181,20 @@ def _through_head(
         (row, len(sample.prompt) - 1 + at) for row, (_, sample, _) in enumerate(questions) for at in range(_n(sample))
     ]
     rows, columns = torch.tensor(places, device=hidden.device).T
-    whose = [question for question in questions for _ in range(_n(question[1]))]
-    at_labels = [at for _, sample, _ in questions for at in range(_n(sample))]
+    predicted = [(sample, at) for _, sample, _ in questions for at in range(_n(sample))]
+    shares = torch.tensor(
+        [weight / _n(sample) for _, sample, weight in questions for _ in range(_n(sample))],
+        dtype=torch.float64,
+    )
     sums = [0.0] * len(questions)
     for begin in range(0, len(places), HEAD_ROWS):
         own = slice(begin, begin + HEAD_ROWS)
         taken = hidden[rows[own], columns[own]].requires_grad_()
-        logits = blockwise.head.all_logits(taken)
-        total = logits.new_zeros(())
-        for i, ((_, sample, weight), at) in enumerate(zip(whose[own], at_labels[own], strict=True)):
-            loss = _losses(logits[i : i + 1], sample, at)[0] / _n(sample)
-            total = total + loss * weight
-            sums[places[begin + i][0]] += float(loss.detach())
-        gradient[rows[own], columns[own]] = _backward(total, None, taken)
+        losses = _losses(blockwise.head.all_logits(taken), predicted[own])
+        gradient[rows[own], columns[own]] = _backward((losses * shares[own].to(losses)).sum(), None, taken)
         found.take()
+        for (row, _), (sample, _), loss in zip(places[own], predicted[own], losses.detach().tolist(), strict=True):
+            sums[row] += loss / _n(sample)
     for row, (name, _, _) in enumerate(questions):
         found.add_loss(name, sums[row])
     return gradient
@@ -211,17 +211,18 @@ def _n(sample: Sample) -> int:
     return 1 if sample.options else len(sample.response)
 
 
-def _losses(logits: torch.Tensor, sample: Sample, begin: int = 0) -> torch.Tensor:
-    """Cross-entropy of the answer's tokens from `begin` on, one per row of logits (tokens, vocabulary)."""
+def _losses(logits: torch.Tensor, predicted: Sequence[tuple[Sample, int]]) -> torch.Tensor:
+    """Cross-entropy of predicted tokens (question, place in its answer), one per row of logits (tokens, vocabulary);
+    that of a multiple choice among its options alone."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if sample.options:
-        options = torch.tensor(sample.options, device=logits.device)
-        return torch.nn.functional.cross_entropy(
-            logits[:1, options],
-            torch.tensor([sample.options.index(sample.response[0])], device=logits.device),
-            reduction="none",
-        )
-    labels = torch.tensor(sample.response[begin : begin + len(logits)], device=logits.device)
+    choices = [row for row, (sample, _) in enumerate(predicted) if sample.options]
+    if choices:
+        left_out = torch.zeros(logits.shape, dtype=torch.bool)
+        left_out[choices] = True
+        for row in choices:
+            left_out[row, list(predicted[row][0].options)] = False
+        logits = logits.masked_fill(left_out.to(logits.device), -torch.inf)
+    labels = torch.tensor([sample.response[at] for sample, at in predicted], device=logits.device)
     return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
 
 
@@ -229,8 +230,12 @@ def _losses(logits: torch.Tensor, sample: Sample, begin: int = 0) -> torch.Tenso
 def _repeatable() -> Iterator[None]:
     """The same gradients at every run: a GPU's attention adds them up in any order otherwise."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Every new tensor would be filled with NaN first: half the time of a gradient on a CPU.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filling

@@ -19,7 +19,7 @@ from olmfast.weights.pool import Pool
 from olmfast.weights.sources import Sources
 
 CPU = torch.device("cpu")
-MODES = {"free.json": "exact_match", "loss.json": "exact", "choice.json": "choice"}
+MODES = {"free.json": "exact_match", "loss.json": "exact", "choice.json": "choice", "text.json": "quality"}
 
 
 class World:
@@ -33,7 +33,8 @@ class World:
             texts = [(f"{q:x>{6 + i}}", f"{a}{'y' * (i % 3)}") for i, (q, a) in enumerate(sums(4))]
             write_dataset(folder / name, texts)
         write_choices(folder / "choice.json", folder / "d1", 3)
-        entries = {name: DatasetConfig(mode=mode) for name, mode in MODES.items()}
+        write_dataset(folder / "text.json", sums(2))
+        entries = {name: DatasetConfig(mode=mode, max_new_tokens=4) for name, mode in MODES.items()}
         self.datasets = load_datasets(folder, entries, tiny_tokenizer(), 128)
         self.models = [
             WorkingModel(whole("d0", self.pool.tensors), Sources(self.pool, folder), CPU, torch.float64)
@@ -47,7 +48,10 @@ class World:
             if not self.pool.architecture.is_ignored(name)
         }
         self.samples = {name: list(range(len(dataset.samples))) for name, dataset in self.datasets.items()}
-        self.weights = {"free.json": 0.5, "loss.json": 1.0, "choice.json": 2.0}
+        self.weights = {"free.json": 0.5, "loss.json": 1.0, "choice.json": 2.0, "text.json": 1.5}
+        whole_donors = [Candidate(donor, recipe=whole(donor, self.pool.tensors)) for donor in ("d0", "d1", "d2")]
+        # What is expected of one dataset is its answers alone.
+        self.teachers = dict(zip(("free.json", "choice.json", "text.json"), whole_donors, strict=True))
 
     def moved(self, *weights):
         """The model as far along the directions as the weights say."""
@@ -64,7 +68,7 @@ pytestmark = pytest.mark.usefixtures("float64_throughout")
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_slopes_block_by_block_are_those_through_the_whole_module(family, tmp_path):
     world = World(tmp_path, family)
-    asked = (world.moved(0.3, 0.2), world.directions, world.samples, world.weights, {})
+    asked = (world.moved(0.3, 0.2), world.directions, world.samples, world.weights, world.teachers)
     plain, fast = world.plain.slopes(*asked), world.fast.slopes(*asked)
     assert fast.losses == pytest.approx(plain.losses, rel=1e-9)
     assert fast.along.keys() == plain.along.keys() == world.directions.keys()
@@ -78,12 +82,12 @@ def test_a_slope_is_what_a_small_step_changes_the_loss_by(tmp_path):
     world = World(tmp_path, "llama")
     step, at = 1e-2, (0.3, 0.2)
     # Values are rounded to the float32 that they are saved in, so that a step must not be too small.
-    asked = (world.samples, world.weights, {})
+    asked = (world.samples, world.weights, world.teachers)
     loss = lambda *weights: sum(  # noqa: E731
         world.weights[name] * value
         for name, value in world.plain.slopes(world.moved(*weights), {}, *asked).losses.items()
     )
-    slopes = world.fast.slopes(world.moved(*at), world.directions, world.samples, world.weights, {})
+    slopes = world.fast.slopes(world.moved(*at), world.directions, world.samples, world.weights, world.teachers)
     total = sum(values for values in slopes.along.values())
     for donor in range(2):
         before, after = ([w + sign * step * (i == donor) for i, w in enumerate(at)] for sign in (-1, 1))
@@ -94,8 +98,8 @@ def test_only_the_samples_asked_for_count_and_the_model_is_left_as_it_was(tmp_pa
     world = World(tmp_path, "qwen2")
     before = {name: value.clone() for name, value in world.models[1].module.state_dict().items()}
     samples = {"free.json": [1, 3]}
-    fast = world.fast.slopes(world.moved(0.5, 0.5), world.directions, samples, world.weights, {})
-    plain = world.plain.slopes(world.moved(0.5, 0.5), world.directions, samples, world.weights, {})
+    fast = world.fast.slopes(world.moved(0.5, 0.5), world.directions, samples, world.weights, world.teachers)
+    plain = world.plain.slopes(world.moved(0.5, 0.5), world.directions, samples, world.weights, world.teachers)
     assert list(fast.losses) == ["free.json"]
     assert fast.losses == pytest.approx(plain.losses, rel=1e-9)
     for name, value in world.models[1].module.state_dict().items():
@@ -110,7 +114,7 @@ def test_a_pass_that_does_not_fit_is_halved(tmp_path, monkeypatch):
     from olmfast.evaluation import slopes
 
     world = World(tmp_path, "llama")
-    asked = (world.moved(0.3, 0.2), world.directions, world.samples, world.weights, {})
+    asked = (world.moved(0.3, 0.2), world.directions, world.samples, world.weights, world.teachers)
     expected = world.fast.slopes(*asked)
     compute, seen = slopes.slopes_blockwise, []
 
@@ -125,3 +129,41 @@ def test_a_pass_that_does_not_fit_is_halved(tmp_path, monkeypatch):
     assert seen[1] == seen[0] // 2
     for name, values in expected.along.items():
         torch.testing.assert_close(halved.along[name], values, rtol=1e-6, atol=1e-8)
+
+
+def test_a_lesson_is_how_likely_the_teacher_finds_each_token(tmp_path):
+    world = World(tmp_path, "llama")
+    plain = world.plain.lessons.of(world.samples, world.weights, world.teachers)
+    fast = world.fast.lessons.of(world.samples, world.weights, world.teachers)
+    for (name, lesson, weight), (_, other, _) in zip(plain, fast, strict=True):
+        assert weight == world.weights[name] / len(world.samples[name])
+        assert lesson.sample == other.sample
+        torch.testing.assert_close(lesson.shares.sum(dim=1), torch.ones(lesson.n, dtype=torch.float64))
+        # Tokens that are equally likely to nine digits may come in either order.
+        torch.testing.assert_close(other.shares, lesson.shares, rtol=1e-6, atol=1e-9)
+        if name == "loss.json":
+            assert lesson.tokens.tolist() == [[token] for token in lesson.sample.response]
+            assert lesson.shares.unique().tolist() == [1]
+        if name == "choice.json":
+            assert lesson.tokens.tolist() == [list(lesson.sample.options)]
+        if name == "text.json":
+            assert 1 <= len(lesson.sample.response) <= 4
+            assert lesson.tokens[:, 0].tolist() == list(lesson.sample.response)  # greedy: the likeliest
+
+
+def test_the_loss_is_least_where_the_teacher_is(tmp_path):
+    world = World(tmp_path, "llama")
+    teacher = Candidate("d1", recipe=whole("d1", world.pool.tensors))
+    asked = (world.samples, world.weights, dict.fromkeys(world.samples, teacher))
+    at = lambda *weights: world.plain.slopes(world.moved(*weights), {}, *asked).losses  # noqa: E731
+    least = at(1.0, 0.0)
+    for elsewhere in (at(0.9, 0.1), at(0.7, 0.0), at(0.0, 1.0)):
+        assert all(elsewhere[name] > least[name] for name in world.samples)
+
+
+def test_a_teacher_is_asked_once(tmp_path, monkeypatch):
+    world = World(tmp_path, "llama")
+    asked = (world.moved(0.3, 0.2), world.directions, world.samples, world.weights, world.teachers)
+    first = world.fast.slopes(*asked)
+    monkeypatch.setattr(world.fast.lessons, "logits_of", lambda _: pytest.fail("asked again"))
+    assert world.fast.slopes(*asked).losses == first.losses

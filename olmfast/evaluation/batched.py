@@ -5,25 +5,26 @@ The same scores as the sequential Scorer's, but for the rounding of sums taken i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from olmfast.evaluation.blocks import BlockwiseModel
 from olmfast.evaluation.cohort import Cohort, Statistics
-from olmfast.evaluation.encoding import Dataset
+from olmfast.evaluation.encoding import Dataset, Sample
 from olmfast.evaluation.generation import RolloutQueue
 from olmfast.evaluation.head import ModuleHead
 from olmfast.evaluation.leaves import Leaf, is_stackable, stack_leaves
+from olmfast.evaluation.lessons import Lessons
 from olmfast.evaluation.memory import Memory, Shares, is_out_of_memory
 from olmfast.evaluation.model import WorkingModel, builds_alike
 from olmfast.evaluation.passes import Passes
 from olmfast.evaluation.prefix import Prefix
-from olmfast.evaluation.scorer import Candidate, Direction, Slopes, Texts
+from olmfast.evaluation.scorer import Candidate, Direction, Slopes
 from olmfast.evaluation.scores import Scores, wanted_samples
 from olmfast.evaluation.sequential import SequentialScorer
-from olmfast.evaluation.slopes import chosen_questions, slopes_blockwise, written
+from olmfast.evaluation.slopes import logits_blockwise, slopes_blockwise
 from olmfast.evaluation.trajectories import Trajectories
 from olmfast.weights.architecture import Architecture, Unit
 from olmfast.weights.recipe import Recipe
@@ -57,6 +58,7 @@ class BatchedScorer:
         self.shares = Shares(self.memory, batch_tokens)
         self.note, self._noted = note, False
         self._for_slopes: BlockwiseModel | None = None
+        self.lessons = Lessons(model, datasets, batch_tokens, self.stop_tokens, self._logits_of)
         self.statistics = Statistics()
         self.trajectories = Trajectories(datasets, model.context, tokenizer, stop_tokens, self.shares)
         self.forget()
@@ -98,13 +100,13 @@ class BatchedScorer:
         directions: Mapping[str, Sequence[Direction]],
         samples: Mapping[str, Sequence[int]],
         weights: Mapping[str, float],
-        texts: Texts,
+        teachers: Mapping[str, Candidate],
     ) -> Slopes:
         """See `Scorer.slopes`. What does not fit the memory is halved."""
-        questions = chosen_questions(self.datasets, samples, weights, texts)
         while True:
             n_tokens = self.shares.pass_tokens
             try:
+                questions = self.lessons.of(samples, weights, teachers)
                 with self.model.trial(candidate):
                     return slopes_blockwise(self.model, self._differentiable(), questions, directions, n_tokens)
             except (RuntimeError, MemoryError) as error:
@@ -120,11 +122,8 @@ class BatchedScorer:
                 self._for_slopes = BlockwiseModel(self.model.module, self._architecture)
         return self._for_slopes
 
-    def texts(self, candidate: Candidate, samples: Mapping[str, Sequence[int]]) -> Texts:
-        """See `Scorer.texts`."""
-        chosen = {name: (self.datasets[name], indices) for name, indices in samples.items()}
-        with self.model.trial(candidate):
-            return written(self.model.module, chosen, self.batch_tokens, self.model.context, self.stop_tokens)
+    def _logits_of(self, samples: Sequence[Sample]) -> Iterator[tuple[int, torch.Tensor]]:
+        return logits_blockwise(self._differentiable(), samples, self.shares.pass_tokens)
 
     def value(self, expression: Expression) -> torch.Tensor:
         """See `Scorer.value`."""

@@ -56,9 +56,6 @@ class Slopes:
     along: dict[str, torch.Tensor]
 
 
-Texts = Mapping[str, Mapping[int, tuple[int, ...]]]  # dataset -> index of a sample -> the tokens of an answer
-
-
 class Scorer(Protocol):
     """Whoever evaluates candidates: sequential, batched or distributed."""
 
@@ -83,17 +80,14 @@ class Scorer(Protocol):
         directions: Mapping[str, Sequence[Direction]],
         samples: Mapping[str, Sequence[int]],
         weights: Mapping[str, float],
-        texts: Texts,
+        teachers: Mapping[str, Candidate],
     ) -> Slopes:
         """How the loss of a candidate changes along directions of its tensors (canonical name -> directions).
 
         The loss is the sum over datasets of `weights[dataset]` times the mean over its `samples` (indices); see
-        `evaluation/slopes.py`. Where a dataset has no expected answers, `texts` holds some.
+        `evaluation/slopes.py`. `teachers` are the models that datasets are taught by (`evaluation/lessons.py`); one
+        without a teacher needs expected answers.
         """
-        ...
-
-    def texts(self, candidate: Candidate, samples: Mapping[str, Sequence[int]]) -> Texts:
-        """What a candidate writes itself, greedily, the token that ends a text included."""
         ...
 
     def value(self, expression: Expression) -> torch.Tensor:

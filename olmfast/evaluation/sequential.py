@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ import torch
 from olmfast.evaluation import metrics
 from olmfast.evaluation.encoding import Dataset, Sample, make_batches
 from olmfast.evaluation.generation import generate
+from olmfast.evaluation.lessons import Lessons
 from olmfast.evaluation.model import WorkingModel
-from olmfast.evaluation.scorer import Candidate, Direction, Slopes, Texts
+from olmfast.evaluation.scorer import Candidate, Direction, Slopes
 from olmfast.evaluation.scores import Answer, Scores, wanted_samples
-from olmfast.evaluation.slopes import chosen_questions, slopes_plain, written
+from olmfast.evaluation.slopes import logits_plain, slopes_plain
 from olmfast.weights.architecture import Unit
 from olmfast.weights.recipe import Recipe
 from olmfast.weights.sources import Expression
@@ -35,6 +37,7 @@ class SequentialScorer:
         self.sizes = {name: len(dataset.samples) for name, dataset in datasets.items()}
         self.stop_tokens, self.batch_tokens, self.progress = tuple(stop_tokens), batch_tokens, progress
         self.state: Mapping[str, Any] = {}
+        self.lessons = Lessons(model, datasets, batch_tokens, self.stop_tokens, partial(logits_plain, model))
 
     def score(
         self,
@@ -65,17 +68,12 @@ class SequentialScorer:
         directions: Mapping[str, Sequence[Direction]],
         samples: Mapping[str, Sequence[int]],
         weights: Mapping[str, float],
-        texts: Texts,
+        teachers: Mapping[str, Candidate],
     ) -> Slopes:
         """See `Scorer.slopes`."""
+        questions = self.lessons.of(samples, weights, teachers)
         with self.model.trial(candidate):
-            return slopes_plain(self.model, chosen_questions(self.datasets, samples, weights, texts), directions)
-
-    def texts(self, candidate: Candidate, samples: Mapping[str, Sequence[int]]) -> Texts:
-        """See `Scorer.texts`."""
-        chosen = {name: (self.datasets[name], indices) for name, indices in samples.items()}
-        with self.model.trial(candidate):
-            return written(self.model.module, chosen, self.batch_tokens, self.model.context, self.stop_tokens)
+            return slopes_plain(self.model, questions, directions)
 
     def value(self, expression: Expression) -> torch.Tensor:
         """See `Scorer.value`."""

@@ -1,10 +1,9 @@
 """How a model's loss changes along given directions of its weights: what a search by gradient needs.
 
-The loss of a question is the mean cross-entropy of its expected answer's tokens (of the options' letters for a
-multiple choice), whatever its dataset's mode: every mode that has an expected answer falls as that does. Where there is
-none, a text that a good model wrote takes its place (distillation, Kim and Rush, arXiv 1606.07947). The slope
-along a direction D of a weight W is <dL/dW, D> (Frobenius). Weights' gradients exist a block at a time: what enters
-each block is kept, and each block is computed again on the way back (Chen et al., arXiv 1604.06174).
+The loss of a question is the mean cross-entropy of its lesson's tokens (`lessons.py`), whatever its dataset's mode:
+every mode that has an expected answer falls as that does. The slope along a direction D of a weight W is <dL/dW, D>
+(Frobenius). Weights' gradients exist a block at a time: what enters each block is kept, and each block is computed
+again on the way back (Chen et al., arXiv 1604.06174).
 """
 
 from __future__ import annotations
@@ -14,65 +13,48 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from olmfast.evaluation import metrics
 from olmfast.evaluation.blocks import BlockwiseModel
-from olmfast.evaluation.encoding import Dataset, Sample, make_batches
-from olmfast.evaluation.generation import generate
+from olmfast.evaluation.encoding import Sample, make_batches
+from olmfast.evaluation.lessons import Lesson, n_predicted
 from olmfast.evaluation.model import WorkingModel
-from olmfast.evaluation.scorer import Direction, Slopes, Texts
+from olmfast.evaluation.scorer import Direction, Slopes
 
-TEXT_TOKENS = 128  # of a text that takes the place of an expected answer
+DETERMINISTIC: Any = torch.utils.deterministic  # its attributes are unknown to type checkers
 HEAD_ROWS = 256  # predicted tokens whose logits exist at a time
 
 
-Questions = Sequence[tuple[str, Sample, float]]  # dataset, question, its share in the loss
+Questions = Sequence[tuple[str, Lesson, float]]  # dataset, what is taught, its share in the loss
 
 
-def needs_texts(mode: str) -> bool:
-    """Whether a dataset's mode has no expected answers."""
-    return mode in metrics.GENERATIVE
+def logits_blockwise(
+    blockwise: BlockwiseModel, samples: Sequence[Sample], batch_tokens: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """The index of each question and the logits of its predicted tokens (tokens, vocabulary), a batch at a time."""
+    inputs = [sample.prompt + sample.response[:-1] for sample in samples]
+    for batch in make_batches([len(ids) for ids in inputs], batch_tokens):
+        with torch.no_grad():
+            ids = blockwise.pad([inputs[index] for index in batch])
+            hidden = blockwise.run(blockwise.enter(ids), 0, len(blockwise.blocks))
+            for row, index in enumerate(batch):
+                begin = len(samples[index].prompt) - 1
+                yield index, blockwise.head.all_logits(hidden[row, begin : begin + n_predicted(samples[index])])
 
 
-def chosen_questions(
-    datasets: Mapping[str, Dataset],
-    samples: Mapping[str, Sequence[int]],
-    weights: Mapping[str, float],
-    texts: Texts,
-) -> list[tuple[str, Sample, float]]:
-    """The questions that a loss is taken over: each dataset's mean, by its weight. `texts` replace answers."""
-
-    def sample(name: str, index: int) -> Sample:
-        own = datasets[name].samples[index]
-        return own if name not in texts else Sample(own.prompt, texts[name][index])
-
-    return [
-        (name, sample(name, index), weights[name] / len(indices))
-        for name, indices in samples.items()
-        for index in indices
-    ]
+def logits_plain(model: WorkingModel, samples: Sequence[Sample]) -> Iterator[tuple[int, torch.Tensor]]:
+    """The reference of `logits_blockwise`: the module's own forward, one question after another."""
+    for index, sample in enumerate(samples):
+        with torch.no_grad():
+            yield index, _logits(model, sample)
 
 
-def written(
-    module: Any,
-    chosen: Mapping[str, tuple[Dataset, Sequence[int]]],
-    batch_tokens: int,
-    context: int,
-    stop: Sequence[int],
-) -> dict[str, dict[int, tuple[int, ...]]]:
-    """What a module writes, greedily, to samples (indices) of datasets, at most `TEXT_TOKENS` of it."""
-    found: dict[str, dict[int, tuple[int, ...]]] = {}
-    for name, (dataset, indices) in chosen.items():
-        own = found[name] = {}
-        prompts = [dataset.samples[index].prompt for index in indices]
-        longest = min(TEXT_TOKENS, dataset.config.max_new_tokens)
-        for batch in make_batches([len(prompt) + longest for prompt in prompts], batch_tokens):
-            limits = [min(longest, context - len(prompts[at])) for at in batch]
-            generated = generate(module, [prompts[at] for at in batch], limits, context, stop)
-            for row, at in enumerate(batch):
-                length = int(generated.lengths[row]) + int(generated.stopped[row])
-                own[indices[at]] = tuple(generated.tokens[row, :length].tolist())
-    return found
+def _logits(model: WorkingModel, sample: Sample) -> torch.Tensor:
+    """The module's own logits of a question's predicted tokens, (tokens, vocabulary)."""
+    ids = torch.tensor([sample.prompt + sample.response[:-1]], device=model.device)
+    begin = len(sample.prompt) - 1
+    logits: torch.Tensor = model.module(input_ids=ids, use_cache=False).logits[0, begin : begin + n_predicted(sample)]
+    return logits
 
 
 def slopes_blockwise(
@@ -84,7 +66,7 @@ def slopes_blockwise(
 ) -> Slopes:
     """The slopes of the live model along directions of its tensors, in batches of `batch_tokens`."""
     found = _Collected(model, directions, questions)
-    inputs = [sample.prompt + sample.response[:-1] for _, sample, _ in questions]
+    inputs = [lesson.sample.prompt + lesson.sample.response[:-1] for _, lesson, _ in questions]
     with found.open(), _repeatable():
         for batch in make_batches([len(ids) for ids in inputs], batch_tokens):
             ids = blockwise.pad([inputs[index] for index in batch])
@@ -113,10 +95,8 @@ def slopes_plain(model: WorkingModel, questions: Questions, directions: Mapping[
     """The reference of `slopes_blockwise`: the module's own forward, one question after another."""
     found = _Collected(model, directions, questions)
     with found.open():
-        for name, sample, weight in questions:
-            ids = torch.tensor([sample.prompt + sample.response[:-1]], device=model.device)
-            logits = model.module(input_ids=ids, use_cache=False).logits[0, len(sample.prompt) - 1 :]
-            loss = _losses(logits[: _n(sample)], [(sample, at) for at in range(_n(sample))]).mean()
+        for name, lesson, weight in questions:
+            loss = _losses(_logits(model, lesson.sample), [(lesson, at) for at in range(lesson.n)]).mean()
             if directions:
                 _backward(loss * weight)
             found.add_loss(name, float(loss.detach()))
@@ -177,14 +157,15 @@ def _through_head(
     """The loss's gradient by what leaves the last block, (batch, width, hidden)."""
     hidden = hidden.detach()
     gradient = torch.zeros_like(hidden)
+    predicted = [(lesson, at) for _, lesson, _ in questions for at in range(lesson.n)]
     places = [
-        (row, len(sample.prompt) - 1 + at) for row, (_, sample, _) in enumerate(questions) for at in range(_n(sample))
+        (row, len(lesson.sample.prompt) - 1 + at)
+        for row, (_, lesson, _) in enumerate(questions)
+        for at in range(lesson.n)
     ]
     rows, columns = torch.tensor(places, device=hidden.device).T
-    predicted = [(sample, at) for _, sample, _ in questions for at in range(_n(sample))]
     shares = torch.tensor(
-        [weight / _n(sample) for _, sample, weight in questions for _ in range(_n(sample))],
-        dtype=torch.float64,
+        [weight / lesson.n for _, lesson, weight in questions for _ in range(lesson.n)], dtype=torch.float64
     )
     sums = [0.0] * len(questions)
     for begin in range(0, len(places), HEAD_ROWS):
@@ -193,8 +174,8 @@ def _through_head(
         losses = _losses(blockwise.head.all_logits(taken), predicted[own])
         gradient[rows[own], columns[own]] = _backward((losses * shares[own].to(losses)).sum(), None, taken)
         found.take()
-        for (row, _), (sample, _), loss in zip(places[own], predicted[own], losses.detach().tolist(), strict=True):
-            sums[row] += loss / _n(sample)
+        for (row, _), (lesson, _), loss in zip(places[own], predicted[own], losses.detach().tolist(), strict=True):
+            sums[row] += loss / lesson.n
     for row, (name, _, _) in enumerate(questions):
         found.add_loss(name, sums[row])
     return gradient
@@ -206,36 +187,35 @@ def _backward(out: torch.Tensor, gradient: torch.Tensor | None = None, of: torch
     return out.new_zeros(()) if of is None or of.grad is None else of.grad
 
 
-def _n(sample: Sample) -> int:
-    """The predicted tokens of a question: those of its answer, or the one that names an option."""
-    return 1 if sample.options else len(sample.response)
-
-
-def _losses(logits: torch.Tensor, predicted: Sequence[tuple[Sample, int]]) -> torch.Tensor:
-    """Cross-entropy of predicted tokens (question, place in its answer), one per row of logits (tokens, vocabulary);
+def _losses(logits: torch.Tensor, predicted: Sequence[tuple[Lesson, int]]) -> torch.Tensor:
+    """Cross-entropy of predicted tokens (lesson, place in its answer), one per row of logits (tokens, vocabulary);
     that of a multiple choice among its options alone."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    choices = [row for row, (sample, _) in enumerate(predicted) if sample.options]
+    choices = [row for row, (lesson, _) in enumerate(predicted) if lesson.sample.options]
     if choices:
         left_out = torch.zeros(logits.shape, dtype=torch.bool)
         left_out[choices] = True
         for row in choices:
-            left_out[row, list(predicted[row][0].options)] = False
+            left_out[row, list(predicted[row][0].sample.options)] = False
         logits = logits.masked_fill(left_out.to(logits.device), -torch.inf)
-    labels = torch.tensor([sample.response[at] for sample, at in predicted], device=logits.device)
-    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    # A lesson has as many tokens as its kind: what shorter ones lack has no share.
+    tokens = pad_sequence([lesson.tokens[at] for lesson, at in predicted], batch_first=True)
+    shares = pad_sequence([lesson.shares[at] for lesson, at in predicted], batch_first=True)
+    chosen = logits.gather(1, tokens.to(logits.device)) - logits.logsumexp(dim=1, keepdim=True)
+    shares = shares.to(chosen)
+    return -(shares * chosen.masked_fill(shares == 0, 0)).sum(dim=1)
 
 
 @contextmanager
 def _repeatable() -> Iterator[None]:
     """The same gradients at every run: a GPU's attention adds them up in any order otherwise."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filling = torch.utils.deterministic.fill_uninitialized_memory
+    filling = DETERMINISTIC.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Every new tensor would be filled with NaN first: half the time of a gradient on a CPU.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    DETERMINISTIC.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filling
+        DETERMINISTIC.fill_uninitialized_memory = filling

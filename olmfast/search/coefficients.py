@@ -6,15 +6,14 @@ Offsets from the current coefficients are (donors, groups), where the tensors of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 
 import numpy as np
 import torch
 
-from olmfast.evaluation.scorer import Candidate, Direction, Texts
-from olmfast.evaluation.slopes import needs_texts
+from olmfast.evaluation.scorer import Candidate, Direction
 from olmfast.search.crossfit import CrossFit
 from olmfast.search.halves import Indices
 from olmfast.search.loop import GRADIENT, Search, Step, Trained
@@ -48,15 +47,12 @@ class Coefficients:
         return self.search.crossfit
 
     @cached_property
-    def texts(self) -> Texts:
-        """What the best donor writes where a dataset has no expected answers."""
-        datasets, found = self.search.config.dataset, dict[str, Mapping[int, tuple[int, ...]]]()
+    def teachers(self) -> dict[str, Candidate]:
+        """The best donor of each dataset that tells donors apart."""
+        scores, found = self.search.record.steps["base"].metrics, dict[str, Candidate]()
         for name in self.crossfit.scale.spans:
-            if needs_texts(datasets[name].mode):
-                scores = self.search.record.steps["base"].metrics[name]
-                best = min(self.search.donors, key=lambda donor: _known(scores[donor]))
-                donor = Candidate(best, recipe=whole(best, self.search.sources.pool.tensors))
-                found |= self.search.scorer.texts(donor, {name: list(range(self.search.scorer.sizes[name]))})
+            best = min(self.search.donors, key=lambda donor: _known(scores[name][donor]))
+            found[name] = Candidate(best, recipe=whole(best, self.search.sources.pool.tensors))
         return found
 
     # Along the gradient
@@ -68,13 +64,17 @@ class Coefficients:
         n_asked = sum(min(BATCH, len(own)) for half in halves for own in self._counting(half).values())
         cost = GRADIENT * steps * n_asked / sum(self.search.scorer.sizes.values())
 
+        is_first = number == 1 and grain == next(iter(GRAINS))
+
         def propose() -> list[Candidate]:
+            if is_first:
+                self.search.count_lessons(self.teachers)
             return self._trained(
                 [self._follow(half, name, grain, number) for half, name in zip(halves, "12", strict=True)]
             )
 
         key = f"gradient/{grain}/{number}"
-        return self._take_trained(key, "gradient", grain, cost, propose)
+        return self._take_trained(key, "gradient", grain, cost + is_first, propose)
 
     def _follow(self, half: Indices, name: str, grain: str, number: int) -> torch.Tensor:
         """Offsets (donors, tensors) after a descent on a half's questions: the mean over its second half of steps."""
@@ -100,7 +100,7 @@ class Coefficients:
             name: [Direction(Copy(reference, name), Copy(donor, name)) for donor in vectors.donors]
             for name in vectors.tensors
         }
-        found = self.search.slopes(vectors.moved(self.search.recipe, offsets), directions, questions, self.texts)
+        found = self.search.slopes(vectors.moved(self.search.recipe, offsets), directions, questions, self.teachers)
         return vectors.from_reference(torch.stack([found.along[name] for name in vectors.tensors], dim=1))
 
     def _batches(self, questions: Indices, n: int, address: str) -> Iterator[Indices]:
@@ -220,7 +220,8 @@ def joint_steps(n_donors: int, architecture: Architecture, tensors: Sequence[str
     whole = architecture.model_unit(tensors)
     for grain, steps in GRAINS.items():
         # Each half of two may have a third of its questions in a batch, and the candidates are two evaluations.
-        yield "gradient", replace(whole, name=grain), max(1, round(GRADIENT * steps / 3)) + 2
+        teaching = int(grain == next(iter(GRAINS)))
+        yield "gradient", replace(whole, name=grain), max(1, round(GRADIENT * steps / 3)) + 2 + teaching
     population = 4 + int(3 * math.log(n_donors))
     for _ in range(2 * GENERATIONS):
         yield "evolution", replace(whole, name="model"), max(1, population // 2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from olmfast.config.run import Budget, RunConfig
 from olmfast.errors import Interrupted, OlmfastError
 from olmfast.evaluation.model import builds_alike
-from olmfast.evaluation.scorer import Candidate, Direction, Scorer, Slopes, Texts
+from olmfast.evaluation.scorer import Candidate, Direction, Scorer, Slopes
 from olmfast.evaluation.scores import Scores
 from olmfast.observer import Observer
 from olmfast.search.acceptance import Gain
@@ -215,14 +215,18 @@ class Search:
         values: Mapping[str, Expression],
         directions: Mapping[str, Sequence[Direction]],
         questions: Indices,
-        texts: Texts,
+        teachers: Mapping[str, Candidate],
     ) -> Slopes:
         """The slopes of the loss on some questions with tensors of the current model changed: each dataset counts by
         its weight on the scale."""
         assert self.crossfit is not None
         weights = {name: self.crossfit.scale.weight(name) for name in questions}
         self._scored += GRADIENT * sum(map(len, questions.values()))
-        return self.scorer.slopes(Candidate("slopes", values), directions, questions, weights, texts)
+        return self.scorer.slopes(Candidate("slopes", values), directions, questions, weights, teachers)
+
+    def count_lessons(self, datasets: Iterable[str]) -> None:
+        """The step that is being taken has every question of these datasets put to a teacher."""
+        self._scored += sum(self.scorer.sizes[name] for name in datasets)
 
     @property
     def evaluations_left(self) -> float:

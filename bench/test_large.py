@@ -166,7 +166,7 @@ def write_datasets(folder: Path, shape: Shape) -> Any:
     texts, files = [], []
     for path in SOURCE.split(os.pathsep):
         items = []
-        for conversation in load_conversations(Path(path), "exact_match", sys.maxsize):
+        for conversation in load_conversations(Path(path), "exact_match", sys.maxsize).usable:
             messages = [*conversation.messages, {"role": "assistant", "content": conversation.response}]
             texts += [message["content"] for message in messages]
             items.append({"messages": messages})

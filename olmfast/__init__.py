@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from olmfast.config.run import RunConfig, load_config
     from olmfast.errors import InputError, OlmfastError
+    from olmfast.runs.rebuild import rebuild
     from olmfast.runs.scoreboard import evaluate
     from olmfast.runs.session import Result, run
     from olmfast.static.check import check
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "run": "runs.session",
     "evaluate": "runs.scoreboard",
+    "rebuild": "runs.rebuild",
     "merge": "static.write",
     "linear": "static.linear",
     "check": "static.check",
@@ -37,6 +39,7 @@ __all__ = [
     "linear",
     "load_config",
     "merge",
+    "rebuild",
     "run",
 ]
 

@@ -77,7 +77,17 @@ def olmfast(
 
 @app.command("run")
 def run_command(
-    config: Annotated[Path, typer.Argument(help="The run's YAML file; docs/config.md lists its keys.")],
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CONFIG]", help="The run's YAML file; docs/config.md lists its keys."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="The same. Without either: olm_config.yaml of this folder.")
+    ] = None,
+    load: Annotated[
+        Path | None,
+        typer.Option("--load", metavar="REPORT", help="Begin with the choices of a merge_report.json."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
     set_: Overrides = None,
@@ -94,7 +104,11 @@ def run_command(
 
     if resume and overwrite:
         raise InputError("--resume and --overwrite: one continues a run, the other starts anew; give one of them")
-    loaded = load_config(config, _overrides(set_ or [], device=device, dtype=dtype, seed=seed))
+    if file is not None and config is not None:
+        raise InputError(f"--config {config}: the file is given already, as {file}; give one of them")
+    loaded = load_config(
+        file or config or Path("olm_config.yaml"), _overrides(set_ or [], device=device, dtype=dtype, seed=seed)
+    )
     from olmfast.terminal.progress import make_observer
     from olmfast.terminal.runs import print_plan, print_result
 
@@ -107,8 +121,28 @@ def run_command(
         print_plan(check(loaded, observer=observer), as_json)
         return
     with _graceful_stop() as stop_requested, observer:
-        result = run(loaded, resume=resume, overwrite=overwrite, observer=observer, stop_requested=stop_requested)
+        flags: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "report": load}
+        result = run(loaded, **flags, observer=observer, stop_requested=stop_requested)
     print_result(result, as_json)
+
+
+@app.command("rebuild")
+def rebuild_command(
+    report: Annotated[Path, typer.Argument(help="A merge_report.json of a run or of the original OLM, or its folder.")],
+    out: Annotated[Path, typer.Argument(help="The folder of the model.")],
+    models_dir: Annotated[
+        Path | None, typer.Option("--models-dir", help="Where the donors are; default: where the run had them.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Make the model that a merge report describes again, without evaluating anything."""
+    from olmfast.runs.rebuild import rebuild
+    from olmfast.terminal import merges
+
+    with merges.Watcher(as_json) as observer:
+        done = rebuild(report, out, models_dir=models_dir, overwrite=overwrite, observer=observer)
+    print(json.dumps(done.to_json(), indent=2) if as_json else done.account)
 
 
 @app.command("merge")

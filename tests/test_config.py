@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from olmfast import cli
-from olmfast.config.run import FREE_TO_CHANGE, MODES, Budget, DatasetConfig, RunConfig, load_config, parse_config
+from olmfast.config.run import (
+    FREE_TO_CHANGE,
+    MODES,
+    PLACES,
+    Budget,
+    DatasetConfig,
+    RunConfig,
+    load_config,
+    parse_config,
+)
 from olmfast.errors import InputError
 
 ORIGINAL = """
@@ -99,7 +108,8 @@ def test_a_config_of_the_original_tool_loads_as_it_is(tmp_path):
 
 def test_what_the_original_leaves_out_has_the_originals_defaults():
     config = parse()
-    assert (config.direction, config.samples, config.markov, config.selection) == ("forward", 200, 0, "copeland")
+    assert (config.direction, config.samples, config.selection) == ("forward", 200, "copeland")
+    assert config.markov.window == 0
     assert (config.es_svd_generations, config.es_svd_sigma) == (1, 0.1)
     assert (config.es_norm_generations, config.es_norm_sigma) == (3, 0.005)
     assert (config.improve_all, config.max_models, config.base_name) == (None, None, "alpha")
@@ -161,16 +171,19 @@ def test_an_unknown_key_is_an_error_with_a_suggestion(keys, message):
         ({"models": ["alpha", "alpha"]}, "models: 'alpha' is listed twice"),
         ({"models_dir": 3}, "models_dir: expected a path, got 3"),
         ({"models_dir": "~nobody-of-that-name/x"}, "models_dir: '~nobody-of-that-name/x' is not a usable path"),
-        ({"base_model_name": "betta"}, "base_model_name: 'betta' is not in models; did you mean 'beta'?"),
+        ({"base_select": "betta"}, "base_select: expected true, false, a mode in use, a dataset or a model, got"),
+        ({"boundary_select": "betta"}, "a mode in use, a dataset or a model, got 'betta'; did you mean 'beta'?"),
+        ({"racing": True, "selection": "borda"}, "racing: who has the lowest average rank depends on all"),
         ({"improve_all": "perplexity"}, "improve_all: expected 'all', 'base', a mode in use or a dataset, got"),
         ({"improve_all": True}, "improve_all: expected a valid string, got True"),
         ({"es_svd_sigma": 0}, "es_svd_sigma: expected greater than 0, got 0"),
         ({"es_norm_sigma": float("inf")}, "es_norm_sigma: expected a finite number, got inf"),
         ({"es_accept": "all"}, "es_accept: expected 'selection' or 'any', got 'all'"),
-        ({"selection": "borda"}, "selection: expected 'copeland' or 'mean', got 'borda'"),
+        ({"selection": "best"}, "selection: expected 'copeland', 'mean' or 'average_rank', got 'best'"),
         ({"significance": 5}, "significance: expected less than 1, got 5"),
         ({"tie_tolerance": float("nan")}, "tie_tolerance: expected a finite number, got nan"),
-        ({"markov": -1}, "markov: expected greater than or equal to 0, got -1"),
+        ({"markov": -1}, "markov: expected a number of blocks from 0 on, or {window: 1, slide: false}, got -1"),
+        ({"markov": {"windows": 1}}, "markov.windows: unknown key; did you mean 'window'?"),
         ({"candidates": "swap"}, "candidates: expected a list such as [swap, {linear: [0.25, 0.5]}], got 'swap'"),
         ({"candidates": []}, "candidates: expected a list such as"),
         ({"candidates": ["swop"]}, "candidates: expected one of swap, linear, slerp, ties, task_arithmetic, got"),
@@ -246,7 +259,7 @@ def test_missing_keys_are_named():
     with pytest.raises(InputError) as caught:
         parse_config({}, "cfg.yaml", Path())
     named = re.findall(r"cfg.yaml: (\w+): required key is missing", str(caught.value))
-    assert sorted(named) == ["dataset", "models", "models_dir", "output_dir"]
+    assert sorted(named) == ["dataset", "models"]
 
 
 @pytest.mark.parametrize(
@@ -448,7 +461,7 @@ def test_the_documented_defaults_are_the_real_ones(fields):
             shown = yaml.safe_load(listed[key].strip("`"))
             size = {"5GB": 5_000_000_000}.get(shown, shown)
             assert size == field.default, key
-        elif field.is_required() and key != "dataset_dir":
+        elif field.is_required() and key not in PLACES:
             assert listed[key] == "required", key
 
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from olmfast.config.run import DatasetConfig
 from olmfast.errors import InputError
-from olmfast.evaluation.conversations import Conversation, load_conversations
+from olmfast.evaluation.conversations import load_conversations
 from olmfast.evaluation.encoding import load_datasets
+from olmfast.evaluation.items import Conversation
 from olmfast.testing import tiny_tokenizer
 
 QUESTION = ({"role": "user", "content": "2+2="},)
@@ -28,7 +29,7 @@ def save(folder: Path, data: Any, name: str = "data.json") -> Path:
 
 
 def load(folder: Path, data: Any, mode: str = "exact", name: str = "data.json") -> list[Conversation]:
-    return load_conversations(save(folder, data, name), mode, 200)
+    return load_conversations(save(folder, data, name), mode, 200).usable
 
 
 def refusal(folder: Path, data: Any, mode: str = "exact", name: str = "data.json") -> str:
@@ -75,7 +76,7 @@ def test_roles_have_the_names_of_both_worlds(tmp_path):
 def test_only_the_first_conversations_are_read(tmp_path):
     items = [{"prompt": str(n), "response": "x"} for n in range(5)] + ["beyond the limit, so never looked at"]
     path = save(tmp_path, items)
-    assert [c.messages[0]["content"] for c in load_conversations(path, "exact", 3)] == ["0", "1", "2"]
+    assert [c.messages[0]["content"] for c in load_conversations(path, "exact", 3).usable] == ["0", "1", "2"]
 
 
 def test_text_stays_as_it_is(tmp_path):
@@ -110,7 +111,7 @@ def test_a_choice_lists_its_options_and_expects_the_letter(tmp_path, asked, answ
 
 
 def test_mmlu_asks_after_the_worked_examples_of_the_subject(mmlu):
-    first, second = load_conversations(mmlu, "choice", 200)
+    first, second = load_conversations(mmlu, "choice", 200).usable
     assert first.messages == (
         {
             "role": "user",
@@ -125,7 +126,7 @@ def test_mmlu_asks_after_the_worked_examples_of_the_subject(mmlu):
 
 def test_mmlu_dev_questions_have_no_examples(mmlu):
     dev = mmlu.parent.parent / "dev" / "college_physics_dev.csv"
-    assert [c.messages[0]["content"].count("Answer:") for c in load_conversations(dev, "choice", 200)] == [1, 1]
+    assert [c.messages[0]["content"].count("Answer:") for c in load_conversations(dev, "choice", 200).usable] == [1, 1]
 
 
 def test_mmlu_letters_are_scored_as_the_prompt_asks_for_them(mmlu):
@@ -170,8 +171,8 @@ TURN = {"from": "human", "value": "hello"}
         ([{}], "'prompt' and 'response', got 'none'"),
         ([{"conversation": []}], ": item 0: expected 'conversation'"),
         ([{"conversation": {}}], ": item 0: expected 'conversation'"),
-        ([{"conversation": [TURN]}], ": item 0: no response: the last message must be the expected answer"),
-        ([{"prompt": "a", "response": " \n"}], ": item 0: no response"),
+        ([{"conversation": [TURN]}], ": no item can be scored by mode exact: 1 without an expected answer"),
+        ([{"prompt": "a", "response": " \n"}], ": no item can be scored by mode exact: 1 without"),
         ([{"conversation": [{"from": "gpt", "value": "b"}]}], ": item 0: no question"),
         ([{"conversation": [{"from": "robot", "value": "b"}]}], ": item 0: expected a message with 'from'"),
         ([{"conversation": [{"from": ["gpt"], "value": "b"}]}], ": item 0: expected a message with 'from'"),
@@ -282,7 +283,7 @@ def test_any_json_gives_conversations_that_can_be_asked_or_an_explanation(tmp_pa
     path = tmp_path_factory.getbasetemp() / "any.json"
     path.write_text(json.dumps(data))
     try:
-        found = load_conversations(path, mode, 200)
+        found = load_conversations(path, mode, 200).usable
     except InputError as error:
         found = str(error)
     if isinstance(found, str):

@@ -320,7 +320,9 @@ def test_the_report_has_the_originals_layout_and_beside_it_what_olmfast_knows(fi
     assert all(isinstance(value, float) for value in data["base_model"]["metrics"].values())
     assert set(data["boundary_layers"]) == {"name", "metrics"}
     assert set(data["layers"]) == {"0", "1"}
-    for entry in [data["boundary_layers"], *data["layers"].values(), *data["tensors"].values()]:
+    assert all(isinstance(value, float) for value in data["boundary_layers"]["metrics"].values())
+    assert set(data["boundary_layers"]["metrics"]) == datasets
+    for entry in [*data["layers"].values(), *data["tensors"].values()]:
         assert set(entry["metrics"]) == datasets
         for by_model in entry["metrics"].values():
             assert donors >= set(by_model)
@@ -329,11 +331,11 @@ def test_the_report_has_the_originals_layout_and_beside_it_what_olmfast_knows(fi
         assert set(entry) == {"metrics", "best_model"}
         assert entry["best_model"] in donors
     (refined,) = data["tensors"].values()
-    assert list(data["tensors"]) == ["model.layers.0.self_attn.q_proj"]
+    assert list(data["tensors"]) == ["model.layers.0.self_attn.q_proj.weight"]
     assert set(refined) == {"metrics", "best_model", "svd_es", "norm_es"}
     assert all(set(entry) == {"winner", "changed"} for entry in refined["svd_es"] + refined["norm_es"])
     assert list(data["olmfast"]) == [
-        *("version", "config", "donors", "datasets", "samples", "left_out", "environment"),
+        *("version", "config", "places", "donors", "datasets", "samples", "left_out", "environment"),
         *("status", "steps", "recipe", "evaluations", "ledger_bytes", "elapsed_s"),
         *("donors_holdout", "selection", "holdout", "recipe_digest", "account", "verdict"),
     ]

@@ -10,7 +10,8 @@ import jsonschema
 import pytest
 import yaml
 
-from olmfast.config.run import BLENDS, DatasetConfig, RunConfig, parse_config
+from olmfast.config.originals import IGNORED, RENAMED
+from olmfast.config.run import BLENDS, PLACES, DatasetConfig, RunConfig, parse_config
 from olmfast.config.schema import BLEND_BOUNDS, run_schema
 from olmfast.errors import InputError
 
@@ -36,14 +37,14 @@ def test_the_command_prints_the_schema_and_it_is_one(olmfast):
 
 def test_it_has_every_key_and_every_default():
     schema = run_schema()
-    assert set(schema["properties"]) == set(RunConfig.model_fields)
+    assert set(schema["properties"]) == {*RunConfig.model_fields, *IGNORED, *RENAMED}
     assert set(schema["$defs"]["DatasetConfig"]["properties"]) == set(DatasetConfig.model_fields)
-    assert set(schema["required"]) == {"models_dir", "output_dir", "models", "dataset"}
+    assert set(schema["required"]) == {"models", "dataset"}
     defaults = {key: entry["default"] for key, entry in schema["properties"].items() if "default" in entry}
     loaded = parse_config(LEAST, "cfg", Path("/data"))
     assert parse_config({**defaults, **LEAST}, "cfg", Path("/data")) == loaded
     assert SCHEMA.is_valid({**defaults, **LEAST})
-    assert len(defaults) == len(RunConfig.model_fields) - len(schema["required"]) - 1  # dataset_dir has none
+    assert len(defaults) == len(RunConfig.model_fields) - len(schema["required"]) - len(PLACES)  # which depend
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,11 @@ VALID = [
     *({"racing": value} for value in (True, False, None, {}, {"rungs": [5, 10]}, {"confidence": "0.9"})),
     *({key: value} for key in ("shard_size", "max_ram", "max_vram") for value in (10**9, "5GB", "500 mib", "1e9"[:1])),
     *({"candidates": [value]} for value in ("swap", "slerp", {"linear": 0.5}, {"ties": [1, "1e-1"]})),
-    *({"selection": value} for value in ("mean", "copeland", "ranks")),
+    *({"selection": value} for value in ("mean", "copeland", "ranks", "average_rank", "borda")),
+    *({"markov": value} for value in (0, 2, "3", {"window": 1}, {"window": 1, "slide": False})),
+    *({"boundary_select": value} for value in (True, "no", "exact", "d.json", "b")),
+    *({key: None} for key in ("samples", "direction", "markov", "layer_swap", "selection", "models_dir", "holdout")),
+    {"dataset": {"d.json": {"mode": "exact_uncertain", "think": None}}, "db_dir": None, "es_swap": False},
     *({"improve_all": value} for value in (None, False, "all", "d.json")),
     *({"layer_swap": value} for value in (True, "yes", "OFF")),
     *({"es_svd_sigma": value} for value in (0.1, 1, "1e-5")),
@@ -76,10 +81,11 @@ INVALID = [
     *({key: value} for key in ("shard_size", "max_ram", "max_vram") for value in (0, "big", "5PB", [], True)),
     *({"candidates": value} for value in ("swap", [], ["swop"], [{"swap": 1}], [{"linear": 1}], [{"ties": [0]}])),
     *({"candidates": [value]} for value in ({"linear": []}, {"slerp": "half"}, {"linear": [0.5, 0.5]}, {})),
-    *({"selection": value} for value in ("borda", None)),
+    *({"selection": value} for value in ("bordar", 3)),
+    *({"markov": value} for value in (-1, 1.5, {"windows": 1}, [1])),
     *({"improve_all": value} for value in (True, 3)),
-    *({"layer_swap": value} for value in ("perhaps", 7, None)),
-    *({"es_svd_sigma": value} for value in (0, "much", None)),
+    *({"layer_swap": value} for value in ("perhaps", 7)),
+    *({"es_svd_sigma": value} for value in (0, "much")),
     *({key: value} for key, value in {"sampels": 5, "samples": 0, "models": [], "dataset": {}, "seed": -1}.items()),
     *({"dataset": {"d.json": entry}} for entry in ({}, {"mode": "exakt"}, {"mode": "exact", "wieght": 1}, "exact")),
 ]
@@ -97,7 +103,7 @@ def test_what_the_config_refuses_is_invalid(keys):
     assert not SCHEMA.is_valid({**LEAST, **keys})
 
 
-@pytest.mark.parametrize("missing", LEAST)
+@pytest.mark.parametrize("missing", ["models", "dataset"])
 def test_a_required_key_is_missed(missing):
     config = {key: value for key, value in LEAST.items() if key != missing}
     assert not loads(config)

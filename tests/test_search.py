@@ -74,7 +74,7 @@ def test_the_report_has_the_originals_shape_and_is_strict_json(full):
     for entry in data["layers"].values():
         assert set(entry["metrics"]["sums.json"]) == {"donor0", "donor1", "donor2"}
         assert entry["best_model"] in {"donor0", "donor1", "donor2"}
-    assert set(data["tensors"]) == {"model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"}
+    assert set(data["tensors"]) == {f"model.layers.{at}.weight" for at in ("0.self_attn.q_proj", "1.mlp.down_proj")}
 
 
 def test_the_ledger_has_a_line_per_candidate_and_dataset_whose_samples_have_its_mean(full):

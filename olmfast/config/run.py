@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,10 +26,12 @@ from pydantic import (
 )
 
 from olmfast.config.loading import Location, absolute, explain, parse_size, read_yaml, set_key, show
+from olmfast.config.originals import DATASETS, STAGE_KEYS, read_original
 from olmfast.errors import InputError, did_you_mean
 
 Mode = Literal["exact_match", "bigram_loss", "diversity", "exact", "bigram", "quality", "perplexity", "choice"]
 Template = Literal["auto", "tokenizer", "chatml", "raw"]
+Wanted = Literal["prompt", "response", "system", "choices", "answer"]  # of an item of a dataset
 Scale = Literal["model", "depth", "kind", "boundary", "block", "tensor"]
 HAN = "[\u4e00-\u9fff]"
 MODES: tuple[str, ...] = Mode.__args__  # type: ignore[attr-defined]
@@ -41,7 +43,6 @@ FREE_TO_CHANGE = {
     "dataset_dir",
     "budget",
     "load_merge_report",
-    "metric_dir",
     "max_ram",
     "max_vram",
     "batch_tokens",  # running out of memory must not be the end of a run
@@ -139,7 +140,33 @@ def _parse_limit(value: object) -> int | None:
 
 
 def _parse_selection(value: object) -> object:
-    return "copeland" if value == "ranks" else value  # the original's word for it
+    names = {"ranks": "copeland", "borda": "average_rank"}  # `ranks` is the original's word
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+def _parse_switch(value: object) -> object:
+    """A switch, or the name of what decides; `none` is off."""
+    if not isinstance(value, str):
+        return value
+    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "none": False, "": False}
+    return words.get(value.lower(), value)
+
+
+class Windows(BaseModel):
+    """Which blocks are chosen together: each with `window` neighbours; windows that `slide` overlap."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    window: int = Field(0, ge=0)
+    slide: bool = True
+
+
+def _parse_windows(value: object) -> object:
+    if isinstance(value, dict | Windows):
+        return value
+    number = int(value) if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d{1,9}\s*", value) else value
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise ValueError(f"expected a number of blocks from 0 on, or {{window: 1, slide: false}}, got {show(value)}")
+    return Windows(window=number)
 
 
 class Racing(BaseModel):
@@ -171,6 +198,7 @@ class DatasetConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     mode: Mode
+    fields: dict[Wanted, str] | None = None
     think: bool = True
     weight: float = Field(default=1.0, ge=0)
     strict: bool = False
@@ -185,22 +213,8 @@ class DatasetConfig(BaseModel):
 DATASET_DEFAULTS = ("forbid", "template", "max_new_tokens", "samples")
 
 
-# Keys of a search by stages: a config that gives one of them searches as the original tool does.
-STAGE_KEYS = (
-    "base_select",
-    "boundary_select",
-    "layer_swap",
-    "tensor_swap",
-    "es_svd",
-    "es_norm",
-    "candidates",
-    "scales",
-    "direction",
-    "markov",
-    "max_models",
-    "improve_all",
-    "racing",
-)
+# Where things are, unless the config says otherwise.
+PLACES = {"models_dir": "models", "output_dir": "merged", "dataset_dir": "."}
 SIGNIFICANCE = 0.05  # of a joint search, unless the config says otherwise
 
 
@@ -220,8 +234,8 @@ class RunConfig(BaseModel):
     start: str | None = None
 
     search: Literal["joint", "stages"] | None = None
-    base_select: bool = False
-    boundary_select: bool = False
+    base_select: Annotated[bool | str, BeforeValidator(_parse_switch)] = False
+    boundary_select: Annotated[bool | str, BeforeValidator(_parse_switch)] = False
     layer_swap: bool = False
     tensor_swap: bool = False
     skip_norm: bool = False
@@ -234,7 +248,7 @@ class RunConfig(BaseModel):
     direction: Literal["forward", "backward"] = "forward"
     samples: int = Field(200, ge=1)
     improve_all: str | None = None
-    markov: int = Field(0, ge=0)
+    markov: Annotated[Windows, BeforeValidator(_parse_windows)] = Windows(window=0)
     max_models: int | None = Field(None, ge=1)
     units: list[str] = ["*"]
     es_svd_generations: int = Field(1, ge=1)
@@ -243,7 +257,7 @@ class RunConfig(BaseModel):
     es_norm_sigma: float = Field(0.005, gt=0)
     es_accept: Literal["selection", "any"] = "selection"
 
-    selection: Annotated[Literal["copeland", "mean"], BeforeValidator(_parse_selection)] = "copeland"
+    selection: Annotated[Literal["copeland", "mean", "average_rank"], BeforeValidator(_parse_selection)] = "copeland"
     significance: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, BeforeValidator(_parse_significance)] = None
     tie_tolerance: float | None = Field(None, ge=0)
     racing: Annotated[Racing | None, BeforeValidator(_parse_racing)] = None
@@ -260,8 +274,8 @@ class RunConfig(BaseModel):
     max_new_tokens: int = Field(1024, ge=1)
     budget: Annotated[Budget | None, BeforeValidator(_parse_budget)] = None
     shard_size: Annotated[PositiveInt, BeforeValidator(parse_size)] = 5_000_000_000
-    metric_dir: str | None = None
     _config_dir: Path = PrivateAttr(Path())
+    _notes: tuple[str, ...] = PrivateAttr(())
 
     @property
     def config_dir(self) -> Path:
@@ -269,17 +283,30 @@ class RunConfig(BaseModel):
         return self._config_dir
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What was read as something else than it says, and what is ignored."""
+        return self._notes
+
+    @property
     def base_name(self) -> str:
         """The donor that is the base before any selection, and whose tokenizer and template are used."""
+        if self.base_select in self.models:
+            return str(self.base_select)
         return self.base_model_name or self.models[0]
+
+    def chosen_by(self, switch: bool | str) -> list[str]:
+        """The datasets that decide where `base_select` or `boundary_select` is so; none where nothing is chosen."""
+        if isinstance(switch, bool):
+            return list(self.dataset) if switch else []
+        return [name for name, entry in self.dataset.items() if switch in (name, entry.mode)]
 
     @property
     def is_joint(self) -> bool:
         """Whether the coefficients of all donors are searched: unless the config has keys of a search by stages."""
         if self.search is not None:
             return self.search == "joint"
-        copeland = "selection" in self.model_fields_set and self.selection == "copeland"
-        return not copeland and not self.model_fields_set.intersection(STAGE_KEYS)
+        by_rank = "selection" in self.model_fields_set and self.selection != "mean"
+        return not by_rank and not self.model_fields_set.intersection(STAGE_KEYS)
 
     @property
     def required_p(self) -> float | None:
@@ -307,7 +334,7 @@ class RunConfig(BaseModel):
     def walk(self) -> list[Scale]:
         """The scales whose units are walked, in order: those listed, then those that only a switch asks for."""
         switches: dict[Scale, bool] = {
-            "boundary": self.boundary_select,
+            "boundary": bool(self.boundary_select),
             "block": self.layer_swap,
             "tensor": self.tensor_swap,
         }
@@ -318,16 +345,14 @@ class RunConfig(BaseModel):
         if len(set(self.models)) != len(self.models):
             twice = next(name for name in self.models if self.models.count(name) > 1)
             raise ValueError(f"models: {twice!r} is listed twice")
-        if self.base_name not in self.models:
-            raise ValueError(
-                f"base_model_name: {self.base_name!r} is not in models{did_you_mean(self.base_name, self.models)}"
-            )
-        allowed = ["all", "base", *{entry.mode for entry in self.dataset.values()}, *self.dataset]
-        if self.improve_all is not None and self.improve_all not in allowed:
-            raise ValueError(
-                f"improve_all: expected 'all', 'base', a mode in use or a dataset, got {self.improve_all!r}"
-                f"{did_you_mean(self.improve_all, allowed)}"
-            )
+        used = [*dict.fromkeys(entry.mode for entry in self.dataset.values()), *self.dataset]
+        _check_word(
+            "improve_all", self.improve_all, "'all', 'base', a mode in use or a dataset", ["all", "base", *used]
+        )
+        for key in ("base_select", "boundary_select"):
+            given = getattr(self, key)
+            word = None if isinstance(given, bool) else given
+            _check_word(key, word, "true, false, a mode in use, a dataset or a model", [*used, *self.models])
         again = next((scale for scale in self.scales if self.scales.count(scale) > 1), None)
         if again is not None:
             raise ValueError(f"scales: {again!r} is listed twice")
@@ -345,6 +370,8 @@ class RunConfig(BaseModel):
             raise ValueError(f"{unfit}: only a joint search has one; add search: joint")
         if self.is_joint and (self.improve_all or self.racing):
             raise ValueError("improve_all, racing: a search by stages has them; leave them out, or add search: stages")
+        if self.racing and self.selection == "average_rank":
+            raise ValueError("racing: who has the lowest average rank depends on all; use selection: copeland or mean")
         for name, entry in self.questions.items():
             _check_pattern(name, entry.forbid)
         return self
@@ -352,6 +379,11 @@ class RunConfig(BaseModel):
     def decisive(self) -> dict[str, Any]:
         """The keys that a resumed run must not change, as plain JSON values."""
         return self.model_dump(mode="json", exclude=FREE_TO_CHANGE)
+
+
+def _check_word(key: str, word: str | None, expected: str, allowed: Sequence[str]) -> None:
+    if word is not None and word not in allowed:
+        raise ValueError(f"{key}: expected {expected}, got {word!r}{did_you_mean(word, allowed)}")
 
 
 def _check_pattern(dataset: str, pattern: str | None) -> None:
@@ -396,16 +428,18 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
 
 def parse_config(data: dict[str, Any], where: str, folder: Path) -> RunConfig:
     """Check plain data as a RunConfig; relative paths are taken from `folder`."""
-    data = dict(data)
-    data.setdefault("dataset_dir", ".")
-    for key in ("models_dir", "output_dir", "dataset_dir"):
+    data, notes = read_original(data)
+    data = _without_blanks(data)
+    notes += _join_base(data)
+    for key, place in PLACES.items():
+        data.setdefault(key, place)
         if isinstance(data.get(key), (str, Path)):
             data[key] = absolute(folder, data[key], f"{where}: {key}")
     if data.get("improve_all") is False:
         data["improve_all"] = None
     defaults = {key: data[key] for key in DATASET_DEFAULTS if key in data}
     inherited = set()
-    for key in ("dataset", "holdout", "validation"):
+    for key in DATASETS:
         if isinstance(data.get(key), dict):
             inherited |= {
                 (key, name, default)
@@ -422,12 +456,44 @@ def parse_config(data: dict[str, Any], where: str, folder: Path) -> RunConfig:
         # A wrong default is reported where it is given, not once more for each dataset that takes it.
         faults = [fault for fault in error.errors() if fault["loc"][:3] not in inherited]
         raise explain(where, faults, _known_keys) from error
-    config._config_dir = folder
+    config._config_dir, config._notes = folder, tuple(notes)
     return config
+
+
+def _without_blanks(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The data without blank values, which mean the default. `forbid` may be null: then nothing is forbidden.
+
+    A blank key of a search by stages is given its default: the config is one of such a search.
+    """
+    kept: dict[str, Any] = {}
+    for key, value in data.items():
+        if key in STAGE_KEYS and value is None:
+            kept[key] = RunConfig.model_fields[key].get_default()
+        elif value is not None or key == "forbid" or key not in RunConfig.model_fields:
+            kept[key] = _filled(value, within=key in DATASETS)
+    return kept
+
+
+def _filled(value: Any, within: bool = False) -> Any:
+    """A value without its blank parts; `within`: those of its own values instead."""
+    if isinstance(value, dict) and within:
+        return {name: _filled(entry) for name, entry in value.items()}
+    if isinstance(value, dict):
+        return {key: part for key, part in value.items() if part is not None or key == "forbid"}
+    return [part for part in value if part is not None] if isinstance(value, list) else value
+
+
+def _join_base(data: dict[str, Any]) -> Iterator[str]:
+    """A base that is not listed joins the pool."""
+    base, models = data.get("base_model_name"), data.get("models")
+    if isinstance(base, str) and isinstance(models, list) and base not in models:
+        data["models"] = [*models, base]
+        listed = [name for name in models if isinstance(name, str)]
+        yield f"base_model_name: {base} is not in models and joins them{did_you_mean(base, listed)}"
 
 
 def _known_keys(location: Location) -> Iterable[str]:
     nested: dict[str, type[BaseModel]] = dict.fromkeys(("dataset", "holdout", "validation"), DatasetConfig)
-    nested |= {"budget": Budget, "racing": Racing}
+    nested |= {"budget": Budget, "racing": Racing, "markov": Windows}
     model: type[BaseModel] = nested[str(location[0])] if len(location) > 1 else RunConfig
     return model.model_fields

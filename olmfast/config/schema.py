@@ -8,7 +8,8 @@ from typing import Any
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from olmfast.config.run import BLENDS, RunConfig
+from olmfast.config.originals import FIRST_MODES, IGNORED, RENAMED
+from olmfast.config.run import BLENDS, PLACES, RunConfig
 
 NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 WHOLE = r"^\s*[+-]?\d+(\.0+)?\s*$"
@@ -21,7 +22,8 @@ SWITCH = r"^([Yy]es|YES|[Nn]o|NO|[Oo]n|ON|[Oo]ff|OFF)$"
 SPELLINGS: dict[str, list[dict[str, Any]]] = {
     "budget": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": f"{TIME}|{WHOLE}"}],
     "racing": [{"type": "boolean"}],
-    "selection": [{"const": "ranks"}],
+    "selection": [{"enum": ["ranks", "borda"]}],
+    "markov": [{"type": ["integer", "string"], "pattern": WHOLE, "minimum": 0}],
     "improve_all": [{"const": False}],
     "max_ram": [{"type": "string", "pattern": SIZE}],
     "max_vram": [{"type": "string", "pattern": SIZE}],
@@ -59,15 +61,29 @@ def run_schema() -> dict[str, Any]:
     file is read.
     """
     schema = RunConfig.model_json_schema(schema_generator=_Schema)
-    schema["required"].remove("dataset_dir")  # the config's folder, where nothing is said
+    schema["required"] = [key for key in schema["required"] if key not in PLACES]
     keys = schema["properties"]
     for key, forms in SPELLINGS.items():
         kept = {word: keys[key].pop(word) for word in ("default",) if word in keys[key]}
         keys[key] = {"anyOf": [*keys[key].get("anyOf", [keys[key]]), *forms], **kept}
     keys["candidates"] = {"type": "array", "minItems": 1, "items": {"anyOf": [*_candidates()]}, "default": ["swap"]}
     schema["$defs"].pop("CandidateKind")
+    datasets = schema["$defs"]["DatasetConfig"]
+    datasets["properties"]["mode"]["enum"] += FIRST_MODES
+    for key in keys.keys() - schema["required"]:
+        _allow_blank(keys, key)
+    for key in datasets["properties"].keys() - datasets["required"]:
+        _allow_blank(datasets["properties"], key)
+    keys |= {key: {"description": f"a key of the original: {why}"} for key, why in IGNORED.items()}
+    keys |= {old: {"description": f"the original's word for {new}"} for old, new in RENAMED.items()}
     description = "The config of olmfast run; docs/config.md describes the keys"
     return {"$schema": GenerateJsonSchema.schema_dialect, **schema, "description": description}
+
+
+def _allow_blank(keys: dict[str, Any], key: str) -> None:
+    """A key without a value has its default."""
+    kept = {word: keys[key].pop(word) for word in ("default",) if word in keys[key]}
+    keys[key] = {"anyOf": [*keys[key].get("anyOf", [keys[key]]), {"type": "null"}], **kept}
 
 
 def _candidates() -> Iterator[dict[str, Any]]:

@@ -1,44 +1,59 @@
-"""Dataset files -> conversations. The formats people have: ShareGPT, OpenAI messages, prompt/response, MMLU."""
+"""Dataset files -> conversations: JSON, JSON Lines, and the CSV files of MMLU; `items.py` reads what a file lists."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from olmfast.config.run import Wanted
 from olmfast.errors import InputError
-
-ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages up to the question, and the expected response; `options` are the letters of a choice."""
-
-    messages: tuple[dict[str, str], ...]
-    response: str
-    options: tuple[str, ...] = field(default=())
+from olmfast.evaluation.items import NO_ANSWER, Conversation, Item, show
+from olmfast.evaluation.metrics import GENERATIVE
 
 
-def load_conversations(path: Path, mode: str, limit: int) -> list[Conversation]:
-    """The first `limit` conversations of a file (JSON, JSON Lines, or an MMLU .csv).
+class Conversations(NamedTuple):
+    """What a dataset file holds, as far as a mode can use it, and how many items are left out, by reason."""
 
-    Raises InputError naming the file and the item that cannot be used.
+    usable: list[Conversation]
+    left_out: Counter[str]
+
+
+def load_conversations(path: Path, mode: str, limit: int, fields: Mapping[Wanted, str] | None = None) -> Conversations:
+    """The first `limit` conversations of a file: JSON, JSON Lines, an MMLU .csv, or with `fields` a .csv with a header.
+
+    `fields` maps prompt, response, system, choices and answer to the keys of the items. Items without the expected
+    answer that the mode needs, and those with tool calls, are left out.
+    Raises InputError naming the file and the item that no mode can use, or saying that no item is left.
     """
-    if path.suffix == ".csv":
-        return _mmlu(path, limit)
-    conversations = []
-    for number, item in enumerate(_items(path)[:limit]):
+    if path.suffix == ".csv" and not fields:
+        return Conversations(_mmlu(path, limit), Counter())
+    usable, left_out = [], Counter[str]()
+    items = _table(path) if path.suffix == ".csv" else _items(path)
+    for number, data in enumerate(items[:limit]):
         where = f"{path}: item {number}"
-        conversation = _conversation(where, item, mode)
-        if mode == "choice":
-            conversation = _with_options(where, item, conversation)
-        conversations.append(conversation)
-    return conversations
+        if not isinstance(data, dict):
+            raise InputError(f"{where}: expected an object, got {type(data).__name__}")
+        found = Item(where, data, fields or {}).conversation(mode)
+        if isinstance(found, Conversation) and not found.response and mode not in GENERATIVE:
+            found = NO_ANSWER
+        if isinstance(found, str):
+            left_out[found] += 1
+        else:
+            usable.append(found)
+    if not usable:
+        counted = ", ".join(f"{n} {why}" for why, n in left_out.items())
+        raise InputError(f"{path}: no item can be scored by mode {mode}: {counted}")
+    return Conversations(usable, left_out)
+
+
+def _table(path: Path) -> list[Any]:
+    """The rows of a .csv by the names in its first line."""
+    header, *rows = _csv_rows(path) or [[]]
+    return [dict(zip(header, row, strict=False)) for row in rows]
 
 
 def _items(path: Path) -> list[Any]:
@@ -57,7 +72,7 @@ def _items(path: Path) -> list[Any]:
     if isinstance(data, dict):
         data = [data]
     if not isinstance(data, list) or not data:
-        raise InputError(f"{path}: expected a list of conversations, got {_show(data)}")
+        raise InputError(f"{path}: expected a list of conversations, got {show(data)}")
     return data
 
 
@@ -74,62 +89,6 @@ def _json_lines(path: Path, text: str, error: Exception) -> list[Any]:
     if not lines:
         raise InputError(f"{path}: neither JSON nor JSON Lines: {error}") from error
     return lines
-
-
-def _show(value: object) -> str:
-    """A value as a message shows it: in full only where it is short."""
-    if value == []:
-        return "an empty list"
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _conversation(where: str, item: Any, mode: str) -> Conversation:
-    if not isinstance(item, dict):
-        raise InputError(f"{where}: expected an object, got {type(item).__name__}")
-    turns = next((item[k] for k in ("conversation", "conversations", "messages") if k in item), None)
-    if turns is None and "prompt" in item and "response" in item:
-        turns = [{"role": "user", "content": item["prompt"]}, {"role": "assistant", "content": item["response"]}]
-    if turns is None and mode == "choice" and "question" in item:
-        turns = [{"role": "user", "content": item["question"]}, {"role": "assistant", "content": "-"}]
-    if not isinstance(turns, list) or not turns:
-        keys = ", ".join(map(str, item)) or "none"
-        raise InputError(
-            f"{where}: expected 'conversation', 'conversations', 'messages' or 'prompt' and 'response'"
-            f"{', or question and choices' if mode == 'choice' else ''}, got {_show(keys)}"
-        )
-    messages = [_message(where, turn) for turn in turns]
-    *context, last = messages
-    if last["role"] != "assistant" or not last["content"].strip():
-        raise InputError(f"{where}: no response: the last message must be the expected answer of 'gpt'/'assistant'")
-    if not context:
-        raise InputError(f"{where}: no question: expected a message before the expected answer")
-    return Conversation(tuple(context), last["content"])
-
-
-def _message(where: str, turn: Any) -> dict[str, str]:
-    role = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
-    content = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
-    if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
-        raise InputError(f"{where}: expected a message with 'from' (system, human, gpt) and 'value', got {_show(turn)}")
-    if not content.isascii() and any("\ud800" <= character <= "\udfff" for character in content):
-        raise InputError(f"{where}: holds half of a character (a lone surrogate), which no tokenizer reads")
-    return {"role": ROLES[role], "content": content}
-
-
-def _with_options(where: str, item: dict[str, Any], conversation: Conversation) -> Conversation:
-    choices, answer = item.get("choices"), item.get("answer")
-    if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
-        raise InputError(f"{where}: mode 'choice' needs 'choices', a list of 2 to {len(LETTERS)} options")
-    letters = tuple(LETTERS[: len(choices)])
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(letters):
-        answer = letters[answer]
-    if answer not in letters:
-        raise InputError(f"{where}: 'answer' must be an index or one of {', '.join(letters)}, got {_show(answer)}")
-    *context, question = conversation.messages
-    listed = "\n".join(f"{letter}. {text}" for letter, text in zip(letters, choices, strict=True))
-    asked = {"role": "user", "content": f"{question['content']}\n{listed}\nAnswer:"}
-    return Conversation((*context, asked), answer, letters)
 
 
 def worked_examples(path: Path) -> list[Path]:
@@ -159,19 +118,20 @@ def _mmlu(path: Path, limit: int) -> list[Conversation]:
     ]
 
 
-def _mmlu_rows(path: Path) -> Iterator[tuple[str, str]]:
+def _csv_rows(path: Path) -> list[list[str]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.reader(file))
+            return list(csv.reader(file))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not CSV in UTF-8: {error}") from error
-    for number, row in enumerate(rows, 1):
+
+
+def _mmlu_rows(path: Path) -> Iterator[tuple[str, str]]:
+    for number, row in enumerate(_csv_rows(path), 1):
         if len(row) != 6 or row[5] not in tuple("ABCD"):
-            raise InputError(
-                f"{path}:{number}: expected question, A, B, C, D and the answer's letter, got {_show(row)}"
-            )
+            raise InputError(f"{path}:{number}: expected question, A, B, C, D and the answer's letter, got {show(row)}")
         question, *options, answer = row
         listed = "\n".join(f"{letter}. {text}" for letter, text in zip("ABCD", options, strict=True))
         yield f"{question}\n{listed}\nAnswer:", answer

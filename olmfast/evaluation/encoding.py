@@ -11,7 +11,8 @@ import xxhash
 
 from olmfast.config.run import DatasetConfig
 from olmfast.errors import InputError
-from olmfast.evaluation.conversations import Conversation, load_conversations, worked_examples
+from olmfast.evaluation.conversations import load_conversations, worked_examples
+from olmfast.evaluation.items import Conversation
 from olmfast.evaluation.metrics import GENERATIVE
 
 CHATML = (
@@ -24,7 +25,8 @@ NO_THINKING = f"{THINK}\n\n</think>\n\n"
 
 @dataclass(frozen=True)
 class Sample:
-    """One question as token ids. `options` holds one token id per letter of a multiple choice."""
+    """One question as token ids. `response` is empty where no answer is expected; `options` holds one token id per
+    letter of a multiple choice."""
 
     prompt: tuple[int, ...]
     response: tuple[int, ...]
@@ -33,13 +35,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset ready to be scored. `left_out` counts samples longer than the model's context."""
+    """A dataset ready to be scored. `reasons` counts the samples that are left out, by why."""
 
     name: str
     config: DatasetConfig
     samples: tuple[Sample, ...]
-    left_out: int
+    reasons: Mapping[str, int]
     digest: str
+
+    @property
+    def left_out(self) -> int:
+        """How many samples are not scored."""
+        return sum(self.reasons.values())
 
 
 def load_datasets(
@@ -53,15 +60,19 @@ def load_datasets(
 
 
 def _load(path: Path, name: str, config: DatasetConfig, tokenizer: Any, context: int) -> Dataset:
-    conversations = load_conversations(path, config.mode, config.samples)
-    encode = Encoder(tokenizer, config, raw_by_default=path.suffix == ".csv", where=str(path))
+    conversations, reasons = load_conversations(path, config.mode, config.samples, config.fields)
+    is_mmlu = path.suffix == ".csv" and not config.fields
+    encode = Encoder(tokenizer, config, raw_by_default=is_mmlu, where=str(path))
     encoded = [encode(conversation) for conversation in conversations]
     generates = config.mode in GENERATIVE
     fitting = [s for s in encoded if len(s.prompt) + (1 if generates else len(s.response)) <= context]
     if not fitting:
         raise InputError(f"{path}: every sample is longer than the model's context of {context} tokens")
-    digest = xxhash.xxh3_128(b"".join(file.read_bytes() for file in (path, *worked_examples(path)))).hexdigest()
-    return Dataset(name, config, tuple(fitting), len(encoded) - len(fitting), digest)
+    files = (path, *(worked_examples(path) if is_mmlu else []))
+    digest = xxhash.xxh3_128(b"".join(file.read_bytes() for file in files)).hexdigest()
+    if len(fitting) < len(encoded):
+        reasons[f"longer than {context} tokens"] = len(encoded) - len(fitting)
+    return Dataset(name, config, tuple(fitting), reasons, digest)
 
 
 class Encoder:
@@ -88,6 +99,8 @@ class Encoder:
             raise InputError(f"{self.where}: a question has no tokens")
         if conversation.options:
             return self._choice(prompt, prompt_ids, conversation)
+        if not conversation.response:
+            return Sample(prompt_ids, ())
         response = self._continuation(prompt, prompt_ids, answer)
         if self.config.include_eos and end:
             response = self._continuation(prompt, prompt_ids, answer + end)

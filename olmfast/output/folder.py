@@ -29,7 +29,7 @@ class OutputFolder:
         if output.name in ("", ".."):
             raise InputError(f"output_dir: {output} has no name of its own; name a folder that can be replaced")
         self.output = output
-        self.partial = output.with_name(output.name + ".partial")
+        self.partial = partial_of(output)
         self.overwrite = overwrite
         if output.exists() and not output.is_dir():
             raise InputError(f"{output}: exists and is not a directory; name another output_dir")
@@ -101,6 +101,11 @@ class OutputFolder:
         elif aside is not None and aside.is_dir():
             shutil.rmtree(aside)
         (self.output / REPLACING).unlink(missing_ok=True)
+
+
+def partial_of(output: Path) -> Path:
+    """The folder that a result is written to before it is complete."""
+    return output.with_name(output.name + ".partial")
 
 
 def _unused(path: Path) -> Path:

@@ -19,7 +19,7 @@ import torch
 
 from olmfast import _shards
 from olmfast.errors import InputError, OlmfastError
-from olmfast.weights.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo, reading
+from olmfast.weights.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo, read_header, reading
 from olmfast.weights.chunks import CHUNK, Readable, Scratch, chunk_size
 from olmfast.weights.recipe import Recipe
 from olmfast.weights.sources import Expression, Sources
@@ -157,6 +157,22 @@ def write_folder(
     for name, text in content.texts.items():
         write_text(folder / name, text)
     _shards.sync_folder(folder)
+
+
+def faults_of(content: Content, folder: Path, shard_size: int) -> list[str]:
+    """The files of a result that are missing from its folder, or not whole; weights by their headers and sizes."""
+    shards = _split(content.tensors, shard_size)
+    names = ["config.json", *(["model.safetensors.index.json"] if len(shards) > 1 else [])]
+    names += [path.name for path in tokenizer_files(content.tokenizer.folder)]
+    faults = [name for name in names if not (folder / name).is_file() or not (folder / name).stat().st_size]
+    for name, tensors in shards.items():
+        try:
+            held = {info.name: (info.dtype, info.shape) for info in read_header(folder / name)}
+        except InputError:
+            held = {}
+        if held != {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}:
+            faults.append(name)
+    return faults
 
 
 @contextmanager

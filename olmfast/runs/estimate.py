@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from olmfast.config.originals import BOUNDARY
 from olmfast.config.run import Budget, RunConfig
 from olmfast.evaluation.memory import Memory
 from olmfast.evaluation.metrics import BOUNDED, standard_error
@@ -35,6 +36,7 @@ class Estimate:
     remain the base's, by reason; `vocabulary` maps a donor to the number of tokens that its tokenizer lists, all with
     `n_rows` rows. `memory_bytes` is the least that evaluation needs on `device`, `memory_limit` what it may take;
     `rates` are operations of matrix products per second, in `dtype` and others, and a step's work is counted in them.
+    `notes` say how the config was read.
     """
 
     stages: dict[str, Stage]
@@ -55,6 +57,7 @@ class Estimate:
     memory_bytes: int
     memory_limit: int
     rates: dict[str, float]
+    notes: tuple[str, ...] = ()
 
     @property
     def n_candidates(self) -> int:
@@ -110,6 +113,7 @@ class Estimate:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
+            "notes": list(self.notes),
             "stages": {
                 name: {"units": len(stage.units), "candidates": stage.n_candidates, "tensors": len(stage.tensors)}
                 | ({"within_budget": self.within_budget[name]} if self.budget is not None else {})
@@ -150,6 +154,7 @@ def estimate(config: RunConfig, observer: Observer | None = None) -> Estimate:
     n_rows, hidden = base.tensors[pool.architecture.family.embedding].shape
     least = _least_memory(config, pool, stages, judged.tokens * hidden)
     return Estimate(
+        notes=config.notes,
         stages=stages,
         steps=tuple(plan_steps(config, inputs)),
         budget=config.budget,
@@ -216,7 +221,7 @@ def _stays(config: RunConfig, pool: Pool, stages: Mapping[str, Stage]) -> dict[s
         architecture, module = pool.architecture, name.rsplit(".", 1)[0]
         if architecture.is_ignored(name):
             return "computed by the model"
-        if architecture.block_of(name) is None:
+        if architecture.block_of(name) is None and BOUNDARY not in config.units:
             return "embedding, final norm and head: the boundary is not searched"
         if not of_module:
             return "the blocks are not searched"

@@ -10,22 +10,23 @@ from typing import Any
 
 from olmfast.errors import InputError, OlmfastError
 from olmfast.output.folder import OutputFolder
-from olmfast.runs.original import original_choices, read_original
-from olmfast.search.log import STEPS, Outcome
+from olmfast.runs.original import Choices, read_original, read_other
+from olmfast.search.log import STEPS
 from olmfast.search.record import LEDGER, REFINED, REPORT, Record
 from olmfast.weights.digests import DIGESTS
-from olmfast.weights.expressions import Copy, whole
 from olmfast.weights.pool import Pool
 
 
 class RunFolder(OutputFolder):
     """`OUT.partial` while a run is in progress, `OUT` once it is complete.
 
+    A run that begins takes over the choices in `report`, one of the original tool's.
     Raises InputError at once when `OUT` or `OUT.partial` exists and neither `resume` nor `overwrite` is requested.
     """
 
-    def __init__(self, output: Path, *, resume: bool, overwrite: bool) -> None:
+    def __init__(self, output: Path, *, resume: bool, overwrite: bool, report: Path | None = None) -> None:
         super().__init__(output, overwrite=overwrite)
+        self.original = read_other(report) if report is not None else None
         self.resume = resume and not overwrite
         if resume or overwrite:
             if self.resume and self._is_foreign():
@@ -93,13 +94,13 @@ class RunFolder(OutputFolder):
 
     def _open(self, header: dict[str, Any], pool: Pool) -> Record:
         if not self.resume:
-            return Record.create(self.partial, header)
+            return self._begin(header, pool)
         if not (self.partial / STEPS).is_file():
             for folder in (self.partial, self.output):
                 if (original := read_original(folder)) is not None:
                     return self._import_original(original, header, pool)
             if not (self.output / STEPS).is_file():
-                return Record.create(self.partial, header)
+                return self._begin(header, pool)
             before = Record.load(self.output)
             _check_same(self.output, before, header)
             if before.status == "finished":
@@ -113,6 +114,11 @@ class RunFolder(OutputFolder):
         record.write_report()
         return record
 
+    def _begin(self, header: dict[str, Any], pool: Pool) -> Record:
+        if self.original is not None:
+            return self._import_original(self.original, header, pool)
+        return Record.create(self.partial, header)
+
     def _take_over(self) -> None:
         """Continue a run that stopped at its budget: its state is copied, the result stays until replaced."""
         shutil.copytree(self.output / REFINED, self.partial / REFINED, dirs_exist_ok=True)
@@ -123,28 +129,10 @@ class RunFolder(OutputFolder):
 
     def _import_original(self, original: dict[str, Any], header: dict[str, Any], pool: Pool) -> Record:
         """Begin from the decisions of the original tool's report; they count as steps taken."""
-        choices = original_choices(original, list(pool.tensors), pool.names)
-        base = choices["base"] or pool.names[0]
-        recipe = whole(base, pool.tensors)
-        architecture = pool.architecture
-        taken: list[tuple[str, str, str, str, tuple[str, ...]]] = []
-        if choices["boundary"]:
-            unit = architecture.boundary_unit(pool.tensors)
-            taken.append(("boundary", "boundary", "boundary", choices["boundary"], unit.tensors))
-        for block, donor in choices["layers"].items():
-            unit = architecture.window_unit(pool.tensors, [block])
-            if not unit.tensors:
-                raise InputError(f"{REPORT}: names block {block}; the models have 0 to {architecture.n_blocks - 1}")
-            taken.append((f"layers/{block}", "layers", str(block), donor, unit.tensors))
-        for name, donor in choices["tensors"].items():
-            tensors = tuple(t for t in pool.tensors if t.startswith(f"{name}."))
-            taken.append((f"tensors/{name}", "tensors", name, donor, tensors))
-        outcomes = {}
-        for key, stage, unit_name, donor, tensors in taken:
-            recipe = recipe.with_values({t: Copy(donor, t) for t in tensors})
-            outcomes[key] = Outcome(stage, unit_name, donor, changed=donor != base, metrics={})
-        decided = bool(choices["base"] or taken)
-        return Record.create(self.partial, {**header, "imported_base": base if decided else None}, outcomes, recipe)
+        choices = Choices.read(original)
+        recipe, outcomes = choices.recipe(pool)
+        decided = recipe.base if choices.donors else None
+        return Record.create(self.partial, {**header, "imported_base": decided}, outcomes, recipe)
 
 
 def _check_same(folder: Path, record: Record, header: dict[str, Any]) -> None:

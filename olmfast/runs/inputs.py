@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from olmfast import __version__
+from olmfast.config.originals import BOUNDARY
 from olmfast.config.run import RunConfig
 from olmfast.errors import InputError
 from olmfast.evaluation.conversations import load_conversations
@@ -59,7 +61,7 @@ class Inputs:
         if pool is None:  # what can be checked of the datasets without a tokenizer
             for name, entry in entries.items():
                 with _noted(faults):
-                    load_conversations(config.dataset_dir / name, entry.mode, entry.samples)
+                    load_conversations(config.dataset_dir / name, entry.mode, entry.samples, entry.fields)
             raise InputError("\n".join(faults))
         for warning in pool.warnings:
             observer.note(warning)
@@ -68,33 +70,37 @@ class Inputs:
             with _noted(faults):
                 order = order_of_tensors(whole(config.base_name, pool.tensors), pool, settings)
             for donor in pool:  # scored whole, it is built by its own config
-                if pool.settings_differ(config.base_name, donor.name):
+                if donor.name not in pool.blocks_only and pool.settings_differ(config.base_name, donor.name):
                     with _noted(faults):
                         order_of_tensors(whole(donor.name, pool.tensors), pool, settings)
         questions = Questions(None, (), {})
         with _noted(faults):
             questions = Questions.load(pool[config.base_name], config.dataset_dir, entries)
         for name, dataset in questions.datasets.items():
-            if dataset.left_out:
-                context = pool.architecture.context
-                observer.note(f"{name}: {dataset.left_out} samples longer than {context} tokens are left out")
+            for why, n in dataset.reasons.items():
+                observer.note(f"{name}: {n} samples {why} are left out")
         for check in (check_apart, check_units):
             with _noted(faults):
                 check(config, pool)
+        with _noted(faults):
+            check_searches(config)
         with _noted(faults):
             check_space(config.output_dir, max(donor.n_bytes for donor in pool))
         if faults or settings is None:
             raise InputError("\n".join(faults))
         if weights:
             pool.check_finite()
-        if config.metric_dir is not None:
-            observer.note("metric_dir: accepted for compatibility and ignored; metrics are in the output folder")
         return cls(config, pool, questions, settings, order)
 
     @property
     def donors(self) -> list[str]:
         """The models that are merged, the base first."""
         return [name for name in self.pool.names if name in self.config.models]
+
+    @property
+    def models(self) -> list[str]:
+        """Those of them that are whole models and can be scored."""
+        return [name for name in self.donors if name not in self.pool.blocks_only]
 
     @cached_property
     def _divided(self) -> tuple[Indices, Indices]:
@@ -121,10 +127,13 @@ class Inputs:
 
     def header(self) -> dict[str, Any]:
         """What identifies the run: a resumed run must have the same config, donors and datasets."""
-        every = self.questions.datasets
+        every, output = self.questions.datasets, self.config.output_dir
+        places = {"models_dir": self.config.models_dir, "config_dir": self.config.config_dir}
         return {
             "version": 1,
             "config": self.config.decisive(),
+            # From the result's folder, and free to change: where the donors were.
+            "places": {key: os.path.relpath(place, output) for key, place in places.items()},
             "donors": {donor.name: donor.fingerprint() for donor in self.pool},
             "datasets": {name: dataset.digest for name, dataset in every.items()},
             "samples": {name: len(dataset.samples) for name, dataset in every.items()},
@@ -148,8 +157,22 @@ def check_units(config: RunConfig, pool: Pool) -> None:
     units = pool.architecture.module_units(pool.tensors)
     names = [name for unit in units for name in (unit.name, *unit.tensors)]
     for pattern in config.units:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if pattern != BOUNDARY and not any(fnmatchcase(name, pattern) for name in names):
             raise InputError(f"units: {pattern!r} matches no module inside the blocks, such as {units[0].name}")
+
+
+def check_searches(config: RunConfig) -> None:
+    """Raise InputError when a search by stages has nothing to search: it would end as it began."""
+    evolves = config.es_svd or config.es_norm
+    if config.is_joint or config.load_merge_report or evolves:
+        return
+    if not config.walk and not config.chosen_by(config.base_select):
+        raise InputError(
+            "this config searches nothing: its keys are of a search by stages, and no stage is on; switch on some of "
+            "base_select, boundary_select, layer_swap, tensor_swap, es_svd and es_norm, or add search: joint"
+        )
+    if len(config.models) < 2:
+        raise InputError(f"models: {config.models[0]} is the only one, so there is nothing to choose from; name others")
 
 
 @contextmanager

@@ -3,12 +3,46 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from olmfast.errors import InputError
-from olmfast.search.log import STEPS
+from olmfast.search.log import STEPS, Outcome
 from olmfast.search.record import REPORT
+from olmfast.weights.expressions import Copy, whole
+from olmfast.weights.pool import Pool
+from olmfast.weights.recipe import Recipe
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A `merge_report.json`, of the original tool or ours, which has the key `olmfast`.
+
+    Raises InputError for one that cannot be read or is not a merge report.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    keys = ("base_model", "boundary_layers", "layers", "tensors", "olmfast")
+    parts = [data.get(key, {}) for key in keys] if isinstance(data, dict) else [None]
+    if not any(part != {} for part in parts) or not all(isinstance(part, dict) for part in parts):
+        raise InputError(f"{path}: is not a merge report")
+    return dict(data)
+
+
+def read_other(path: Path) -> dict[str, Any]:
+    """The original tool's report at a path, to begin a run from. Raises InputError for one of ours."""
+    data = read_report(path)
+    if "olmfast" in data:
+        raise InputError(
+            f"{path}: is a report of olmfast's own; --resume continues it in its folder, and olmfast rebuild makes its "
+            "model"
+        )
+    return data
 
 
 def read_original(folder: Path) -> dict[str, Any] | None:
@@ -19,12 +53,7 @@ def read_original(folder: Path) -> dict[str, Any] | None:
     path = folder / REPORT
     if not path.is_file() or (folder / STEPS).is_file():
         return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(data, dict) or not isinstance(data.get("base_model", {}), dict):
-        raise InputError(f"{path}: is not a merge report")
+    data = read_report(path)
     if "olmfast" in data:
         raise InputError(
             f"{folder / STEPS}: is missing, and {REPORT} alone cannot be continued; put it back, or use --overwrite "
@@ -33,24 +62,73 @@ def read_original(folder: Path) -> dict[str, Any] | None:
     return data
 
 
-def original_choices(data: dict[str, Any], tensors: list[str], known: list[str]) -> dict[str, Any]:
-    """The decisions in a report of the original tool, checked: base, boundary, layers {index: donor}, tensors.
+@dataclass(frozen=True)
+class Choices:
+    """The decisions in a report of the original tool: donors by block, and by module's name."""
 
-    Raises InputError naming a donor of the report that is not in the pool.
-    """
-    choices: dict[str, Any] = {"base": data.get("base_model", {}).get("name")}
-    choices["boundary"] = data.get("boundary_layers", {}).get("name")
-    choices["layers"] = {int(i): e["best_model"] for i, e in data.get("layers", {}).items() if "best_model" in e}
-    choices["tensors"] = {
-        name.removesuffix(".weight").removesuffix(".bias"): e["best_model"]
-        for name, e in data.get("tensors", {}).items()
-        if e.get("best_model") is not None
-    }
-    used = [choices["base"], choices["boundary"], *choices["layers"].values(), *choices["tensors"].values()]
-    for name in used:
-        if name is not None and name not in known:
-            raise InputError(f"{REPORT}: names the donor {name!r}, which is not in models")
-    for name in choices["tensors"]:
-        if not any(tensor.startswith(f"{name}.") for tensor in tensors):
-            raise InputError(f"{REPORT}: names the tensor {name!r}, which the models do not have")
-    return choices
+    base: str | None
+    boundary: str | None
+    layers: dict[int, str]
+    tensors: dict[str, str]
+
+    @classmethod
+    def read(cls, data: dict[str, Any]) -> Choices:
+        """The decisions as they stand there. Raises InputError for a report of another shape."""
+        try:
+            layers = {int(i): entry["best_model"] for i, entry in data.get("layers", {}).items() if _winner(entry)}
+            tensors = {
+                name.removesuffix(".weight").removesuffix(".bias"): entry["best_model"]
+                for name, entry in data.get("tensors", {}).items()
+                if _winner(entry)
+            }
+            names = data.get("base_model", {}).get("name"), data.get("boundary_layers", {}).get("name")
+            return cls(names[0] or None, names[1] or None, layers, tensors)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise InputError(f"{REPORT}: is not a merge report of the original's shape: {error}") from error
+
+    @property
+    def donors(self) -> list[str]:
+        """The donors that are named, each once."""
+        named = [self.base, self.boundary, *self.layers.values(), *self.tensors.values()]
+        return list(dict.fromkeys(name for name in named if name is not None))
+
+    def recipe(self, pool: Pool) -> tuple[Recipe, dict[str, Outcome]]:
+        """What they make of the pool, and each as a step that has been taken.
+
+        Raises InputError naming a donor, block or tensor of the report that the pool does not have.
+        """
+        for name in self.donors:
+            if name not in pool.names:
+                raise InputError(f"{REPORT}: names the donor {name!r}, which is not in models")
+        base = self.base or pool.names[0]
+        recipe, outcomes = whole(base, pool.tensors), dict[str, Outcome]()
+        for key, stage, unit, donor, tensors in self._taken(pool):
+            recipe = recipe.with_values({name: Copy(donor, name) for name in tensors})
+            outcomes[key] = Outcome(stage, unit, donor, changed=donor != base, metrics={})
+        return recipe, outcomes
+
+    def _taken(self, pool: Pool) -> Iterator[tuple[str, str, str, str, tuple[str, ...]]]:
+        """Key, stage, unit, donor and tensors of each step."""
+        architecture = pool.architecture
+        if self.boundary:
+            tensors = architecture.boundary_unit(pool.tensors).tensors
+            yield "boundary", "boundary", "boundary", self.boundary, tensors
+        for block, donor in self.layers.items():
+            tensors = architecture.window_unit(pool.tensors, [block]).tensors
+            if not tensors:
+                raise InputError(f"{REPORT}: names block {block}; the models have 0 to {architecture.n_blocks - 1}")
+            yield f"layers/{block}", "layers", str(block), donor, tensors
+        for name, donor in self.tensors.items():
+            tensors = tuple(tensor for tensor in pool.tensors if tensor.startswith(f"{name}."))
+            is_tied_head = pool.tied and architecture.family.head.startswith(f"{name}.")
+            if not tensors and not is_tied_head:
+                raise InputError(f"{REPORT}: names the tensor {name!r}, which the models do not have")
+            yield f"tensors/{name}", "tensors", name, donor, tensors
+
+
+def _winner(entry: dict[str, Any]) -> str | None:
+    """The donor that was chosen, if one was."""
+    winner = entry.get("best_model")
+    if winner is not None and not isinstance(winner, str):
+        raise ValueError(f"expected the name of a model, got {winner!r}")
+    return winner

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from olmfast.config.run import parse_datasets
+from olmfast.errors import InputError
 from olmfast.evaluation.open import Evaluation, Questions, Settings
 from olmfast.evaluation.scorer import Candidate, Scorer
 from olmfast.evaluation.scores import Scores
@@ -176,6 +177,8 @@ def evaluate(
     entries = parse_datasets({str(file): entry for file, entry in datasets.items()}, where="evaluate")
     settings = Settings.of(device, dtype)
     pool = Pool.open(list(dict.fromkeys([*donors, name])), here / models_dir, here)
+    if pool.blocks_only:
+        raise InputError(f"{pool.blocks_only[0]}: is stored for another task and cannot be scored as a language model")
     questions = Questions.load(pool[name], here, entries)
     rows: dict[str, Recipe | None] = {donor: whole(donor, pool.tensors) for donor in donors}
     if len(donors) > 1:

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from olmfast import __version__
 from olmfast.config.run import RunConfig, load_config
 from olmfast.config.run import Scale as Units
 from olmfast.errors import FileChanged, OlmfastError
 from olmfast.evaluation.open import Evaluation, Questions
 from olmfast.evaluation.scorer import Candidate, Scorer
 from olmfast.observer import Observer
-from olmfast.output.writer import content_of, write_folder, writing
+from olmfast.output.folder import partial_of
+from olmfast.output.writer import content_of, faults_of, write_folder, writing
 from olmfast.runs.card import write_card
 from olmfast.runs.folder import RunFolder
 from olmfast.runs.inputs import Inputs
+from olmfast.runs.rebuild import restore
 from olmfast.runs.scoreboard import AVERAGE, RESULT, START, Scoreboard, plain_average
 from olmfast.runs.steps import CLOSING, HELD_OUT, SELECTION, schedule
 from olmfast.runs.verdict import Verdict, of_run
+from olmfast.runs.watchers import Both, RunLog
 from olmfast.search.acceptance import Scale
 from olmfast.search.candidates import score_donors, swap
 from olmfast.search.crossfit import CrossFit
@@ -37,6 +43,7 @@ from olmfast.weights.architecture import Unit
 from olmfast.weights.coefficients import TaskVectors, task_vectors
 from olmfast.weights.expressions import whole
 from olmfast.weights.recipe import Recipe
+from olmfast.weights.sources import Sources
 
 
 @dataclass(frozen=True)
@@ -61,29 +68,56 @@ def run(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    report: str | Path | None = None,
     observer: Observer | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Result:
     """Search for the best merge of the config's pool and write it to `output_dir`.
 
     `config` is what `load_config` returned or takes. `resume` goes on with an unfinished run, `overwrite` replaces a
-    result that is there; `observer` is told of each step, and `stop_requested` asked between two steps.
+    result that is there, and `report` is a `merge_report.json` of the original OLM whose choices a new run begins with
+    (one in the output folder is resumed); `observer` is told of each step, `stop_requested` asked between two steps.
 
     Raises InputError before anything is written when the input is unusable, Interrupted when
     `stop_requested` said so between two steps, OlmfastError when the run failed; what was decided is kept.
     """
     if not isinstance(config, RunConfig):
         config = load_config(config)
-    observer = observer or Observer()
-    folder = RunFolder(config.output_dir, resume=resume or config.load_merge_report, overwrite=overwrite)
+    log = RunLog()
+    watched = Both([observer or Observer(), log])
+    report = None if report is None else Path(report).absolute()
+    if report is not None and report.parent in (config.output_dir, partial_of(config.output_dir)):
+        resume, report = True, None
+    resume = resume or config.load_merge_report
+    folder = RunFolder(config.output_dir, resume=resume, overwrite=overwrite, report=report)
+    try:
+        _run(config, folder, watched, log, stop_requested)
+    except OlmfastError as error:
+        log.note(str(error))
+        raise
+    finally:
+        log.end()
+    return _result(config, Record.load(config.output_dir))
+
+
+def _run(
+    config: RunConfig, folder: RunFolder, observer: Observer, log: RunLog, stop_requested: Callable[[], bool]
+) -> None:
+    for note in config.notes:
+        observer.note(note)
     inputs = Inputs.open(config, observer)
     try:
         with folder.locked(inputs.header(), inputs.pool) as record:
             if record.status != "finished":
+                log.begin(record.folder)
+                log.note(f"olmfast {__version__} {'continues' if record.steps else 'begins'}: {config.output_dir}")
                 session = Session(config, inputs, record, observer, stop_requested)
                 status = session.search_all()
                 observer.note(session.write())
                 record.update(status=status)
+                log.note(f"{status}: {config.output_dir}")
+            else:
+                _restore(config, inputs, record, folder, observer)
             folder.publish(record)
     except FileChanged as error:
         raise error.with_advice("--resume") from error
@@ -97,7 +131,6 @@ def run(
             f"{error.filename or folder.partial}: {error.strerror}; everything decided so far is saved; "
             "fix this and use --resume"
         ) from error
-    return _result(config, Record.load(config.output_dir))
 
 
 class Session:
@@ -124,8 +157,8 @@ class Session:
         scorer = self.evaluation.scorer(inputs.selection, observer.candidate, observer.note)  # the first one tells
         sources = self.evaluation.sources
         self.search = Search(config, recipe, inputs.order, sources, scorer, record, rules, observer, stop_requested)
-        self.selection = Scoreboard(inputs.donors)
-        self.holdout = Scoreboard(inputs.donors)
+        self.selection = Scoreboard(inputs.models)
+        self.holdout = Scoreboard(inputs.models)
 
     def _scorer(self, questions: Questions) -> Scorer:
         return self.evaluation.scorer(questions, self.observer.candidate)
@@ -247,7 +280,7 @@ class Session:
         pool, sources = self.inputs.pool, self.evaluation.sources
         recipe = self.record.validated or self.search.recipe
         average: dict[str, Recipe | None] = {}
-        if len(self.inputs.donors) > 1:
+        if len(self.selection.donors) > 1:
             average = {AVERAGE: plain_average(recipe.base, self.selection.donors, pool)}
         rows: dict[str, Recipe | None] = {
             **average,
@@ -290,8 +323,8 @@ class Session:
         if not questions.datasets:
             return
         if "donors_holdout" not in self.record.values:
-            self.observer.step("held-out", "donors", len(self.inputs.donors))
-            recipes = {name: whole(name, pool.tensors) for name in self.inputs.donors}
+            self.observer.step("held-out", "donors", len(self.inputs.models))
+            recipes = {name: whole(name, pool.tensors) for name in self.inputs.models}
             self.holdout.score(self._scorer(questions), dict(recipes), list(questions.datasets), pool)
             self.record.update(donors_holdout=self.holdout.to_json())
         self.holdout = Scoreboard.from_json(self.record.values["donors_holdout"])
@@ -301,7 +334,7 @@ class Session:
         search, pool = self.search, self.inputs.pool
         outcome = score_donors(search)
         rows: dict[str, dict[str, float]] = {}
-        for name in self.inputs.donors:
+        for name in self.inputs.models:
             row = {dataset: score for dataset, by in outcome.metrics.items() if (score := by[name]) is not None}
             if len(row) == len(outcome.metrics):  # else neither it nor its twins can define the scale
                 rows[name] = row
@@ -315,12 +348,27 @@ class Session:
         if outcome.winner != search.recipe.base and not resumed:
             search.rebase(whole(outcome.winner, pool.tensors))
         if self.config.max_models is not None:
-            search.donors = [outcome.winner, *outcome.order][: self.config.max_models]
+            search.donors = [outcome.winner, *outcome.order, *pool.blocks_only][: self.config.max_models]
 
 
-def _result(config: RunConfig, record: Record) -> Result:
+def _restore(config: RunConfig, inputs: Inputs, record: Record, folder: RunFolder, observer: Observer) -> None:
+    """Write again what a finished run's folder has lost."""
+    sources = Sources(inputs.pool, record.folder)
+    content = content_of(_recipe_of(record), sources, inputs.pool[config.base_name])
+    if faults_of(content, record.folder, config.shard_size):
+        with folder.lock(empty=False) if record.folder == folder.output else nullcontext():
+            restore(content, sources, record.folder, config.shard_size, observer)
+        if record.folder == folder.output:
+            shutil.rmtree(folder.partial)
+
+
+def _recipe_of(record: Record) -> Recipe:
     recipe = record.validated or record.recipe
     if recipe is None:
         raise OlmfastError(f"{record.folder}: the record holds no recipe")
+    return recipe
+
+
+def _result(config: RunConfig, record: Record) -> Result:
     boards = [Scoreboard.from_json(record.values[key]) for key in ("selection", "holdout")]
-    return Result(config.output_dir, record.status, recipe, record, *boards)
+    return Result(config.output_dir, record.status, _recipe_of(record), record, *boards)

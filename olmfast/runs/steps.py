@@ -116,7 +116,7 @@ def plan_steps(config: RunConfig, inputs: Inputs) -> list[PlannedStep]:
     context, n_blocks = pool.architecture.context, pool.architecture.n_blocks
     judged, held_out = (Work.of(some.datasets.values(), context) for some in (inputs.selection, inputs.holdout))
     operations = Operations.of(config, pool)
-    n_donors = len(config.models)
+    n_donors = len(config.models) - len(pool.blocks_only)
     n_closing = 1 + (n_donors > 1) + config.is_joint  # the result, the plain average, the start
     steps = []
     if held_out.tokens:
@@ -149,7 +149,7 @@ def _decisions(config: RunConfig, pool: Pool) -> Iterator[tuple[str, Unit, int]]
     # As long as whole units are swapped, the coarser before the finer, the current values are one of the donors'.
     swaps_only = n_ways == 1 and config.candidates[0].method == "swap" and not config.scales
     n_donors = len(config.models)
-    yield "base", architecture.model_unit(tensors), n_donors
+    yield "base", architecture.model_unit(tensors), n_donors - len(pool.blocks_only)
     if config.is_joint:
         whole = architecture.model_unit(tensors)
         yield "start", whole, 1 + N_STARTS + (config.start is not None)

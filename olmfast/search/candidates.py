@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 from olmfast.evaluation.scorer import Candidate
@@ -10,7 +11,7 @@ from olmfast.evaluation.scores import Scores
 from olmfast.search.acceptance import Scale
 from olmfast.search.log import Outcome
 from olmfast.search.loop import Search, Step
-from olmfast.search.ranking import Rules, order
+from olmfast.search.ranking import Rules, choose, order
 from olmfast.search.spans import real_spans
 from olmfast.weights.architecture import Unit
 from olmfast.weights.expressions import Copy, merge, whole
@@ -25,7 +26,9 @@ def score_donors(search: Search) -> Outcome:
     untouched = owner(search.recipe, unit) == base  # false where another tool's report was taken over
 
     def propose() -> list[Candidate]:
-        donors = {name: Candidate(name, recipe=whole(name, search.sources.pool.tensors)) for name in search.donors}
+        pool = search.sources.pool
+        models = [name for name in search.donors if name not in pool.blocks_only]
+        donors = {name: Candidate(name, recipe=whole(name, pool.tensors)) for name in models}
         return [Candidate(base) if untouched else donors[base], *(donors[name] for name in donors if name != base)]
 
     def accept(scores: Scores, alive: list[int]) -> list[int]:
@@ -34,10 +37,13 @@ def score_donors(search: Search) -> Outcome:
         # The donors' own scores are the scale here: no earlier step has set one.
         means = {name: scores.mean(name)[alive] for name in scores.samples}
         spans = {name: (float(values.min()), float(values.max())) for name, values in means.items()}
-        ranked = order(scores, alive, replace(search.rules, spans=spans))
-        if search.config.base_select and search.record.header.get("imported_base") is None:
-            return ranked
-        return [0, *(row for row in ranked if row != 0)]
+        rules = replace(search.rules, spans=spans)
+        ranked = order(scores, alive, rules)
+        deciding = search.config.chosen_by(search.config.base_select)
+        first = 0
+        if deciding and search.record.header.get("imported_base") is None:
+            first = choose(scores.only(deciding), alive, rules)
+        return [first, *(row for row in ranked if row != first)]
 
     step = Step("base", "base", unit, propose, accept=accept, guarded=False, commit=False, races=False, spans=True)
     return search.take(step)
@@ -58,13 +64,27 @@ def swap(search: Search, stage: str, unit: Unit, following: Unit | None = None, 
     of a later walk from those of the first.
     """
     key = (stage if stage == unit.name else f"{stage}/{unit.name}") + again
+    wanted = search.config.boundary_select if unit.kind == "boundary" else False
+    accept = partial(_accept_by, search, wanted) if isinstance(wanted, str) else None
 
     def propose() -> list[Candidate]:
         for donor in search.donors:
             search.sources.prefetch(Copy(donor, name) for name in (following.tensors if following else ()))
+        if wanted in search.config.models:
+            named = Candidate(str(wanted), {name: Copy(str(wanted), name) for name in unit.tensors})
+            return [
+                Candidate(owner(search.recipe, unit)),
+                *([] if named.label == owner(search.recipe, unit) else [named]),
+            ]
         return swap_candidates(search, unit)
 
-    return search.take(Step(key, stage, unit, propose))
+    return search.take(Step(key, stage, unit, propose, accept=accept))
+
+
+def _accept_by(search: Search, wanted: str, scores: Scores, alive: list[int]) -> list[int]:
+    """The winner by some datasets alone, or the one candidate beside the current values that a model's name left."""
+    deciding = search.config.chosen_by(wanted)
+    return [choose(scores.only(deciding), alive, search.rules) if deciding else alive[-1]]
 
 
 def swap_candidates(search: Search, unit: Unit) -> list[Candidate]:

@@ -51,7 +51,8 @@ class Coefficients:
         """The best donor of each dataset that tells donors apart."""
         scores, found = self.search.record.steps["base"].metrics, dict[str, Candidate]()
         for name in self.crossfit.scale.spans:
-            best = min(self.search.donors, key=lambda donor: _known(scores[name][donor]))
+            known = [donor for donor in self.search.donors if donor in scores[name]]
+            best = min(known, key=lambda donor: _known(scores[name][donor]))
             found[name] = Candidate(best, recipe=whole(best, self.search.sources.pool.tensors))
         return found
 

@@ -434,8 +434,11 @@ class Search:
                 label: float(means[row]) if bool(torch.isfinite(means[row])) else None for label, row in rows.items()
             }
             if bool(scores.truncated[dataset].any()):
-                rates = scores.truncated[dataset].float().mean(dim=1)
-                truncated[dataset] = {label: round(float(rates[row]), 4) for label, row in rows.items()}
+                n_scored = scores.evaluated[dataset].sum(dim=1)
+                rates = scores.truncated[dataset].sum(dim=1) / n_scored
+                truncated[dataset] = {
+                    label: round(float(rates[row]), 4) for label, row in rows.items() if n_scored[row]
+                }
         return Outcome(
             stage=step.stage,
             unit=step.unit.name,

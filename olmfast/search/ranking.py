@@ -1,4 +1,4 @@
-"""Which candidate wins: ranks and Copeland, or the weighted mean of scaled scores; and the guard.
+"""Which candidate wins: by ranks (Copeland, or their average), or the weighted mean of scaled scores; and the guard.
 
 All functions are pure and deterministic: equal input gives an equal choice in every process.
 """
@@ -47,6 +47,8 @@ def order(scores: Scores, candidates: Sequence[int], rules: Rules) -> list[int]:
 def choose(scores: Scores, candidates: Sequence[int], rules: Rules) -> int:
     """The winning row among `candidates`, which must have finite scores on every dataset."""
     comparison = Comparison(scores, rules)
+    if rules.selection == "average_rank":
+        return comparison.best_by_average_rank(candidates)
     chosen = comparison.best_by_mean(candidates) if rules.selection == "mean" else None
     return comparison.best_by_copeland(candidates) if chosen is None else chosen
 
@@ -116,6 +118,14 @@ class Comparison:
         wins = {i: sum(beats(i, j) for j in candidates if j != i) for i in candidates}
         borda = {i: sum(weight(d) * rank[i] for d, rank in ranks.items()) for i in candidates}
         return min(candidates, key=lambda i: (-wins[i], borda[i], i))
+
+    def best_by_average_rank(self, candidates: Sequence[int]) -> int:
+        """The lowest mean rank over the datasets, by weight (Borda); ties go to the lower row."""
+        sums = dict.fromkeys(candidates, 0.0)
+        for dataset in self.means:
+            for i, rank in self._ranks(dataset, candidates).items():
+                sums[i] += self.rules.weight(dataset) * rank
+        return min(candidates, key=lambda i: (sums[i], i))
 
     def best_by_mean(self, candidates: Sequence[int]) -> int | None:
         """Lowest weighted mean of scaled scores; None if no dataset tells the donors apart."""

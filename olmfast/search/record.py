@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -170,7 +170,7 @@ class Record:
         own = {**self.header, "status": self.status, "steps": {key: asdict(one) for key, one in self.steps.items()}}
         own |= {"recipe": self.recipe.to_json() if self.recipe else None, "evaluations": self.evaluations}
         own |= {"ledger_bytes": self.ledger_bytes, "elapsed_s": self.elapsed_s}
-        return {**_as_the_original(self.steps), "olmfast": own | self.values}
+        return {**_as_the_original(self.steps, self.header.get("donors", ())), "olmfast": own | self.values}
 
     def write_report(self) -> None:
         """Bring `merge_report.json` up to date, atomically. NaN and infinity become null: the file is strict JSON."""
@@ -212,23 +212,31 @@ class Record:
                 path.unlink()
 
 
-def _as_the_original(steps: Mapping[str, Outcome]) -> dict[str, Any]:
-    """The steps under the keys of the original tool's report."""
+def _as_the_original(steps: Mapping[str, Outcome], donors: Container[str]) -> dict[str, Any]:
+    """The steps under the keys of the original tool's report, as its reader wants them.
+
+    What it knows no name for (a blend, a tensor that only evolution changed) is not among them.
+    """
     data: dict[str, Any] = {"base_model": {}, "boundary_layers": {}, "layers": {}, "tensors": {}}
     for outcome in steps.values():
-        if outcome.stage == "base":
-            metrics = {d: by_label.get(outcome.winner) for d, by_label in outcome.metrics.items()}
-            data["base_model"] = {"name": outcome.winner, "metrics": metrics}
-        elif outcome.stage == "boundary":
-            data["boundary_layers"] = {"name": outcome.winner, "metrics": outcome.metrics}
-        elif outcome.stage == "layers":
+        flat = {dataset: by_label.get(outcome.winner) for dataset, by_label in outcome.metrics.items()}
+        name = f"{outcome.unit}.weight"
+        if outcome.stage == "layers":
             for block, winner in zip(outcome.unit.split("+"), outcome.winner.split(" + "), strict=True):
-                data["layers"][block] = {"metrics": outcome.metrics, "best_model": winner}
+                data["layers"].pop(block, None)
+                if winner in donors:
+                    data["layers"][block] = {"metrics": outcome.metrics, "best_model": winner}
+        elif outcome.stage in ("svd_es", "norm_es") and name in data["tensors"]:
+            told = {"winner": outcome.winner, "changed": outcome.changed}
+            data["tensors"][name].setdefault(outcome.stage, []).append(told)
+        elif outcome.winner not in donors:
+            continue
+        elif outcome.stage == "base":
+            data["base_model"] = {"name": outcome.winner, "metrics": flat}
+        elif outcome.stage == "boundary":
+            data["boundary_layers"] = {"name": outcome.winner, "metrics": flat}
         elif outcome.stage == "tensors":
-            data["tensors"][outcome.unit] = {"metrics": outcome.metrics, "best_model": outcome.winner}
-        elif outcome.stage in ("svd_es", "norm_es"):
-            entry = data["tensors"].setdefault(outcome.unit, {"metrics": {}, "best_model": None})
-            entry.setdefault(outcome.stage, []).append({"winner": outcome.winner, "changed": outcome.changed})
+            data["tensors"][name] = {"metrics": outcome.metrics, "best_model": outcome.winner}
     return data
 
 

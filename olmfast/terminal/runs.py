@@ -38,6 +38,8 @@ def print_plan(plan: Estimate, as_json: bool) -> None:
     cells = ["all", "", str(plan.n_tensors), str(plan.n_candidates)]
     table.add_row(*cells, *([str(plan.n_evaluations)] if limited else []))
     _console().print(table)
+    for note in plan.notes:
+        print(note)
     if plan.budget is not None:
         print(_fits(plan, plan.budget))
     print(f"scored besides, not limited by a budget of evaluations: {_scored_besides(plan)}")

@@ -35,9 +35,10 @@ class Family:
 
 
 _ROTARY = (r"\.rotary_emb\.inv_freq$",)
-_LLAMA = Family(ignored=_ROTARY)
+_LLAMA = Family(optional_prefix="model.", ignored=_ROTARY)
 _GPT2_BUFFERS = (r"\.attn\.(bias|masked_bias)$",)
 _MIXTRAL = Family(
+    optional_prefix="model.",
     mlp="block_sparse_moe",
     renames=((r"\.block_sparse_moe\.gate\.", ".mlp.gate."),),
     ignored=_ROTARY,
@@ -54,6 +55,7 @@ FAMILIES: dict[str, Family] = {
     "granite": _LLAMA,
     "cohere": _LLAMA,
     "phi": Family(
+        optional_prefix="model.",
         other_boundary=("model.final_layernorm.weight", "model.final_layernorm.bias", "lm_head.bias"),
         ignored=_ROTARY,
     ),
@@ -68,6 +70,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gptj": Family(
         blocks="transformer.h",
+        optional_prefix="transformer.",
         embedding="transformer.wte.weight",
         other_boundary=("transformer.ln_f.weight", "transformer.ln_f.bias", "lm_head.bias"),
         attention="attn",
@@ -75,6 +78,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt_neox": Family(
         blocks="gpt_neox.layers",
+        optional_prefix="gpt_neox.",
         embedding="gpt_neox.embed_in.weight",
         head="embed_out.weight",
         other_boundary=("gpt_neox.final_layer_norm.weight", "gpt_neox.final_layer_norm.bias"),
@@ -269,14 +273,19 @@ class Architecture:
         chosen = tuple(name for name in tensors if self.block_of(name) in set(blocks) and not self.is_ignored(name))
         return Unit("+".join(map(str, blocks)), "block", chosen, tuple(blocks))
 
-    def module_units(self, tensors: Sequence[str], skip_norm: bool = False) -> list[Unit]:
-        """One unit per module inside the blocks (weight and bias together), in the order of `tensors`."""
+    def module_units(self, tensors: Sequence[str], skip_norm: bool = False, boundary: bool = False) -> list[Unit]:
+        """One unit per module inside the blocks (weight and bias together), in the order of `tensors`.
+
+        With `boundary` also of embedding, final norm and head, which lie in no block.
+        """
         modules: dict[str, list[str]] = {}
         for name in tensors:
-            if self.block_of(name) is not None and not self.is_ignored(name):
+            inside = self.block_of(name) is not None or (boundary and self.is_boundary(name))
+            if inside and not self.is_ignored(name):
                 modules.setdefault(name.rsplit(".", 1)[0], []).append(name)
+        blocks = {module: self.block_of(names[0]) for module, names in modules.items()}
         return [
-            Unit(module, "module", tuple(names), (int(self.block_of(names[0]) or 0),))
+            Unit(module, "module", tuple(names), () if (block := blocks[module]) is None else (block,))
             for module, names in modules.items()
             if not (skip_norm and self.is_norm(module))
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ DIMENSIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("head size", ("head_dim",)),
     ("MLP width", ("intermediate_size", "n_inner")),
 )
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")  # how the names of their classes end
 # What may differ, although a block that was trained with another value suffers from it.
 SOFT = ("rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "hidden_act", "sliding_window")
 
@@ -34,16 +35,29 @@ class Pool:
     The head is one of those tensors if any donor has a head of its own (`tied` is False); a tied donor then
     offers its embedding as its head.
 
+    A donor that is stored for another task, such as a classifier, is in `blocks_only`: what lies outside its blocks is
+    the first donor's, and it is no model that could be scored as a whole.
+
+    Neither is the pool tied if `result`, the tensors that a merge of it has, holds the head.
+
     With `alike=False` nothing of this is checked or changed: the donors are of any family and shape.
     """
 
-    def __init__(self, donors: Sequence[Checkpoint], alike: bool = True) -> None:
+    def __init__(self, donors: Sequence[Checkpoint], alike: bool = True, result: Container[str] = ()) -> None:
         self.donors = {donor.name: donor for donor in donors}
         self.digests: DigestCache = donors[0].digests
         first = donors[0]
         self.architecture: Architecture = first.architecture
         self.warnings: list[str] = []
-        self.tied = alike and all(donor.is_tied for donor in donors)
+        self.blocks_only: list[str] = []
+        if alike:
+            for donor in donors:
+                self._leave_out_other_heads(donor)
+        self.tied = (
+            alike
+            and self.architecture.family.head not in result
+            and all(donor.is_tied for donor in donors if donor.name not in self.blocks_only)
+        )
         if alike:
             self._align_heads()
             self._check_alike()
@@ -62,6 +76,7 @@ class Pool:
         digests: DigestCache | None = None,
         alike: bool = True,
         download: bool = True,
+        result: Container[str] = (),
     ) -> Pool:
         """Find, download where needed (and allowed), open and check the named donors; `folder` resolves relative paths.
 
@@ -82,7 +97,7 @@ class Pool:
                 faults.append(str(error))
         if faults:
             raise InputError("\n".join(faults))
-        return cls(donors, alike)
+        return cls(donors, alike, result)
 
     def __getitem__(self, name: str) -> Checkpoint:
         return self.donors[name]
@@ -108,6 +123,33 @@ class Pool:
             progress(donor.name)
             donor.check_finite()
 
+    def _leave_out_other_heads(self, donor: Checkpoint) -> None:
+        """Take what is stored beside the model out of a donor; of one for another task, keep the blocks alone."""
+        architecture, first = donor.architecture, self.donors[self.names[0]]
+        outside = [name for name in donor.tensors if architecture.block_of(name) is None]
+        beside = [name for name in outside if not architecture.is_boundary(name) and not architecture.is_ignored(name)]
+        task = _other_task(donor, beside)
+        if not beside and not task:
+            return
+        listed = f" ({', '.join(beside[:3])}{', ...' if len(beside) > 3 else ''})" if beside else ""
+        if task and donor is first:
+            raise InputError(
+                f"{donor.name}: is stored as {task}{listed}: it can give its blocks, but not be the base; name another "
+                "base_model_name"
+            )
+        for name in beside:
+            del donor.tensors[name], donor.file_names[name]
+        if not task:
+            self.warnings.append(f"{donor.name}: what is stored beside the model is left out{listed}")
+            return
+        self.blocks_only.append(donor.name)
+        donor.tensors = {n: info for n, info in donor.tensors.items() if not architecture.is_boundary(n)}
+        donor.tensors |= {n: info for n, info in first.tensors.items() if architecture.is_boundary(n)}
+        self.warnings.append(
+            f"{donor.name}: is stored as {task}, so it gives its blocks alone and is not scored as a whole; embedding, "
+            f"final norm and what is beside them are left out{listed}"
+        )
+
     def _align_heads(self) -> None:
         family = self.architecture.family
         for donor in self:
@@ -120,8 +162,9 @@ class Pool:
         first, *others = self
         faults = _check_blocks(first)
         for donor in others:
-            differences = [*_config_differences(first, donor), *_tensor_differences(first, donor)]
-            differences += vocabulary_differences(first, donor)
+            whole = donor.name not in self.blocks_only  # else its vocabulary is not used
+            differences = [*_config_differences(first, donor, whole), *_tensor_differences(first, donor)]
+            differences += vocabulary_differences(first, donor) if whole else []
             if differences:
                 listed = "; ".join(differences)
                 faults.append(f"{donor.name}: cannot be merged with {first.name}: {listed}")
@@ -134,9 +177,21 @@ def _dimension(config: dict[str, Any], keys: tuple[str, ...]) -> Any:
     return next((config[key] for key in keys if key in config), None)
 
 
-def _config_differences(first: Checkpoint, other: Checkpoint) -> list[str]:
+def _other_task(donor: Checkpoint, beside: Sequence[str]) -> str:
+    """What a donor is stored as, if that is no language model; else empty."""
+    stored = donor.config.get("architectures")
+    names = [name for name in stored if isinstance(name, str)] if isinstance(stored, list) else []
+    if names:
+        return "" if any(name.endswith(LANGUAGE_MODELS) for name in names) else names[0]
+    has_head = donor.architecture.family.head in donor.tensors
+    return "a model for another task" if beside and not has_head else ""
+
+
+def _config_differences(first: Checkpoint, other: Checkpoint, vocabulary: bool = True) -> list[str]:
     found = []
     for label, keys in DIMENSIONS:
+        if label == "vocabulary" and not vocabulary:
+            continue
         ours, theirs = _dimension(first.config, keys), _dimension(other.config, keys)
         if ours != theirs and None not in (ours, theirs):
             found.append(f"{label} {theirs!r} instead of {ours!r}")

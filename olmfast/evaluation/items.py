@@ -1,0 +1,193 @@
+"""One item of a dataset file -> a conversation: ShareGPT, OpenAI messages, pairs by many names, multiple choice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from olmfast.config.run import Wanted
+from olmfast.errors import InputError
+
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model"), "assistant"),
+}
+# Roles of messages that call tools or hold what these say, and keys that hold calls.
+TOOL_ROLES = (
+    *("tool", "function", "function_call", "function-call", "tool_call"),
+    *("observation", "function_response", "tool_response", "ipython"),
+)
+TOOL_KEYS = ("tool_calls", "function_call")
+TURNS = ("conversation", "conversations", "messages")
+QUESTIONS = ("prompt", "instruction", "question", "query", "problem")
+ANSWERS = ("response", "completion", "output", "answer", "solution", "chosen")
+MORE = ("input", "context")  # what an instruction is about: alpaca, dolly
+SYSTEM = ("system", "system_prompt")
+OPTIONS, RIGHT = ("choices", "options"), ("answer", "answerKey", "label")
+FINAL = "####"  # GSM8K: the steps before it, the answer after it
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+NO_ANSWER, TOOL_CALLS = "without an expected answer", "with tool calls"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages up to the question, and the expected response, empty if there is none; `options` are the letters of a
+    choice."""
+
+    messages: tuple[dict[str, str], ...]
+    response: str
+    options: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Item:
+    """One item of a file, and where it is; `fields` maps what is wanted (prompt, response, ...) to the item's keys."""
+
+    where: str
+    data: dict[str, Any]
+    fields: Mapping[Wanted, str] = field(default_factory=dict)
+
+    def conversation(self, mode: str) -> Conversation | str:
+        """The conversation, or why the item is left out. Raises InputError for one that no mode can use."""
+        turns = self._turns(mode)
+        if any(_calls_tools(turn) for turn in turns):
+            return TOOL_CALLS
+        messages = [_message(self.where, turn) for turn in turns]
+        response = ""
+        if messages and messages[-1]["role"] == "assistant":
+            response = messages.pop()["content"]
+        if not messages or (not response.strip() and messages[-1]["role"] != "user"):
+            raise InputError(f"{self.where}: no question: expected a message before the expected answer")
+        found = Conversation(tuple(messages), response if response.strip() else "")
+        return self._with_options(found) if mode == "choice" else found
+
+    def _turns(self, mode: str) -> list[Any]:
+        """The messages as the item has them."""
+        data = self.data
+        if self.fields:
+            asked, answer = self._field("prompt"), self._field("response")
+            return [*_system(self._field("system")), *_asked(asked), *_answered(answer)]
+        turns = next((data[key] for key in TURNS if key in data), None)
+        if isinstance(turns, list) and turns:
+            return turns
+        question = next((key for key in QUESTIONS if key in data), None)
+        has_options = any(key in data for key in OPTIONS)
+        if turns is None and question is not None and (mode == "choice" or question != "question" or not has_options):
+            answer = next((data[key] for key in ANSWERS if key in data), None)
+            if isinstance(answer, str) and FINAL in answer and question == "question":
+                answer = answer.rpartition(FINAL)[2].strip()
+            asked = data[question]
+            more = [text for key in MORE if isinstance(text := data.get(key), str) and text.strip()]
+            if isinstance(asked, str):
+                asked = "\n\n".join([asked, *more])
+            system = next((data[key] for key in SYSTEM if key in data), None)
+            return [*_system(system), *_asked(asked), *([] if mode == "choice" else _answered(answer))]
+        keys = ", ".join(map(str, data)) or "none"
+        raise InputError(
+            f"{self.where}: expected 'conversation', 'conversations', 'messages' or 'prompt' and 'response'"
+            f"{', or question and choices' if mode == 'choice' else ''}, got {show(keys)}; other keys are named by "
+            "fields: {prompt: ..., response: ...}"
+        )
+
+    def _field(self, name: Wanted) -> Any:
+        """What the key that `fields` names holds; None where it names none. Raises InputError if it is missing."""
+        key = self.fields.get(name)
+        if key is not None and key not in self.data:
+            raise InputError(
+                f"{self.where}: fields: {name}: no key {key!r}, got {show(', '.join(map(str, self.data)))}"
+            )
+        return None if key is None else self.data[key]
+
+    def _with_options(self, conversation: Conversation) -> Conversation | str:
+        """The question with its options listed, as a multiple choice asks it."""
+        data, labels = self.data, None
+        choices: Any = self._field("choices") or next((data[key] for key in OPTIONS if key in data), None)
+        if isinstance(choices, dict):  # ARC
+            choices, labels = choices.get("text"), choices.get("label")
+        if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
+            raise InputError(f"{self.where}: mode 'choice' needs 'choices', a list of 2 to {len(LETTERS)} options")
+        right = self._field("answer") if "answer" in self.fields else _first(data, RIGHT)
+        if right == "":
+            return NO_ANSWER
+        letters = tuple(LETTERS[: len(choices)])
+        letter = _letter(right, letters, labels if isinstance(labels, list) else [], choices)
+        if letter is None:
+            wanted = ", ".join(letters)
+            raise InputError(f"{self.where}: 'answer' must be an index or one of {wanted}, got {show(right)}")
+        *context, question = conversation.messages
+        listed = "\n".join(f"{letter}. {text}" for letter, text in zip(letters, choices, strict=True))
+        asked = {"role": "user", "content": f"{question['content']}\n{listed}\nAnswer:"}
+        return Conversation((*context, asked), letter, letters)
+
+
+def _letter(right: Any, letters: tuple[str, ...], labels: list[Any], choices: list[Any]) -> str | None:
+    """The letter of the right option, which is named by its label, its letter, its index or its text."""
+    if isinstance(right, bool):
+        return None
+    if right in labels and labels.index(right) < len(letters):
+        return letters[labels.index(right)]
+    if isinstance(right, str) and right.isdecimal() and len(right) < 3:
+        right = int(right)
+    if isinstance(right, int):
+        return letters[right] if 0 <= right < len(letters) else None
+    if right in letters:
+        return str(right)
+    return letters[choices.index(right)] if isinstance(right, str) and choices.count(right) == 1 else None
+
+
+def _first(data: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
+    return next((data[key] for key in keys if key in data), None)
+
+
+def _system(text: Any) -> list[Any]:
+    return [{"role": "system", "content": text}] if isinstance(text, str) and text.strip() else []
+
+
+def _asked(question: Any) -> list[Any]:
+    """A question that is a text, or a list of messages."""
+    return _messages(question) or [{"role": "user", "content": question}]
+
+
+def _answered(answer: Any) -> list[Any]:
+    """An expected answer that is a text, a number, nothing, or a list of one message."""
+    if listed := _messages(answer):
+        return listed[-1:]
+    is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
+    text = "" if answer is None else str(answer) if is_number else answer
+    return [{"role": "assistant", "content": text}]
+
+
+def _messages(value: Any) -> list[Any]:
+    """The messages of a list of them; nothing of anything else."""
+    return value if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value) else []
+
+
+def _calls_tools(turn: Any) -> bool:
+    if not isinstance(turn, dict):
+        return False
+    role = turn.get("from", turn.get("role"))
+    return (isinstance(role, str) and role in TOOL_ROLES) or any(turn.get(key) for key in TOOL_KEYS)
+
+
+def _message(where: str, turn: Any) -> dict[str, str]:
+    role = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
+    content = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
+    if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
+        texts = [part.get("text") if part.get("type", "text") == "text" else None for part in content]
+        content = "\n".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else content
+    if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
+        raise InputError(f"{where}: expected a message with 'from' (system, human, gpt) and 'value', got {show(turn)}")
+    if not content.isascii() and any("\ud800" <= character <= "\udfff" for character in content):
+        raise InputError(f"{where}: holds half of a character (a lone surrogate), which no tokenizer reads")
+    return {"role": ROLES[role], "content": content}
+
+
+def show(value: object) -> str:
+    """A value as a message shows it: in full only where it is short."""
+    if value == []:
+        return "an empty list"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -22,10 +22,10 @@ import torch
 from olmfast.evaluation import metrics
 from olmfast.evaluation.encoding import Dataset, Sample
 from olmfast.evaluation.scores import Answer, Scores
+from olmfast.kernels import offspring_count
 from olmfast.search.evolve import NORM_DECAY, SVD_DECAY
 from olmfast.search.ranking import Rules, choose, order
 from olmfast.weights.draws import normal
-from olmfast.weights.offspring import offspring_count
 
 
 @dataclass

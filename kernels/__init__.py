@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from olmfast.kernels.dare import dare_mask
+    from olmfast.kernels.evolution import offspring_count, svd_coefficients
     from olmfast.kernels.factors import SvdFactors, svd_factors
     from olmfast.kernels.noise import svd_noise
     from olmfast.kernels.scaling import row_scale
@@ -23,9 +24,11 @@ __all__ = [
     "SvdFactors",
     "TokenScores",
     "dare_mask",
+    "offspring_count",
     "row_scale",
     "slerp",
     "stacked_linear",
+    "svd_coefficients",
     "svd_factors",
     "svd_noise",
     "ties_merge",
@@ -38,9 +41,11 @@ _FILES = {
     "SvdFactors": "factors",
     "TokenScores": "scores",
     "dare_mask": "dare",
+    "offspring_count": "evolution",
     "row_scale": "scaling",
     "slerp": "spherical",
     "stacked_linear": "stacked",
+    "svd_coefficients": "evolution",
     "svd_factors": "factors",
     "svd_noise": "noise",
     "ties_merge": "ties",

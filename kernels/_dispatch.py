@@ -7,14 +7,17 @@ reason. Under Triton's interpreter (TRITON_INTERPRET=1, for tests) `impl="triton
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
+from math import isfinite
+from numbers import Integral, Real
 from os import environ
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -246,8 +249,45 @@ def check_float(where: str, name: str, tensor: Tensor, n_dims: int | None = None
         raise ValueError(f"{where}: {name} has shape {tuple(tensor.shape)}, not {n_dims} dimensions")
 
 
-def check_alike(where: str, tensors: Sequence[Tensor]) -> None:
+def number(where: str, name: str, value: object) -> float:
+    """A finite number, also of a tensor of one; TypeError or ValueError otherwise."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{where}: {name} is of type {type(value).__name__}, not a number")
+    found = float(value)
+    if not isfinite(found):
+        raise ValueError(f"{where}: {name} is {found}, not a finite number")
+    return found
+
+
+def numbers(where: str, name: str, values: object) -> list[float]:
+    """Finite numbers of a sequence or a tensor; TypeError or ValueError otherwise."""
+    listed = values.double().flatten().tolist() if isinstance(values, Tensor) else _listed(where, name, values)
+    return [number(where, f"{name}[{i}]", value) for i, value in enumerate(listed)]
+
+
+def integer(where: str, name: str, value: object) -> int:
+    """A whole number; TypeError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{where}: {name} is of type {type(value).__name__}, not a whole number")
+    return int(value)
+
+
+def integers(where: str, name: str, values: object) -> tuple[int, ...]:
+    """Whole numbers of a sequence; TypeError otherwise."""
+    return tuple(integer(where, f"{name}[{i}]", value) for i, value in enumerate(_listed(where, name, values)))
+
+
+def _listed(where: str, name: str, values: object) -> list[Any]:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{where}: {name} is of type {type(values).__name__}, not a sequence")
+    return list(values)
+
+
+def check_alike(where: str, tensors: object) -> list[Tensor]:
     """At least one, floating point, all of one shape."""
+    tensors = _listed(where, "tensors", tensors)
     if not tensors:
         raise ValueError(f"{where}: no tensors")
     for i, tensor in enumerate(tensors):
@@ -256,14 +296,67 @@ def check_alike(where: str, tensors: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"{where}: tensors[{i}] has shape {tuple(tensor.shape)}, tensors[0] {tuple(tensors[0].shape)}"
             )
+    return tensors
+
+
+def check_apart(where: str, out: Tensor | None, inputs: Mapping[str, Tensor | None], *, in_place: bool = False) -> None:
+    """ValueError if `out` overlaps an input in memory; `in_place`: it may be one of them, as a whole."""
+    if not isinstance(out, Tensor):
+        return
+    for name, tensor in inputs.items():
+        if tensor is None or not _overlap(out, tensor):
+            continue
+        same = out.data_ptr() == tensor.data_ptr() and out.stride() == tensor.stride() and out.shape == tensor.shape
+        if not (in_place and same and out.dtype == tensor.dtype):
+            raise ValueError(f"{where}: out and {name} overlap in memory; give out memory of its own")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors share a byte; where that is too hard to say, that they do."""
+    (first_a, end_a), (first_b, end_b) = _range(a), _range(b)
+    if a.device != b.device or end_a <= first_b or end_b <= first_a:
+        return False
+    shares_memory: Any = np.shares_memory
+    try:
+        return bool(shares_memory(_addresses(a), _addresses(b), max_work=10_000))
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _range(tensor: Tensor) -> tuple[int, int]:
+    """The bytes from the first to the end of the last."""
+    if not tensor.numel():
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+class _Layout:
+    """Where a tensor's bytes lie, as NumPy is told it; they are not read."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        size = tensor.element_size()
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * size for stride in tensor.stride()),
+            "typestr": f"|V{size}",
+            "data": (tensor.data_ptr(), True),
+        }
+
+
+def _addresses(tensor: Tensor) -> Any:
+    return np.asarray(_Layout(tensor))
 
 
 def prepare_out(
     where: str, out: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """The tensor to write: a new one, or the caller's after a check of shape, dtype and device."""
+    """The tensor to write: a new one, or the caller's after a check of type, shape, dtype and device."""
     if out is None:
         return torch.empty(tuple(shape), dtype=dtype, device=device)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{where}: out is of type {type(out).__name__}, not a tensor")
     if tuple(out.shape) != tuple(shape):
         raise ValueError(f"{where}: out has shape {tuple(out.shape)}, the result has {tuple(shape)}")
     if out.dtype != dtype:

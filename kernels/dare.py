@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from olmfast.kernels._dispatch import LazyKernel, ceil_div, launch, on_device, prepare_out, use_triton
+from olmfast.kernels._dispatch import (
+    LazyKernel,
+    ceil_div,
+    integer,
+    integers,
+    launch,
+    number,
+    on_device,
+    prepare_out,
+    use_triton,
+)
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -120,6 +130,7 @@ def _dare_mask_kernel(out_ptr, n_values, first_index, key_a, key_b, limit, BLOCK
     tl.store(out_ptr + start + offs, kept.to(tl.int8), mask=offs < n_values - start)
 
 
+@torch.no_grad()
 def dare_mask(
     shape: Sequence[int],
     density: float,
@@ -147,11 +158,17 @@ def dare_mask(
     Raises:
         TypeError, ValueError: density outside 0..1, negative start, unfit `out`, impl that cannot run.
     """
+    shape, density = integers("dare_mask", "shape", shape), number("dare_mask", "density", density)
+    seed, stream = integer("dare_mask", "seed", seed), integer("dare_mask", "stream", stream)
+    start = integer("dare_mask", "start", start)
+    if any(size < 0 for size in shape):
+        raise ValueError(f"dare_mask: shape is {shape}, which has a negative size")
     if not 0.0 <= density <= 1.0:
         raise ValueError(f"dare_mask: density is {density}, not in 0..1")
     if start < 0:
         raise ValueError(f"dare_mask: start is {start}, not an index")
-    out = prepare_out("dare_mask", out, shape, torch.bool, out.device if out is not None else torch.device(device))
+    place = out.device if isinstance(out, Tensor) else torch.device(device)
+    out = prepare_out("dare_mask", out, shape, torch.bool, place)
     if not out.is_contiguous():
         raise ValueError("dare_mask: out is not contiguous")
     triton = use_triton("dare_mask", impl, (out,), (torch.bool,))

@@ -30,6 +30,7 @@ class SvdFactors(NamedTuple):
     vh: Tensor
 
 
+@torch.no_grad()
 def svd_factors(weight: Tensor, *, drop: bool = True, method: str = "auto") -> SvdFactors:
     """Singular value decomposition of `weight / max|weight|` in float32 (float64 for a float64 weight).
 
@@ -51,7 +52,7 @@ def svd_factors(weight: Tensor, *, drop: bool = True, method: str = "auto") -> S
     if method not in ("auto", "gram", "svd"):
         raise ValueError(f"svd_factors: method is {method!r}; use 'auto', 'gram' or 'svd'")
     rows, cols = weight.shape
-    matrix = weight.detach().to(compute_dtype(weight.dtype))
+    matrix = weight.to(compute_dtype(weight.dtype))
     peak = float(matrix.abs().amax()) if matrix.numel() else 0.0
     if not peak < float("inf"):
         raise ValueError("svd_factors: weight holds NaN or infinite values")

@@ -11,6 +11,7 @@ written once per offspring. 2 * lambda * rows * cols * k operations: bound by ar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from olmfast.kernels._dispatch import (
     LazyKernel,
     Tile,
     ceil_div,
+    check_apart,
     check_float,
     compute_dtype,
     descriptor,
@@ -227,6 +229,7 @@ def _launch(
         )  # fmt: skip
 
 
+@torch.no_grad()
 def svd_noise(
     weight: Tensor,
     u: Tensor,
@@ -243,27 +246,37 @@ def svd_noise(
     The step of SVD-ES: a perturbation along the singular directions, multiplied onto the weight.
 
     Args:
-        weight: (rows, cols), bfloat16, float16, float32 or float64; any strides.
+        weight: (rows, cols), bfloat16, float16, float32 or float64; any strides. Or (n, rows, cols), a batch of
+            n matrices such as experts, each with factors of its own: u (n, rows, k), vh (n, k, cols), and
+            coefficients (lambda, n, k), or (lambda, k) for all.
         u: (rows, k). vh: (k, cols). coefficients: (lambda, k). Any float dtype and strides; k may be 0.
         clamp: bound of the exponent on both sides.
         precision: of the product's operands on a GPU: 'ieee' (float32), 'tf32' (relative error of the noise
             about 3e-4) or 'bf16' (about 3e-3). None: 'bf16' for a bfloat16 weight, whose rounding is larger, else
             'tf32'. Torch computes in float32 (float64 for a float64 weight).
-        out: (lambda, rows, cols) of the weight's dtype, any strides; must not overlap the inputs.
+        out: (lambda, *weight.shape) of the weight's dtype, any strides; must not overlap the inputs.
         impl: 'auto', 'triton' or 'torch'.
 
     Returns:
-        (lambda, rows, cols) in the weight's dtype. A row of zero coefficients gives the weight bit for bit.
+        (lambda, *weight.shape) in the weight's dtype. A row of zero coefficients gives the weight bit for bit.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device, precision or impl.
+        TypeError, ValueError: wrong type, dtype, shape, device, precision or impl, or an `out` that overlaps an input.
     """
+    check_float("svd_noise", "weight", weight)
     if precision is None:
         precision = "bf16" if weight.dtype == torch.bfloat16 else "tf32"
-    _check(weight, u, vh, coefficients, clamp, precision)
+    inputs = {"weight": weight, "u": u, "vh": vh, "coefficients": coefficients}
+    _check(inputs, clamp, precision)
     shape = (coefficients.shape[0], *weight.shape)
     triton = use_triton("svd_noise", impl, (weight, u, vh, coefficients))
     out = prepare_out("svd_noise", out, shape, weight.dtype, weight.device)
+    check_apart("svd_noise", out, inputs)
+    if weight.dim() == 3:
+        for i, matrix in enumerate(weight):
+            own = coefficients if coefficients.dim() == 2 else coefficients[:, i]
+            svd_noise(matrix, u[i], vh[i], own, clamp=clamp, precision=precision, out=out[:, i], impl=impl)
+        return out
     if not triton:
         return svd_noise_ref(weight, u, vh, coefficients, clamp=clamp, out=out)
     if not out.numel():
@@ -273,14 +286,22 @@ def svd_noise(
     return out
 
 
-def _check(weight: Tensor, u: Tensor, vh: Tensor, coefficients: Tensor, clamp: float, precision: str) -> None:
-    for name, tensor in (("weight", weight), ("u", u), ("vh", vh), ("coefficients", coefficients)):
-        check_float("svd_noise", name, tensor, 2)
-    (rows, cols), k = weight.shape, coefficients.shape[1]
-    if tuple(u.shape) != (rows, k):
+def _check(inputs: Mapping[str, Tensor], clamp: float, precision: str) -> None:
+    weight, u, vh, coefficients = inputs.values()
+    n_dims = 3 if weight.dim() == 3 else 2
+    for name, tensor in inputs.items():
+        shared = name == "coefficients" and isinstance(tensor, Tensor) and tensor.dim() == 2
+        check_float("svd_noise", name, tensor, 2 if shared else n_dims)
+    *batch, rows, cols = weight.shape
+    k = coefficients.shape[-1]
+    if coefficients.dim() == 3 and coefficients.shape[1] != batch[0]:
+        raise ValueError(f"svd_noise: coefficients has shape {tuple(coefficients.shape)}, weight {tuple(weight.shape)}")
+    if tuple(u.shape) != (*batch, rows, k):
         raise ValueError(f"svd_noise: u has shape {tuple(u.shape)}, weight has {rows} rows and k is {k}")
-    if tuple(vh.shape) != (k, cols):
+    if tuple(vh.shape) != (*batch, k, cols):
         raise ValueError(f"svd_noise: vh has shape {tuple(vh.shape)}, weight has {cols} columns and k is {k}")
+    if isinstance(clamp, bool) or not isinstance(clamp, (int, float)):
+        raise TypeError(f"svd_noise: clamp is of type {type(clamp).__name__}, not a number")
     if not clamp >= 0:
         raise ValueError(f"svd_noise: clamp is {clamp}, not a number >= 0")
     if precision not in PRECISIONS:

@@ -19,8 +19,10 @@ from torch import Tensor
 from olmfast.kernels._dispatch import (
     LazyKernel,
     ceil_div,
+    check_apart,
     check_float,
     compute_dtype,
+    integer,
     launch,
     on_device,
     prepare_out,
@@ -71,37 +73,48 @@ def _row_scale_kernel(
         out_at += out_j
 
 
+@torch.no_grad()
 def row_scale(
     weight: Tensor, log_scale: Tensor, *, axis: int = 0, out: Tensor | None = None, impl: str = "auto"
 ) -> Tensor:
     """`weight * exp(log_scale_j)` along `axis` for each row j of `log_scale`, rounded once to weight's dtype.
 
     Args:
-        weight: (rows, cols), bfloat16, float16, float32 or float64; any strides.
+        weight: (rows, cols), bfloat16, float16, float32 or float64; any strides. Or (n, rows, cols), a batch of
+            matrices such as experts; log_scale is then (lambda, n, rows or columns).
         log_scale: (lambda, weight.shape[axis]), any float dtype and strides.
         axis: dimension of the weight that counts its rows: 0 for Linear, 1 for Conv1D (stored transposed).
-        out: (lambda, rows, cols) of the weight's dtype, any strides; must not overlap the inputs.
+        out: (lambda, *weight.shape) of the weight's dtype, any strides; must not overlap the inputs.
         impl: 'auto', 'triton' or 'torch'.
 
     Returns:
-        (lambda, rows, cols) in the weight's dtype. Zeros give the weight bit for bit; zero rows stay zero.
+        (lambda, *weight.shape) in the weight's dtype. Zeros give the weight bit for bit; zero rows stay zero.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, axis, device or impl.
+        TypeError, ValueError: wrong type, dtype, shape, axis, device or impl, or an `out` that overlaps an input.
     """
-    check_float("row_scale", "weight", weight, 2)
-    check_float("row_scale", "log_scale", log_scale, 2)
+    check_float("row_scale", "weight", weight)
+    check_float("row_scale", "weight", weight, 3 if weight.dim() == 3 else 2)
+    check_float("row_scale", "log_scale", log_scale, weight.dim())
+    axis = integer("row_scale", "axis", axis)
     if axis not in (0, 1, -1, -2):
         raise ValueError(f"row_scale: axis is {axis}; use 0, or 1 for weights stored transposed")
     axis %= 2
-    if log_scale.shape[1] != weight.shape[axis]:
+    *batch, rows, cols = weight.shape
+    if tuple(log_scale.shape[1:]) != (*batch, (rows, cols)[axis]):
+        each = f"{batch[0]} matrices of " if batch else ""
         raise ValueError(
             f"row_scale: log_scale has shape {tuple(log_scale.shape)}, "
-            f"weight has {weight.shape[axis]} entries along axis {axis}"
+            f"weight has {each}{(rows, cols)[axis]} entries along axis {axis}"
         )
     shape = (log_scale.shape[0], *weight.shape)
     triton = use_triton("row_scale", impl, (weight, log_scale))
     out = prepare_out("row_scale", out, shape, weight.dtype, weight.device)
+    check_apart("row_scale", out, {"weight": weight, "log_scale": log_scale})
+    if batch:
+        for i, matrix in enumerate(weight):
+            row_scale(matrix, log_scale[:, i], axis=axis, out=out[:, i], impl=impl)
+        return out
     if not triton:
         return row_scale_ref(weight, log_scale, axis=axis, out=out)
     if out.numel():

@@ -31,6 +31,7 @@ from olmfast.kernels._dispatch import (
     fitting,
     interpreted,
     launch,
+    number,
     on_device,
     takes_descriptors,
     use_triton,
@@ -253,6 +254,7 @@ def _combine_kernel(part_ptr, out_ptr, arg_out, n_tokens, n_shares, SHARES: tl.c
     tl.store(out_ptr + 2 * step + at, own, mask=mask)
 
 
+@torch.no_grad()
 def token_scores(
     hidden: Tensor,
     head_weight: Tensor,
@@ -289,6 +291,7 @@ def token_scores(
         FloatingPointError: logits that are not finite, where checked.
     """
     n_heads = _check(hidden, head_weight, labels, bias, softcap)
+    scale = None if scale is None else number("token_scores", "scale", scale)
     if precision is None:
         precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
     if precision not in PRECISIONS:
@@ -385,6 +388,10 @@ def _check(
     """Number of stacked heads; None for the plain form."""
     check_float("token_scores", "hidden", hidden)
     check_float("token_scores", "head_weight", head_weight)
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"token_scores: labels is of type {type(labels).__name__}, not a tensor")
+    if bias is not None:
+        check_float("token_scores", "bias", bias)
     h_shape, w_shape = tuple(hidden.shape), tuple(head_weight.shape)
     if len(w_shape) not in (2, 3) or len(h_shape) not in (2, len(w_shape)):
         raise ValueError(
@@ -409,7 +416,7 @@ def _check(
             raise ValueError(f"token_scores: {name} has shape {tuple(tensor.shape)}, not ({length},)")
         if tensor.device != hidden.device:
             raise ValueError(f"token_scores: {name} is on {tensor.device}, hidden on {hidden.device}")
-    if softcap is not None and not softcap > 0:
+    if softcap is not None and not number("token_scores", "softcap", softcap) > 0:
         raise ValueError(f"token_scores: softcap is {softcap}, not a number > 0")
     return n_heads
 

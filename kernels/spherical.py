@@ -23,8 +23,11 @@ from olmfast.kernels._dispatch import (
     LazyKernel,
     ceil_div,
     check_alike,
+    check_apart,
+    check_float,
     compute_dtype,
     launch,
+    number,
     on_device,
     prepare_out,
     use_triton,
@@ -142,28 +145,38 @@ def _float32(x: float) -> float:
     return float(unpack("f", pack("f", x))[0])
 
 
+@torch.no_grad()
 def slerp(a: Tensor, b: Tensor, t: float, *, out: Tensor | None = None, impl: str = "auto") -> Tensor:
     """The point at `t` on the arc from `a` (t=0) to `b` (t=1), in float32, rounded once to a's dtype.
 
     Args:
         a, b: equal shapes, floating point, any strides (not contiguous: copied first). Mixed dtypes are
-            handled by torch.
+            handled by torch. With three dimensions a batch of matrices, such as experts, each with an arc of its own.
         t: any number; 0..1 interpolates.
         out: same shape, dtype of `a`, any strides; may be `a` or `b`.
         impl: 'auto', 'triton' or 'torch'.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device or impl.
+        TypeError, ValueError: wrong type, dtype, shape, device or impl, a `t` that is not finite, or an `out` that
+            overlaps an input without being it.
     """
+    check_float("slerp", "a", a)
+    check_float("slerp", "b", b)
     check_alike("slerp", (a, b))
+    t = number("slerp", "t", t)
     triton = use_triton("slerp", impl, (a, b), mixed=False)
     out = prepare_out("slerp", out, a.shape, a.dtype, a.device)
+    check_apart("slerp", out, {"a": a, "b": b}, in_place=True)
+    if a.dim() == 3:
+        for i in range(len(a)):
+            slerp(a[i], b[i], t, out=out[i], impl=impl)
+        return out
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     a, b = a.contiguous(), b.contiguous()
     if not a.numel():
         return out
     if triton:
-        _launch(a, b, float(t), target)
+        _launch(a, b, t, target)
     else:
         weighted_sum_ref((a, b), coefficients(products_ref(a, b), t).tolist(), 1.0, target)
     return out if target is out else out.copy_(target)

@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from olmfast.kernels._dispatch import check_float, dtype_name, prepare_out, use_triton
+from olmfast.kernels._dispatch import check_apart, check_float, dtype_name, prepare_out, use_triton
 
 
+@torch.no_grad()
 def stacked_linear(
     x: Tensor, weights: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None, impl: str = "auto"
 ) -> Tensor:
@@ -37,6 +38,8 @@ def stacked_linear(
     k, n_out, n_in = weights.shape
     if x.dim() not in (2, 3) or x.shape[-1] != n_in or (x.dim() == 3 and x.shape[0] != k):
         raise ValueError(f"stacked_linear: x has shape {tuple(x.shape)}, weights {tuple(weights.shape)}")
+    if bias is not None:
+        check_float("stacked_linear", "bias", bias)
     if bias is not None and tuple(bias.shape) != (k, n_out):
         raise ValueError(f"stacked_linear: bias has shape {tuple(bias.shape)}, not {(k, n_out)}")
     others = [tensor for tensor in (weights, bias) if tensor is not None]
@@ -46,6 +49,7 @@ def stacked_linear(
                 f"stacked_linear: x has dtype {dtype_name(x.dtype)}, weights and bias {dtype_name(tensor.dtype)}"
             )
     use_triton("stacked_linear", impl, (x, *others), ())
+    check_apart("stacked_linear", out, {"x": x, "weights": weights, "bias": bias})
     if x.dim() == 3:
         result = torch.baddbmm(bias[:, None], x, weights.mT) if bias is not None else torch.bmm(x, weights.mT)
     else:

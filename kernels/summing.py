@@ -18,8 +18,10 @@ from olmfast.kernels._dispatch import (
     LazyKernel,
     ceil_div,
     check_alike,
+    check_apart,
     compute_dtype,
     launch,
+    numbers,
     on_device,
     prepare_out,
     use_triton,
@@ -78,6 +80,7 @@ def _launch(tensors: Sequence[Tensor], weights: Sequence[float], divisor: float,
             )  # fmt: skip
 
 
+@torch.no_grad()
 def weighted_sum(
     tensors: Sequence[Tensor],
     weights: Sequence[float] | Tensor,
@@ -97,12 +100,11 @@ def weighted_sum(
         impl: 'auto', 'triton' or 'torch'.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device, number of weights; or weights that sum to 0 where
-            they are to be divided by.
+        TypeError, ValueError: wrong type, dtype, shape, device, number of weights; weights that are not finite, or sum
+            to 0 where they are to be divided by; or an `out` that overlaps an input without being it.
     """
-    tensors = list(tensors)
-    check_alike("weighted_sum", tensors)
-    factors = weights.double().flatten().tolist() if isinstance(weights, Tensor) else [float(one) for one in weights]
+    tensors = check_alike("weighted_sum", tensors)
+    factors = numbers("weighted_sum", "weights", weights)
     if len(factors) != len(tensors):
         raise ValueError(f"weighted_sum: {len(factors)} weights for {len(tensors)} tensors")
     # Added up in the dtype of the sum, as whoever divides tensor by tensor does.
@@ -112,6 +114,7 @@ def weighted_sum(
     first = tensors[0]
     triton = use_triton("weighted_sum", impl, tensors, mixed=False)
     out = prepare_out("weighted_sum", out, first.shape, first.dtype, first.device)
+    check_apart("weighted_sum", out, {f"tensors[{i}]": one for i, one in enumerate(tensors)}, in_place=True)
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     tensors = [tensor.contiguous() for tensor in tensors]
     if triton:

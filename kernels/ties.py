@@ -32,9 +32,12 @@ from olmfast.kernels._dispatch import (
     LazyKernel,
     ceil_div,
     check_alike,
+    check_apart,
     check_float,
     compute_dtype,
     launch,
+    number,
+    numbers,
     on_device,
     prepare_out,
     sent,
@@ -366,6 +369,7 @@ def _launch(job: _Job, out: Tensor) -> Tensor:
     return out
 
 
+@torch.no_grad()
 def ties_merge(
     tensors: Sequence[Tensor],
     weights: Sequence[float],
@@ -381,7 +385,8 @@ def ties_merge(
 
     Args:
         tensors: at least one, equal shapes, floating point, any strides (not contiguous: copied first).
-            Mixed dtypes are merged by torch.
+            Mixed dtypes are merged by torch. With three dimensions a batch of matrices, such as experts, each
+            trimmed on its own.
         weights: one number per tensor.
         density: share of the entries kept, in 0..1 (above 0 at least one); one number, or one per tensor.
             1 keeps everything: sign election alone, as for DARE-TIES.
@@ -391,12 +396,14 @@ def ties_merge(
         impl: 'auto', 'triton' or 'torch'.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device, density, number of weights, or impl.
+        TypeError, ValueError: wrong type, dtype, shape, device, density, number of weights, or impl; numbers that are
+            not finite; or an `out` that overlaps an input without being it.
     """
-    tensors = list(tensors)
-    check_alike("ties_merge", tensors)
-    n, n_values, factors = len(tensors), tensors[0].numel(), [float(weight) for weight in weights]
-    densities = [float(density)] * n if isinstance(density, (int, float)) else [float(d) for d in density]
+    tensors = check_alike("ties_merge", tensors)
+    n, n_values, factors = len(tensors), tensors[0].numel(), numbers("ties_merge", "weights", weights)
+    single = isinstance(density, (bool, int, float, str)) or density is None
+    densities = [number("ties_merge", "density", density)] * n if single else numbers("ties_merge", "density", density)
+    scale = number("ties_merge", "scale", scale)
     if len(factors) != n or len(densities) != n:
         raise ValueError(f"ties_merge: {n} tensors, {len(factors)} weights, {len(densities)} densities")
     if not all(0.0 <= d <= 1.0 for d in densities):
@@ -409,6 +416,13 @@ def ties_merge(
     like = base if base is not None else tensors[0]
     triton = use_triton("ties_merge", impl, inputs, mixed=False)
     out = prepare_out("ties_merge", out, like.shape, like.dtype, like.device)
+    named = {f"tensors[{i}]": one for i, one in enumerate(tensors)} | ({} if base is None else {"base": base})
+    check_apart("ties_merge", out, named, in_place=True)
+    if like.dim() == 3:
+        for i in range(len(like)):
+            parts, own = [tensor[i] for tensor in tensors], base[i] if base is not None else None
+            ties_merge(parts, factors, densities, base=own, normalize=normalize, scale=scale, out=out[i], impl=impl)
+        return out
     if not n_values:
         return out
     # Several passes read the inputs: an `out` that is one of them is written at the end.

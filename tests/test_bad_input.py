@@ -334,8 +334,8 @@ def test_a_donor_with_nan_or_infinity_is_refused_by_name(refused, cfg, value, dt
         ("hello", ": neither JSON nor JSON Lines: "),
         ("", ": neither JSON nor JSON Lines: "),
         ("[]", ": expected a list of conversations, got an empty list"),
-        ('[{"conversation": [{"from": "human", "value": "2+2="}]}]', ": item 0: no response: "),
-        ('[{"prompt": "2+2=", "response": ""}]', ": item 0: no response: "),
+        ('[{"conversation": [{"from": "human", "value": "2+2="}]}]', ": no item can be scored by mode "),
+        ('[{"prompt": "2+2=", "response": ""}]', ": no item can be scored by mode "),
     ],
 )
 @pytest.mark.parametrize("file", ["sums.json", "heldout.json"])

@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from olmfast import load_config, run
 from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.scores import Scores
+from olmfast.kernels import offspring_count, svd_coefficients
 from olmfast.search.evolve import _accept_any, consolidated
 from olmfast.search.ranking import Rules, choose
 from olmfast.testing import sums, tiny_model, tiny_run, tiny_tokenizer
 from olmfast.weights.draws import normal
 from olmfast.weights.expressions import Copy
-from olmfast.weights.offspring import NormOffspring, SvdOffspring, offspring_count, svd_coefficients
+from olmfast.weights.offspring import NormOffspring, SvdOffspring
 from olmfast.weights.pool import Pool
 from olmfast.weights.sources import Sources, expression_from_json
 

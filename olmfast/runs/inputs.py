@@ -65,6 +65,8 @@ class Inputs:
             raise InputError("\n".join(faults))
         for warning in pool.warnings:
             observer.note(warning)
+        if len(config.models) == 1 and not (config.es_svd or config.es_norm):
+            observer.note(f"models: {config.models[0]} is the only one: there is nothing to choose from")
         order: tuple[str, ...] = ()
         if settings is not None:
             with _noted(faults):
@@ -163,16 +165,12 @@ def check_units(config: RunConfig, pool: Pool) -> None:
 
 def check_searches(config: RunConfig) -> None:
     """Raise InputError when a search by stages has nothing to search: it would end as it began."""
-    evolves = config.es_svd or config.es_norm
-    if config.is_joint or config.load_merge_report or evolves:
-        return
-    if not config.walk and not config.chosen_by(config.base_select):
+    searched = config.is_joint or config.es_svd or config.es_norm or config.load_merge_report
+    if not searched and not config.walk and not config.chosen_by(config.base_select):
         raise InputError(
             "this config searches nothing: its keys are of a search by stages, and no stage is on; switch on some of "
             "base_select, boundary_select, layer_swap, tensor_swap, es_svd and es_norm, or add search: joint"
         )
-    if len(config.models) < 2:
-        raise InputError(f"models: {config.models[0]} is the only one, so there is nothing to choose from; name others")
 
 
 @contextmanager

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from olmfast.config.run import Budget, RunConfig
 from olmfast.evaluation.encoding import Dataset
 from olmfast.evaluation.tasks import Task
+from olmfast.kernels import offspring_count
 from olmfast.runs.inputs import Inputs
 from olmfast.search.coefficients import joint_steps
 from olmfast.search.costs import PlannedStep, Schedule
 from olmfast.search.joint import N_STARTS
 from olmfast.search.units import STAGES, units_of
 from olmfast.weights.architecture import Unit
-from olmfast.weights.offspring import offspring_count
 from olmfast.weights.pool import Pool
 
 # What is scored besides the search, as observers are told it.

@@ -13,11 +13,12 @@ from functools import partial
 
 from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.scores import Scores
+from olmfast.kernels import offspring_count
 from olmfast.search.log import Outcome
 from olmfast.search.loop import Search, Step
 from olmfast.search.ranking import Comparison, choose
 from olmfast.weights.architecture import Unit
-from olmfast.weights.offspring import NormOffspring, Offspring, SvdOffspring, offspring_count
+from olmfast.weights.offspring import NormOffspring, Offspring, SvdOffspring
 
 SVD_DECAY = 0.8  # sigma's factor after a success, SVD-ES
 NORM_DECAY = 0.9  # and norm-ES

@@ -97,8 +97,8 @@ def _linear_whole(terms: list[torch.Tensor], _: torch.Tensor | None, settings: S
 
 
 def _slerp_whole(terms: list[torch.Tensor], _: torch.Tensor | None, settings: Settings) -> torch.Tensor:
-    first, second = terms
-    return kernels.slerp(first, second, settings.number("t", 0.5))
+    first, second = terms  # one vector, whatever their shape
+    return kernels.slerp(first.flatten(), second.flatten(), settings.number("t", 0.5)).view(first.shape)
 
 
 def _slerp_weights(operands: Operands, settings: Settings) -> list[float]:
@@ -111,14 +111,15 @@ def _slerp_weights(operands: Operands, settings: Settings) -> list[float]:
 
 
 def _ties_whole(terms: list[torch.Tensor], base: torch.Tensor | None, settings: Settings) -> torch.Tensor:
-    return kernels.ties_merge(
-        terms,
+    merged = kernels.ties_merge(
+        [term.flatten() for term in terms],  # one vector, whatever their shape
         [settings.each("weight", i) for i in range(len(terms))],
         [settings.each("density", i) for i in range(len(terms))],
-        base=base,
+        base=None if base is None else base.flatten(),
         normalize=settings.flag("normalize", True),
         scale=settings.number("lambda", 1.0),
     )
+    return merged.view(terms[0].shape)
 
 
 def _summed(weights: Callable[[Operands, Settings], Sequence[float]]) -> Callable[[Operands, Settings], Piece]:

@@ -7,7 +7,6 @@ wherever and whenever it is made.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -19,25 +18,6 @@ from olmfast import kernels
 from olmfast.weights.chunks import Held, Readable, Scratch
 from olmfast.weights.draws import normal
 from olmfast.weights.sources import Expression, Parent, Sources, expression_from_json
-
-MIN_SPREAD = 1e-10
-
-
-def offspring_count(dimensions: int) -> int:
-    """lambda = max(4, int(4 + 3 ln n)) (Hansen, arXiv 1604.00772, table 1)."""
-    return max(4, int(4 + 3 * math.log(dimensions)))
-
-
-def svd_coefficients(s: torch.Tensor, sigma: float, draws: torch.Tensor) -> torch.Tensor:
-    """Draws (n,) ~ N(0, 1) -> coefficients (k,) = d * g: d = sigma' * draw, g inverse damping of mean 1.
-
-    sigma' = sigma * max(std(S), 1e-10); g_j = sqrt(max S / (S_j + 1e-10)), divided by mean(g).
-    """
-    s = s.double().cpu()
-    spread = float(s.std(unbiased=True)) if len(s) > 1 else 0.0
-    damping = torch.sqrt(s.max() / (s + 1e-10))
-    return draws * (sigma * max(spread, MIN_SPREAD)) * damping / damping.mean()
-
 
 Kind = TypeVar("Kind", bound="Offspring")
 
@@ -124,7 +104,7 @@ class Offspring(Expression):
 
 @dataclass(frozen=True)
 class SvdOffspring(Offspring):
-    """weight * exp(clamp(U diag(coefficients) Vh, -3, 3)), the coefficients by `svd_coefficients`."""
+    """weight * exp(clamp(U diag(coefficients) Vh, -3, 3)), the coefficients by `kernels.svd_coefficients`."""
 
     key: ClassVar[str] = "svd_offspring"
     method: ClassVar[str] = "svd_es"
@@ -137,7 +117,7 @@ class SvdOffspring(Offspring):
     def _stack(cls, siblings: Sequence[SvdOffspring], sources: Sources) -> torch.Tensor:
         parent = siblings[0]._parent(sources)
         u, s, vh = parent.factors
-        rows = [svd_coefficients(s, one.sigma, one._draws(len(s))) for one in siblings]
+        rows = [kernels.svd_coefficients(s, one.sigma, one._draws(len(s))) for one in siblings]
         return kernels.svd_noise(parent.weight, u, vh, torch.stack(rows).to(u))
 
 

@@ -299,30 +299,48 @@ def check_command(
 @app.command("evaluate")
 def evaluate_command(
     model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
-    dataset: Annotated[list[str], typer.Option(metavar="FILE:MODE", help="A dataset and how to score it.")],
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE:MODE[,KEY=VALUE...]", help="A dataset and how to score it, as in a run's config."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Score on the datasets of this run's config, as the run scores.")
+    ] = None,
     against: Annotated[
         list[str] | None,
         typer.Option(metavar="MODEL", help="Donors to compare it with, and with their plain average."),
     ] = None,
-    samples: Annotated[int, typer.Option(help="The first N conversations of each dataset.")] = 200,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest generation.")] = 1024,
-    models_dir: Annotated[Path, typer.Option(help="Where hub models lie.")] = Path("models"),
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="The dtype the model is evaluated in.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+    samples: Annotated[int | None, typer.Option(help="The first N conversations of each dataset.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest generation.")] = None,
+    models_dir: Annotated[Path | None, typer.Option(help="Where hub models lie; default: models.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the scores, of each sample too, as JSON.")] = False,
 ) -> None:
     """Score a model on datasets, alone or next to the donors it was merged from."""
-    from olmfast.runs.scoreboard import evaluate
-    from olmfast.terminal.runs import print_scoreboard
+    from olmfast.config.run import load_config, read_dataset_option
+    from olmfast.runs.scoreboard import evaluate, evaluate_like
+    from olmfast.terminal.runs import print_scoreboard, print_scoreboards
 
+    if bool(dataset) == (config is not None):
+        raise InputError("evaluate: expected either --dataset FILE:MODE or --config CFG")
     _quiet_libraries()
-    entries = {}
-    for entry in dataset:
-        file, separator, mode = entry.rpartition(":")
-        if not separator:
-            raise InputError(f"--dataset {entry}: expected FILE:MODE")
-        entries[file] = {"mode": mode, "samples": samples, "max_new_tokens": max_new_tokens}
-    board = evaluate(model, entries, against or [], models_dir=models_dir, device=device, dtype=dtype)
+    given = {"samples": samples, "max_new_tokens": max_new_tokens}
+    common = {key: value for key, value in given.items() if value is not None}
+    if config is not None:
+        places = {"models_dir": None if models_dir is None else str(models_dir.absolute())}
+        loaded = load_config(config, _overrides([], **common, **places, device=device, dtype=dtype))
+        boards = evaluate_like(loaded, model, against or [], lambda text: print(text, file=sys.stderr))
+        print_scoreboards(boards, as_json, model)
+        return
+    entries: dict[str, dict[str, Any]] = {}
+    for option in dataset or []:
+        file, entry = read_dataset_option(option)
+        if file in entries:
+            raise InputError(f"--dataset {option}: {file} is given twice")
+        entries[file] = {**common, **entry}
+    place, device, dtype = models_dir or Path("models"), device or "auto", dtype or "auto"
+    board = evaluate(model, entries, against or [], models_dir=place, device=device, dtype=dtype)
     print_scoreboard(board, "Scores", as_json, model)
 
 

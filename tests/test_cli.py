@@ -237,7 +237,7 @@ def test_evaluate_names_what_it_cannot_use(olmfast, pool, monkeypatch, dataset, 
 
 def files(folder: Path) -> dict[str, bytes]:
     """What a result consists of, but for the log and the report, which hold times."""
-    timed = {"steps.jsonl", "merge_report.json"}
+    timed = {"steps.jsonl", "merge_report.json", "run.log"}
     wanted = [path for path in folder.iterdir() if path.is_file() and path.name not in timed]
     return {path.name: path.read_bytes() for path in sorted(wanted)}
 

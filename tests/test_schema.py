@@ -10,8 +10,9 @@ import jsonschema
 import pytest
 import yaml
 
+from olmfast.config.candidates import BLENDS
 from olmfast.config.originals import IGNORED, RENAMED
-from olmfast.config.run import BLENDS, PLACES, DatasetConfig, RunConfig, parse_config
+from olmfast.config.run import PLACES, DatasetConfig, RunConfig, parse_config
 from olmfast.config.schema import BLEND_BOUNDS, run_schema
 from olmfast.errors import InputError
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from olmfast.config.candidates import CandidateKind, parse_candidates
 from olmfast.config.loading import Location, absolute, explain, parse_size, read_yaml, set_key, show
 from olmfast.config.originals import DATASETS, STAGE_KEYS, read_original
 from olmfast.errors import InputError, did_you_mean
@@ -55,68 +56,6 @@ class Budget(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     evaluations: int | None = Field(default=None, ge=1)
-
-
-@dataclass(frozen=True)
-class Blend:
-    """One way to make candidates of a donor: what its number means, its default, and what is allowed."""
-
-    default: float
-    allowed: str
-    is_allowed: Callable[[float], bool]
-
-
-# How a unit's current values and a donor's make a candidate. `swap` takes the donor's alone and has no number.
-BLENDS: dict[str, Blend] = {
-    "linear": Blend(0.5, "shares of the donor between 0 and 1", lambda x: 0 < x < 1),
-    "slerp": Blend(0.5, "t between 0 and 1", lambda x: 0 < x < 1),
-    "ties": Blend(0.5, "densities above 0, at most 1", lambda x: 0 < x <= 1),
-    "task_arithmetic": Blend(0.5, "weights other than 0", lambda x: x != 0),
-}
-
-
-class CandidateKind(BaseModel):
-    """An entry of `candidates`: `swap`, or a blend with the numbers to try."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    method: str
-    values: tuple[float, ...] = ()
-
-
-def _parse_candidates(value: object) -> list[CandidateKind]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"expected a list such as [swap, {{linear: [0.25, 0.5]}}], got {show(value)}")
-    kinds = [entry if isinstance(entry, CandidateKind) else _parse_kind(entry) for entry in value]
-    methods = [kind.method for kind in kinds]
-    twice = next((method for method in methods if methods.count(method) > 1), None)
-    if twice is not None:
-        raise ValueError(f"{twice!r} is listed twice; give its numbers as one list")
-    return kinds
-
-
-def _parse_kind(entry: object) -> CandidateKind:
-    method, numbers = entry, None
-    if isinstance(entry, dict) and len(entry) == 1:
-        ((method, numbers),) = entry.items()
-    known = ["swap", *BLENDS]
-    if not isinstance(method, str) or method not in known:
-        hint = did_you_mean(method, known) if isinstance(method, str) else ""
-        raise ValueError(f"expected one of {', '.join(known)}, got {show(entry)}{hint}")
-    if method == "swap":
-        if numbers is not None:
-            raise ValueError(f"swap takes a donor's values unchanged and has no numbers, got {show(numbers)}")
-        return CandidateKind(method="swap")
-    blend = BLENDS[method]
-    listed = [blend.default] if numbers is None else numbers if isinstance(numbers, list) else [numbers]
-    try:
-        values = tuple(float(x) for x in listed if not isinstance(x, bool))
-    except (TypeError, ValueError, OverflowError):
-        values = ()
-    if not len(values) == len(listed) > 0 or not all(math.isfinite(x) and blend.is_allowed(x) for x in values):
-        raise ValueError(f"{method}: expected {blend.allowed}, got {show(numbers)}")
-    if len(set(values)) != len(values):
-        raise ValueError(f"{method}: a number is given twice in {numbers!r}")
-    return CandidateKind(method=method, values=values)
 
 
 def _parse_budget(value: object) -> object:
@@ -243,7 +182,7 @@ class RunConfig(BaseModel):
     es_norm: bool = False
     load_merge_report: bool = False
 
-    candidates: Annotated[list[CandidateKind], BeforeValidator(_parse_candidates)] = [CandidateKind(method="swap")]
+    candidates: Annotated[list[CandidateKind], BeforeValidator(parse_candidates)] = [CandidateKind(method="swap")]
     scales: list[Scale] = []
     direction: Literal["forward", "backward"] = "forward"
     samples: int = Field(200, ge=1)
@@ -409,6 +348,30 @@ def parse_datasets(entries: Mapping[str, Mapping[str, Any]], where: str) -> dict
         return _Datasets.model_validate({"dataset": entries}).dataset
     except ValidationError as error:
         raise explain(where, error.errors(), _known_keys) from error
+
+
+def read_dataset_option(text: str) -> tuple[str, dict[str, Any]]:
+    """A dataset as a command line gives it, `FILE:MODE[,KEY=VALUE...]`: the file, and its entry's keys, unchecked.
+
+    Values are YAML; `fields.prompt=KEY` is a key of `fields`. Raises InputError for another form.
+    """
+    found = re.fullmatch(r"(?P<file>.+?):(?P<mode>[a-z_]+)(?P<more>(,.*)?)", text)
+    if found is None:
+        raise InputError(
+            f"--dataset {text}: expected FILE:MODE[,KEY=VALUE...], such as math.json:exact_match,think=false"
+        )
+    entry: dict[str, Any] = {"mode": found["mode"]}
+    for part in found["more"].split(",")[1:]:
+        key, separator, value = part.partition("=")
+        if not separator:
+            raise InputError(f"--dataset {text}: expected KEY=VALUE after a comma, got {part!r}")
+        if key.startswith("fields."):
+            entry.setdefault("fields", {})
+        try:
+            set_key(entry, key.strip(), yaml.safe_load(value))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise InputError(f"--dataset {text}: {key}: the value is not valid YAML") from error
+    return found["file"], entry
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> RunConfig:

@@ -8,8 +8,9 @@ from typing import Any
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
+from olmfast.config.candidates import BLENDS
 from olmfast.config.originals import FIRST_MODES, IGNORED, RENAMED
-from olmfast.config.run import BLENDS, PLACES, RunConfig
+from olmfast.config.run import PLACES, RunConfig
 
 NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 WHOLE = r"^\s*[+-]?\d+(\.0+)?\s*$"

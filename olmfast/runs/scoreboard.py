@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from olmfast.config.run import parse_datasets
+from olmfast.config.run import RunConfig, parse_datasets
 from olmfast.errors import InputError
 from olmfast.evaluation.open import Evaluation, Questions, Settings
 from olmfast.evaluation.scorer import Candidate, Scorer
 from olmfast.evaluation.scores import Scores
+from olmfast.runs.inputs import Inputs
 from olmfast.search.ranking import skill_retained
 from olmfast.search.spans import real_spans
+from olmfast.weights.checkpoint import Checkpoint
 from olmfast.weights.expressions import Copy, merge, whole
+from olmfast.weights.hub import resolve
 from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Recipe
 
@@ -103,12 +106,18 @@ class Scoreboard:
 
     def remark(self) -> str:
         """What readers of `retained` have to know, in a line; empty if nothing."""
-        left_out = self.without_span()
-        if len(self.donors) < 2 or not left_out:
-            return ""
-        if not self.has_scale:
+        left_out, told = self.without_span(), []
+        if len(self.donors) > 1 and left_out and not self.has_scale:
             return "no skill retained: no donor is better than another beyond noise; more questions may tell them apart"
-        return f"left out of skill retained, no donor being better than another beyond noise: {', '.join(left_out)}"
+        if len(self.donors) > 1 and left_out:
+            names = ", ".join(left_out)
+            told.append(f"left out of skill retained, no donor being better than another beyond noise: {names}")
+        shown = [round(self.retained(label), 3) for label in self.rows] if self.has_scale else []
+        if any(value > 1 for value in shown):
+            told.append("skill retained above 1: better, on average, than the best donor of each dataset")
+        if any(value < 0 for value in shown):
+            told.append("skill retained below 0: worse, on average, than the worst donor of each dataset")
+        return "; ".join(told)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, readable back by `from_json`; `skill_retained` is only for readers."""
@@ -177,17 +186,65 @@ def evaluate(
     entries = parse_datasets({str(file): entry for file, entry in datasets.items()}, where="evaluate")
     settings = Settings.of(device, dtype)
     pool = Pool.open(list(dict.fromkeys([*donors, name])), here / models_dir, here)
-    if pool.blocks_only:
-        raise InputError(f"{pool.blocks_only[0]}: is stored for another task and cannot be scored as a language model")
+    _check_models(pool)
     questions = Questions.load(pool[name], here, entries)
+    return _scored(name, donors, pool, [questions], settings)[0]
+
+
+def evaluate_like(
+    config: RunConfig,
+    model: str | Path,
+    against: Sequence[str | Path] = (),
+    note: Callable[[str], None] = lambda _: None,
+) -> dict[str, Scoreboard]:
+    """Score a model as a run of the config scores: `selection` and, if there are any, `holdout` -> a scoreboard.
+
+    Datasets, samples, templates, device and dtype are the config's, and so is the tokenizer, its base's; a model that
+    is none of its pool's kind has its own, which `note` is told. A joint search's selection questions are those that it
+    did not set aside. Raises InputError naming what is unusable.
+    """
+    name, donors = str(model), [str(donor) for donor in against]
+    limits = {key: getattr(config, key) for key in ("batch_tokens", "max_ram", "max_vram", "scorer")}
+    settings = Settings.of(config.device, config.dtype, **limits)
+    names = list(dict.fromkeys([*donors, name]))
+    found = [Checkpoint(resolve(one, config.models_dir, Path.cwd()), one) for one in names]
+    asks, pool = name, None
+    try:
+        base = config.base_name
+        if base not in names:
+            base_donor = Checkpoint(resolve(base, config.models_dir, config.config_dir), base)
+            pool, asks = Pool([base_donor, *found]), base
+        else:
+            asks = base
+    except InputError as error:
+        note(f"{name} is asked with its own tokenizer: {error}")
+    pool = pool or Pool(found)
+    _check_models(pool)
+    questions = Questions.load(pool[asks], config.dataset_dir, config.questions)
+    inputs = Inputs(config, pool, questions, settings, ())
+    parts = {"selection": inputs.selection, "holdout": inputs.holdout}
+    parts = {part: asked for part, asked in parts.items() if asked.datasets}
+    return dict(zip(parts, _scored(name, donors, pool, [*parts.values()], settings), strict=True))
+
+
+def _scored(
+    name: str, donors: Sequence[str], pool: Pool, asked: Sequence[Questions], settings: Settings
+) -> list[Scoreboard]:
+    """A scoreboard for each lot of questions: the donors, their plain average, and the model."""
     rows: dict[str, Recipe | None] = {donor: whole(donor, pool.tensors) for donor in donors}
     if len(donors) > 1:
         rows[AVERAGE] = plain_average(donors[0], donors, pool)
     rows[name] = None
-    board = Scoreboard(donors or [name])
-    evaluation = Evaluation(whole(name, pool.tensors), pool, settings)
-    board.score(evaluation.scorer(questions), rows, list(questions.datasets), pool)
-    return board
+    evaluation, boards = Evaluation(whole(name, pool.tensors), pool, settings), []
+    for questions in asked:
+        boards.append(Scoreboard(list(donors) or [name]))
+        boards[-1].score(evaluation.scorer(questions), rows, list(questions.datasets), pool)
+    return boards
+
+
+def _check_models(pool: Pool) -> None:
+    if pool.blocks_only:
+        raise InputError(f"{pool.blocks_only[0]}: is stored for another task and cannot be scored as a language model")
 
 
 def _numbers(values: Iterable[float | None]) -> list[float]:

@@ -6,8 +6,10 @@ import json
 import math
 import os
 import sys
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -18,10 +20,11 @@ from olmfast.evaluation.metrics import BOUNDED, standard_error
 from olmfast.runs.estimate import Estimate
 from olmfast.runs.scoreboard import Scoreboard
 from olmfast.runs.session import Result
-from olmfast.runs.verdict import Verdict, verdict_on
+from olmfast.runs.verdict import HELD_OUT, SELECTION, Verdict, verdict_on
 from olmfast.search.log import strict
 
 # Steps that are told only where they change something.
+KINDS = {"selection": SELECTION, "holdout": HELD_OUT}  # the questions of a run, as they are told
 QUIET = ("tensors", "svd_es", "norm_es", "gradient", "evolution", "moves")
 
 
@@ -136,12 +139,28 @@ def print_result(result: Result, as_json: bool) -> None:
 
 def print_scoreboard(board: Scoreboard, title: str, as_json: bool, model: str | None = None) -> None:
     """A row per model, and how the row `model` compares with the others."""
-    verdict = verdict_on(model, board) if model is not None else None
     if as_json:
-        print(json.dumps(strict(board.to_json() | {"verdict": verdict and verdict.to_json()}), indent=2))
+        print(json.dumps(strict(_told(board, model)), indent=2))
         return
     _print_board(board, title)
-    _print_verdict(verdict, _short([*board.rows]) | _short(board.datasets))
+    _print_verdict(
+        verdict_on(model, board) if model is not None else None, _short([*board.rows]) | _short(board.datasets)
+    )
+
+
+def print_scoreboards(boards: Mapping[str, Scoreboard], as_json: bool, model: str) -> None:
+    """The boards of a run's questions, selection and held-out, and how the row `model` compares on each."""
+    if as_json:
+        print(json.dumps(strict({part: _told(board, model, KINDS[part]) for part, board in boards.items()}), indent=2))
+        return
+    for part, board in boards.items():
+        _print_board(board, f"{KINDS[part].capitalize()} scores (lower is better)")
+        _print_verdict(verdict_on(model, board, KINDS[part]), _short([*board.rows]) | _short(board.datasets))
+
+
+def _told(board: Scoreboard, model: str | None, kind: str = "") -> dict[str, Any]:
+    verdict = verdict_on(model, board, kind) if model is not None else None
+    return board.to_json() | {"verdict": verdict and verdict.to_json()}
 
 
 def _print_board(board: Scoreboard, title: str) -> None:

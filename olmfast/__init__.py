@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from olmfast.config.run import RunConfig, load_config
     from olmfast.errors import InputError, OlmfastError
-    from olmfast.runs.rebuild import rebuild
-    from olmfast.runs.scoreboard import evaluate, evaluate_like
+    from olmfast.runs.scoreboard import evaluate
     from olmfast.runs.session import Result, run
     from olmfast.static.check import check
     from olmfast.static.linear import linear
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
 _MODULES = {
     "run": "runs.session",
     "evaluate": "runs.scoreboard",
-    "evaluate_like": "runs.scoreboard",
-    "rebuild": "runs.rebuild",
     "merge": "static.write",
     "linear": "static.linear",
     "check": "static.check",
@@ -37,11 +34,9 @@ __all__ = [
     "__version__",
     "check",
     "evaluate",
-    "evaluate_like",
     "linear",
     "load_config",
     "merge",
-    "rebuild",
     "run",
 ]
 

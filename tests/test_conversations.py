@@ -56,6 +56,12 @@ def mmlu(tmp_path):
         {"conversations": [{"from": "human", "value": "2+2="}, {"from": "gpt", "value": "4"}]},
         {"messages": [{"role": "user", "content": "2+2="}, {"role": "assistant", "content": "4"}]},
         {"prompt": "2+2=", "response": "4", "source": "a book"},
+        {"prompt": "2+2=", "completion": "4"},
+        {"prompt": [{"role": "user", "content": "2+2="}], "completion": [{"role": "assistant", "content": "4"}]},
+        {"instruction": "2+2=", "input": "", "output": "4"},
+        {"question": "2+2=", "answer": "Two and two are <<2+2=4>>.\n#### 4"},
+        {"problem": "2+2=", "solution": 4},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "2+2="}]}, {"from": "gpt", "value": "4"}]},
     ],
 )
 def test_every_format_says_the_same(tmp_path, item):
@@ -63,6 +69,82 @@ def test_every_format_says_the_same(tmp_path, item):
     assert load(tmp_path, [item]) == expected
     assert load(tmp_path, item) == expected
     assert load(tmp_path, json.dumps(item) + "\n\n" + json.dumps(item) + "\n") == expected * 2
+
+
+def test_what_an_instruction_is_about_follows_it_and_a_system_prompt_comes_first(tmp_path):
+    item = {"system": "Be brief.", "instruction": "Add.", "input": "2+2", "output": "4"}
+    (conversation,) = load(tmp_path, [item])
+    told = [(message["role"], message["content"]) for message in conversation.messages]
+    assert told == [("system", "Be brief."), ("user", "Add.\n\n2+2")]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"choices": {"text": ["3", "4"], "label": ["A", "B"]}, "answerKey": "B"},
+        {"choices": {"text": ["3", "4"], "label": ["1", "2"]}, "answerKey": "2"},
+        {"choices": ["3", "4"], "answer": "4"},
+        {"options": ["3", "4"], "label": "1"},
+    ],
+)
+def test_the_right_option_is_named_by_label_text_or_index(tmp_path, options):
+    (conversation,) = load(tmp_path, [{"question": "2+2=", **options}], "choice")
+    assert conversation.messages[-1]["content"] == "2+2=\nA. 3\nB. 4\nAnswer:"
+    assert conversation.response == "B"
+
+
+def test_a_mapping_names_the_keys_of_any_other_form(tmp_path):
+    fields = {"prompt": "task", "response": "gold", "system": "role"}
+    item = {"role": "Count.", "task": "2+2=", "gold": 4, "prompt": "not this"}
+    (conversation,) = load_conversations(save(tmp_path, [item]), "exact", 5, fields).usable
+    assert [m["content"] for m in conversation.messages] == ["Count.", "2+2="]
+    assert conversation.response == "4"
+    table = save(tmp_path, 'gold,task\n4,"2+2=, please"\n', "table.csv")
+    (conversation,) = load_conversations(table, "exact", 5, {"prompt": "task", "response": "gold"}).usable
+    assert (conversation.messages[0]["content"], conversation.response) == ("2+2=, please", "4")
+    fields = {"prompt": "ctx", "choices": "endings", "answer": "label"}
+    item = {"ctx": "He", "endings": ["ran", "sat"], "label": "0"}
+    (conversation,) = load_conversations(save(tmp_path, [item]), "choice", 5, fields).usable
+    assert conversation.response == "A"
+    with pytest.raises(InputError, match="item 0: fields: prompt: no key 'ctx', got 'task'"):
+        load_conversations(save(tmp_path, [{"task": "a"}]), "exact", 5, {"prompt": "ctx", "response": "b"})
+
+
+NO_ANSWERS = [
+    {"conversation": [{"from": "human", "value": "Talk."}, {"from": "gpt", "value": ""}]},
+    {"conversation": [{"from": "human", "value": "Talk."}]},
+    {"prompt": "Talk.", "response": None},
+    {"prompt": "Talk."},
+]
+
+
+@pytest.mark.parametrize("item", NO_ANSWERS)
+def test_an_item_without_an_answer_is_right_for_modes_that_need_none_and_left_out_elsewhere(tmp_path, item):
+    answered = {"prompt": "2+2=", "response": "4"}
+    path = save(tmp_path, [item, answered])
+    for mode in ("diversity", "quality"):
+        found = load_conversations(path, mode, 200)
+        assert found.usable[0] == Conversation(({"role": "user", "content": "Talk."},), "")
+        assert not found.left_out
+        (dataset,) = load_datasets(tmp_path, {"data.json": DatasetConfig(mode=mode)}, tiny_tokenizer(), 400).values()
+        assert [len(sample.response) > 0 for sample in dataset.samples] == [False, True]
+    found = load_conversations(path, "exact", 200)
+    assert (found.usable, found.left_out) == ([Conversation(QUESTION, "4")], {"without an expected answer": 1})
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, {"role": "tool", "content": "4"}],
+        [{"from": "function_call", "value": "add(2, 2)"}, {"from": "observation", "value": "4"}],
+    ],
+)
+def test_an_item_with_tool_calls_is_left_out_with_a_word(tmp_path, turns):
+    question = {"role": "user", "content": "2+2="}
+    called = {"messages": [question, *turns, {"role": "assistant", "content": "4"}]}
+    items = [called, {"prompt": "2+2=", "response": "4"}]
+    found = load_conversations(save(tmp_path, items), "exact", 200)
+    assert (found.usable, found.left_out) == ([Conversation(QUESTION, "4")], {"with tool calls": 1})
 
 
 def test_roles_have_the_names_of_both_worlds(tmp_path):

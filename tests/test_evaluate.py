@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from olmfast import evaluate_like, load_config, run
+from olmfast import load_config, run
 from olmfast.config.run import read_dataset_option
 from olmfast.errors import InputError
-from olmfast.runs.scoreboard import Scoreboard
+from olmfast.runs.scoreboard import Scoreboard, evaluate_like
 from olmfast.testing import tiny_model, tiny_run, write_choices
 
 DATASETS = {

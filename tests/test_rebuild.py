@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from olmfast import load_config, rebuild, run
+from olmfast import load_config, run
 from olmfast.errors import InputError, Interrupted, OlmfastError
+from olmfast.runs.rebuild import rebuild
 from olmfast.testing import tiny_run
 
 KEYS = {

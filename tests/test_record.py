@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from olmfast import load_config, run
 from olmfast.config.run import RunConfig
 from olmfast.errors import InputError, Interrupted
 from olmfast.evaluation.encoding import load_datasets
 from olmfast.evaluation.open import load_tokenizer
+from olmfast.runs.original import Choices
 from olmfast.search.log import Change, Outcome, RunEntry, Standing, StepEntry, ValuesEntry, parse
-from olmfast.search.record import Record
+from olmfast.search.record import Record, _as_the_original
 from olmfast.testing import tiny_run
 from olmfast.weights.expressions import Copy, Stored, merge, whole
 from olmfast.weights.recipe import Recipe
@@ -344,6 +346,63 @@ def test_the_report_has_the_originals_layout_and_beside_it_what_olmfast_knows(fi
         assert list(step) == [*keys, "gain", "tested", "spans"]
     assert set(data["olmfast"]["recipe"]) >= {"base", "tensors"}
     assert data["olmfast"]["ledger_bytes"] == (finished / "evaluations.jsonl").stat().st_size
+
+
+def test_the_original_reads_the_report(finished):
+    """Its reader wants a name and flat metrics, blocks by number, and tensors by the names they have in a file."""
+    data = report(finished)
+    held = {name for path in (finished.parent / "models").glob("donor0/*.safetensors") for name in load_file(path)}
+    for part in (data["base_model"], data["boundary_layers"]):
+        assert isinstance(part["name"], str)
+        assert all(isinstance(value, float) for value in part["metrics"].values())
+    assert all(name.isdecimal() and isinstance(e["best_model"], str) for name, e in data["layers"].items())
+    assert data["tensors"].keys() <= held
+    assert all(isinstance(entry["best_model"], str) for entry in data["tensors"].values())
+    choices = Choices.read({key: data[key] for key in ("base_model", "boundary_layers", "layers", "tensors")})
+    assert choices.layers == {int(i): e["best_model"] for i, e in data["layers"].items()}
+    assert list(choices.tensors) == ["model.layers.0.self_attn.q_proj"]
+
+
+def test_what_the_original_has_no_name_for_is_not_in_its_part_of_the_report():
+    outcomes = {
+        "base": Outcome("base", "base", "a", False, {"d": {"a": 1.0}}),
+        "layers/0": Outcome("layers", "0", "linear 0.5 b", True, {"d": {"a": 1.0, "linear 0.5 b": 0.5}}),
+        "layers/1+2": Outcome("layers", "1+2", "a + b", True, {"d": {"a + a": 1.0, "a + b": 0.5}}),
+        "tensors/h.0.q/svd_es/0": Outcome("svd_es", "h.0.q", "svd_es/0/1", True, {}),
+    }
+    data = _as_the_original(outcomes, ["a", "b"])
+    assert {block: entry["best_model"] for block, entry in data["layers"].items()} == {"1": "a", "2": "b"}
+    assert data["tensors"] == {}
+
+
+def test_the_log_has_a_line_with_its_time_for_all_that_a_verbose_terminal_says(finished):
+    lines = (finished / "run.log").read_text().splitlines()
+    told = [re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d (.+)", line)[1] for line in lines]
+    assert told[0].startswith("olmfast ")
+    for outcome in Record.load(finished).steps.values():
+        assert any(line.startswith(f"{outcome.stage} {outcome.unit}: {outcome.winner}") for line in told)
+    assert any("tensors written" in line for line in told)
+    assert told[-1].startswith("finished: ")
+
+
+def test_the_log_of_a_run_that_was_stopped_says_why_and_the_next_session_goes_on_with_it(tmp_path):
+    config = load_config(tiny_run(tmp_path, layer_swap=True))
+    interrupted(config, 2)
+    before = (tmp_path / "out.partial" / "run.log").read_text()
+    assert "stopped on request" in before.splitlines()[-1]
+    run(config, resume=True)
+    after = (tmp_path / "out" / "run.log").read_text()
+    assert after.startswith(before)
+    assert f"continues: {tmp_path / 'out'}" in after
+
+
+def test_no_share_of_cut_off_texts_is_told_of_what_was_not_evaluated(tmp_path):
+    config = load_config(tiny_run(tmp_path, layer_swap=True, improve_all="all"))
+    steps = run(config).record.steps
+    unscored = [(o, label) for o in steps.values() for label, x in o.metrics.get("talk.json", {}).items() if x is None]
+    assert unscored
+    for outcome, label in unscored:
+        assert label not in outcome.truncated.get("talk.json", {})
 
 
 def test_the_report_is_what_the_log_says(finished):

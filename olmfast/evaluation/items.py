@@ -129,13 +129,13 @@ def _letter(right: Any, letters: tuple[str, ...], labels: list[Any], choices: li
         return None
     if right in labels and labels.index(right) < len(letters):
         return letters[labels.index(right)]
+    if isinstance(right, str) and right in letters:
+        return right
+    if isinstance(right, str) and choices.count(right) == 1:
+        return letters[choices.index(right)]
     if isinstance(right, str) and right.isdecimal() and len(right) < 3:
         right = int(right)
-    if isinstance(right, int):
-        return letters[right] if 0 <= right < len(letters) else None
-    if right in letters:
-        return str(right)
-    return letters[choices.index(right)] if isinstance(right, str) and choices.count(right) == 1 else None
+    return letters[right] if isinstance(right, int) and 0 <= right < len(letters) else None
 
 
 def _first(data: Mapping[str, Any], keys: tuple[str, ...]) -> Any:

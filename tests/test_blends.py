@@ -274,7 +274,8 @@ def test_blends_of_equal_donors_and_of_equal_tensors_cost_nothing(tmp_path):
 
 
 def test_a_window_of_blocks_is_blended_in_all_combinations(tmp_path):
-    path = tiny_run(tmp_path, n_donors=2, layer_swap=True, markov={"window": 1, "slide": False}, candidates=["swap", "linear"])
+    apart = {"window": 1, "slide": False}
+    path = tiny_run(tmp_path, n_donors=2, layer_swap=True, markov=apart, candidates=["swap", "linear"])
     result = run(load_config(path))
     ways = ["donor0", "donor1", "linear 0.5 donor1"]
     assert list(result.record.outcome("layers/0+1").metrics["sums.json"]) == [f"{a} + {b}" for a in ways for b in ways]

@@ -101,7 +101,7 @@ def test_every_name_is_documented_with_an_example_that_runs(here, capsys):
 def test_paths_may_be_text_or_paths(here, kind):
     (here / "slerp.yml").write_text(yaml.safe_dump(SLERP))
     a, b = kind("models/org_base-math"), kind(here / "models/org_base-code")
-    config = olmfast.load_config(kind("merge.yaml"), {"scales": [], "holdout": {}, "candidates": ["swap"]})
+    config = olmfast.load_config(kind("merge.yaml"), {"scales": ["kind"], "holdout": {}, "candidates": ["swap"]})
     assert config.output_dir == here / "merged"
     assert olmfast.run(config).output_dir == here / "merged"
     assert olmfast.check(kind("slerp.yml")).n_bytes == olmfast.merge(kind("slerp.yml"), kind("out")).n_bytes

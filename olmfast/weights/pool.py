@@ -182,7 +182,9 @@ def _other_task(donor: Checkpoint, beside: Sequence[str]) -> str:
     stored = donor.config.get("architectures")
     names = [name for name in stored if isinstance(name, str)] if isinstance(stored, list) else []
     if names:
-        return "" if any(name.endswith(LANGUAGE_MODELS) for name in names) else names[0]
+        # The bare decoder is all of a model whose head is its embedding.
+        bare = names[0].endswith("Model") and donor.architecture.tied_in_config and not beside
+        return "" if bare or any(name.endswith(LANGUAGE_MODELS) for name in names) else names[0]
     has_head = donor.architecture.family.head in donor.tensors
     return "a model for another task" if beside and not has_head else ""
 

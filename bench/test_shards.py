@@ -182,7 +182,7 @@ def test_swap_of_one_block(benchmark: Any, report: Report, pool: Pool, dtype: to
             model.live(name).zero_()
 
     for name in pool.tensors:  # no page of the donor is in the process's map yet, all are in the page cache
-        info = pool["two"].tensors[name]
+        (info,) = pool["two"].tensors[name].places()
         info.shard.advise(info.offset, info.n_bytes, "release")
     names = ("torch", "threads", "first", "again", "prefetched")
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -196,10 +196,10 @@ def test_swap_of_one_block(benchmark: Any, report: Report, pool: Pool, dtype: to
     for _ in range(2):
         for i in range(N_BLOCKS):
             for name in blocks[i]:
-                info = pool["two"].tensors[name]
+                (info,) = pool["two"].tensors[name].places()
                 info.shard.advise(info.offset, info.n_bytes, "release")
             # In a search, while the block before is evaluated.
-            prefetch(pool["two"].tensors[name] for name in blocks[i])
+            prefetch(info for name in blocks[i] for info in pool["two"].tensors[name].places())
             times["prefetched"].append(timed(ours[i]))
             times["torch"].append(timed(partial(torch_copy, i)))
             times["threads"].append(timed(partial(thread_copy, i)))

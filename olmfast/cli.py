@@ -269,6 +269,26 @@ def linear_command(
     merges.print_written(done, as_json)
 
 
+@app.command("extract-lora")
+def extract_command(
+    base: Annotated[str, typer.Argument(help="The model that the adapter is for: a folder or a hub id.")],
+    model: Annotated[str, typer.Argument(help="Its fine-tune.")],
+    out: Annotated[Path, typer.Argument(help="The adapter's folder.")],
+    rank: Annotated[int, typer.Option(help="The rank of each module's update.")],
+    device: Annotated[str, typer.Option(help="Where it is computed: cpu, cuda, cuda:1 or auto.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="The random seed of the SVD.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Write what a fine-tune changed as a LoRA adapter, for PEFT and as base+adapter for olmfast."""
+    from olmfast.static.extract import extract_lora
+    from olmfast.terminal import merges
+
+    _quiet_libraries()
+    done = extract_lora(base, model, out, rank, device=device, seed=seed, overwrite=overwrite)
+    merges.print_extracted(done, as_json)
+
+
 @app.command("check")
 def check_command(
     config: Annotated[Path, typer.Argument(help="A merge file, or the YAML file of a run.")],

@@ -161,6 +161,30 @@ def tiny_of(
     return folder
 
 
+def tiny_adapter(
+    folder: Path, base: Path, seed: int = 0, *, dtype: torch.dtype = torch.float32, spread: float = 0.05, **config: Any
+) -> Path:
+    """Save a random LoRA adapter of the model in `base` with PEFT, which has to be installed; returns its folder.
+
+    `config` are keys of PEFT's LoraConfig. Everything that could be trained differs by `spread` from where it began.
+    """
+    import warnings
+
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")  # remarks on tied and saved embeddings, which are chosen on purpose
+        torch.manual_seed(seed)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**{"r": 4, **config}))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * spread)
+        model.to(dtype).save_pretrained(folder)
+    return folder
+
+
 def write_dataset(path: Path, pairs: Sequence[tuple[str, str]]) -> Path:
     """Write questions and answers as a dataset of conversations."""
     items = [{"conversation": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]} for q, a in pairs]

@@ -83,7 +83,6 @@ def test_the_base_is_merged_too_where_a_method_knows_no_task_vectors():
         ),
         ({"parameters": {}}, "linear needs the parameter weight of every model"),
         ({"models": [*TWO, {"model": "a"}]}, "models: 'a' is listed twice"),
-        ({"models": [{"model": "a+lora"}]}, "a LoRA adapter"),
         ({"dtype": "int8"}, "dtype: expected 'float32', 'bfloat16', 'float16' or 'float64', got 'int8'"),
         ({"parameters": {"weight": "much"}}, "parameters.weight: expected a number"),
         ({"parameters": {"weight": 16**5000}}, "parameters.weight: expected a number"),

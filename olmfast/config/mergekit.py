@@ -93,22 +93,22 @@ Parameters = dict[str, Annotated[tuple[Varying, ...], BeforeValidator(_parse_par
 
 
 def _parse_model(value: object) -> object:
-    """A model's name; mergekit also writes {model: {path, revision}}."""
-    if isinstance(value, dict):
-        inner = value.get("model", value)
-        if isinstance(inner, str):
-            inner = {"path": inner}
-        if set(value) <= {"model", "lora", "override_architecture"} and value.get("lora"):
-            raise ValueError(_NO_LORA)
-        if isinstance(inner, dict) and isinstance(inner.get("path"), str):
-            revision = inner.get("revision")
-            return f"{inner['path']}@{revision}" if revision else inner["path"]
-    if isinstance(value, str) and "+" in value:
-        raise ValueError(f"{value!r}: {_NO_LORA}")
+    """A model's name, or `model+adapter`; mergekit also writes {model: {path, revision}, lora: {path, revision}}."""
+    if isinstance(value, dict) and set(value) <= {"model", "lora", "override_architecture", "path", "revision"}:
+        names = [_parse_path(value.get("model", value)), _parse_path(value.get("lora"))]
+        if names[0] is not None and (names[1] is not None or not value.get("lora")):
+            return "+".join(name for name in names if name is not None)
     return value
 
 
-_NO_LORA = "a LoRA adapter ('model+adapter') cannot be merged; write the adapted model to a folder first and name that"
+def _parse_path(value: object) -> str | None:
+    """`path` or `path@revision` of a path, or of {path, revision}; None for anything else."""
+    entry = {"path": value} if isinstance(value, str) else value
+    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+        return None
+    return f"{entry['path']}@{entry['revision']}" if entry.get("revision") else str(entry["path"])
+
+
 Model = Annotated[str, BeforeValidator(_parse_model)]
 
 

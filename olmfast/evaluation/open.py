@@ -92,10 +92,10 @@ def load_tokenizer(donor: Checkpoint) -> tuple[Any, tuple[int, ...]]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(donor.folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(donor.tokenizer_folder, trust_remote_code=False)
     except Exception as error:  # many types, depending on the tokenizer's class
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{donor.folder}: the tokenizer cannot be loaded: {reason}") from error
+        raise InputError(f"{donor.tokenizer_folder}: the tokenizer cannot be loaded: {reason}") from error
     generation = donor.folder / "generation_config.json"
     ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
     listed = ends if isinstance(ends, list) else [ends]

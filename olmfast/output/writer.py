@@ -19,7 +19,7 @@ import torch
 
 from olmfast import _shards
 from olmfast.errors import InputError, OlmfastError
-from olmfast.weights.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo, read_header, reading
+from olmfast.weights.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo, read_header, read_json, reading
 from olmfast.weights.chunks import CHUNK, Readable, Scratch, chunk_size
 from olmfast.weights.recipe import Recipe
 from olmfast.weights.sources import Expression, Sources
@@ -146,12 +146,12 @@ def write_folder(
     be written is NaN or infinite. `written` is called with each tensor that is done.
     """
     write_weights(content.tensors, sources, folder, shard_size, finite, written)
-    if content.config == content.base.config:
+    if content.config == read_json(content.base.folder / "config.json"):
         copy_file(content.base.folder / "config.json", folder / "config.json")
     else:
         write_json(folder / "config.json", content.config)
     generation = content.tokenizer.folder / "generation_config.json"
-    for path in (*([generation] if generation.is_file() else []), *tokenizer_files(content.tokenizer.folder)):
+    for path in (*([generation] if generation.is_file() else []), *tokenizer_files(content.tokenizer.tokenizer_folder)):
         if path.name not in content.texts:
             copy_file(path, folder / path.name)
     for name, text in content.texts.items():
@@ -163,7 +163,7 @@ def faults_of(content: Content, folder: Path, shard_size: int) -> list[str]:
     """The files of a result that are missing from its folder, or not whole; weights by their headers and sizes."""
     shards = _split(content.tensors, shard_size)
     names = ["config.json", *(["model.safetensors.index.json"] if len(shards) > 1 else [])]
-    names += [path.name for path in tokenizer_files(content.tokenizer.folder)]
+    names += [path.name for path in tokenizer_files(content.tokenizer.tokenizer_folder)]
     faults = [name for name in names if not (folder / name).is_file() or not (folder / name).stat().st_size]
     for name, tensors in shards.items():
         try:

@@ -7,6 +7,7 @@ from olmfast.output.card import front_matter
 from olmfast.runs.scoreboard import Scoreboard
 from olmfast.runs.verdict import Verdict
 from olmfast.search.record import Record
+from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Recipe
 
 INTERVALS = "Differences are of skill retained, with 95 % intervals over the questions."
@@ -19,11 +20,12 @@ def write_card(
     boards: dict[str, Scoreboard],
     verdict: Verdict | None,
     account: str,
+    pool: Pool,
 ) -> str:
     """README.md of the result. Never needs the network: it names models, it does not look them up."""
     base = recipe.base
     donors = [base, *(name for name in record.header["donors"] if name != base)]
-    parts = [front_matter(donors), "# Merged model\n"]
+    parts = [front_matter(pool.made_of(donors)), "# Merged model\n"]
     parts.append(
         f"Made by olmfast {record.header['environment']['olmfast']} from {len(donors)} models; base: `{base}`. "
         "Lower scores are better. Skill retained: 1 is as good as the best donor on every dataset, 0 as the worst.\n"

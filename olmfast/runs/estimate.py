@@ -22,7 +22,8 @@ from olmfast.output.folder import free_bytes
 from olmfast.runs.inputs import Inputs
 from olmfast.runs.steps import Stage, Work, plan_stages, plan_steps
 from olmfast.search.costs import PlannedStep, affordable, evaluations, within
-from olmfast.weights.pool import Pool, token_ids
+from olmfast.weights.pool import Pool
+from olmfast.weights.tokens import token_ids
 
 TRIAL_TOKENS, TRIAL_SECONDS = 1024, 0.3  # of the product whose rate is measured
 MUCH_FASTER = 1.5  # from here on another dtype's products are worth a word
@@ -169,7 +170,7 @@ def estimate(config: RunConfig, observer: Observer | None = None) -> Estimate:
         stays=_stays(config, pool, stages),
         tokenizer=base.name,
         n_rows=n_rows,
-        vocabulary={donor.name: len(token_ids(donor.folder)) for donor in pool},
+        vocabulary={donor.name: len(token_ids(donor.tokenizer_folder)) for donor in pool},
         device=settings.device,
         dtype=settings.dtype,
         free_bytes=free_bytes(config.output_dir),

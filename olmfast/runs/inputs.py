@@ -24,6 +24,7 @@ from olmfast.output.folder import check_space
 from olmfast.search.halves import Indices, set_aside
 from olmfast.weights.digests import DIGESTS, DigestCache
 from olmfast.weights.expressions import whole
+from olmfast.weights.hub import common_model
 from olmfast.weights.pool import Pool
 
 
@@ -51,7 +52,7 @@ class Inputs:
         with _noted(faults):
             limits = {key: getattr(config, key) for key in ("batch_tokens", "max_ram", "max_vram", "scorer")}
             settings = Settings.of(config.device, config.dtype, **limits)
-        others = [config.ancestor, config.start]
+        others = [ancestor_of(config), config.start]
         names = list(dict.fromkeys([config.base_name, *config.models, *(name for name in others if name is not None)]))
         digests = DigestCache()
         digests.load([config.output_dir.with_name(f"{config.output_dir.name}.partial") / DIGESTS])
@@ -93,6 +94,11 @@ class Inputs:
         if weights:
             pool.check_finite()
         return cls(config, pool, questions, settings, order)
+
+    @property
+    def ancestor(self) -> str | None:
+        """The model that task vectors are taken from, if it is known."""
+        return ancestor_of(self.config)
 
     @property
     def donors(self) -> list[str]:
@@ -144,10 +150,17 @@ class Inputs:
         }
 
 
+def ancestor_of(config: RunConfig) -> str | None:
+    """The ancestor that the config names, or the model that all donors of a joint search are adapters of."""
+    if config.ancestor is not None or not config.is_joint:
+        return config.ancestor
+    return common_model(config.models, config.models_dir, config.config_dir)
+
+
 def check_apart(config: RunConfig, pool: Pool) -> None:
     """Raise InputError when the output folder holds what the run reads: replacing it would delete that."""
     output = config.output_dir.resolve()
-    read = {f"the donor {donor.name}": donor.folder for donor in pool}
+    read = {f"the donor {part}": place for d in pool for part, place in zip(d.made_of, d.folders, strict=True)}
     read |= {f"the dataset {name}": config.dataset_dir / name for name in config.questions}
     for what, path in {**read, "the config": config.config_dir}.items():
         if output in (path.resolve(), *path.resolve().parents):

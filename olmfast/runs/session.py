@@ -202,7 +202,7 @@ class Session:
             self.observer.note("no dataset tells the donors apart: there is nothing to search by; more questions help")
             return
         ignored = search.architecture.is_ignored
-        vectors = task_vectors(pool, self.inputs.donors, config.ancestor, config.base_name, ignored)
+        vectors = task_vectors(pool, self.inputs.donors, self.inputs.ancestor, config.base_name, ignored)
         self._describe(vectors)
         Joint(search, vectors, lambda number: self._walk_stages(f"/{number}" if number > 1 else "")).run()
 
@@ -306,7 +306,7 @@ class Session:
         told = {"recipe_digest": recipe.digest(), "account": account, "verdict": verdict and verdict.to_json()}
         boarded = {"selection": self.selection.to_json(), "holdout": self.holdout.to_json()}
         self.record.update(self.search.recipe, **boarded, **told)
-        card = write_card(self.config, self.record, recipe, boards, verdict, account)
+        card = write_card(self.config, self.record, recipe, boards, verdict, account, pool)
         (self.record.folder / "README.md").write_text(card, encoding="utf-8")
         return account
 

@@ -86,7 +86,7 @@ class LinearMerge:
     @property
     def folder_name(self) -> str:
         """`A_B_alpha0.70`, and what else tells this merge from others."""
-        names = [Path(model).name for model in (self.model_a, self.model_b)]
+        names = [_short(model) for model in (self.model_a, self.model_b)]
         parts = [*names, f"alpha{self.alpha:.2f}"]
         if self.layers is not None:
             chosen = sorted(set(self.layers))
@@ -119,6 +119,12 @@ class LinearMerge:
             return merge("ties", (b,), a, **thinned)
         drawn: dict[str, Setting] = {"rescale": True, "seed": self.seed, "stream": tensor}
         return merge("dare_linear", (b,), a, **thinned, **drawn)
+
+
+def _short(model: str) -> str:
+    """The last part of a model's path, and of its adapter's."""
+    parts = [model] if Path(model).is_dir() else model.split("+")
+    return "+".join(Path(part).name for part in parts)
 
 
 def _refuse(faults: Iterable[str]) -> None:
@@ -283,7 +289,7 @@ def _special_rows(*models: Checkpoint) -> list[int]:
     """The ids of the special tokens of both tokenizers."""
     found: set[int] = set()
     for model in models:
-        path = model.folder / "tokenizer.json"
+        path = model.tokenizer_folder / "tokenizer.json"
         if path.is_file():
             added = read_json(path).get("added_tokens", [])
             found |= {int(entry["id"]) for entry in added if entry.get("special")}

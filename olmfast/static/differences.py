@@ -126,7 +126,7 @@ def _differ(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
 
 
 def _same_file(base: Checkpoint, other: Checkpoint, name: str) -> bool:
-    paths: Sequence[Any] = [model.folder / name for model in (base, other)]
+    paths: Sequence[Any] = [model.tokenizer_folder / name for model in (base, other)]
     if not all(path.is_file() for path in paths):
         return True
     return bool(paths[0].read_bytes() == paths[1].read_bytes())

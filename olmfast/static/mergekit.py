@@ -21,7 +21,7 @@ from olmfast.static.spelling import Spelling, align_names
 from olmfast.static.stacking import Stack, stack_of, stacked_config
 from olmfast.static.vocabularies import TokenTensors, chat_template_texts, plan_tokens, with_vocabulary
 from olmfast.weights.architecture import numbered, stated_blocks
-from olmfast.weights.checkpoint import FLOATS, Checkpoint, TensorInfo
+from olmfast.weights.checkpoint import FLOATS, Checkpoint, Tensor
 from olmfast.weights.chunks import Held, Operands, Setting
 from olmfast.weights.expressions import Copy, Rows, merge
 from olmfast.weights.methods import METHODS
@@ -55,7 +55,7 @@ def plan_merge(config: MergeConfig, *, seed: int = 0, allow_mismatch: Collection
         written = planner.model_config()
         notes += check_loads(base, written, tensors, skeletons)
     tokenizer = vocabulary.source if vocabulary else base.name
-    texts = tokenizer_texts(vocabulary, pool[tokenizer].folder) if vocabulary else {}
+    texts = tokenizer_texts(vocabulary, pool[tokenizer].tokenizer_folder) if vocabulary else {}
     if config.chat_template is not None:
         texts |= chat_template_texts(config, pool, tokenizer, texts)
     content = Content(tensors, base, written, pool[tokenizer], texts, planner.left_out)
@@ -233,7 +233,7 @@ class _Planner:
         return OutputTensor(self.spelled(output), info.dtype, info.shape, Copy(donor.name, name))
 
     def _merged(
-        self, group: Group, output: str, names: dict[str, str], infos: dict[str, TensorInfo], depth: float
+        self, group: Group, output: str, names: dict[str, str], infos: dict[str, Tensor], depth: float
     ) -> OutputTensor | None:
         config, method = self.config, METHODS[self.config.merge_method]
         shapes = {model: info.shape for model, info in infos.items()}
@@ -297,7 +297,7 @@ class _Planner:
     def _scales(self, settings: Mapping[str, Any]) -> bool:
         return any(scale != 1.0 for scale in settings.get("scale", ()))
 
-    def _source(self, output: str, model: str, names: dict[str, str], infos: dict[str, TensorInfo]) -> Expression:
+    def _source(self, output: str, model: str, names: dict[str, str], infos: dict[str, Tensor]) -> Expression:
         if self.vocabulary is None or not self._has_token_rows(output):
             return Copy(model, names[model])
         width = infos[model].shape[1:]
@@ -338,7 +338,7 @@ def _is_tied(donor: Checkpoint) -> bool:
     return bool(donor.architecture.family.embedding) and donor.is_tied
 
 
-def _promoted(infos: Sequence[TensorInfo] | Any) -> torch.dtype:
+def _promoted(infos: Sequence[Tensor] | Any) -> torch.dtype:
     dtypes = [info.dtype for info in infos]
     dtype = dtypes[0]
     for other in dtypes[1:]:

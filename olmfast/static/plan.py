@@ -73,9 +73,10 @@ def memory_bytes(plan: Plan) -> int:
     sources, tensors = Sources(plan.pool, Path()), plan.content.tensors
     most = max((len(list(t.expression.places(sources))) for t in tensors), default=0)
     row = max((tensor.shape[-1] for tensor in tensors if tensor.shape), default=1)
+    held = max((tensor.expression.held_bytes(sources) for tensor in tensors), default=0)
     # Each term has a buffer, and its thinned or weighted form; half a dozen more hold masks and sums. Then what is
     # written at a time. Pages of files are not counted: the system can reclaim them at any time.
-    return (2 * most + 8) * max(CHUNK, row) * 8 + AT_ONCE * 8
+    return (2 * most + 8) * max(CHUNK, row) * 8 + AT_ONCE * 8 + held
 
 
 def vocabulary_json(vocabulary: Vocabulary) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from olmfast.errors import InputError, OlmfastError, did_you_mean
 from olmfast.static.spelling import shapes_of
 from olmfast.weights import chat_templates
 from olmfast.weights.checkpoint import Checkpoint, read_header, read_json
-from olmfast.weights.pool import Pool, token_ids, token_ids_in
+from olmfast.weights.pool import Pool
 from olmfast.weights.skeletons import Skeletons
+from olmfast.weights.tokens import token_ids, token_ids_in
 from olmfast.weights.vocabulary import Given, Origin, Vocabulary, plan_vocabulary, row_of, shared_ids
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
@@ -134,7 +135,7 @@ def with_vocabulary(
     """The size of the vocabulary, the special tokens of the model whose tokenizer is taken, and the ids of tokens that
     have moved."""
     changed = deepcopy(dict(config))
-    _move_tokens(changed, token_ids(base.folder), vocabulary.ids)
+    _move_tokens(changed, token_ids(base.tokenizer_folder), vocabulary.ids)
     for *path, key in keys or [["vocab_size"]] if vocabulary.n_rows != vocabulary.model_rows[base.name] else []:
         part = changed
         for step in path:
@@ -160,9 +161,9 @@ def _move_tokens(part: dict[str, Any], before: Mapping[str, int], now: Mapping[s
 
 def chat_template_texts(config: MergeConfig, pool: Pool, tokenizer: str, texts: Mapping[str, str]) -> dict[str, str]:
     """chat_template.jinja, and tokenizer_config.json without a template of its own."""
-    folder = pool[tokenizer].folder
+    folder = pool[tokenizer].tokenizer_folder
     merged = list(dict.fromkeys(source.model for group in config.groups() for source in group.sources))
-    text = chat_templates.choose(str(config.chat_template), {name: pool[name].folder for name in merged})
+    text = chat_templates.choose(str(config.chat_template), {name: pool[name].tokenizer_folder for name in merged})
     if text is None:
         return {}
     changed = {"chat_template.jinja": text}

@@ -160,7 +160,7 @@ def check_output(plan: Plan, folder: OutputFolder, max_ram: int | None) -> None:
     """Raise InputError for an output that must not be replaced, or does not fit on this machine."""
     resolved = folder.output.resolve()
     for donor in plan.pool:
-        if resolved in (donor.folder.resolve(), *donor.folder.resolve().parents):
+        if any(resolved in (place.resolve(), *place.resolve().parents) for place in donor.folders):
             raise InputError(f"{folder.output}: holds the model {donor.name}; name a folder for the result alone")
     if not folder.overwrite:
         if folder.output.exists() and any(folder.output.iterdir()):
@@ -187,13 +187,15 @@ def _write_recipe_and_card(plan: Plan, folder: Path) -> None:
         write_text(folder / plan.recipe_file, plan.recipe_text)
     base = plan.content.base.name
     names = [base, *(name for name in plan.pool.names if name != base)]
-    card = merge_card(names, plan.title, plan.recipe_text, plan.account(), [*plan.warnings, *plan.notes])
+    notes = [*plan.warnings, *plan.notes]
+    card = merge_card(names, plan.pool.made_of(names), plan.title, plan.recipe_text, plan.account(), notes)
     write_text(folder / "README.md", card)
 
 
 def copy_rate(plan: Plan, near: Path, n_bytes: int = 32 << 20) -> float:
     """Bytes per second at which a model's weights are copied to the disk of `near`, measured by copying a few."""
-    info = max((info for donor in plan.pool for info in donor.tensors.values()), key=lambda info: info.n_bytes)
+    infos = (info for donor in plan.pool for tensor in donor.tensors.values() for info in tensor.places())
+    info = max(infos, key=lambda info: info.n_bytes)
     n_bytes = min(n_bytes, info.n_bytes)
     trial = parent_of(near) / f".{near.name}.trial"
     started = time.monotonic()

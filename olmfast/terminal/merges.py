@@ -16,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from olmfast.observer import Observer
 from olmfast.output.folder import free_bytes
 from olmfast.output.writer import OutputTensor
+from olmfast.static.extract import Extracted
 from olmfast.static.plan import Plan, memory_bytes
 from olmfast.static.sensitivity import Ranked
 from olmfast.static.write import Written, copy_rate
@@ -33,7 +34,9 @@ def print_plan(plan: Plan, out: Path, as_json: bool) -> None:
     for donor in plan.pool:
         kinds = Counter(str(info.dtype).removeprefix("torch.") for info in donor.tensors.values())
         dtypes = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-        print(f"  {donor.name}: {len(donor.tensors)} tensors ({dtypes}), {decimal(donor.n_bytes)}")
+        adapted = sum(tensor.in_file is None for tensor in donor.tensors.values())
+        how = f", {adapted} of them computed from {' and '.join(donor.made_of)}" if adapted else ""
+        print(f"  {donor.name}: {len(donor.tensors)} tensors ({dtypes}), {decimal(donor.n_bytes)}{how}")
     print(plan.account().replace("tensors written", "tensors"))
     for name, why in plan.content.left_out.items():
         print(f"  {name}: {why}")
@@ -98,6 +101,16 @@ class Watcher(Observer):
     def written(self, tensor: OutputTensor) -> None:
         """The bar moves on."""
         self.progress.update(self.task, advance=tensor.n_bytes)
+
+
+def print_extracted(done: Extracted, as_json: bool) -> None:
+    """What an adapter holds and what it leaves out, or JSON."""
+    if as_json:
+        print(json.dumps(done.to_json(), indent=2))
+        return
+    for line in done.account():
+        print(line)
+    print(f"{os.path.relpath(done.output_dir)}: {decimal(done.n_bytes)} in {done.elapsed_s:.1f} s")
 
 
 def print_written(done: Written, as_json: bool) -> None:

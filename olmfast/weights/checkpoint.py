@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import xxhash
@@ -21,6 +21,7 @@ import xxhash
 from olmfast import _shards
 from olmfast.errors import FileChanged, InputError, OlmfastError
 from olmfast.weights.architecture import Architecture
+from olmfast.weights.chunks import Readable
 from olmfast.weights.digests import DigestCache
 
 DTYPES: dict[str, torch.dtype] = {
@@ -37,7 +38,51 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+ADAPTER_CONFIG = "adapter_config.json"  # what makes a folder that of an adapter, if it has no model's weights
 CHUNK_BYTES = 4 << 20  # hashed at a time: what a core's caches hold
+
+
+class Tensor(Readable, Protocol):
+    """One tensor of a model, whether its bytes lie in a file or are made, as they are read, of what lies in files."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def file(self) -> Path:
+        """The file that errors name."""
+        ...
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its values."""
+        ...
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that stay in memory while it is read a chunk at a time."""
+        ...
+
+    @property
+    def in_file(self) -> TensorInfo | None:
+        """Where its bytes lie, if they lie in a file as they are."""
+        ...
+
+    def places(self) -> Iterator[TensorInfo]:
+        """Every tensor of a file that it is made of."""
+        ...
+
+    def open(self) -> Readable:
+        """Its values, to be read a chunk at a time from the first to the last, as often as wanted."""
+        ...
+
+    def read(self) -> torch.Tensor:
+        """A copy on the CPU, in its dtype and shape."""
+        ...
+
+    def known_digest(self, digests: DigestCache) -> str:
+        """A digest: equal ones, equal bytes. `digests` keeps what was read for it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -69,6 +114,33 @@ class TensorInfo:
         out = torch.empty(self.shape, dtype=self.dtype)
         copy_tensors([self.into(out)])
         return out
+
+    @property
+    def held_bytes(self) -> int:
+        """See `Tensor`."""
+        return 0
+
+    @property
+    def in_file(self) -> TensorInfo:
+        """See `Tensor`."""
+        return self
+
+    def places(self) -> Iterator[TensorInfo]:
+        """See `Tensor`."""
+        yield self
+
+    def open(self) -> TensorInfo:
+        """See `Tensor`."""
+        return self
+
+    def known_digest(self, digests: DigestCache) -> str:
+        """Its digest; computed once for a file that does not change."""
+        file = (os.path.abspath(self.shard.path), self.shard.size, self.shard.modified_ns)
+        known = digests.get(*file, self.name)
+        if known is None:
+            known = self.digest()
+            digests.put(*file, self.name, known)
+        return known
 
     def digest(self) -> str:
         """xxh3-128 of dtype, shape and bytes, through a small buffer."""
@@ -108,7 +180,10 @@ class TensorInfo:
 
 
 class Checkpoint:
-    """One model folder. `tensors` maps canonical names to where their bytes lie.
+    """One model folder. `tensors` maps canonical names to where their bytes lie, or how they are made.
+
+    `made_of` are the names of the models (and adapters) that it is, `folders` where each of them lies; config.json and
+    what else there is lies in `folder`, the tokenizer in `tokenizer_folder`.
 
     `any_family`: model types that the table of families does not know are taken by their tensors' names.
 
@@ -118,8 +193,12 @@ class Checkpoint:
     def __init__(
         self, folder: Path, name: str | None = None, digests: DigestCache | None = None, any_family: bool = False
     ) -> None:
-        self.folder = folder
+        self.folder = self.tokenizer_folder = folder
         self.name = name or str(folder)
+        self.made_of: tuple[str, ...] = (self.name,)
+        self.folders: tuple[Path, ...] = (folder,)
+        if (folder / ADAPTER_CONFIG).is_file() and not list(folder.glob("model*.safetensors")):
+            raise InputError(_is_an_adapter(folder, self.name))
         self.config: dict[str, Any] = read_json(folder / "config.json")
         if self.config.get("quantization_config"):
             raise InputError(f"{folder}: quantised weights cannot be merged; use the unquantised model")
@@ -129,7 +208,7 @@ class Checkpoint:
         stored = {info.name: info for info in _open_shards(folder)}
         if any_family:
             self.architecture = Architecture.from_names(self.config, where, stored)
-        self.tensors: dict[str, TensorInfo] = {
+        self.tensors: dict[str, Tensor] = {
             canonical: stored[name] for canonical, name in sorted(self.architecture.canonical(stored).items())
         }
         self.file_names = {canonical: info.name for canonical, info in self.tensors.items()}
@@ -155,14 +234,8 @@ class Checkpoint:
         return self.tensors[tensor].read()
 
     def digest(self, tensor: str) -> str:
-        """xxh3-128 of dtype, shape and bytes; computed once for a file that does not change."""
-        info = self.tensors[tensor]
-        file = (os.path.abspath(info.shard.path), info.shard.size, info.shard.modified_ns)
-        known = self.digests.get(*file, info.name)
-        if known is None:
-            known = info.digest()
-            self.digests.put(*file, info.name, known)
-        return known
+        """Of a tensor in a file, xxh3-128 of dtype, shape and bytes; of any, equal digests are equal bytes."""
+        return self.tensors[tensor].known_digest(self.digests)
 
     def fingerprint(self) -> str:
         """xxh3-128 of all tensors (names and digests) and of config.json."""
@@ -171,14 +244,18 @@ class Checkpoint:
             state.update(f"{name} {self.digest(name)}".encode())
         return state.hexdigest()
 
-    def check_finite(self) -> None:
-        """Raise InputError naming the first tensor that holds NaN or infinity."""
-        for name, info in self.tensors.items():
-            if info.dtype.is_floating_point and not bool(torch.isfinite(self.read(name)).all()):
+    def check_finite(self, checked: set[Tensor] | None = None) -> None:
+        """Raise InputError naming the first tensor that holds NaN or infinity; `checked` are those that do not."""
+        checked = set() if checked is None else checked
+        for info in self.tensors.values():
+            if info in checked:
+                continue
+            if info.dtype.is_floating_point and not bool(torch.isfinite(info.read()).all()):
                 raise InputError(
                     f"{info.file}: {info.name}: holds NaN or infinity, so this donor is refused; "
                     "repair it or take it out of models"
                 )
+            checked.add(info)
 
 
 def prefetch(infos: Iterable[TensorInfo]) -> None:
@@ -227,8 +304,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def missing_files(folder: Path) -> list[str]:
-    """Names of files that the folder's index (or its config) lists and that are missing."""
+def _is_an_adapter(folder: Path, name: str) -> str:
+    """What to do about an adapter's folder where a model's is expected."""
+    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "model"
+    return f"{folder}: is an adapter, not a model; name the model it is for before it, as in '{base}+{name}'"
+
+
+def missing_files(folder: Path, of: Sequence[str] = ()) -> list[str]:
+    """Names of files that are missing: those of `of`, else those that the folder's index (or its config) lists."""
+    if of:
+        return [name for name in of if not (folder / name).is_file()]
     if not (folder / "config.json").is_file():
         return ["config.json"]
     index = folder / "model.safetensors.index.json"

@@ -139,8 +139,8 @@ def task_vectors(
         if not info.dtype.is_floating_point or is_ignored(name) or not others:
             continue
         if len({pool[donor].digest(name) for donor in (reference, *others)}) > 1:
-            terms = [pool[donor].tensors[name] for donor in others]
-            grams[name] = Operands(terms, info, torch.device("cpu")).gram()
+            terms = [pool[donor].tensors[name].open() for donor in others]
+            grams[name] = Operands(terms, info.open(), torch.device("cpu")).gram()
     if ancestor is not None or _is_ancestor(grams, len(others)):
         return TaskVectors(reference, tuple(others), grams, reference)
     padded = {name: torch.nn.functional.pad(gram, (1, 0, 1, 0)) for name, gram in grams.items()}

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from olmfast.weights.checkpoint import TensorInfo
+from olmfast.weights.checkpoint import Tensor, TensorInfo
 from olmfast.weights.chunks import Held, Operands, Readable, RowsOf, Scratch, Setting, Streamed
 from olmfast.weights.methods import METHODS
 from olmfast.weights.recipe import Recipe
@@ -44,7 +44,7 @@ class InFile(Expression):
 
 
 @dataclass(frozen=True)
-class Copy(InFile):
+class Copy(Expression):
     """The tensor of one donor, byte for byte."""
 
     key: ClassVar[str] = "copy"
@@ -60,8 +60,32 @@ class Copy(InFile):
         """See `Expression.from_json`."""
         return cls(entry["copy"], entry["tensor"])
 
-    def info(self, sources: Sources) -> TensorInfo:
+    @property
+    def parts(self) -> tuple[Expression, ...]:
+        """None: it is the donor's."""
+        return ()
+
+    def open(self, sources: Sources, memory: Scratch | None = None) -> Readable:  # noqa: ARG002
+        """See `Expression.open`."""
+        return self._tensor(sources).open()
+
+    def value(self, sources: Sources) -> torch.Tensor:
+        """See `Expression.value`."""
+        return self._tensor(sources).read()
+
+    def info(self, sources: Sources) -> TensorInfo | None:
         """See `Expression.info`."""
+        return self._tensor(sources).in_file
+
+    def places(self, sources: Sources) -> Iterator[TensorInfo]:
+        """See `Expression.places`."""
+        return self._tensor(sources).places()
+
+    def held_bytes(self, sources: Sources) -> int:
+        """See `Expression.held_bytes`."""
+        return self._tensor(sources).held_bytes
+
+    def _tensor(self, sources: Sources) -> Tensor:
         return sources.pool[self.donor].tensors[self.tensor]
 
     def identity(self, sources: Sources) -> str:

@@ -1,36 +1,72 @@
-"""Models by Hub id or path: where they are on this machine; missing Hub models are downloaded."""
+"""Models and adapters by Hub id or path: where they are on this machine; missing Hub models are downloaded."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from olmfast.errors import InputError
-from olmfast.weights.checkpoint import missing_files, read_header
+from olmfast.weights.checkpoint import ADAPTER_CONFIG, missing_files, read_header
 
 DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)  # the files of an adapter; an adapter's repository may hold others' too
+OF_ADAPTERS = [
+    *ADAPTER,
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "*.jinja",
+]
 
 
-def resolve(name: str, models_dir: Path, folder: Path, download: bool = True) -> Path:
+def parts_of(name: str, models_dir: Path, folder: Path) -> list[str]:
+    """The model and the adapters that `model+adapter` names; a `+` in an existing folder's name is part of it."""
+    pieces = name.split("+")
+    found = []
+    while pieces:
+        n = next((n for n in range(len(pieces), 1, -1) if _folders("+".join(pieces[:n]), models_dir, folder)), 1)
+        found.append("+".join(pieces[:n]))
+        pieces = pieces[n:]
+    return found
+
+
+def common_model(names: Sequence[str], models_dir: Path, folder: Path) -> str | None:
+    """The model of which all of these names are adapters, or it; None if there is no such model."""
+    parts = [parts_of(name, models_dir, folder) for name in names]
+    models = {first for first, *_ in parts}
+    return models.pop() if len(models) == 1 and max(map(len, parts)) > 1 else None
+
+
+def _folders(name: str, models_dir: Path, folder: Path) -> list[Path]:
+    """The folders that a name may mean: where a hub id is stored, then paths."""
+    places = (models_dir / name.replace("/", "_"), models_dir / name, folder / os.path.expanduser(name))
+    return [place for place in dict.fromkeys(places) if place.is_dir()]
+
+
+def resolve(name: str, models_dir: Path, folder: Path, download: bool = True, of: Sequence[str] = ()) -> Path:
     """The folder of a model named by hub id or path; hub ids lie at `models_dir/<id with "/" as "_">`.
 
     Missing Hub models are downloaded and interrupted downloads continued; without `download` they are taken from
-    Hugging Face's cache on this machine.
+    Hugging Face's cache on this machine. `of` are the files of what is looked for, if that is no model.
     Raises InputError if the model cannot be found.
     """
     stored = models_dir / name.replace("/", "_")
-    if stored.is_dir() and not _unfinished(stored):
+    if stored.is_dir() and not _unfinished(stored, of):
         return stored
-    for candidate in (models_dir / name, folder / os.path.expanduser(name)):
-        if candidate.is_dir() and candidate != stored:
+    for candidate in _folders(name, models_dir, folder):
+        if candidate != stored:
             return candidate
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@.+)?", name):
         if stored.is_dir():
             return stored  # unfinished, and no hub id: opening it names what is missing
         places = " and ".join(dict.fromkeys([str(models_dir), str(folder)]))
-        raise InputError(f"{name}: no such model folder; looked in {places}")
-    return _download(name, stored) if download else _cached(name, stored)
+        raise InputError(f"{name}: no such {'adapter' if of else 'model'} folder; looked in {places}")
+    return _download(name, stored, of) if download else _cached(name, stored)
 
 
 def _cached(name: str, stored: Path) -> Path:
@@ -52,21 +88,21 @@ def _marker(target: Path) -> Path:
     return target.with_name(f"{target.name}.incomplete")
 
 
-def _unfinished(folder: Path) -> list[str]:
+def _unfinished(folder: Path, of: Sequence[str] = ()) -> list[str]:
     """Names of files that an interrupted download left out, cut off, or was busy with."""
     if list(folder.glob("*.bin")):
         return []
     marks = [_marker(folder), *folder.glob(".cache/huggingface/download/**/*.incomplete")]
-    return [*_unusable(folder), *(mark.name for mark in marks if mark.is_file())]
+    return [*_unusable(folder, of), *(mark.name for mark in marks if mark.is_file())]
 
 
-def _unusable(folder: Path) -> list[str]:
+def _unusable(folder: Path, of: Sequence[str] = ()) -> list[str]:
     """Names of files that are missing or cut off."""
     try:
-        unusable = missing_files(folder)
+        unusable = missing_files(folder, of)
     except InputError:
         return ["model.safetensors.index.json"]
-    for path in sorted(folder.glob("model*.safetensors")):
+    for path in sorted(folder.glob("model*.safetensors") if not of else folder.glob(ADAPTER_WEIGHTS)):
         try:
             read_header(path)
         except InputError:
@@ -74,7 +110,7 @@ def _unusable(folder: Path) -> list[str]:
     return unusable
 
 
-def _download(name: str, target: Path) -> Path:
+def _download(name: str, target: Path, of: Sequence[str]) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     repository, _, revision = name.partition("@")
@@ -84,22 +120,22 @@ def _download(name: str, target: Path) -> Path:
         found = HfApi().model_info(repository, revision=revision or None)
         target.parent.mkdir(parents=True, exist_ok=True)
         marker.touch()
-        for file in _unusable(target):
+        for file in _unusable(target, of):
             (hub_notes / f"{file}.metadata").unlink(missing_ok=True)  # else a truncated file would count as complete
         snapshot_download(
             repository,
             revision=found.sha,
             local_dir=target,
-            allow_patterns=DOWNLOADED,
+            allow_patterns=OF_ADAPTERS if of else DOWNLOADED,
             ignore_patterns=["original/*", "consolidated*", "*.bin.index.json"],
         )
     except Exception as error:  # the hub client and its transport raise many unrelated types
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
-        missing = f" (unfinished: {', '.join(_unfinished(target))})" if target.is_dir() else ""
+        missing = f" (unfinished: {', '.join(_unfinished(target, of))})" if target.is_dir() else ""
         raise InputError(
             f"{name}: not in {target.parent} and could not be downloaded{missing}: {reason}; "
-            f"check the name and the network, or put the model at {target}"
+            f"check the name and the network, or put the {'adapter' if of else 'model'} at {target}"
         ) from error
     for mark in (marker, *hub_notes.glob("**/*.incomplete")):
         mark.unlink(missing_ok=True)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from olmfast.errors import InputError
+from olmfast.weights.adapters import open_model
 from olmfast.weights.architecture import Architecture
-from olmfast.weights.checkpoint import Checkpoint, read_json
+from olmfast.weights.checkpoint import Checkpoint, Tensor
 from olmfast.weights.digests import DigestCache
-from olmfast.weights.hub import resolve
+from olmfast.weights.tokens import token_ids
 
 # What two donors must share: (what a user calls it, the keys that model types spell it with).
 DIMENSIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -80,19 +80,18 @@ class Pool:
     ) -> Pool:
         """Find, download where needed (and allowed), open and check the named donors; `folder` resolves relative paths.
 
-        They share `digests`, which may know their tensors from an earlier run.
+        A name is that of a model, or `model+adapter`. They share `digests`, which may know their tensors from an
+        earlier run.
 
         Raises InputError that lists every donor that is missing or differs.
         """
         donors: list[Checkpoint] = []
         faults: list[str] = []
-        digests = digests or DigestCache()
+        digests, opened = digests or DigestCache(), dict[str, Checkpoint]()
         for name in names:
             progress(name)
             try:
-                donors.append(
-                    Checkpoint(resolve(name, models_dir, folder, download), name, digests, any_family=not alike)
-                )
+                donors.append(open_model(name, models_dir, folder, digests, opened, not alike, download))
             except InputError as error:
                 faults.append(str(error))
         if faults:
@@ -113,15 +112,20 @@ class Pool:
         """The donors' names in the order of the config."""
         return list(self.donors)
 
+    def made_of(self, names: Iterable[str]) -> list[str]:
+        """The models and adapters that these donors are, each once."""
+        return list(dict.fromkeys(part for name in names for part in self[name].made_of))
+
     def settings_differ(self, name: str, other: str) -> bool:
         """Whether two donors' configs differ in what acts on the values without changing their shapes."""
         return bool(_soft_differences(self[name], self[other]))
 
     def check_finite(self, progress: Callable[[str], None] = lambda _: None) -> None:
         """Raise InputError naming the donor, file and tensor that holds NaN or infinity."""
+        checked = set[Tensor]()
         for donor in self:
             progress(donor.name)
-            donor.check_finite()
+            donor.check_finite(checked)
 
     def _leave_out_other_heads(self, donor: Checkpoint) -> None:
         """Take what is stored beside the model out of a donor; of one for another task, keep the blocks alone."""
@@ -240,7 +244,7 @@ def _check_blocks(donor: Checkpoint) -> list[str]:
 
 def vocabulary_differences(first: Checkpoint, other: Checkpoint) -> list[str]:
     """One line if tokens of the first model's tokenizer have another id in the other's, none if they have not."""
-    ours, theirs = token_ids(first.folder), token_ids(other.folder)
+    ours, theirs = token_ids(first.tokenizer_folder), token_ids(other.tokenizer_folder)
     moved = [token for token, index in ours.items() if theirs.get(token, index) != index]
     if not moved:
         return []
@@ -249,21 +253,3 @@ def vocabulary_differences(first: Checkpoint, other: Checkpoint) -> list[str]:
         f"{len(moved)} tokens have another id in the tokenizer, the first {token!r} {theirs[token]} "
         f"instead of {ours[token]}"
     ]
-
-
-@lru_cache(maxsize=16)
-def token_ids(folder: Path) -> dict[str, int]:
-    """Token -> id from tokenizer.json, where there is one and its model lists its tokens."""
-    path = folder / "tokenizer.json"
-    return token_ids_in(read_json(path), path) if path.is_file() else {}
-
-
-def token_ids_in(data: dict[str, Any], path: Path) -> dict[str, int]:
-    """Token -> id of what a tokenizer.json holds. Raises InputError if it is something else."""
-    try:
-        listed = data["model"].get("vocab", {})
-        if isinstance(listed, list):  # unigram models list (token, score) pairs in the order of the ids
-            listed = {entry[0]: index for index, entry in enumerate(listed)}
-        return {**listed, **{entry["content"]: entry["id"] for entry in data.get("added_tokens", [])}}
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: is not a tokenizer file") from error

@@ -89,6 +89,10 @@ class Expression(ABC):
         for part in self.parts:
             yield from part.places(sources)
 
+    def held_bytes(self, sources: Sources) -> int:
+        """Bytes that its donors' tensors keep in memory while it is read a chunk at a time."""
+        return sum(part.held_bytes(sources) for part in self.parts)
+
     def identity(self, sources: Sources) -> str:
         """A digest that says, without computing anything, whether two expressions are worth the same bytes.
 

@@ -15,8 +15,9 @@ from typing import Any
 from olmfast.errors import InputError, did_you_mean
 from olmfast.weights.checkpoint import Checkpoint, read_json
 from olmfast.weights.expressions import Copy, MeanRow, Rows, merge
-from olmfast.weights.pool import Pool, token_ids
+from olmfast.weights.pool import Pool
 from olmfast.weights.sources import Expression
+from olmfast.weights.tokens import token_ids
 
 # Where a row comes from: a model and a row of it, the same row of several models on average, or nothing (zeros).
 Origin = tuple[tuple[str, int], ...]
@@ -197,7 +198,7 @@ _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": 
 
 def row_of(pool: Pool, model: str, token: str, where: str) -> int:
     """The row of a model's token. Raises InputError if it has none."""
-    ids = token_ids(pool[model].folder)
+    ids = token_ids(pool[model].tokenizer_folder)
     if token not in ids:
         raise InputError(f"{where}: {model} has no token {token!r}{did_you_mean(token, ids)}")
     return ids[token]
@@ -205,13 +206,13 @@ def row_of(pool: Pool, model: str, token: str, where: str) -> int:
 
 def _ids(model: Checkpoint) -> dict[str, int]:
     """Every token and its id. Raises InputError without tokenizer.json, or if two tokens share an id."""
-    path = model.folder / "tokenizer.json"
+    path = model.tokenizer_folder / "tokenizer.json"
     if not path.is_file():
         raise InputError(
-            f"{model.folder}: no tokenizer.json, which the merge of vocabularies needs; make it with "
+            f"{model.tokenizer_folder}: no tokenizer.json, which the merge of vocabularies needs; make it with "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
-    ids = token_ids(model.folder)
+    ids = token_ids(model.tokenizer_folder)
     shared = shared_ids(ids)
     if shared:
         index, tokens = shared[0]
@@ -230,7 +231,7 @@ def shared_ids(ids: Mapping[str, int]) -> list[tuple[int, list[str]]]:
 
 
 def _added_tokens(model: Checkpoint) -> list[dict[str, Any]]:
-    return list(read_json(model.folder / "tokenizer.json").get("added_tokens", []))
+    return list(read_json(model.tokenizer_folder / "tokenizer.json").get("added_tokens", []))
 
 
 def tokenizer_texts(vocabulary: Vocabulary, folder: Path) -> dict[str, str]:

@@ -145,7 +145,7 @@ def rebuild(
             write_folder(content, sources, folder.partial, found.shard_size)
         except FileChanged as error:
             raise error.with_advice("the same command") from error
-        write_text(folder.partial / "README.md", _card(recipe, found, content))
+        write_text(folder.partial / "README.md", _card(recipe, found, content, pool))
         folder.rename()
     return done
 
@@ -170,8 +170,11 @@ def restore(content: Content, sources: Sources, folder: Path, shard_size: int, o
         fresh.rmdir()
 
 
-def _card(recipe: Recipe, report: _Report, content: Content) -> str:
+def _card(recipe: Recipe, report: _Report, content: Content, pool: Pool) -> str:
     names = [recipe.base, *(name for name in report.donors if name != recipe.base)]
+    made_of = list(
+        dict.fromkeys(part for name in names for part in (pool[name].made_of if name in pool.names else [name]))
+    )
     made = f"Rebuilt by olmfast from a `{report.path.name}`; base: `{recipe.base}`."
     account = f"{content.account()}.\n\nRecipe {recipe.digest()}."
-    return f"{front_matter(names)}\n# Merged model\n\n{made}\n\n{account}\n"
+    return f"{front_matter(made_of)}\n# Merged model\n\n{made}\n\n{account}\n"

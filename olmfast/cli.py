@@ -106,9 +106,10 @@ def run_command(
         raise InputError("--resume and --overwrite: one continues a run, the other starts anew; give one of them")
     if file is not None and config is not None:
         raise InputError(f"--config {config}: the file is given already, as {file}; give one of them")
-    loaded = load_config(
-        file or config or Path("olm_config.yaml"), _overrides(set_ or [], device=device, dtype=dtype, seed=seed)
-    )
+    chosen = file or config or Path("olm_config.yaml")
+    if not (file or config or chosen.exists()):
+        raise InputError(f"{chosen}: no such file in this folder; name the run's config: olmfast run CONFIG")
+    loaded = load_config(chosen, _overrides(set_ or [], device=device, dtype=dtype, seed=seed))
     from olmfast.terminal.progress import make_observer
     from olmfast.terminal.runs import print_plan, print_result
 

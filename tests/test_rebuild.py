@@ -106,6 +106,9 @@ def test_a_donor_whose_bytes_changed_is_an_error_that_names_it(finished, tmp_pat
         ("{}", "is not a merge report"),
         ('{"layers": {}, "tensors": {"a": {"best_model": null}}}', "names no model"),
         ('{"olmfast": {"recipe": null, "donors": {"a": "0"}}}', "the run had chosen nothing yet"),
+        ('{"olmfast": {"recipe": {"version": 1, "base": "a"}}}', "is damaged: has no 'tensors'"),
+        ('{"olmfast": {"recipe": 3, "donors": {"a": "0"}}}', "is damaged: 'int' object has no attribute"),
+        ('{"olmfast": {"validation": {"result": "start"}}}', "is damaged: has no 'snapshot: start'"),
     ],
 )
 def test_a_report_without_a_model_is_refused(tmp_path, content, message):

@@ -102,13 +102,16 @@ def _read_first(data: dict[str, Any], why: str) -> Iterator[str]:
     if not any(key in data for key in ("layer_swap", "tensor_swap")):
         data["layer_swap"] = True
         searched = "every block is searched"
+    named = data.get("base_model_name")
     if data.get("base_select") is None:
-        chosen = data.get("base_model_name") is None
         metric = "quality" if any(entry.get("mode") == "quality" for entry in _entries(data)) else True
-        data["base_select"] = metric if chosen else False
+        data["base_select"] = metric if named is None else False
     if data.get("selection") in (None, "ranks"):
         data["selection"] = "average_rank"
-    yield f"read as a config of the original's first versions, as {why}: {searched}; the lowest average rank wins"
+    by = data["base_select"]
+    base = f"chosen by {'all datasets' if by is True else by}" if by else (named or "the first model")
+    read = "read as a config of the original's first versions"
+    yield f"{read}, as {why}: {searched}; the base is {base}; the lowest average rank wins"
 
 
 def _metric_in_use(data: dict[str, Any], key: str) -> Iterator[str]:

@@ -69,16 +69,20 @@ class _Report:
             names = [choices.base or choices.donors[0], *choices.donors]
             return cls(path, dict.fromkeys(names), {}, SHARD_SIZE, None, choices)
         own = data["olmfast"]
-        chosen = own.get("validation", {}).get("result")
-        recipe = own.get("recipe") if chosen is None else own.get(SNAPSHOT + chosen)
-        return cls._ours(path, own, None if recipe is None else Recipe.from_json(recipe))
+        try:
+            chosen = own.get("validation", {}).get("result")
+            recipe = own.get("recipe") if chosen is None else own[SNAPSHOT + chosen]
+            return cls._ours(path, own, None if recipe is None else Recipe.from_json(recipe))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = f"has no {error}" if isinstance(error, KeyError) else error
+            raise InputError(f"{path}: is damaged: {reason}") from error
 
     @classmethod
     def _ours(cls, path: Path, header: Mapping[str, Any], recipe: Recipe | None) -> _Report:
         if recipe is None or not header.get("donors"):
             raise InputError(f"{path}: the run had chosen nothing yet, so there is no model to rebuild")
-        shard_size = header.get("config", {}).get("shard_size", SHARD_SIZE)
-        return cls(path, header["donors"], header.get("places", {}), shard_size, recipe, None)
+        shard_size = int(header.get("config", {}).get("shard_size", SHARD_SIZE))
+        return cls(path, dict(header["donors"]), dict(header.get("places", {})), shard_size, recipe, None)
 
     def pool(self, models_dir: Path | None) -> Pool:
         """The donors that the model is made of. Raises InputError for one whose bytes are others than the run's."""

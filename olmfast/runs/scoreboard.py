@@ -18,9 +18,10 @@ from olmfast.evaluation.scores import Scores
 from olmfast.runs.inputs import Inputs
 from olmfast.search.ranking import skill_retained
 from olmfast.search.spans import real_spans
+from olmfast.weights.adapters import open_model
 from olmfast.weights.checkpoint import Checkpoint
+from olmfast.weights.digests import DigestCache
 from olmfast.weights.expressions import Copy, merge, whole
-from olmfast.weights.hub import resolve
 from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Recipe
 
@@ -207,13 +208,13 @@ def evaluate_like(
     limits = {key: getattr(config, key) for key in ("batch_tokens", "max_ram", "max_vram", "scorer")}
     settings = Settings.of(config.device, config.dtype, **limits)
     names = list(dict.fromkeys([*donors, name]))
-    found = [Checkpoint(resolve(one, config.models_dir, Path.cwd()), one) for one in names]
+    digests, opened = DigestCache(), dict[str, Checkpoint]()
+    found = [open_model(one, config.models_dir, Path.cwd(), digests, opened) for one in names]
     asks, pool = name, None
     try:
         base = config.base_name
         if base not in names:
-            base_donor = Checkpoint(resolve(base, config.models_dir, config.config_dir), base)
-            pool, asks = Pool([base_donor, *found]), base
+            pool, asks = Pool([open_model(base, config.models_dir, config.config_dir, digests, opened), *found]), base
         else:
             asks = base
     except InputError as error:

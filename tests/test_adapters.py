@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -24,7 +25,9 @@ from olmfast.static.write import merge
 from olmfast.testing import (
     sums,
     tiny_adapter,
+    tiny_config,
     tiny_model,
+    tiny_of,
     tiny_run,
     tiny_tokenizer,
     write_answers,
@@ -164,6 +167,27 @@ def test_names_of_old_files_and_of_bare_models_are_understood(place, tmp_path):
         save_file(held, folder / ADAPTER[1])
         (model,) = opened(place, f"llama+{folder}")
         assert all(torch.equal(model.read(tensor), expected.read(tensor)) for tensor in expected.tensors), name
+
+
+def test_an_adapter_of_two_towers_finds_the_tensors_whatever_their_file_calls_them(tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import LlavaForConditionalGeneration
+
+    base = tiny_of(tmp_path / "base", LlavaForConditionalGeneration, tiny_config("llava"))
+    names = load_file(base / "model.safetensors")
+    keys = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(LlavaForConditionalGeneration.from_pretrained(base), keys).save_pretrained(tmp_path / "ad")
+    held = load_file(tmp_path / "ad" / ADAPTER[1])
+    assert not {f"{name.split('.lora_')[0].removeprefix('base_model.model.')}.weight" for name in held} & set(names)
+    full = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(base), tmp_path / "ad")
+    full.merge_and_unload().save_pretrained(tmp_path / "full")
+    expected = load_file(tmp_path / "full" / "model.safetensors")
+    (model,) = opened(tmp_path, "base+ad", alike=False)
+    changed = [name for name in names if not torch.equal(model.read(name), names[name])]
+    assert any("vision" in name for name in changed)
+    assert any("language" in name for name in changed)
+    for name in expected:
+        torch.testing.assert_close(model.read(name), expected[name], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -406,6 +430,19 @@ def test_mergekits_spellings_of_an_adapted_model_are_one():
     for entry in entries:
         config = load_merge_config({"merge_method": "passthrough", "models": [{"model": entry}]})
         assert config.model_names == ["org/base@v1+org/ad@v2"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [({"revision": "v1"}, "org/a@v1"), ({"lora": "org/ad"}, "org/a+org/ad"), ({"adapter": "x"}, "org/a+x")],
+)
+def test_what_belongs_to_a_models_name_is_said_to(keys, name):
+    merged = {"merge_method": "passthrough", "models": [{"model": "org/a", **keys}]}
+    source = {"model": "org/a", "layer_range": [0, 1], **keys}
+    sliced = {"merge_method": "passthrough", "slices": [{"sources": [source]}]}
+    for config in (merged, sliced):
+        with pytest.raises(InputError, match=f"is part of the model's name; write model: {re.escape(name)}"):
+            load_merge_config(config)
 
 
 # ---- wherever a model stands

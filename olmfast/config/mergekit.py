@@ -116,19 +116,34 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
 
-class MergedModel(_Strict):
+# Keys that people give beside `model`, and what stands for them in its name.
+PARTS_OF_NAMES = {"revision": "{model}@{value}", "lora": "{model}+{value}", "adapter": "{model}+{value}"}
+
+
+class _OfModel(_Strict):
+    """What names a model."""
+
+    model: Model
+    parameters: Parameters = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, value: object) -> object:
+        for key, spelling in PARTS_OF_NAMES.items() if isinstance(value, dict) else ():
+            if value.get(key) and isinstance(value.get("model"), str) and isinstance(value[key], str):
+                name = spelling.format(model=value["model"], value=value[key])
+                raise ValueError(f"{key}: is part of the model's name; write model: {name}")
+        return value
+
+
+class MergedModel(_OfModel):
     """An entry of `models`."""
 
-    model: Model
-    parameters: Parameters = {}
 
-
-class SliceSource(_Strict):
+class SliceSource(_OfModel):
     """A model's layers that go into a slice; `layer_range` is half-open."""
 
-    model: Model
     layer_range: tuple[int, int]
-    parameters: Parameters = {}
 
     @model_validator(mode="after")
     def _check(self) -> SliceSource:

@@ -27,8 +27,10 @@ from olmfast.output.writer import write_json, write_text, writing
 from olmfast.weights.checkpoint import FLOATS, Checkpoint, Tensor
 from olmfast.weights.devices import pick_device
 from olmfast.weights.draws import normal
+from olmfast.weights.examination import Unknown, build, read_config
 from olmfast.weights.hub import ADAPTER
 from olmfast.weights.pool import Pool
+from olmfast.weights.skeletons import Skeletons
 
 OVERSAMPLED, ITERATIONS = 16, 3
 PREFIX = "base_model.model."  # PEFT's, of every name in an adapter's file
@@ -207,16 +209,19 @@ class _Sorter:
         self.base, self.tensors = base, tensors
         self.plan = Extraction(is_tied=is_tied)
         self.live = _blueprint(base)
-        self.names = {slot.parameter: name for name in tensors if not (slot := base.architecture.slot(name)).index}
+        with Skeletons() as skeletons:
+            skeleton = skeletons.examine(base.config, {name: tensor.shape for name, tensor in tensors.items()})
+        self.places = {name: place for name, place in skeleton.modules.items() if name not in skeleton.converted}
+        self.names = {place: name for name, place in self.places.items()}
 
     def sort(self, changed: list[str]) -> Extraction:
         """Every changed tensor in its place. Raises InputError if none has one."""
         biases = []
         for name in changed:
-            slot, tensor = self.base.architecture.slot(name), self.tensors[name]
-            path, _, leaf = slot.parameter.rpartition(".")
+            tensor = self.tensors[name]
+            path, _, leaf = self.places.get(name, "").rpartition(".")
             module = self.live.get(path)
-            if slot.index or module is None or leaf not in dict(module.named_parameters(recurse=False)):
+            if not leaf or module is None or leaf not in dict(module.named_parameters(recurse=False)):
                 self.plan.left_out[name] = "which have no parameter of their own in the Transformers module"
             elif tensor.dtype not in FLOATS:
                 self.plan.left_out[name] = "which are no floating-point numbers"
@@ -254,25 +259,16 @@ class _Sorter:
     def _save_tied(self, path: str, tensor: Tensor) -> None:
         """A tied embedding whole, and as the head: a low-rank update would change it on one side only."""
         self.plan.saved.append(path)
-        head = self.base.architecture.slot(self.base.architecture.family.head).parameter
+        head = self.places[self.base.architecture.family.head]
         self.plan.whole |= {f"{path}.weight": tensor, head: tensor}
 
 
 def _blueprint(base: Checkpoint) -> dict[str, Any]:
     """The modules of the live model by name, built without memory. Raises InputError if Transformers cannot."""
-    import transformers
-    from transformers.initialization import no_init_weights
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    named = (base.config.get("architectures") or ["AutoModelForCausalLM"])[0]
-    kind = getattr(transformers, str(named), transformers.AutoModelForCausalLM)
     try:
-        config = CONFIG_MAPPING[base.config["model_type"]].from_dict(dict(base.config))
-        with torch.device("meta"), no_init_weights():
-            build = kind.from_config if hasattr(kind, "from_config") else kind
-            return dict(build(config).named_modules())
-    except (ValueError, OSError, ImportError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{base.folder / 'config.json'}: Transformers cannot build this model: {error}") from error
+        return dict(build(read_config(base.config)).named_modules())
+    except Unknown as error:
+        raise InputError(f"{base.folder / 'config.json'}: {error}") from error
 
 
 def _kind(module: Any) -> str:

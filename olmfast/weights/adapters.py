@@ -19,6 +19,7 @@ from olmfast.weights.architecture import FAMILIES
 from olmfast.weights.checkpoint import ADAPTER_CONFIG, Checkpoint, Tensor, TensorInfo, read_header, read_json
 from olmfast.weights.digests import DigestCache
 from olmfast.weights.hub import ADAPTER, ADAPTER_WEIGHTS, parts_of, resolve
+from olmfast.weights.skeletons import Skeletons
 from olmfast.weights.tokens import token_ids
 
 PREFIX = "base_model.model."  # of every name in an adapter's file
@@ -217,7 +218,7 @@ class _Application:
     def __init__(self, base: Checkpoint, settings: Mapping[str, Any], held: _Held, folder: Path) -> None:
         self.base, self.settings, self.held, self.file = base, settings, held, folder / ADAPTER_WEIGHTS
         self.head, self.embedding = base.architecture.family.head, base.architecture.family.embedding
-        self.canonical = _spelling(held.parameters(), _parameters(base))
+        self.canonical = _spelling(held.parameters(), base)
         self.faults: list[str] = []
 
     def tensors(self) -> dict[str, Tensor]:
@@ -363,16 +364,24 @@ def _parameters(base: Checkpoint) -> dict[str, str]:
     return {**files, **slots, **{name: name for name in names}}
 
 
-def _spelling(wanted: Collection[str], known: Mapping[str, str]) -> Callable[[str], str | None]:
-    """From an adapter's parameters to canonical names; they may lie in a module around, or inside, the base's.
+def _spelling(wanted: Collection[str], base: Checkpoint) -> Callable[[str], str | None]:
+    """From an adapter's parameters to canonical names. What the base's own names do not tell, Transformers says.
 
-    An adapter of a bare decoder says `layers.0` where the model with a head says `model.layers.0`.
+    They may lie in a module around, or inside, the base's: an adapter of a bare decoder says `layers.0` where the model
+    with a head says `model.layers.0`.
     """
-    first = next((parameter for parameter in wanted if parameter not in known), None)
-    for before, after in _changes_of_prefix(first, known) if first is not None else ():
+    known = _parameters(base)
+    unknown = [parameter for parameter in wanted if parameter not in known]
+    if not unknown:
+        return known.get
+    for before, after in _changes_of_prefix(unknown[0], known):
         if all(parameter.startswith(before) and after + parameter[len(before) :] in known for parameter in wanted):
             return lambda parameter: known.get(after + parameter[len(before) :])
-    return known.get
+    with Skeletons() as skeletons:  # as if the adapter's parameters were tensors of a file, of any version
+        skeleton = skeletons.examine(base.config, dict.fromkeys([*base.tensors, *unknown], ()))
+    places = {name: place for name, place in skeleton.modules.items() if name not in skeleton.converted}
+    names = {place: name for name, place in places.items() if name in base.tensors}
+    return {**{parameter: names.get(places.get(parameter, "")) for parameter in unknown}, **known}.get
 
 
 def _changes_of_prefix(parameter: str, known: Collection[str]) -> Iterator[tuple[str, str]]:

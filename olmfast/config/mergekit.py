@@ -129,10 +129,11 @@ class _OfModel(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, value: object) -> object:
-        for key, spelling in PARTS_OF_NAMES.items() if isinstance(value, dict) else ():
-            if value.get(key) and isinstance(value.get("model"), str) and isinstance(value[key], str):
-                name = spelling.format(model=value["model"], value=value[key])
-                raise ValueError(f"{key}: is part of the model's name; write model: {name}")
+        if isinstance(value, dict) and isinstance(value.get("model"), str):
+            for key, spelling in PARTS_OF_NAMES.items():
+                if isinstance(value.get(key), str):
+                    name = spelling.format(model=value["model"], value=value[key])
+                    raise ValueError(f"{key}: is part of the model's name; write model: {name}")
         return value
 
 

@@ -470,7 +470,7 @@ def no_file_larger_than(n_bytes: int) -> Iterator[None]:
 
 def files(folder: Path) -> dict[str, bytes]:
     """The files of a result that must not depend on how often the run was interrupted."""
-    timed = {"steps.jsonl", "merge_report.json"}
+    timed = {"steps.jsonl", "merge_report.json", "run.log"}
     wanted = [path for path in folder.iterdir() if path.is_file() and path.name not in timed]
     return {path.name: path.read_bytes() for path in sorted(wanted)}
 

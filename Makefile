@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 
 SCORING := $(addprefix tests/test_, scoring.py batched.py selection.py search.py evolution.py families.py)
 
-.PHONY: demo demo-fresh demo-compare test test-portable bench gpu lint parity sanitize clean
+.PHONY: demo demo-fresh demo-compare test test-portable soak bench gpu lint parity sanitize clean
 
 .venv/installed: pyproject.toml setup.py constraints.txt olmfast/__init__.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -33,6 +33,14 @@ test-portable: export ONEDNN_MAX_CPU_ISA = AVX2
 test-portable: export MKL_ENABLE_INSTRUCTIONS = AVX2
 test-portable: .venv/installed
 	$(BIN)/pytest $(SCORING) -k "not every_family or llama or gemma2 or gptj"
+
+# Kills, full disks and changed models; `make soak KILLS=100 EVERY=10 CHANGES=10 SEED=1`: fewer, and others.
+KILLS ?= 1000
+EVERY ?= 1
+CHANGES ?= 200
+SEED ?= 0
+soak: .venv/installed
+	$(BIN)/python tests/soak/soak.py --kills $(KILLS) --every $(EVERY) --changes $(CHANGES) --seed $(SEED)
 
 bench: .venv/installed
 	$(BIN)/pytest bench --benchmark-only

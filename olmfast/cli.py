@@ -257,6 +257,7 @@ def linear_command(
         adaptive.read_sensitivity(sensitivity) if sensitivity else None,
         top,
         tuple(allow_mismatch or ()),
+        layer_alphas,
     )
     if dry_run:
         read_options(device)

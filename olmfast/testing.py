@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -273,3 +274,14 @@ def tiny_run(folder: Path, n_donors: int = 3, family: str = "llama", **keys: Any
     path = folder / "cfg.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return path
+
+
+def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """All that is under a folder, links not followed: path -> mode, and the bytes of a file or the target of a link."""
+
+    def held(path: Path) -> bytes:
+        if path.is_symlink():
+            return os.fsencode(os.readlink(path))
+        return path.read_bytes() if path.is_file() else b""
+
+    return {str(path.relative_to(folder)): (path.lstat().st_mode, held(path)) for path in sorted(folder.rglob("*"))}

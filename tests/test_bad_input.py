@@ -19,6 +19,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from olmfast import load_config, run
+from olmfast.output.folder import OutputFolder
 from olmfast.testing import tiny_model, tiny_run, write_dataset
 
 OLMFAST = [sys.executable, "-m", "olmfast.cli"]
@@ -446,7 +447,8 @@ def test_an_output_without_a_name_is_refused(refused, cfg):
 
 
 def test_an_unfinished_run_is_left_alone(refused, cfg):
-    (cfg.parent / "out.partial").mkdir()
+    with OutputFolder(cfg.parent / "out", overwrite=False).lock(empty=True):
+        pass
     message = f"{cfg.parent / 'out.partial'}: an unfinished run; --resume continues it, --overwrite starts anew"
     assert refused(cfg) == message
 

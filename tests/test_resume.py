@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from olmfast import load_config, run
 from olmfast.errors import InputError, Interrupted
+from olmfast.output.folder import OutputFolder
 from olmfast.testing import tiny_run
 
 STAGES = {
@@ -151,8 +152,8 @@ def test_a_finished_run_that_is_resumed_changes_no_byte(config):
 def test_a_finished_run_outlives_an_overwrite_that_was_killed_before_it_began(config):
     out = run(load_config(config)).output_dir
     before = snapshot(out)
-    out.with_name("out.partial").mkdir()
-    (out.parent / "out.partial" / ".lock").touch()
+    with OutputFolder(out, overwrite=True).lock(empty=True):
+        pass
     assert run(load_config(config), resume=True).status == "finished"
     assert snapshot(out) == before
     assert sorted(path.name for path in config.parent.iterdir()) == ["cfg.yaml", "out"]

@@ -232,11 +232,17 @@ class MergeConfig(_Strict):
     chat_template: str | None = None
     _folder: Path = PrivateAttr(Path())
     _text: str = PrivateAttr("")
+    _file: Path | None = PrivateAttr(None)
 
     @property
     def folder(self) -> Path:
         """The folder that relative paths are taken from."""
         return self._folder
+
+    @property
+    def file(self) -> Path | None:
+        """The file it was read from."""
+        return self._file
 
     @property
     def text(self) -> str:
@@ -469,7 +475,7 @@ def load_merge_config(source: str | Path | Mapping[str, Any]) -> MergeConfig:
     if "dataset" in data and not is_merge_file(data):
         raise InputError(f"{path}: is a run's configuration, not a merge file; use: olmfast run {path}")
     config = parse_merge_config(data, str(path), path.parent.absolute())
-    config._text = path.read_text(encoding="utf-8")
+    config._text, config._file = path.read_text(encoding="utf-8"), path.absolute()
     return config
 
 

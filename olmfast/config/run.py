@@ -215,6 +215,7 @@ class RunConfig(BaseModel):
     shard_size: Annotated[PositiveInt, BeforeValidator(parse_size)] = 5_000_000_000
     _config_dir: Path = PrivateAttr(Path())
     _notes: tuple[str, ...] = PrivateAttr(())
+    _file: Path | None = PrivateAttr(None)
 
     @property
     def config_dir(self) -> Path:
@@ -225,6 +226,11 @@ class RunConfig(BaseModel):
     def notes(self) -> tuple[str, ...]:
         """What was read as something else than it says, and what is ignored."""
         return self._notes
+
+    @property
+    def file(self) -> Path | None:
+        """The file it was read from."""
+        return self._file
 
     @property
     def base_name(self) -> str:
@@ -386,7 +392,10 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
         raise InputError(f"{path}: is a merge file, not a run's configuration; use: olmfast merge {path} OUT")
     for dotted, value in (overrides or {}).items():
         set_key(data, dotted, value)
-    return parse_config(data, where=str(path), folder=path.parent.absolute())
+    config = parse_config(data, where=str(path), folder=path.parent.absolute())
+    if not isinstance(source, Mapping):
+        config._file = path.absolute()
+    return config
 
 
 def parse_config(data: dict[str, Any], where: str, folder: Path) -> RunConfig:

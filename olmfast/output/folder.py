@@ -1,124 +1,383 @@
-"""The life of an output folder: begun next to its final name, locked, and renamed when it is complete."""
+"""The life of an output folder: begun next to its final name, locked, and renamed when it is complete.
+
+Nothing is emptied, moved or removed that was not made here (its record says so, see `ownership.py`), or that the user
+did not agree to lose: what had the final name when the work began. No renaming replaces anything: the system renames a
+folder over an empty one at most.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import os
+import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from itertools import count
 from pathlib import Path
 
 from olmfast import _shards
-from olmfast.errors import InputError
+from olmfast.errors import InputError, OlmfastError
+from olmfast.output.ownership import LOCK, Claim, Note, first_inside, identity
+from olmfast.output.writer import write_text
+from olmfast.search.log import STEPS
+from olmfast.search.record import LEDGER, REFINED, REPORT
+from olmfast.weights.checkpoint import GENERATION_CONFIG, TOKENIZER_FILES
+from olmfast.weights.digests import DIGESTS
 
-LOCK = ".lock"
-# In OUT.partial, then in OUT, while one replaces the other: the name that the old result has meanwhile. It tells our
-# folder from one that happens to have that name.
+# In OUT.partial, then in OUT, while one replaces the other: what the old result is called meanwhile.
 REPLACING = ".replacing"
+# What olmfast writes into a folder in progress; one that holds anything else is not emptied.
+PARTS = (
+    *(LOCK, REPLACING, STEPS, LEDGER, REPORT, DIGESTS, f"{STEPS}.tmp", f"{REPORT}.tmp"),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *("run.log", "config.json", "README.md", "mergekit_config.yml", GENERATION_CONFIG, *TOKENIZER_FILES),
+    *("adapter_config.json", "adapter_model.safetensors"),
+)
+REFINED_PARTS = ("*.safetensors", "*.safetensors.tmp")
+LONGEST_ENDING = ".replaced.99"  # after the output's own name
 
 
 class OutputFolder:
     """`OUT.partial` while it is written, `OUT` once it is complete.
 
-    An `OUT` that a killed process had moved out of the way is put back; one that it had replaced is removed.
-    Raises InputError for a name that no folder can have.
+    What is at `OUT` when this is made is what may be replaced, and nothing else. Nothing is changed before `heal` or
+    `lock`. Raises InputError for a name that no folder can have, and for what no folder can replace.
     """
 
     def __init__(self, output: Path, *, overwrite: bool) -> None:
-        if output.name in ("", ".."):
-            raise InputError(f"output_dir: {output} has no name of its own; name a folder that can be replaced")
         self.output = output
+        _check_name(output)
         self.partial = partial_of(output)
         self.overwrite = overwrite
-        if output.exists() and not output.is_dir():
-            raise InputError(f"{output}: exists and is not a directory; name another output_dir")
-        self._heal()
+        try:
+            self._check_kinds()
+            self._agreed = identity(output)
+        except OSError as error:
+            raise InputError(f"{error.filename or output}: cannot be read: {error.strerror}") from error
+        self._made: list[Path] = []
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether something is at `OUT` that a result would replace: anything but an empty folder."""
+        try:
+            return self.output.is_symlink() or (self.output.exists() and any(self.output.iterdir()))
+        except OSError as error:
+            raise InputError(f"{self.output}: cannot be read: {error.strerror}") from error
+
+    def check(self, read: Mapping[str, Iterable[Path]]) -> None:
+        """Raise InputError where a result must not come to be: see `check_apart` and `check_partial`, and an `OUT` that
+        is there without `overwrite`. What a killed command left half-way is put right before."""
+        self.check_apart(read)
+        if not self.overwrite and (self.partial / STEPS).exists():
+            raise InputError(f"{self.partial}: holds an unfinished run; use --overwrite to replace it")
+        self.check_partial()
+        self.heal()
+        if self.is_taken and not self.overwrite:
+            raise InputError(f"{self.output}: exists; use --overwrite to replace it")
+
+    def check_apart(self, read: Mapping[str, Iterable[Path]]) -> None:
+        """Raise InputError where `OUT` or `OUT.partial` holds anything of what is read: what it is called -> its paths.
+
+        Links are followed all the way: a file is also where its links are, and where they lead.
+        """
+        faults = []
+        for what, paths in {**read, "the current folder": _current_folder()}.items():
+            found = first_inside((self.output, self.partial), paths)
+            if found is not None:
+                folder, place = found
+                told = "" if place == folder else f" ({place})"
+                faults.append(f"output_dir: {folder} holds {what}{told}; name a folder for the result alone")
+        if faults:
+            raise InputError("\n".join(faults))
+
+    def check_partial(self) -> None:
+        """Raise InputError where `OUT.partial` is not one that was begun here, and so must not be emptied."""
+        if not os.path.lexists(self.partial):
+            return
+        if Claim.read(self.partial, self.output.name) is None:
+            raise InputError(
+                f"{self.partial}: is in the way and was not begun here by this version of olmfast, so it is left as it "
+                "is; move it away, or name another output"
+            )
+        foreign = _foreign(self.partial)
+        if foreign is not None:
+            raise InputError(f"{foreign}: is in a folder that would be emptied, and is not olmfast's; move it away")
 
     @contextmanager
     def lock(self, *, empty: bool) -> Iterator[None]:
-        """Hold `OUT.partial` for one process at a time; `empty` removes what an earlier one left there."""
-        lock = self.partial / LOCK
+        """Hold `OUT.partial` for one process at a time; `empty` begins a new one in place of one begun here earlier."""
         try:
-            self.partial.mkdir(parents=True, exist_ok=True)
-            file = lock.open("w")
+            self._sweep()
+            if empty:
+                self.check_partial()
+            if os.path.lexists(self.partial) and empty:
+                with _locked(self.partial):
+                    self._remove(self.partial)
+            held = self._resume() if os.path.lexists(self.partial) else self._make()
         except OSError as error:
             raise InputError(f"{self.partial}: cannot be written: {error.strerror}") from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise InputError(f"{self.partial}: another process is running this merge") from error
-            if empty:  # only now: the folder of a run in progress must not be emptied
-                for path in self.partial.iterdir():
-                    if path.is_dir():
-                        shutil.rmtree(path)
-                    elif path != lock:
-                        path.unlink()
+        try:
             yield
+        finally:
+            os.close(held)
 
-    def forget_if_empty(self) -> None:
-        """Leave no trace of what was refused before it began."""
-        if [path.name for path in self.partial.iterdir()] == [LOCK]:
-            shutil.rmtree(self.partial)
+    def discard(self) -> None:
+        """Leave no trace of what was begun; a file of the user's in it is left where it is."""
+        if _foreign(self.partial) is None:
+            self._remove(self.partial)
+        for folder in reversed(self._made):
+            with suppress(OSError):  # something else is in it by now
+                folder.rmdir()
 
     def rename(self, *, keep: bool = False) -> None:
-        """Rename the complete `OUT.partial` to `OUT`; an old `OUT` is removed after, or set aside with `keep`."""
-        lock, note = self.partial / LOCK, self.partial / REPLACING
-        if not self.output.exists():
-            lock.unlink(missing_ok=True)
-            self.partial.rename(self.output)
+        """Rename the complete `OUT.partial` to `OUT`; an old `OUT` is removed after, or set aside with `keep`.
+
+        Raises OlmfastError where `OUT` is not what it was at the beginning; it is left as it is.
+        """
+        if identity(self.output) != self._agreed:
+            raise self._changed("was changed, or was not there, when the work began")
+        if not self.is_taken:
+            self._move(self.partial)
         else:
             aside = _unused(self.output.with_name(self.output.name + (".original" if keep else ".replaced")))
             if not keep:
-                note.write_text(aside.name, encoding="utf-8")
+                write_text(self.partial / REPLACING, Note(aside.name, self.output.lstat().st_ino).to_text())
             self.output.rename(aside)
-            lock.unlink(missing_ok=True)  # as late as possible: without it another process may begin
-            self.partial.rename(self.output)
+            if identity(aside) != self._agreed:
+                aside.rename(self.output)
+                (self.partial / REPLACING).unlink(missing_ok=True)
+                raise self._changed("was changed just now")
+            _shards.sync_folder(self.output.parent)
+            self._move(self.partial)
+            _shards.sync_folder(self.output.parent)
             if not keep:
-                self._remove_replaced(aside)
+                self._remove_replaced()
+        # Last: until here the record says what a kill leaves to be done.
+        (self.output / LOCK).unlink(missing_ok=True)
         _shards.sync_folder(self.output.parent)
 
-    def _heal(self) -> None:
-        """Undo or complete a replacement that was killed half-way."""
-        if (self.output / REPLACING).is_file():
-            self._remove_replaced(self._aside(self.output))
-        if (self.partial / REPLACING).is_file():
-            with self.lock(empty=False):
+    def heal(self) -> None:
+        """Undo or complete a replacement that was killed half-way, where records made here say that it was one."""
+        name = self.output.name
+        if Claim.read(self.output, name) is not None:
+            with _locked(self.output):
+                self._remove_replaced()
+                (self.output / LOCK).unlink(missing_ok=True)
+            self._agreed = identity(self.output)
+        elif Claim.read(self.partial, name) is not None and os.path.lexists(self.partial / REPLACING):
+            with _locked(self.partial):
                 aside = self._aside(self.partial)
-                if aside is not None and aside.is_dir() and not self.output.exists():
+                if aside is not None and not os.path.lexists(self.output):
                     aside.rename(self.output)
-                (self.partial / REPLACING).unlink(missing_ok=True)
+                    self._agreed = identity(self.output)
+                (self.partial / REPLACING).unlink()
+
+    def _check_kinds(self) -> None:
+        if self.output.is_symlink() and not self.output.is_dir():
+            raise InputError(f"{self.output}: is a link that leads to no folder; name another output_dir")
+        if self.output.exists() and not self.output.is_dir():
+            raise InputError(f"{self.output}: exists and is not a directory; name another output_dir")
+        if os.path.ismount(self.output):
+            raise InputError(f"{self.output}: is where a disk is mounted, and cannot be replaced; name a folder in it")
+        parent_of(self.output)
+
+    def _make(self) -> int:
+        """Make `OUT.partial`: under a name that nobody can guess, with a record in it, then renamed."""
+        parent = self.partial.parent
+        missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+            self._made.append(folder)
+        begun = parent / f".olmfast-{secrets.token_hex(8)}"
+        held = -1
+        try:
+            begun.mkdir()
+            held = os.open(begun / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.write(held, Claim(self.output.name, begun.stat().st_ino, self._agreed).to_bytes())
+            os.fsync(held)
+            if os.path.lexists(self.partial):
+                raise _busy(self.partial)
+            os.rename(begun, self.partial)
+            _shards.sync_folder(parent)
+        except BaseException:
+            if held >= 0:
+                os.close(held)
+            shutil.rmtree(begun, ignore_errors=True)
+            for folder in reversed(self._made):
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
+        return held
+
+    def _resume(self) -> int:
+        """Take the `OUT.partial` that is there, as it is."""
+        if self.partial.is_symlink() or not self.partial.is_dir():
+            raise InputError(f"{self.partial}: is not a folder; move it away")
+        link = next((path for path in _within(self.partial) if path.is_symlink()), None)
+        if link is not None:
+            raise InputError(f"{link}: is a link, and nothing is written through one; put the file itself there")
+        return _open_lock(self.partial)
+
+    def _move(self, folder: Path) -> None:
+        try:
+            folder.rename(self.output)
+        except OSError as error:
+            raise self._changed(f"cannot be given to the result ({error.strerror})") from error
+
+    def _changed(self, what: str) -> OlmfastError:
+        return OlmfastError(
+            f"{self.output}: {what}, and is left as it is; the complete result is {self.partial}; move one of them away"
+        )
 
     def _aside(self, folder: Path) -> Path | None:
-        """Where the note in `folder` says that the old result is."""
-        name = Path((folder / REPLACING).read_text(encoding="utf-8")).name
-        return self.output.with_name(name) if name else None
+        """Where the old result is meanwhile, if the note in `folder` is about what is there under that name."""
+        note = Note.read(folder / REPLACING)
+        if note is None or not _is_aside(note.aside, self.output.name):
+            return None
+        aside = self.output.with_name(note.aside)
+        with suppress(OSError):
+            if aside.lstat().st_ino == note.inode:
+                return aside
+        return None
 
-    def _remove_replaced(self, aside: Path | None) -> None:
-        if aside is not None and aside.is_symlink():
-            aside.unlink()
-        elif aside is not None and aside.is_dir():
-            shutil.rmtree(aside)
+    def _remove_replaced(self) -> None:
+        aside = self._aside(self.output)
+        if aside is not None:
+            try:
+                aside.unlink() if aside.is_symlink() else shutil.rmtree(aside)
+            except OSError as error:
+                raise OlmfastError(
+                    f"{error.filename or aside}: cannot be removed: {error.strerror}; the new result is complete, what "
+                    f"it replaced is {aside}"
+                ) from error
         (self.output / REPLACING).unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Remove what a kill left of a folder that was being begun, or removed."""
+        for path in self.output.parent.glob(".olmfast-" + "[0-9a-f]" * 16):
+            with suppress(InputError, OSError):
+                if Claim.read(path, self.output.name) is not None and _foreign(path) is None:
+                    with _locked(path):
+                        _empty(path)
+
+    def _remove(self, folder: Path) -> None:
+        """Remove a folder of ours: under another name, so that a kill leaves nothing that looks begun."""
+        gone = folder.with_name(f".olmfast-{secrets.token_hex(8)}")
+        os.rename(folder, gone)
+        _empty(gone)
+
+
+def _check_name(output: Path) -> None:
+    """Raise InputError if no folder can have this name."""
+    if output.name in ("", ".."):
+        raise InputError(f"output_dir: {output} has no name of its own; name a folder that can be replaced")
+    try:
+        size = len(os.fsencode(output.name))
+        if "\0" in str(output):
+            raise ValueError("it holds a null character")
+    except ValueError as error:
+        raise InputError(f"output_dir: {str(output)!r} is not a usable path: {error}") from error
+    try:
+        most = os.pathconf(parent_of(output), "PC_NAME_MAX") - len(LONGEST_ENDING)
+    except OSError as error:
+        raise InputError(f"{output}: {error.strerror}") from error
+    if size > most:
+        raise InputError(f"output_dir: {output.name[:40]}...: a name of {size} bytes; at most {most} are possible here")
+
+
+def _current_folder() -> list[Path]:
+    try:
+        return [Path.cwd()]
+    except OSError:  # it was removed
+        return []
+
+
+def _within(folder: Path) -> Iterator[Path]:
+    """The entries of a folder in progress, and those of the folder in it."""
+    yield from sorted(folder.iterdir())
+    if (folder / REFINED).is_dir() and not (folder / REFINED).is_symlink():
+        yield from sorted((folder / REFINED).iterdir())
+
+
+def _foreign(folder: Path) -> Path | None:
+    """The first entry of a folder in progress that olmfast has not written."""
+    for path in _within(folder):
+        parts = PARTS if path.parent == folder else REFINED_PARTS
+        with suppress(FileNotFoundError):  # gone by now: another process is at work in it
+            kind = path.lstat().st_mode
+            is_part = stat.S_ISREG(kind) and any(fnmatchcase(path.name, part) for part in parts)
+            if not is_part and not (path == folder / REFINED and stat.S_ISDIR(kind)):
+                return path
+    return None
+
+
+def _empty(folder: Path) -> None:
+    """Remove a folder in progress, its record last."""
+    for path in folder.iterdir():
+        if path.name != LOCK:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    (folder / LOCK).unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def _open_lock(folder: Path) -> int:
+    """The lock file of a folder, locked. Raises InputError if another process has it."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    held = os.open(folder / LOCK, flags, 0o666)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(held).st_ino != (folder / LOCK).lstat().st_ino:
+            raise BlockingIOError
+    except OSError as error:
+        os.close(held)
+        if isinstance(error, (BlockingIOError, FileNotFoundError)):
+            raise _busy(folder) from error
+        raise
+    return held
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    held = _open_lock(folder)
+    try:
+        yield
+    finally:
+        os.close(held)
+
+
+def _busy(folder: Path) -> InputError:
+    return InputError(f"{folder}: another process is running this merge")
+
+
+def _is_aside(name: str, output: str) -> bool:
+    """Whether `rename` could have given this name to the old result."""
+    ending = name.removeprefix(f"{output}.replaced")
+    return ending != name and (not ending or (ending[0] == "." and ending[1:].isdecimal()))
 
 
 def partial_of(output: Path) -> Path:
     """The folder that a result is written to before it is complete."""
-    return output.with_name(output.name + ".partial")
+    return output.with_name(f"{output.name}.partial")
 
 
 def _unused(path: Path) -> Path:
     """The path, or the first of path.2, path.3, ... that does not exist yet."""
     names = (path.with_name(f"{path.name}.{number}" if number > 1 else path.name) for number in count(1))
-    return next(candidate for candidate in names if not candidate.exists())
+    return next(candidate for candidate in names if not os.path.lexists(candidate))
 
 
 def parent_of(output: Path) -> Path:
-    """The innermost existing folder around `output`. Raises InputError if it is a file."""
-    place = next(place for place in output.absolute().parents if place.exists())
-    if not place.is_dir():
-        raise InputError(f"{output}: {place} is not a directory; name another place for the result")
+    """The innermost existing folder around `output`. Raises InputError if it is a file, or cannot be looked at."""
+    try:
+        place = next(place for place in output.absolute().parents if os.path.lexists(place))
+        if not place.is_dir():
+            raise InputError(f"{output}: {place} is not a directory; name another place for the result")
+    except OSError as error:
+        raise InputError(f"{output}: {error.strerror}") from error
     return place
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,22 +17,20 @@ from typing import Any, BinaryIO
 import torch
 
 from olmfast import _shards
-from olmfast.errors import InputError, OlmfastError
-from olmfast.weights.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo, read_header, read_json, reading
+from olmfast.errors import FileChanged, InputError, OlmfastError
+from olmfast.weights.checkpoint import (
+    DTYPE_NAMES,
+    Checkpoint,
+    TensorInfo,
+    digest_file,
+    read_header,
+    read_json,
+    read_parts,
+    reading,
+)
 from olmfast.weights.chunks import CHUNK, Readable, Scratch, chunk_size
 from olmfast.weights.recipe import Recipe
 from olmfast.weights.sources import Expression, Sources
-
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-)
 
 PAGE_BYTES = 4096
 # Values that are written together: one request to the disk for all of them.
@@ -74,6 +71,12 @@ class Content:
     tokenizer: Checkpoint
     texts: Mapping[str, str] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+    copies_config: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Read now: what is written has to be what was planned.
+        _ = self.tokenizer.companions
+        object.__setattr__(self, "copies_config", self.config == read_json(self.base.folder / "config.json"))
 
     @property
     def n_bytes(self) -> int:
@@ -146,14 +149,15 @@ def write_folder(
     be written is NaN or infinite. `written` is called with each tensor that is done.
     """
     write_weights(content.tensors, sources, folder, shard_size, finite, written)
-    if content.config == read_json(content.base.folder / "config.json"):
+    if content.copies_config:
         copy_file(content.base.folder / "config.json", folder / "config.json")
+        _check_copied(content.base.folder / "config.json", _holds(folder / "config.json", content.config))
     else:
         write_json(folder / "config.json", content.config)
-    generation = content.tokenizer.folder / "generation_config.json"
-    for path in (*([generation] if generation.is_file() else []), *tokenizer_files(content.tokenizer.tokenizer_folder)):
-        if path.name not in content.texts:
-            copy_file(path, folder / path.name)
+    for name, digest in content.tokenizer.companions.items():
+        if name not in content.texts:
+            copy_file(content.tokenizer.companion(name), folder / name)
+            _check_copied(content.tokenizer.companion(name), digest_file(folder / name) == digest)
     for name, text in content.texts.items():
         write_text(folder / name, text)
     _shards.sync_folder(folder)
@@ -163,7 +167,7 @@ def faults_of(content: Content, folder: Path, shard_size: int) -> list[str]:
     """The files of a result that are missing from its folder, or not whole; weights by their headers and sizes."""
     shards = _split(content.tensors, shard_size)
     names = ["config.json", *(["model.safetensors.index.json"] if len(shards) > 1 else [])]
-    names += [path.name for path in tokenizer_files(content.tokenizer.tokenizer_folder)]
+    names += content.tokenizer.companions
     faults = [name for name in names if not (folder / name).is_file() or not (folder / name).stat().st_size]
     for name, tensors in shards.items():
         try:
@@ -371,17 +375,33 @@ def _index(shards: dict[str, list[OutputTensor]]) -> dict[str, object]:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
 
 
-def tokenizer_files(folder: Path) -> Iterator[Path]:
-    """The files of a model folder that make up its tokenizer and chat template."""
-    found = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()}
-    return iter(sorted(found))
+def _holds(path: Path, data: Mapping[str, Any]) -> bool:
+    try:
+        return read_json(path) == data
+    except InputError:
+        return False
+
+
+def _check_copied(source: Path, is_same: bool) -> None:
+    if not is_same:
+        raise FileChanged(f"{source}: was changed while in use")
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """A copy of the content, on the disk when this returns."""
-    shutil.copyfile(source, target)
-    with target.open("rb+") as file:
+    """A copy of the content, on the disk when this returns. Raises FileChanged if the source cannot be read."""
+    with naming(target), target.open("wb") as file:
+        for part in read_parts(source):
+            file.write(part)
         _sync(file)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give a disk's error the name of the file that was being written, which Python leaves out."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_json(path: Path, data: object) -> None:
@@ -391,7 +411,7 @@ def write_json(path: Path, data: object) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """A UTF-8 file, on the disk when this returns."""
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(text.encode())
         _sync(file)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,6 +10,8 @@ from typing import Any
 
 from olmfast.errors import InputError, OlmfastError
 from olmfast.output.folder import OutputFolder
+from olmfast.output.ownership import Claim
+from olmfast.output.writer import copy_file
 from olmfast.runs.original import Choices, read_original, read_other
 from olmfast.search.log import STEPS
 from olmfast.search.record import LEDGER, REFINED, REPORT, Record
@@ -28,16 +30,36 @@ class RunFolder(OutputFolder):
         super().__init__(output, overwrite=overwrite)
         self.original = read_other(report) if report is not None else None
         self.resume = resume and not overwrite
-        if resume or overwrite:
-            if self.resume and self._is_foreign():
-                raise InputError(
-                    f"{output}: exists and holds no {REPORT}, so there is nothing to resume; use --overwrite"
-                )
-            return
-        if self.partial.exists():
+        begun = os.path.lexists(self.partial)
+        if not self._continues:
+            self.check_partial()
+        if self.resume:
+            self._check_resumable(begun)
+        elif not overwrite and begun:
             raise InputError(f"{self.partial}: an unfinished run; --resume continues it, --overwrite starts anew")
-        if output.exists() and any(output.iterdir()):
+        elif not overwrite and self.is_taken:
             raise InputError(f"{output}: exists; use --overwrite to replace it or --resume to continue its run")
+
+    @property
+    def _continues(self) -> bool:
+        """Whether `OUT.partial` is that of a run that has begun, and is to be continued."""
+        return self.resume and any((self.partial / name).is_file() for name in (STEPS, REPORT))
+
+    def _check_resumable(self, begun: bool) -> None:
+        """Raise InputError where `OUT` is neither the run's own nor what it was begun to replace."""
+        if not self.is_taken:
+            return
+        if not begun and not any((self.output / name).is_file() for name in (STEPS, REPORT)):
+            raise InputError(
+                f"{self.output}: exists and holds no {REPORT}, so there is nothing to resume; use --overwrite"
+            )
+        if self._continues:
+            record = Claim.read(self.partial, self.output.name)
+            if record is None or record.replaces != self._agreed:
+                raise InputError(
+                    f"{self.output}: was not there, or was another, when the run in {self.partial} began, and its "
+                    "result would replace it; move it away"
+                )
 
     @contextmanager
     def locked(self, header: dict[str, Any], pool: Pool) -> Iterator[Record]:
@@ -45,28 +67,30 @@ class RunFolder(OutputFolder):
 
         Its report is brought up to date even when the run fails.
         """
+        self.heal()
         if self.resume and not self.partial.exists() and (self.output / STEPS).is_file():
             record = Record.load(self.output)
             if record.status == "finished":
                 _check_same(self.output, record, header)
                 yield record
                 return
-        with self.lock(empty=self.overwrite):
-            is_new = not (self.partial / STEPS).is_file()
+        is_new = not self._continues
+        with self.lock(empty=is_new):
             try:
                 record = self._open(header, pool)
             except InputError:
-                self.forget_if_empty()
+                if is_new:
+                    self.discard()
                 raise
             if record.folder == self.output:
-                shutil.rmtree(self.partial)
+                self.discard()
             else:
                 pool.digests.keep_in(self.partial / DIGESTS)
             try:
                 yield record
             except BaseException as error:
                 if isinstance(error, InputError) and is_new and not record.steps:
-                    shutil.rmtree(self.partial)  # refused before it began
+                    self.discard()  # refused before it began
                     raise
                 with suppress(OlmfastError):  # a full disk; the first failure is the one to report
                     record.write_report()
@@ -88,10 +112,6 @@ class RunFolder(OutputFolder):
         except InputError:  # damaged; only --overwrite comes this far
             return False
 
-    def _is_foreign(self) -> bool:
-        begun = self.partial.exists() or any((self.output / name).is_file() for name in (STEPS, REPORT))
-        return self.output.exists() and any(self.output.iterdir()) and not begun
-
     def _open(self, header: dict[str, Any], pool: Pool) -> Record:
         if not self.resume:
             return self._begin(header, pool)
@@ -105,9 +125,11 @@ class RunFolder(OutputFolder):
             _check_same(self.output, before, header)
             if before.status == "finished":
                 return before  # OUT.partial is that of a run that was killed before it began
+            before.check_ledger()
             self._take_over()
         record = Record.load(self.partial)
         _check_same(self.partial, record, header)
+        record.check_ledger()
         record.discard_unrecorded()
         if record.status == "stopped":
             record.update(status="running")
@@ -121,11 +143,13 @@ class RunFolder(OutputFolder):
 
     def _take_over(self) -> None:
         """Continue a run that stopped at its budget: its state is copied, the result stays until replaced."""
-        shutil.copytree(self.output / REFINED, self.partial / REFINED, dirs_exist_ok=True)
-        shutil.copyfile(self.output / LEDGER, self.partial / LEDGER)
+        (self.partial / REFINED).mkdir()
+        for path in sorted((self.output / REFINED).glob("*.safetensors")):
+            copy_file(path, self.partial / REFINED / path.name)
+        copy_file(self.output / LEDGER, self.partial / LEDGER)
         # Last and in one step: with a log in it, the folder counts as taken over.
-        copied = shutil.copyfile(self.output / STEPS, self.partial / f"{STEPS}.tmp")
-        copied.replace(self.partial / STEPS)
+        copy_file(self.output / STEPS, self.partial / f"{STEPS}.tmp")
+        (self.partial / f"{STEPS}.tmp").replace(self.partial / STEPS)
 
     def _import_original(self, original: dict[str, Any], header: dict[str, Any], pool: Pool) -> Record:
         """Begin from the decisions of the original tool's report; they count as steps taken."""
@@ -135,13 +159,29 @@ class RunFolder(OutputFolder):
         return Record.create(self.partial, {**header, "imported_base": decided}, outcomes, recipe)
 
 
+PARTS = (
+    ("config", "config key"),
+    ("donors", "donor"),
+    ("tokenizer", "tokenizer file"),
+    ("datasets", "dataset"),
+    ("environment", ""),
+)
+
+
 def _check_same(folder: Path, record: Record, header: dict[str, Any]) -> None:
-    """Raise InputError naming every config key, donor and dataset that differs from the record's."""
+    """Raise InputError naming all that differs from the record's; a finished run computes nothing any more, so that
+    for one the versions do not count."""
     changed = []
-    for part, label in (("config", "config key"), ("donors", "donor"), ("datasets", "dataset")):
-        before, now = record.header.get(part, {}), header[part]
-        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-        changed += [f"{label} {name}" for name in names]
+    for part, label in PARTS[: -1 if record.status == "finished" else None]:
+        before, now = record.header.get(part), header[part]
+        if before is None and record.status == "finished":
+            continue
+        if before is None:
+            raise InputError(f"{folder}: was begun by an older version, which kept no {part}; use --overwrite")
+        for name in {**before, **now}:
+            if before.get(name) != now.get(name):
+                told = f"{name}: {now.get(name)} instead of {before.get(name)}"
+                changed.append(f"{label} {name}" if label else told)
     if changed:
         raise InputError(
             f"{folder}: cannot be resumed, changed since it was begun: {', '.join(changed)}; "

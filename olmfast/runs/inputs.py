@@ -20,7 +20,7 @@ from olmfast.errors import InputError
 from olmfast.evaluation.conversations import load_conversations
 from olmfast.evaluation.open import Questions, Settings, order_of_tensors
 from olmfast.observer import Observer
-from olmfast.output.folder import check_space
+from olmfast.output.folder import OutputFolder, check_space
 from olmfast.search.halves import Indices, set_aside
 from olmfast.weights.digests import DIGESTS, DigestCache
 from olmfast.weights.expressions import whole
@@ -78,6 +78,7 @@ class Inputs:
                         order_of_tensors(whole(donor.name, pool.tensors), pool, settings)
         questions = Questions(None, (), {})
         with _noted(faults):
+            _ = pool[config.base_name].companions  # before they are used: what is used has to be what is recorded
             questions = Questions.load(pool[config.base_name], config.dataset_dir, entries)
         for name, dataset in questions.datasets.items():
             for why, n in dataset.reasons.items():
@@ -134,7 +135,7 @@ class Inputs:
         return self.questions.only(self.config.holdout)
 
     def header(self) -> dict[str, Any]:
-        """What identifies the run: a resumed run must have the same config, donors and datasets."""
+        """What identifies the run, all that its scores and its result depend on: a resumed run must have the same."""
         every, output = self.questions.datasets, self.config.output_dir
         places = {"models_dir": self.config.models_dir, "config_dir": self.config.config_dir}
         return {
@@ -143,6 +144,7 @@ class Inputs:
             # From the result's folder, and free to change: where the donors were.
             "places": {key: os.path.relpath(place, output) for key, place in places.items()},
             "donors": {donor.name: donor.fingerprint() for donor in self.pool},
+            "tokenizer": self.pool[self.config.base_name].companions,
             "datasets": {name: dataset.digest for name, dataset in every.items()},
             "samples": {name: len(dataset.samples) for name, dataset in every.items()},
             "left_out": {name: dataset.left_out for name, dataset in every.items() if dataset.left_out},
@@ -159,12 +161,10 @@ def ancestor_of(config: RunConfig) -> str | None:
 
 def check_apart(config: RunConfig, pool: Pool) -> None:
     """Raise InputError when the output folder holds what the run reads: replacing it would delete that."""
-    output = config.output_dir.resolve()
-    read = {f"the donor {part}": place for d in pool for part, place in zip(d.made_of, d.folders, strict=True)}
-    read |= {f"the dataset {name}": config.dataset_dir / name for name in config.questions}
-    for what, path in {**read, "the config": config.config_dir}.items():
-        if output in (path.resolve(), *path.resolve().parents):
-            raise InputError(f"output_dir: {config.output_dir} holds {what}; name a folder for the result alone")
+    read = {f"the donor {donor.name}": donor.paths for donor in pool}
+    read |= {f"the dataset {name}": [config.dataset_dir / name] for name in config.questions}
+    read["the config"] = [config.config_dir, *([config.file] if config.file else [])]
+    OutputFolder(config.output_dir, overwrite=False).check_apart(read)
 
 
 def check_units(config: RunConfig, pool: Pool) -> None:

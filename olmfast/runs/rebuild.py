@@ -13,8 +13,9 @@ from olmfast.config.run import PLACES, RunConfig
 from olmfast.errors import FileChanged, InputError
 from olmfast.observer import Observer
 from olmfast.output.card import front_matter
-from olmfast.output.folder import OutputFolder, check_space, partial_of
-from olmfast.output.writer import Content, content_of, faults_of, write_folder, write_text, writing
+from olmfast.output.folder import OutputFolder, check_space
+from olmfast.output.ownership import LOCK, Claim
+from olmfast.output.writer import WEIGHTS, Content, content_of, faults_of, write_folder, write_text, writing
 from olmfast.runs.original import Choices, read_report
 from olmfast.search.log import STEPS
 from olmfast.search.record import REPORT, SNAPSHOT, Record
@@ -139,14 +140,14 @@ def rebuild(
         restore(content, sources, target, found.shard_size, observer or Observer())
         return done
     folder = OutputFolder(target, overwrite=overwrite)
-    if not overwrite and target.exists() and any(target.iterdir()):
-        raise InputError(f"{target}: exists; use --overwrite to replace it")
-    if not overwrite and (partial_of(target) / STEPS).exists():
-        raise InputError(f"{partial_of(target)}: holds an unfinished run; use --overwrite to replace it")
+    folder.check({**{f"the donor {donor.name}": donor.paths for donor in pool}, "the report": [found.path]})
     check_space(target, content.n_bytes)
     with folder.lock(empty=True), writing(folder.partial, "the same command"):
         try:
             write_folder(content, sources, folder.partial, found.shard_size)
+        except InputError:
+            folder.discard()
+            raise
         except FileChanged as error:
             raise error.with_advice("the same command") from error
         write_text(folder.partial / "README.md", _card(recipe, found, content, pool))
@@ -163,15 +164,19 @@ def restore(content: Content, sources: Sources, folder: Path, shard_size: int, o
     check_space(folder / "model", content.n_bytes)
     fresh = folder / REBUILDING
     with writing(folder, "--resume"):
-        shutil.rmtree(fresh, ignore_errors=True)
+        if os.path.lexists(fresh):
+            if Claim.read(fresh, folder.name) is None and (fresh.is_symlink() or any(fresh.iterdir())):
+                raise InputError(f"{fresh}: is in the way and was not made by olmfast; move it away")
+            shutil.rmtree(fresh)
         fresh.mkdir()
+        (fresh / LOCK).write_bytes(Claim(folder.name, fresh.stat().st_ino, None).to_bytes())
         write_folder(content, sources, fresh, shard_size)
-        written = sorted(path.name for path in fresh.iterdir())
-        for stale in {path.name for path in folder.glob("model*.safetensors*")} - set(written):
+        written = sorted(path.name for path in fresh.iterdir() if path.name != LOCK)
+        for stale in {path.name for name in WEIGHTS for path in folder.glob(name)} - set(written):
             (folder / stale).unlink()
         for name in written:
             (fresh / name).replace(folder / name)
-        fresh.rmdir()
+        shutil.rmtree(fresh)
 
 
 def _card(recipe: Recipe, report: _Report, content: Content, pool: Pool) -> str:

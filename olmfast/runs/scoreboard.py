@@ -236,11 +236,20 @@ def _scored(
     if len(donors) > 1:
         rows[AVERAGE] = plain_average(donors[0], donors, pool)
     rows[name] = None
+    pool.check_finite()
     evaluation, boards = Evaluation(whole(name, pool.tensors), pool, settings), []
     for questions in asked:
         boards.append(Scoreboard(list(donors) or [name]))
         boards[-1].score(evaluation.scorer(questions), rows, list(questions.datasets), pool)
+        _check_scores(boards[-1], settings)
     return boards
+
+
+def _check_scores(board: Scoreboard, settings: Settings) -> None:
+    for label, row in board.rows.items():
+        for dataset, score in row.items():
+            if math.isnan(score):
+                raise InputError(f"{label}: its score on {dataset} is no number: it overflows in {settings.dtype}")
 
 
 def _check_models(pool: Pool) -> None:

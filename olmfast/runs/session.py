@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from olmfast.evaluation.open import Evaluation, Questions
 from olmfast.evaluation.scorer import Candidate, Scorer
 from olmfast.observer import Observer
 from olmfast.output.folder import partial_of
-from olmfast.output.writer import content_of, faults_of, write_folder, writing
+from olmfast.output.writer import content_of, faults_of, write_folder, write_text, writing
 from olmfast.runs.card import write_card
 from olmfast.runs.folder import RunFolder
 from olmfast.runs.inputs import Inputs
@@ -307,7 +306,8 @@ class Session:
         boarded = {"selection": self.selection.to_json(), "holdout": self.holdout.to_json()}
         self.record.update(self.search.recipe, **boarded, **told)
         card = write_card(self.config, self.record, recipe, boards, verdict, account, pool)
-        (self.record.folder / "README.md").write_text(card, encoding="utf-8")
+        with writing(self.record.folder, "--resume"):
+            write_text(self.record.folder / "README.md", card)
         return account
 
     def _start(self) -> dict[str, Recipe | None]:
@@ -358,8 +358,8 @@ def _restore(config: RunConfig, inputs: Inputs, record: Record, folder: RunFolde
     if faults_of(content, record.folder, config.shard_size):
         with folder.lock(empty=False) if record.folder == folder.output else nullcontext():
             restore(content, sources, record.folder, config.shard_size, observer)
-        if record.folder == folder.output:
-            shutil.rmtree(folder.partial)
+            if record.folder == folder.output:
+                folder.discard()
 
 
 def _recipe_of(record: Record) -> Recipe:

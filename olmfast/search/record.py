@@ -21,7 +21,9 @@ import torch
 from safetensors.torch import save
 
 from olmfast import _shards
+from olmfast.errors import InputError
 from olmfast.search.log import (
+    ADVICE,
     STEPS,
     Change,
     Entry,
@@ -132,6 +134,13 @@ class Record:
     def choices(self) -> list[Outcome]:
         """The outcomes of all steps that chose a donor or refined a tensor, in order."""
         return [outcome for outcome in self.steps.values() if outcome.stage != "base"]
+
+    def check_ledger(self) -> None:
+        """Raise InputError when the ledger has lost lines of recorded steps."""
+        path = self.folder / LEDGER
+        held = path.stat().st_size if path.exists() else 0
+        if held < self.ledger_bytes:
+            raise InputError(f"{path}: has {held} bytes, but the steps recorded wrote {self.ledger_bytes}; {ADVICE}")
 
     def discard_unrecorded(self) -> None:
         """Drop what a killed run wrote after its last recorded step: ledger lines and refined tensors."""

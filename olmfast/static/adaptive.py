@@ -43,7 +43,8 @@ class LinearMerge:
 
     `layers` are the blocks that are merged, None for all parameters; `layer_alphas` gives the weight of A in some
     blocks, `alpha` in everything else. `density` is the share of B's difference that `ties` and `dare` keep.
-    `sensitivity`, a dataset and how to score it, ranks the layers; the `top` best of them are merged.
+    `sensitivity`, a dataset and how to score it, ranks the layers; the `top` best of them are merged. `alphas_file` is
+    where `layer_alphas` were read.
     """
 
     model_a: str
@@ -60,6 +61,7 @@ class LinearMerge:
     sensitivity: tuple[Path, str] | None = None
     top: int | None = None
     allow_mismatch: tuple[str, ...] = ()
+    alphas_file: Path | None = None
 
     def __post_init__(self) -> None:
         _refuse(self._faults())
@@ -186,7 +188,8 @@ def plan_linear(wanted: LinearMerge) -> Plan:
         ]
     )
     notes = []
-    if wanted.sensitivity is not None:
+    dataset = wanted.sensitivity
+    if dataset is not None:
         ranked = wanted.ranked_layers(a.architecture.n_blocks)
         wanted = replace(wanted, layers=ranked[: wanted.top])
         listed = ", ".join(map(str, ranked))
@@ -199,7 +202,13 @@ def plan_linear(wanted: LinearMerge) -> Plan:
     notes += [f"{b.name}: {difference}; rows are merged by id" for difference in vocabulary_differences(a, b)]
     title = f"{wanted.method} (adaptive)"
     content = Content(in_order(tensors), a, a.config, a, texts)
-    return Plan(title, pool, content, recipe_text=wanted.command or wanted.folder_name, notes=notes, warnings=warnings)
+    read: dict[str, list[Path]] = {}
+    if wanted.alphas_file is not None:
+        read["the file of --layer_alphas"] = [wanted.alphas_file.absolute()]
+    if dataset is not None:
+        read["the dataset of --sensitivity"] = [dataset[0]]
+    recipe = wanted.command or wanted.folder_name
+    return Plan(title, pool, content, recipe_text=recipe, notes=notes, warnings=[*pool.warnings, *warnings], read=read)
 
 
 def _layer_faults(wanted: LinearMerge, n_blocks: int) -> Iterator[str]:

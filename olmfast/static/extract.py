@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -140,23 +139,18 @@ def extract_lora(
     before, after = pool[str(base)], pool[str(model)]
     plan = plan_extraction(before, after)
     folder = OutputFolder(output, overwrite=overwrite)
-    resolved = output.resolve()
-    for donor in pool:
-        if any(resolved in (place.resolve(), *place.resolve().parents) for place in donor.folders):
-            raise InputError(f"{output}: holds the model {donor.name}; name a folder for the adapter alone")
-    if not overwrite and output.exists() and any(output.iterdir()):
-        raise InputError(f"{output}: exists; use --overwrite to replace it")
+    folder.check({f"the model {donor.name}": donor.paths for donor in pool})
     check_space(output, plan.n_bytes(rank))
     with folder.lock(empty=True), writing(folder.partial, "the same command"):
         try:
             tensors, squares = _computed(plan, before, after, rank, seed, target, progress)
         except InputError:
-            shutil.rmtree(folder.partial)
+            folder.discard()
             raise
         except FileChanged as error:
             raise error.with_advice("the same command") from error
         except KeyboardInterrupt as error:
-            shutil.rmtree(folder.partial)
+            folder.discard()
             raise Interrupted(f"{output}: stopped; nothing of it is left") from error
         done = _told(output, plan, rank, squares, time.monotonic() - started)
         _write(folder.partial, plan, before, done, tensors)

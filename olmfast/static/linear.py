@@ -60,6 +60,7 @@ def linear(
         sensitivity=None if sensitivity is None else read_sensitivity(sensitivity),
         top=top,
         allow_mismatch=tuple(allow_mismatch),
+        alphas_file=Path(layer_alphas) if isinstance(layer_alphas, (str, Path)) else None,
     )
     return merge_linear(
         wanted,
@@ -82,6 +83,7 @@ def merge_linear(
 ) -> Written:
     """Do what `linear` or its command line asks for, and raise what `linear` raises."""
     plan = plan_linear(wanted)
+    read = plan.read
     if wanted.top is not None:
         read_options(device)
         if output is not None:  # else it is named after the layers
@@ -90,7 +92,7 @@ def merge_linear(
         (observer or Observer()).ranked(ranked, wanted.top)
         picked = tuple(one.layer for one in ranked[: wanted.top])
         wanted = replace(wanted, layers=picked, sensitivity=None, top=None)
-        plan = plan_linear(wanted)
+        plan = replace(plan_linear(wanted), read=read)
     return write_merge(
         plan,
         output or wanted.default_output,

@@ -68,7 +68,8 @@ def plan_merge(config: MergeConfig, *, seed: int = 0, allow_mismatch: Collection
         planner.buffers,
         vocabulary=vocabulary,
         token_rows=[planner.spelled(name) for name in tokens.rows],
-        warnings=[*notes, *(vocabulary.notes() if vocabulary else [])],
+        warnings=[*pool.warnings, *notes, *(vocabulary.notes() if vocabulary else [])],
+        read={} if config.file is None else {"the merge file": [config.file]},
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ class Plan:
 
     `buffers` are integer tensors (model, tensor) that must be the same in all models; `recipe_text` is the merge file
     or the command, kept in the result as `recipe_file` if that is given. `token_rows` are the tensors of the result
-    whose rows are those of `vocabulary`. `warnings` are what a user is told although the merge can be done.
+    whose rows are those of `vocabulary`. `warnings` are what a user is told although the merge can be done. `read` are
+    the files read besides the models: what each is called -> its paths.
     """
 
     title: str
@@ -33,6 +34,7 @@ class Plan:
     vocabulary: Vocabulary | None = None
     token_rows: Sequence[str] = ()
     warnings: Sequence[str] = ()
+    read: Mapping[str, Sequence[Path]] = field(default_factory=dict)
 
     @property
     def n_bytes(self) -> int:

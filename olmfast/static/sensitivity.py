@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from olmfast.errors import InputError
 from olmfast.output.folder import check_space
 from olmfast.static.adaptive import LinearMerge, is_selected, ranking_dataset
 from olmfast.weights.expressions import Copy, whole
@@ -50,5 +52,9 @@ def rank_layers(wanted: LinearMerge, output: Path, device: str) -> list[Ranked]:
             if is_selected(alone, tensor, layer)
         }
         score = float(scorer.score(unit, [Candidate(str(layer), values)]).mean(name)[0])
+        if math.isnan(score - now):
+            raise InputError(
+                f"--sensitivity: the score of layer {layer} is no number: it overflows in {settings.dtype}"
+            )
         ranked.append(Ranked(layer, score, score - now))
     return sorted(ranked, key=lambda one: (one.score, one.layer))

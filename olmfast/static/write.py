@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import os
+import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,12 +21,7 @@ from olmfast.errors import FileChanged, InputError, Interrupted
 from olmfast.observer import Observer
 from olmfast.output.card import merge_card
 from olmfast.output.folder import OutputFolder, check_space, parent_of
-from olmfast.output.writer import (
-    write_folder,
-    write_text,
-    writing,
-)
-from olmfast.search.log import STEPS
+from olmfast.output.writer import write_folder, write_text, writing
 from olmfast.static.mergekit import plan_merge
 from olmfast.static.plan import Plan, memory_bytes
 from olmfast.static.vocabularies import check_written
@@ -121,18 +117,18 @@ def write_merge(
         sources = Sources(plan.pool, folder.partial, device=target)
         try:
             write_folder(plan.content, sources, folder.partial, shard_bytes, not allow_nonfinite, observer.written)
+            if plan.vocabulary is not None:
+                check_written(plan.vocabulary, plan.token_rows, folder.partial)
+            _write_recipe_and_card(plan, folder.partial)
+            _shards.sync_folder(folder.partial)
         except InputError:
-            shutil.rmtree(folder.partial)  # it would be refused again
+            folder.discard()  # it would be refused again
             raise
         except KeyboardInterrupt as error:
-            shutil.rmtree(folder.partial)
+            folder.discard()
             raise Interrupted(f"{output}: stopped; nothing of it is left") from error
         except FileChanged as error:
             raise error.with_advice("the same command") from error
-        if plan.vocabulary is not None:
-            check_written(plan.vocabulary, plan.token_rows, folder.partial)
-        _write_recipe_and_card(plan, folder.partial)
-        _shards.sync_folder(folder.partial)
         folder.rename()
     return Written(output, plan.account(), plan.n_bytes, time.monotonic() - started)
 
@@ -157,16 +153,11 @@ def _one_thread(device: torch.device) -> Iterator[None]:
 
 
 def check_output(plan: Plan, folder: OutputFolder, max_ram: int | None) -> None:
-    """Raise InputError for an output that must not be replaced, or does not fit on this machine."""
-    resolved = folder.output.resolve()
-    for donor in plan.pool:
-        if any(resolved in (place.resolve(), *place.resolve().parents) for place in donor.folders):
-            raise InputError(f"{folder.output}: holds the model {donor.name}; name a folder for the result alone")
-    if not folder.overwrite:
-        if folder.output.exists() and any(folder.output.iterdir()):
-            raise InputError(f"{folder.output}: exists; use --overwrite to replace it")
-        if (folder.partial / STEPS).exists():
-            raise InputError(f"{folder.partial}: holds an unfinished run; use --overwrite to replace it")
+    """Raise InputError for an output that must not be replaced, or does not fit on this machine.
+
+    What a killed command left half-way on this output is put right first, as soon as the inputs have been checked.
+    """
+    folder.check({**{f"the model {donor.name}": donor.paths for donor in plan.pool}, **plan.read})
     check_space(folder.output, plan.n_bytes)
     held = psutil.Process().memory_info().rss + memory_bytes(plan)
     if max_ram is not None and held > max_ram:
@@ -197,9 +188,12 @@ def copy_rate(plan: Plan, near: Path, n_bytes: int = 32 << 20) -> float:
     infos = (info for donor in plan.pool for tensor in donor.tensors.values() for info in tensor.places())
     info = max(infos, key=lambda info: info.n_bytes)
     n_bytes = min(n_bytes, info.n_bytes)
-    trial = parent_of(near) / f".{near.name}.trial"
     started = time.monotonic()
+    trial = None
     try:
+        descriptor, name = tempfile.mkstemp(prefix=".olmfast-", dir=parent_of(near))
+        os.close(descriptor)
+        trial = Path(name)
         output = _shards.Output(trial, n_bytes)
         buffer = bytearray(n_bytes)
         info.shard.read_into(info.offset, buffer)
@@ -209,4 +203,5 @@ def copy_rate(plan: Plan, near: Path, n_bytes: int = 32 << 20) -> float:
     except OSError as error:
         raise InputError(f"{near}: a trial copy failed: {error.filename}: {error.strerror}") from error
     finally:
-        trial.unlink(missing_ok=True)
+        if trial is not None:
+            trial.unlink(missing_ok=True)

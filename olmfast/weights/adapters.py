@@ -97,7 +97,7 @@ class AdaptedModel(Checkpoint):
     def __init__(self, base: Checkpoint, folder: Path, adapter: str) -> None:
         self.folder, self.digests = base.folder, base.digests
         self.name, self.made_of = f"{base.name}+{adapter}", (*base.made_of, adapter)
-        self.folders = (*base.folders, folder)
+        self.folders, self.notes = (*base.folders, folder), base.notes
         settings = _read_settings(folder)
         held = _read_weights(folder / ADAPTER_WEIGHTS)
         applied = _Application(base, settings, held, folder)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,6 +41,18 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ADAPTER_CONFIG = "adapter_config.json"  # what makes a folder that of an adapter, if it has no model's weights
 CHUNK_BYTES = 4 << 20  # hashed at a time: what a core's caches hold
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+)
+GENERATION_CONFIG = "generation_config.json"
 
 
 class Tensor(Readable, Protocol):
@@ -185,6 +198,7 @@ class Checkpoint:
     `made_of` are the names of the models (and adapters) that it is, `folders` where each of them lies; config.json and
     what else there is lies in `folder`, the tokenizer in `tokenizer_folder`.
 
+    `notes` say what is odd about it and has been taken as Transformers takes it.
     `any_family`: model types that the table of families does not know are taken by their tensors' names.
 
     Raises InputError, naming the file, when the folder is not a usable safetensors checkpoint.
@@ -205,7 +219,8 @@ class Checkpoint:
         where = f"{folder / 'config.json'}"
         if not any_family:
             self.architecture = Architecture.from_config(self.config, where)
-        stored = {info.name: info for info in _open_shards(folder)}
+        self.notes: list[str] = []
+        stored = {info.name: info for info in _open_shards(folder, self.notes.append)}
         if any_family:
             self.architecture = Architecture.from_names(self.config, where, stored)
         self.tensors: dict[str, Tensor] = {
@@ -213,6 +228,12 @@ class Checkpoint:
         }
         self.file_names = {canonical: info.name for canonical, info in self.tensors.items()}
         self.digests = digests or DigestCache()
+
+    @property
+    def paths(self) -> list[Path]:
+        """Its folders and all files that may be read of it."""
+        files = {place.file for tensor in self.tensors.values() for place in tensor.places()}
+        return [*self.folders, *sorted(files.union(*(folder.iterdir() for folder in self.folders)))]
 
     @property
     def n_bytes(self) -> int:
@@ -243,6 +264,21 @@ class Checkpoint:
         for name in self.tensors:
             state.update(f"{name} {self.digest(name)}".encode())
         return state.hexdigest()
+
+    @cached_property
+    def companions(self) -> dict[str, str]:
+        """The files that a result takes over with the tokenizer: name -> xxh3-128 when first asked for.
+
+        Raises InputError for one that is a link out of the folder, unless it leads into Hugging Face's cache: somebody
+        else's model must not lead to this machine's files.
+        """
+        found = {path for pattern in TOKENIZER_FILES for path in self.tokenizer_folder.glob(pattern)}
+        found |= set(self.folder.glob(GENERATION_CONFIG))
+        return {path.name: digest_file(path) for path in sorted(found) if _is_own(path)}
+
+    def companion(self, name: str) -> Path:
+        """Where one of them lies."""
+        return (self.folder if name == GENERATION_CONFIG else self.tokenizer_folder) / name
 
     def check_finite(self, checked: set[Tensor] | None = None) -> None:
         """Raise InputError naming the first tensor that holds NaN or infinity; `checked` are those that do not."""
@@ -310,47 +346,98 @@ def _is_an_adapter(folder: Path, name: str) -> str:
     return f"{folder}: is an adapter, not a model; name the model it is for before it, as in '{base}+{name}'"
 
 
+def _is_own(path: Path) -> bool:
+    """Whether a companion is a file. Raises InputError if it is one of elsewhere, or none at all."""
+    if path.is_symlink():
+        real = path.resolve()
+        in_cache = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+        if not in_cache and path.parent.resolve() not in real.parents:
+            raise InputError(f"{path}: is a link out of the model's folder, to {real}; put the file itself there")
+        if not real.exists():
+            raise InputError(f"{path}: is a link to {real}, which is not there; download it again")
+    return path.is_file()
+
+
+def digest_file(path: Path) -> str:
+    """xxh3-128 of a file's bytes. Raises FileChanged if it cannot be read any more."""
+    state = xxhash.xxh3_128()
+    for part in read_parts(path):
+        state.update(part)
+    return state.hexdigest()
+
+
+def read_parts(path: Path) -> Iterator[bytes]:
+    """A file's bytes, some at a time. Raises FileChanged if it cannot be read any more."""
+    try:
+        with path.open("rb") as file:
+            while part := file.read(CHUNK_BYTES):
+                yield part
+    except OSError as error:
+        raise FileChanged(f"{path}: cannot be read any more: {error.strerror}") from error
+
+
 def missing_files(folder: Path, of: Sequence[str] = ()) -> list[str]:
     """Names of files that are missing: those of `of`, else those that the folder's index (or its config) lists."""
     if of:
         return [name for name in of if not (folder / name).is_file()]
     if not (folder / "config.json").is_file():
         return ["config.json"]
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    index = folder / INDEX
+    if index.is_file() and not (folder / SINGLE).is_file():
         return [name for name in sorted(set(_weight_map(index).values())) if not (folder / name).is_file()]
-    return [] if list(folder.glob("*.safetensors")) else ["model.safetensors"]
+    return [] if list(folder.glob("*.safetensors")) else [SINGLE]
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise InputError(f"{index}: expected 'weight_map' with tensor names and shard files")
+    for file in dict.fromkeys(weight_map.values()):
+        if "\0" in file or Path(file).is_absolute() or ".." in Path(file).parts or not Path(file).parts:
+            raise InputError(f"{index}: names the shard {file!r}, which is not in the folder")
     return weight_map
 
 
-def _open_shards(folder: Path) -> Iterator[TensorInfo]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = _weight_map(index)
-        for name in missing_files(folder):
-            raise InputError(f"{index}: names the shard {name}, which is not in the folder; download it again")
-        held = {file: {i.name: i for i in read_header(folder / file)} for file in sorted(set(weight_map.values()))}
-        for tensor, file in weight_map.items():
-            if tensor not in held[file]:
-                raise InputError(f"{index}: says that {tensor} is in {file}, which does not hold it")
-            yield held[file][tensor]
-        return
-    single = folder / "model.safetensors"
+def _open_shards(folder: Path, note: Callable[[str], None]) -> Iterator[TensorInfo]:
+    """The tensors that Transformers would read, from the files that it would read them from."""
+    index, single = folder / INDEX, folder / SINGLE
     if single.is_file():
+        if index.is_file():
+            note(f"{folder}: has both {SINGLE} and {INDEX}; the single file is taken, as by Transformers")
         yield from read_header(single)
+    elif index.is_file():
+        yield from _indexed(index, note)
     elif list(folder.glob("*.bin")) or list(folder.glob("*.pth")):
         raise InputError(
             f"{folder}: only pickled weights (.bin), which are not read because they can run code; convert them: "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
     else:
-        raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json in this folder")
+        raise InputError(f"{folder}: no {SINGLE} and no {INDEX} in this folder")
+
+
+def _indexed(index: Path, note: Callable[[str], None]) -> Iterator[TensorInfo]:
+    folder, weight_map = index.parent, _weight_map(index)
+    for name in missing_files(folder):
+        raise InputError(f"{index}: names the shard {name}, which is not in the folder; download it again")
+    held = {file: {i.name: i for i in read_header(folder / file)} for file in sorted(set(weight_map.values()))}
+    for tensor, file in weight_map.items():
+        if tensor not in held[file]:
+            raise InputError(f"{index}: says that {tensor} is in {file}, which does not hold it")
+        yield held[file][tensor]
+    for file, infos in held.items():
+        twice = next((name for name in infos if weight_map.get(name, file) != file), None)
+        if twice is not None:
+            raise InputError(
+                f"{index}: says that {twice} is in {weight_map[twice]}, but {file} holds it too; which of them is the "
+                "model's? Take the other out, or save the model again"
+            )
+        unlisted = [name for name in infos if name not in weight_map]
+        weight_map |= dict.fromkeys(unlisted, file)
+        yield from (infos[name] for name in unlisted)
+        if unlisted:
+            more = f" and {len(unlisted) - 1} more" if len(unlisted) > 1 else ""
+            note(f"{folder / file}: holds {unlisted[0]}{more}, not in the index; taken, as by Transformers")
 
 
 def read_header(path: Path) -> list[TensorInfo]:

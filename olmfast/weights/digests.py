@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ class DigestCache:
         key = (path, size, modified_ns, tensor)
         self._known[key] = digest
         if self._file is not None:
-            with self._file.open("a", encoding="utf-8") as file:
+            with suppress(OSError), self._file.open("a", encoding="utf-8") as file:  # what is lost is computed again
                 file.write(json.dumps([*key, digest]) + "\n")
 
     def load(self, files: Iterable[Path]) -> None:

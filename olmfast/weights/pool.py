@@ -48,7 +48,7 @@ class Pool:
         self.digests: DigestCache = donors[0].digests
         first = donors[0]
         self.architecture: Architecture = first.architecture
-        self.warnings: list[str] = []
+        self.warnings: list[str] = list(dict.fromkeys(note for donor in donors for note in donor.notes))
         self.blocks_only: list[str] = []
         if alike:
             for donor in donors:

@@ -1,0 +1,597 @@
+"""What was there before is there after, byte for byte, unless its loss was agreed to: the whole tree is compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from olmfast import load_config, merge, run
+from olmfast.errors import InputError, Interrupted, OlmfastError
+from olmfast.observer import Observer
+from olmfast.output.folder import OutputFolder
+from olmfast.testing import tiny_model, tree, write_dataset
+
+MODELS = {"base_model": "a", "models": [{"model": "a"}, {"model": "b"}]}
+SLERP = {"merge_method": "slerp", "parameters": {"t": 0.5}, **MODELS}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate("ab"):
+        tiny_model(folder / name, "llama", seed, dtype=torch.bfloat16)
+    return folder
+
+
+@pytest.fixture
+def place(models, tmp_path) -> Path:
+    """Two models, a merge file, a dataset, a run's config, and a folder that must never be touched."""
+    for name in "ab":
+        shutil.copytree(models / name, tmp_path / name)
+    (tmp_path / "m.yml").write_text(yaml.safe_dump(SLERP))
+    write_dataset(tmp_path / "sums.json", [("1+1=", "2"), ("1+2=", "3"), ("2+2=", "4")])
+    keys = {"models_dir": ".", "output_dir": "out", "models": ["a", "b"], "device": "cpu", "layer_swap": True}
+    keys |= {"search": "stages", "scales": [], "candidates": ["swap"], "dataset": {"sums.json": {"mode": "perplexity"}}}
+    (tmp_path / "cfg.yaml").write_text(yaml.safe_dump(keys))
+    (tmp_path / "important").mkdir()
+    (tmp_path / "important" / "thesis.txt").write_text("the only copy")
+    return tmp_path
+
+
+COMMANDS: dict[str, Callable[[Path], list[object]]] = {
+    "merge": lambda place: ["merge", place / "m.yml", place / "out"],
+    "linear": lambda place: [
+        *("linear", "--model_a", place / "a", "--model_b", place / "b"),
+        *("--alpha", "0.5", "--output_dir", place / "out"),
+    ],
+    "run": lambda place: ["run", place / "cfg.yaml", "-q"],
+}
+
+
+def without(found: dict[str, tuple[int, bytes]], *names: str) -> dict[str, tuple[int, bytes]]:
+    return {path: held for path, held in found.items() if Path(path).parts[0] not in names}
+
+
+@pytest.fixture(params=COMMANDS)
+def command(request, place) -> list[object]:
+    return COMMANDS[request.param](place)
+
+
+FORGED = ('{"aside": "important", "inode": INODE}', '{"aside": "out.replaced", "inode": REPLACED}', "[]", "{}")
+NOTES = ["important", "..", "../important", ".", "", "/", *FORGED]
+
+
+@pytest.mark.parametrize("note", NOTES)
+@pytest.mark.parametrize("at", ["out", "out.partial"])
+def test_a_note_that_somebody_put_into_a_folder_is_not_obeyed(note, at, place, olmfast):
+    (place / at).mkdir()
+    shutil.copytree(place / "important", place / "out.replaced")
+    for name, folder in (("INODE", "important"), ("REPLACED", "out.replaced")):
+        note = note.replace(name, str((place / folder).stat().st_ino))
+    (place / at / ".replacing").write_text(note)
+    before = tree(place)
+    for arguments in (build(place) for build in COMMANDS.values()):
+        code, _, err = olmfast(*arguments)
+        assert (code, tree(place)) == (2, before), err
+        assert str(place / at) in err
+    code, _, err = olmfast(*COMMANDS["merge"](place), "--overwrite")
+    assert code == (0 if at == "out" else 2), err
+    assert without(tree(place), at) == without(before, at)
+    assert (tree(place) == before) == (at == "out.partial")
+
+
+def test_a_note_is_not_obeyed_although_a_true_record_lies_beside_it(place, olmfast):
+    """Copied from a folder in progress: the record is of another folder."""
+    killed("between two names", place)
+    for name in (".lock", ".replacing"):
+        (place / "important" / name).write_bytes((place / "out.partial" / name).read_bytes())
+    shutil.rmtree(place / "out.partial")
+    (place / "important").rename(place / "out.partial")
+    before = tree(place)
+    for flags in ([], ["--overwrite"]):
+        code, _, err = olmfast(*COMMANDS["merge"](place), *flags)
+        assert (code, tree(place)) == (2, before), err
+        assert f"{place / 'out.partial'}: is in the way" in err
+
+
+def test_another_folder_under_the_name_of_the_old_result_is_left_alone(place, olmfast):
+    killed("between two names", place)
+    shutil.rmtree(place / "out.replaced")
+    shutil.copytree(place / "important", place / "out.replaced")
+    before = tree(place)
+    code, _, err = olmfast(*COMMANDS["merge"](place))
+    assert code == 0, err
+    assert without(tree(place), "out", "out.partial") == without(before, "out.partial")
+
+
+def test_nothing_is_healed_before_the_input_is_checked(place, olmfast):
+    killed("between two names", place)
+    (place / "m.yml").write_text("merge_method: slerp\n")
+    before = tree(place)
+    assert olmfast(*COMMANDS["merge"](place))[0] == 2
+    assert tree(place) == before
+
+
+def test_a_dry_run_heals_nothing(place, olmfast):
+    killed("between two names", place)
+    before = tree(place)
+    assert olmfast(*COMMANDS["merge"](place), "--dry-run")[0] == 0
+    assert tree(place) == before
+
+
+class Killed(BaseException):
+    """Nothing is done about it, as nothing can be about SIGKILL."""
+
+
+def killed(moment: str, place: Path) -> None:
+    """Leave what a merge leaves that is killed with its result complete, beside an old one or without."""
+    if moment == "between two names":
+        shutil.copytree(place / "important", place / "out")
+    rename = Path.rename
+
+    def renamed(path: Path, target: Path) -> Path:
+        if path.name == "out.partial":
+            raise Killed
+        return rename(path, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", renamed)
+        with pytest.raises(Killed):
+            merge(place / "m.yml", place / "out", overwrite=True)
+
+
+def users_folder(place: Path) -> None:
+    shutil.copytree(place / "important", place / "out.partial")
+
+
+def empty_folder(place: Path) -> None:
+    (place / "out.partial").mkdir()
+
+
+def link_to_a_folder(place: Path) -> None:
+    (place / "out.partial").symlink_to("important")
+
+
+def link_to_nothing(place: Path) -> None:
+    (place / "out.partial").symlink_to("nowhere")
+
+
+def file(place: Path) -> None:
+    (place / "out.partial").write_text("mine")
+
+
+def donor(place: Path) -> None:
+    (place / "a").rename(place / "out.partial")
+    (place / "a").symlink_to("out.partial")
+
+
+def copy_of_an_unfinished_merge(place: Path) -> None:
+    killed("complete", place)
+    shutil.copytree(place / "out.partial", place / "copy")
+    shutil.rmtree(place / "out.partial")
+    (place / "copy").rename(place / "out.partial")
+
+
+def unfinished_merge_with_a_file_of_the_users(place: Path) -> None:
+    killed("complete", place)
+    (place / "out.partial" / "notes.txt").write_text("mine")
+
+
+def unfinished_merge_with_a_folder_of_the_users(place: Path) -> None:
+    killed("complete", place)
+    shutil.copytree(place / "important", place / "out.partial" / "refined" / "important")
+
+
+def unfinished_merge_with_a_link(place: Path) -> None:
+    killed("complete", place)
+    (place / "out.partial" / "refined").symlink_to("../important")
+
+
+def unfinished_merge_that_is_a_donor(place: Path) -> None:
+    killed("complete", place)
+    shutil.rmtree(place / "a")
+    (place / "a").symlink_to("out.partial")
+
+
+FOREIGN = (
+    users_folder,
+    empty_folder,
+    link_to_a_folder,
+    link_to_nothing,
+    file,
+    donor,
+    copy_of_an_unfinished_merge,
+    unfinished_merge_with_a_file_of_the_users,
+    unfinished_merge_with_a_folder_of_the_users,
+    unfinished_merge_with_a_link,
+    unfinished_merge_that_is_a_donor,
+)
+
+
+@pytest.mark.parametrize("foreign", FOREIGN, ids=lambda make: make.__name__)
+def test_what_has_the_name_of_a_folder_in_progress_and_is_not_one_is_left_alone(foreign, place, olmfast):
+    foreign(place)
+    before = tree(place)
+    for build in COMMANDS.values():
+        for flags in ([], ["--overwrite"]):
+            code, _, err = olmfast(*build(place), *flags)
+            assert (code, tree(place)) == (2, before), err
+            assert str(place / "out.partial") in err
+    assert olmfast(*COMMANDS["run"](place), "--resume")[0] == 2
+    assert tree(place) == before
+
+
+def test_a_run_is_not_resumed_through_a_link(place, olmfast):
+    interrupted(place)
+    (place / "out.partial").rename(place / "elsewhere")
+    (place / "out.partial").symlink_to("elsewhere")
+    before = tree(place)
+    for flag in ("--resume", "--overwrite"):
+        code, _, err = olmfast(*COMMANDS["run"](place), flag)
+        assert (code, tree(place)) == (2, before), err
+    (place / "out.partial").unlink()
+    (place / "elsewhere").rename(place / "out.partial")
+    log = place / "out.partial" / "evaluations.jsonl"
+    log.rename(place / "important" / log.name)
+    log.symlink_to(place / "important" / log.name)
+    before = tree(place)
+    code, _, err = olmfast(*COMMANDS["run"](place), "--resume")
+    assert (code, tree(place)) == (2, before), err
+    assert f"{log}: is a link" in err
+
+
+def interrupted(place: Path) -> None:
+    asked = iter([False])
+    with pytest.raises(Interrupted):
+        run(load_config(place / "cfg.yaml"), stop_requested=lambda: next(asked, True))
+
+
+def appears(out: Path) -> None:
+    out.mkdir()
+    (out / "thesis.txt").write_text("just written")
+
+
+def appears_empty(out: Path) -> None:
+    out.mkdir()
+
+
+def appears_as_a_file(out: Path) -> None:
+    out.write_text("just written")
+
+
+def appears_as_a_link(out: Path) -> None:
+    out.symlink_to("important")
+
+
+class Once(Observer):
+    """Does something at OUT as soon as the work has begun."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        self.act: Callable[[], object] | None = act
+
+    def written(self, *_: object) -> None:
+        if self.act is not None:
+            self.act()
+            self.act = None
+
+    def step(self, *_: object) -> None:
+        self.written()
+
+
+APPEARING = (appears, appears_empty, appears_as_a_file, appears_as_a_link)
+
+
+@pytest.mark.parametrize("appearing", APPEARING, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_at_the_output_during_a_merge_stays(appearing, overwrite, place):
+    out = place / "out"
+    with pytest.raises(OlmfastError, match="the complete result is") as caught:
+        merge(place / "m.yml", out, overwrite=overwrite, observer=Once(lambda: appearing(out)))
+    assert caught.value.exit_code == 1
+    after = tree(place)
+    shutil.rmtree(place / "out.partial")
+    out.unlink() if out.is_symlink() or out.is_file() else shutil.rmtree(out)
+    appearing(out)
+    assert without(after, "out.partial") == tree(place)
+    out.unlink() if out.is_symlink() or out.is_file() else shutil.rmtree(out)
+    merge(place / "m.yml", out)
+    partial = {p.removeprefix("out.partial/"): held for p, held in after.items() if p.startswith("out.partial/")}
+    assert {path: held for path, held in partial.items() if path != ".lock"} == tree(out)
+
+
+def another_folder(out: Path) -> None:
+    """The agreement was about the one before; the system may well give it the same number."""
+    shutil.rmtree(out)
+    appears(out)
+
+
+def a_new_file(out: Path) -> None:
+    (out / "more.txt").write_text("just written")
+
+
+def a_new_file_deeper(out: Path) -> None:
+    (out / "deep" / "more.txt").write_text("just written")
+
+
+def a_changed_file(out: Path) -> None:
+    with (out / "thesis.txt").open("a") as file:
+        file.write(" and a new chapter")
+
+
+CHANGES = (another_folder, a_new_file, a_new_file_deeper, a_changed_file)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda make: make.__name__)
+def test_an_output_that_changes_after_it_was_agreed_to_overwrite_it_stays(change, place):
+    out = place / "out"
+    shutil.copytree(place / "important", out)
+    (out / "deep").mkdir()
+    expected: dict[str, tuple[int, bytes]] = {}
+
+    def act() -> None:
+        change(out)
+        expected.update(tree(out))
+
+    with pytest.raises(OlmfastError, match=f"{out}: was changed.*the complete result is {out}.partial"):
+        merge(place / "m.yml", out, overwrite=True, observer=Once(act))
+    assert tree(out) == expected
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("appearing", [appears, appears_empty], ids=lambda make: make.__name__)
+def test_what_appears_at_the_output_during_a_run_stays(appearing, resumed, place):
+    out, config = place / "out", load_config(place / "cfg.yaml")
+    if resumed:
+        interrupted(place)
+    with pytest.raises(OlmfastError, match="the complete result is"):
+        run(config, resume=resumed, observer=Once(lambda: appearing(out)))
+    before = without(tree(place), "out.partial")
+    if appearing is not appears_empty:
+        with pytest.raises(InputError, match=f"{out}: (was not there|exists and is not|is a link)"):
+            run(config, resume=True)
+    assert without(tree(place), "out.partial") == before
+    out.unlink() if out.is_symlink() or out.is_file() else shutil.rmtree(out)
+    assert run(config, resume=True).status == "finished"
+
+
+def test_a_folder_that_appears_between_kill_and_resume_stays(place, olmfast):
+    interrupted(place)
+    appears(place / "out")
+    before = tree(place)
+    code, _, err = olmfast(*COMMANDS["run"](place), "--resume")
+    assert (code, tree(place)) == (2, before), err
+    assert f"{place / 'out'}: was not there" in err
+
+
+def test_what_it_was_agreed_to_overwrite_is_still_agreed_after_a_kill(place):
+    shutil.copytree(place / "important", place / "out")
+    asked = iter([False])
+    with pytest.raises(Interrupted):
+        run(load_config(place / "cfg.yaml"), overwrite=True, stop_requested=lambda: next(asked, True))
+    assert run(load_config(place / "cfg.yaml"), resume=True).status == "finished"
+    assert not (place / "out" / "thesis.txt").exists()
+    assert not (place / "out.replaced").exists()
+
+
+def hub_cache(place: Path) -> Path:
+    """Donor a as Hugging Face's cache keeps it: files are links to blobs. Returns the blobs."""
+    cache = place / "models--org--a"
+    (cache / "blobs").mkdir(parents=True)
+    for number, path in enumerate(sorted((place / "a").iterdir())):
+        path.rename(cache / "blobs" / f"{number:040x}")
+        path.symlink_to(cache / "blobs" / f"{number:040x}")
+    return cache / "blobs"
+
+
+def weights_elsewhere(place: Path) -> Path:
+    (place / "elsewhere").mkdir()
+    (place / "a" / "model.safetensors").rename(place / "elsewhere" / "weights")
+    (place / "a" / "model.safetensors").symlink_to("../elsewhere/weights")
+    return place / "elsewhere"
+
+
+def a_link_on_the_way(place: Path) -> Path:
+    """The folder holds no byte of the model, only a link that leads to it."""
+    (place / "elsewhere").mkdir()
+    (place / "elsewhere" / "link").symlink_to("../real")
+    (place / "a").rename(place / "real")
+    (place / "a").symlink_to("elsewhere/link")
+    return place / "elsewhere"
+
+
+def the_model(place: Path) -> Path:
+    return place / "a"
+
+
+def all_of_it(place: Path) -> Path:
+    return place
+
+
+def the_same_folder_by_a_link(place: Path) -> Path:
+    (place / "again").symlink_to(place / "a")
+    return place / "again"
+
+
+HOLDING = (hub_cache, weights_elsewhere, a_link_on_the_way, the_model, all_of_it, the_same_folder_by_a_link)
+
+
+@pytest.mark.parametrize("holding", HOLDING, ids=lambda make: make.__name__)
+def test_an_output_that_holds_a_model_is_refused_and_both_are_named(holding, place, olmfast):
+    out = holding(place)
+    before = tree(place)
+    commands = [
+        ["merge", place / "m.yml", out],
+        ["linear", "--model_a", place / "a", "--model_b", place / "b", "--alpha", "0.5", "--output_dir", out],
+        ["run", place / "cfg.yaml", "-q", "--set", f"output_dir={out}"],
+    ]
+    for command in commands:
+        for flags in ([], ["--overwrite"]):
+            code, _, err = olmfast(*command, *flags)
+            assert (code, tree(place)) == (2, before), err
+    assert str(out) in err
+    assert "the donor a" in err or "the config" in err
+
+
+@pytest.mark.parametrize("file", ["m.yml", "alphas.yml", "sums.json", "cfg.yaml"])
+@pytest.mark.parametrize("how", ["in it", "by a link"])
+def test_an_output_that_holds_a_file_that_is_read_is_refused_and_both_are_named(file, how, place, olmfast):
+    (place / "alphas.yml").write_text("[0.1, 0.9]")
+    out = place / "holder"
+    out.mkdir()
+    (place / file).rename(out / file)
+    given = out / file
+    if how == "by a link":
+        given = place / file
+        given.symlink_to(out / file)
+    (place / "again").mkdir()
+    if file in ("m.yml", "cfg.yaml"):  # the paths in it are relative to where it is
+        given.write_text(given.read_text().replace("a", "a") if how == "by a link" else _absolute(given, place))
+    linear = ["linear", "--model_a", place / "a", "--model_b", place / "b", "--alpha", "0.5", "--output_dir", out]
+    commands = {
+        "m.yml": ["merge", given, out],
+        "alphas.yml": [*linear, "--layer_alphas", given],
+        "sums.json": [*linear, "--sensitivity", f"{given}:perplexity", "--top", "1"],
+        "cfg.yaml": ["run", given, "-q", "--set", f"output_dir={out}"],
+    }
+    before = tree(place)
+    code, _, err = olmfast(*commands[file], "--overwrite")
+    assert (code, tree(place)) == (2, before), err
+    assert f"{out} holds the " in err
+    assert str(out / file) in err or file == "cfg.yaml"
+
+
+def _absolute(path: Path, place: Path) -> str:
+    data = yaml.safe_load(path.read_text())
+    if "merge_method" in data:
+        models = [{"model": str(place / name)} for name in "ab"]
+        return yaml.safe_dump(data | {"base_model": str(place / "a"), "models": models})
+    return yaml.safe_dump(data | {"models_dir": str(place), "dataset_dir": str(place)})
+
+
+def test_everything_that_is_written_into_a_folder_in_progress_may_be_removed_from_it(place, monkeypatch):
+    """Else a command could not begin again after a kill: names of parts are listed in one place."""
+    monkeypatch.setattr(OutputFolder, "rename", lambda *_, **__: None)
+    keys = {"es_norm": True, "es_norm_generations": 1, "tensor_swap": False, "layer_swap": False}
+    with pytest.raises(InputError, match=r"steps\.jsonl"):  # it was not renamed
+        run(load_config(place / "cfg.yaml", keys))
+    partial = place / "out.partial"
+    assert list((partial / "refined").iterdir())
+    assert (partial / "steps.jsonl").exists()
+    OutputFolder(place / "out", overwrite=True).check_partial()
+    shutil.rmtree(partial)
+    keys = SLERP | {"tokenizer": {"source": "union"}, "chat_template": "chatml"}
+    (place / "m.yml").write_text(yaml.safe_dump(keys))
+    merge(place / "m.yml", place / "out", shard_size=20_000)
+    assert (partial / "model.safetensors.index.json").exists()
+    OutputFolder(place / "out", overwrite=True).check_partial()
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "x" * 250, "é" * 130])
+def test_a_name_that_is_too_long_is_refused_at_once(name, place, olmfast):
+    before = tree(place)
+    run = ["run", place / "cfg.yaml", "--set", f"output_dir={name}"]
+    for arguments in (["merge", place / "m.yml", place / name], run):
+        code, _, err = olmfast(*arguments)
+        assert (code, tree(place)) == (2, before), err
+        assert "bytes" in err
+
+
+def a_link_to_nothing(place: Path) -> Path:
+    (place / "out").symlink_to("nowhere")
+    return place / "out"
+
+
+def a_link_to_itself(place: Path) -> Path:
+    (place / "out").symlink_to("out")
+    return place / "out"
+
+
+def a_folder_behind_a_loop(place: Path) -> Path:
+    (place / "loop").symlink_to("loop")
+    return place / "loop" / "out"
+
+
+def a_pipe(place: Path) -> Path:
+    os.mkfifo(place / "out")
+    return place / "out"
+
+
+def behind_a_pipe(place: Path) -> Path:
+    os.mkfifo(place / "pipe")
+    return place / "pipe" / "out"
+
+
+def the_current_folder(place: Path) -> Path:
+    (place / "here").mkdir()
+    os.chdir(place / "here")
+    return place / "here"
+
+
+def the_current_folder_as_a_point(place: Path) -> Path:
+    return Path(the_current_folder(place).name and ".")
+
+
+def above_the_current_folder(place: Path) -> Path:
+    (place / "here" / "deeper").mkdir(parents=True)
+    os.chdir(place / "here" / "deeper")
+    return place / "here"
+
+
+ODD = (
+    a_link_to_nothing,
+    a_link_to_itself,
+    a_folder_behind_a_loop,
+    a_pipe,
+    behind_a_pipe,
+    the_current_folder,
+    the_current_folder_as_a_point,
+    above_the_current_folder,
+)
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda make: make.__name__)
+def test_an_output_that_cannot_be_replaced_is_refused_before_anything_is_written(odd, place, olmfast, monkeypatch):
+    monkeypatch.chdir(place)
+    out = odd(place)
+    before = tree(place)
+    for flags in ([], ["--overwrite"]):
+        code, _, err = olmfast("merge", place / "m.yml", out, *flags)
+        assert (code, tree(place)) == (2, before), err
+        assert str(out) in err
+        assert len(err.splitlines()) == 1
+        code, _, err = olmfast("run", place / "cfg.yaml", "--set", f"output_dir={out.absolute()}", "-q", *flags)
+        assert (code, tree(place)) == (2, before), err
+
+
+def test_a_link_at_the_output_is_replaced_only_with_overwrite_and_never_followed(place, olmfast):
+    (place / "out").symlink_to("important")
+    before = tree(place)
+    assert olmfast(*COMMANDS["merge"](place))[0] == 2
+    assert tree(place) == before
+    assert olmfast(*COMMANDS["merge"](place), "--overwrite")[0] == 0
+    assert not (place / "out").is_symlink()
+    assert without(tree(place), "out") == without(before, "out")
+
+
+def test_folders_made_for_a_merge_that_is_refused_are_removed_again(place, olmfast):
+    weights = bytearray((place / "a" / "model.safetensors").read_bytes())
+    weights[-2:] = b"\xc0\x7f"  # NaN
+    (place / "a" / "model.safetensors").write_bytes(weights)
+    before = tree(place)
+    code, _, err = olmfast("merge", place / "m.yml", place / "deep" / "deeper" / "out")
+    assert (code, tree(place)) == (2, before), err
+
+
+def test_a_trial_copy_touches_no_file_that_is_there(place, olmfast):
+    (place / ".out.trial").write_text("mine")
+    before = tree(place)
+    code, out, err = olmfast(*COMMANDS["merge"](place), "--dry-run", "--json")
+    assert (code, tree(place)) == (0, before), err
+    assert json.loads(out)["copy_bytes_per_s"] > 0

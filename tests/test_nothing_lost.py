@@ -245,6 +245,20 @@ def test_a_run_is_not_resumed_through_a_link(place, olmfast):
     code, _, err = olmfast(*COMMANDS["run"](place), "--resume")
     assert (code, tree(place)) == (2, before), err
     assert f"{log}: is a link" in err
+    log.unlink()
+    os.mkfifo(log)
+    code, _, err = olmfast(*COMMANDS["run"](place), "--resume")
+    assert code == 2, err
+    assert f"{log}: is a link or no file" in err
+
+
+def test_a_file_of_the_users_in_a_run_in_progress_is_kept(place, olmfast):
+    interrupted(place)
+    mine = ("notes.txt", "refined/notes.txt", "model_old.safetensors")
+    for name in mine:
+        (place / "out.partial" / name).write_text("mine")
+    assert olmfast(*COMMANDS["run"](place), "--resume", "--set", "es_norm=false")[0] == 0
+    assert [(place / "out" / name).read_text() for name in mine] == ["mine"] * 3
 
 
 def interrupted(place: Path) -> None:

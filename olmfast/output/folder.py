@@ -21,7 +21,7 @@ from pathlib import Path
 from olmfast import _shards
 from olmfast.errors import InputError, OlmfastError
 from olmfast.output.ownership import LOCK, Claim, Note, first_inside, identity
-from olmfast.output.writer import write_text
+from olmfast.output.writer import WEIGHTS, write_text
 from olmfast.search.log import STEPS
 from olmfast.search.record import LEDGER, REFINED, REPORT
 from olmfast.weights.checkpoint import GENERATION_CONFIG, TOKENIZER_FILES
@@ -32,7 +32,7 @@ REPLACING = ".replacing"
 # What olmfast writes into a folder in progress; one that holds anything else is not emptied.
 PARTS = (
     *(LOCK, REPLACING, STEPS, LEDGER, REPORT, DIGESTS, f"{STEPS}.tmp", f"{REPORT}.tmp"),
-    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *WEIGHTS,
     *("run.log", "config.json", "README.md", "mergekit_config.yml", GENERATION_CONFIG, *TOKENIZER_FILES),
     *("adapter_config.json", "adapter_model.safetensors"),
 )
@@ -217,9 +217,11 @@ class OutputFolder:
         """Take the `OUT.partial` that is there, as it is."""
         if self.partial.is_symlink() or not self.partial.is_dir():
             raise InputError(f"{self.partial}: is not a folder; move it away")
-        link = next((path for path in _within(self.partial) if path.is_symlink()), None)
-        if link is not None:
-            raise InputError(f"{link}: is a link, and nothing is written through one; put the file itself there")
+        for path in _within(self.partial):
+            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                raise InputError(
+                    f"{path}: is a link or no file, and nothing is written to one; put the file itself there"
+                )
         return _open_lock(self.partial)
 
     def _move(self, folder: Path) -> None:

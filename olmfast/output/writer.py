@@ -32,6 +32,7 @@ from olmfast.weights.chunks import CHUNK, Readable, Scratch, chunk_size
 from olmfast.weights.recipe import Recipe
 from olmfast.weights.sources import Expression, Sources
 
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 PAGE_BYTES = 4096
 # Values that are written together: one request to the disk for all of them.
 AT_ONCE = 4 * CHUNK
@@ -203,7 +204,7 @@ def write_weights(
     `finite`: raise InputError naming the tensor when a value to be written is NaN or infinite. `written` is called
     with each tensor that is done.
     """
-    for stale in (*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")):
+    for stale in (path for name in WEIGHTS for path in folder.glob(name)):
         stale.unlink()
     shards = _split(tensors, shard_size)
     memory = Scratch()

@@ -216,8 +216,8 @@ class Record:
         recipes = [*self._snapshots.values(), *([self.recipe] if self.recipe else [])]
         expressions = {expression for recipe in recipes for expression in recipe.tensors.values()}
         needed = {leaf.file for e in expressions for leaf in leaves(e) if isinstance(leaf, Stored)}
-        for path in (self.folder / REFINED).glob("*"):
-            if f"{REFINED}/{path.name}" not in needed:
+        for path in (self.folder / REFINED).glob("*.safetensors*"):
+            if path.is_file() and f"{REFINED}/{path.name}" not in needed:
                 path.unlink()
 
 

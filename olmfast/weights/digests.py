@@ -35,6 +35,8 @@ class DigestCache:
     def load(self, files: Iterable[Path]) -> None:
         """Learn what `keep_in` wrote in an earlier run; a missing or damaged file or line is skipped."""
         for path in files:
+            if not path.is_file():  # a pipe would be waited for
+                continue
             try:
                 lines = path.read_text(encoding="utf-8").splitlines()
             except (OSError, UnicodeDecodeError):

@@ -109,14 +109,17 @@ def test_an_old_result_that_was_out_of_its_place_at_a_kill_is_put_back_by_the_ne
 def test_an_old_result_that_was_being_removed_at_a_kill_is_removed_by_the_next_merge(place):
     config = load_merge_config(place / "m.yml")
     merge(config, place / "out")
+    before = files(place / "out")
     killed_at("removing the old", place)
     merge(config, place / "undisturbed", shard_size=60_000)
-    assert (place / "out.replaced").is_dir()
+    (old,) = place.glob(".olmfast-*")
+    assert files(old) == before
     assert files(place / "undisturbed").items() <= files(place / "out").items()  # the new one is whole
     with pytest.raises(InputError, match="out: exists; use --overwrite to replace it"):
         merge(config, place / "out")
     assert files(place / "out") == files(place / "undisturbed")
     assert not (place / "out.replaced").exists()
+    assert not old.exists()
 
 
 def test_a_folder_of_the_users_that_is_called_like_an_old_result_is_left_alone(place):

@@ -16,6 +16,7 @@ from olmfast import load_config, merge, run
 from olmfast.errors import InputError, Interrupted, OlmfastError
 from olmfast.observer import Observer
 from olmfast.output.folder import OutputFolder
+from olmfast.output.ownership import identity
 from olmfast.testing import tiny_model, tree, write_dataset
 
 MODELS = {"base_model": "a", "models": [{"model": "a"}, {"model": "b"}]}
@@ -64,7 +65,11 @@ def command(request, place) -> list[object]:
     return COMMANDS[request.param](place)
 
 
-FORGED = ('{"aside": "important", "inode": INODE}', '{"aside": "out.replaced", "inode": REPLACED}', "[]", "{}")
+FORGED = (
+    '{"aside": "important", "identity": "MINE", "gone": "important"}',
+    '{"aside": "out.replaced", "identity": "REPLACED", "gone": ".olmfast-0123456789abcdef"}',
+    "[]",
+)
 NOTES = ["important", "..", "../important", ".", "", "/", *FORGED]
 
 
@@ -73,8 +78,8 @@ NOTES = ["important", "..", "../important", ".", "", "/", *FORGED]
 def test_a_note_that_somebody_put_into_a_folder_is_not_obeyed(note, at, place, olmfast):
     (place / at).mkdir()
     shutil.copytree(place / "important", place / "out.replaced")
-    for name, folder in (("INODE", "important"), ("REPLACED", "out.replaced")):
-        note = note.replace(name, str((place / folder).stat().st_ino))
+    for name, folder in (("MINE", "important"), ("REPLACED", "out.replaced")):
+        note = note.replace(name, str(identity(place / folder)))
     (place / at / ".replacing").write_text(note)
     before = tree(place)
     for arguments in (build(place) for build in COMMANDS.values()):

@@ -337,7 +337,7 @@ def test_the_report_has_the_originals_layout_and_beside_it_what_olmfast_knows(fi
     assert set(refined) == {"metrics", "best_model", "svd_es", "norm_es"}
     assert all(set(entry) == {"winner", "changed"} for entry in refined["svd_es"] + refined["norm_es"])
     assert list(data["olmfast"]) == [
-        *("version", "config", "places", "donors", "datasets", "samples", "left_out", "environment"),
+        *("version", "config", "places", "donors", "tokenizer", "datasets", "samples", "left_out", "environment"),
         *("status", "steps", "recipe", "evaluations", "ledger_bytes", "elapsed_s"),
         *("donors_holdout", "selection", "holdout", "recipe_digest", "account", "verdict"),
     ]

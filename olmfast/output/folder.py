@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from olmfast import _shards
 from olmfast.errors import InputError, OlmfastError
-from olmfast.output.ownership import LOCK, Claim, Note, first_inside, identity
+from olmfast.output.ownership import LOCK, UNGUESSABLE, Claim, Note, first_inside, identity, unguessable
 from olmfast.output.writer import WEIGHTS, write_text
 from olmfast.search.log import STEPS
 from olmfast.search.record import LEDGER, REFINED, REPORT
@@ -144,7 +143,7 @@ class OutputFolder:
         else:
             aside = _unused(self.output.with_name(self.output.name + (".original" if keep else ".replaced")))
             if not keep:
-                write_text(self.partial / REPLACING, Note(aside.name, self.output.lstat().st_ino).to_text())
+                write_text(self.partial / REPLACING, Note(aside.name, str(self._agreed), unguessable()).to_text())
             self.output.rename(aside)
             if identity(aside) != self._agreed:
                 aside.rename(self.output)
@@ -169,7 +168,7 @@ class OutputFolder:
             self._agreed = identity(self.output)
         elif Claim.read(self.partial, name) is not None and os.path.lexists(self.partial / REPLACING):
             with _locked(self.partial):
-                aside = self._aside(self.partial)
+                aside = self._aside(Note.read(self.partial / REPLACING))
                 if aside is not None and not os.path.lexists(self.output):
                     aside.rename(self.output)
                     self._agreed = identity(self.output)
@@ -191,7 +190,7 @@ class OutputFolder:
         for folder in reversed(missing):
             folder.mkdir(exist_ok=True)
             self._made.append(folder)
-        begun = parent / f".olmfast-{secrets.token_hex(8)}"
+        begun = parent / unguessable()
         held = -1
         try:
             begun.mkdir()
@@ -235,26 +234,27 @@ class OutputFolder:
             f"{self.output}: {what}, and is left as it is; the complete result is {self.partial}; move one of them away"
         )
 
-    def _aside(self, folder: Path) -> Path | None:
-        """Where the old result is meanwhile, if the note in `folder` is about what is there under that name."""
-        note = Note.read(folder / REPLACING)
+    def _aside(self, note: Note | None) -> Path | None:
+        """Where the old result is meanwhile, if it is what the note is about."""
         if note is None or not _is_aside(note.aside, self.output.name):
             return None
         aside = self.output.with_name(note.aside)
-        with suppress(OSError):
-            if aside.lstat().st_ino == note.inode:
-                return aside
-        return None
+        return aside if identity(aside) == note.identity else None
 
     def _remove_replaced(self) -> None:
-        aside = self._aside(self.output)
-        if aside is not None:
+        """Remove the old result: under a name that nobody else can have given, so that half of it is known too."""
+        note = Note.read(self.output / REPLACING)
+        if note is not None and UNGUESSABLE.fullmatch(note.gone):
+            aside, gone = self._aside(note), self.output.with_name(note.gone)
             try:
-                aside.unlink() if aside.is_symlink() else shutil.rmtree(aside)
+                if aside is not None:
+                    aside.rename(gone)
+                if os.path.lexists(gone):
+                    gone.unlink() if gone.is_symlink() else shutil.rmtree(gone)
             except OSError as error:
                 raise OlmfastError(
-                    f"{error.filename or aside}: cannot be removed: {error.strerror}; the new result is complete, what "
-                    f"it replaced is {aside}"
+                    f"{error.filename or gone}: cannot be removed: {error.strerror}; the new result is complete, what "
+                    f"it replaced is {gone}"
                 ) from error
         (self.output / REPLACING).unlink(missing_ok=True)
 
@@ -268,7 +268,7 @@ class OutputFolder:
 
     def _remove(self, folder: Path) -> None:
         """Remove a folder of ours: under another name, so that a kill leaves nothing that looks begun."""
-        gone = folder.with_name(f".olmfast-{secrets.token_hex(8)}")
+        gone = folder.with_name(unguessable())
         os.rename(folder, gone)
         _empty(gone)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -16,6 +18,7 @@ import xxhash
 from olmfast import __version__
 
 LOCK = ".lock"
+UNGUESSABLE = re.compile(r"\.olmfast-[0-9a-f]{16}")
 MOST_RECORD_BYTES = 4096
 MOST_LINKS = 40  # on the way to one file, as the kernel counts
 
@@ -51,23 +54,30 @@ class Claim:
 
 @dataclass(frozen=True)
 class Note:
-    """Kept in a folder while it replaces another: the name and the number that the old one has meanwhile."""
+    """Kept in a folder while it replaces another: the old one's identity, the name that it has meanwhile, and the one
+    that it gets to be removed, which nobody can guess."""
 
     aside: str
-    inode: int
+    identity: str
+    gone: str
 
     @classmethod
     def read(cls, path: Path) -> Note | None:
         """What the file says; None where there is none, or something else."""
         try:
             data = json.loads(_read_plainly(path))
-            return cls(str(data["aside"]), int(data["inode"]))
+            return cls(str(data["aside"]), str(data["identity"]), str(data["gone"]))
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def to_text(self) -> str:
         """One line of JSON."""
         return json.dumps(asdict(self)) + "\n"
+
+
+def unguessable() -> str:
+    """A name for a folder that only its maker knows, until it has written it down."""
+    return f".olmfast-{secrets.token_hex(8)}"
 
 
 def _read_plainly(path: Path) -> bytes:
@@ -84,7 +94,7 @@ def _read_plainly(path: Path) -> bytes:
 def identity(path: Path) -> str | None:
     """What tells a folder and all it holds (a file, a link) from every other; None where there is nothing.
 
-    No byte of a file is read: its number, size and time of change say whether it is the one that was there. Links are
+    No byte of a file is read: its number, size and times of change say whether it is the one that was there. Links are
     not followed.
     """
     try:
@@ -100,7 +110,8 @@ def identity(path: Path) -> str | None:
             place = os.path.join(folder, name)
             state.update(os.fsencode(os.path.relpath(place, path)))
             with suppress(OSError):  # gone since it was listed, so the next time it is not listed
-                state.update(_told(os.lstat(place)))
+                held = os.lstat(place)
+                state.update(_told(held) + str(held.st_ctime_ns).encode())  # the folder's own changes as it is renamed
     return state.hexdigest()
 
 

@@ -89,6 +89,8 @@ def run(
         resume, report = True, None
     resume = resume or config.load_merge_report
     folder = RunFolder(config.output_dir, resume=resume, overwrite=overwrite, report=report)
+    if report is not None:
+        folder.check_apart({"the report": [report]})
     try:
         _run(config, folder, watched, log, stop_requested)
     except OlmfastError as error:

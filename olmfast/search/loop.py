@@ -228,14 +228,6 @@ class Search:
         """The step that is being taken has every question of these datasets put to a teacher."""
         self._scored += sum(self.scorer.sizes[name] for name in datasets)
 
-    @property
-    def evaluations_left(self) -> float:
-        """What the budget still holds; infinity without one."""
-        budget = self.config.budget
-        if budget is None or budget.evaluations is None:
-            return math.inf
-        return budget.evaluations - self._evaluations
-
     def _share(self, questions: Indices | None) -> float:
         """The share of all questions that these are."""
         return 1.0 if questions is None else sum(map(len, questions.values())) / sum(self.scorer.sizes.values())

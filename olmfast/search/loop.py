@@ -6,7 +6,6 @@ step is never taken twice: a resumed run walks the same steps and gets their out
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -313,7 +313,7 @@ def test_the_demo(benchmark: Any, report: Report, case: Case, tmp_path: Path) ->
     budget, config = sized(4, 20, 120), DEMO
     if TINY:
         config = case.folder / "tiny.yaml"
-        config.write_text(yaml.safe_dump(case.keys(2)))
+        config.write_text(yaml.safe_dump(case.keys(2) | {"layer_swap": True}))
     every = {
         "sequential": ["scorer=sequential"], "batched": ["scorer=batched"], "racing": ["scorer=batched", "racing=true"],
     }  # fmt: skip

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from olmfast import evaluate, load_config, run
 from olmfast.config.mergekit import load_merge_config
 from olmfast.errors import InputError
+from olmfast.runs.rebuild import rebuild
 from olmfast.static.adaptive import LinearMerge
 from olmfast.static.write import merge
 from olmfast.testing import (
@@ -448,19 +449,26 @@ def test_what_belongs_to_a_models_name_is_said_to(keys, name):
 # ---- wherever a model stands
 
 
-def test_adapters_merge_like_the_models_that_peft_makes_of_them(place, tmp_path):
-    for name in ("llama", "ad1", "ad2", "full1", "full2"):
+@pytest.mark.parametrize(
+    ("base", "keys"),
+    [
+        ("llama", {"merge_method": "ties", "parameters": {"weight": 1.0, "density": 0.7}}),
+        ("llama+ad3", {"merge_method": "model_stock", "parameters": {}}),
+    ],
+)
+def test_adapters_merge_like_the_models_that_peft_makes_of_them(base, keys, place, tmp_path):
+    for name in ("llama", "ad1", "ad2", "ad3", "full1", "full2", "full3"):
         shutil.copytree(place / name, tmp_path / name)
-    keys = {"merge_method": "ties", "base_model": "llama", "parameters": {"weight": 1.0, "density": 0.7}}
-    expected = load_file(written(tmp_path, ["full1", "full2"], **keys) / "model.safetensors")
-    out = written(tmp_path, ["llama+ad1", "llama+ad2"], **keys)
+    plain = written(tmp_path, ["full1", "full2"], base_model=base.replace("llama+ad", "full"), **keys)
+    expected = load_file(plain / "model.safetensors")
+    out = written(tmp_path, ["llama+ad1", "llama+ad2"], base_model=base, **keys)
     found = load_file(out / "model.safetensors")
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5)
     loaded(out)
     front = yaml.safe_load((out / "README.md").read_text().split("---")[1])
-    assert front["base_model"] == ["llama", "ad1", "ad2"]  # ids, as the hub wants them
+    assert front["base_model"] == list(dict.fromkeys([*base.split("+"), "llama", "ad1", "ad2"]))  # ids, for the hub
 
 
 def test_an_adapted_base_is_written_in_layers_too(place, tmp_path):
@@ -555,6 +563,8 @@ def test_a_run_over_three_adapters_of_one_base(keys, place, tmp_path):
     assert all(torch.equal(held[name], sources.value(value)) for name, value in result.recipe.tensors.items())
     on_disk = sorted(path.name for path in (tmp_path / "models").rglob("*.safetensors"))
     assert on_disk == ["adapter_model.safetensors"] * 3 + ["model.safetensors"]  # no copy of any donor
+    rebuilt = rebuild(result.output_dir / "merge_report.json", tmp_path / "rebuilt").output_dir / "model.safetensors"
+    assert rebuilt.read_bytes() == (result.output_dir / "model.safetensors").read_bytes()
     if "budget" in keys:
         assert result.record.values["anchor"]["model"] == "llama"  # which no key names
         change(tmp_path / "models" / "ad2", lora_alpha=99)

@@ -186,7 +186,8 @@ def _read_weights(path: Path) -> _Held:
     """What the adapter's file holds. Raises InputError for a file that is missing, or names of no LoRA."""
     if not path.is_file():
         pickled = path.with_suffix(".bin").is_file()
-        advice = "only pickled weights, which can run code; convert them" if pickled else "download it again"
+        advice = "only pickled weights, which can run code" if pickled else "download it again"
+        advice += "; if its repository has only a .bin file, load it with PEFT and save_pretrained it"
         raise InputError(f"{path.parent}: no {path.name} in this folder; {advice}")
     held, faults = _Held(), list[str]()
     for info in read_header(path):

@@ -50,7 +50,7 @@ SLERP = {
     "base_model": "a",
     "models": [{"model": "a"}, {"model": "b"}],
 }
-TIMED = ("steps.jsonl", "merge_report.json")  # they tell when and how long
+TIMED = ("steps.jsonl", "merge_report.json", "run.log")  # they tell when and how long
 MODULES = (
     *("olmfast.cli", "olmfast.runs.session", "olmfast.static.linear", "olmfast.static.write", "olmfast.static.check"),
     *("olmfast.terminal.progress", "olmfast.terminal.runs", "olmfast.terminal.merges", "olmfast.config.mergekit"),
@@ -349,6 +349,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=1000, help="how many processes are killed")
     parser.add_argument("--every", type=int, default=1, help="of the writing calls, each how manieth finds a full disk")
     parser.add_argument("--changes", type=int, default=100, help="how often a model is changed underneath")
+    parser.add_argument("--minutes", type=float, default=0, help="stop after this time; 0: when all is done")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="olmfast-soak-") as folder:
@@ -364,15 +365,26 @@ def soak(folder: Path, options: argparse.Namespace) -> int:
     started = time.monotonic()
     one = Soak(Place(folder / "place"), dice)
     everything = commands(one.place.folder)
+    calls: list[tuple[Command, int]] = []
+    for command in everything if options.every else ():
+        first = 1 + dice.randrange(options.every)
+        calls += [(command, call) for call in range(first, one.writing_calls(command) + 1, options.every)]
+    disturbances = ["kill"] * options.kills + ["change"] * options.changes + ["disk"] * len(calls)
+    dice.shuffle(disturbances)
+    dice.shuffle(calls)
     killed = 0
-    while killed < options.kills:
-        killed += one.kill(dice.choice(everything), real=killed % 50 == 49)
-    if options.every:
-        for command in everything:
-            for call in range(1 + dice.randrange(options.every), one.writing_calls(command) + 1, options.every):
-                one.full_disk(command, call)
-    for _ in range(options.changes):
-        one.change(dice.choice(everything))
+    for number, disturbance in enumerate(disturbances):
+        if options.minutes and time.monotonic() - started > 60 * options.minutes:
+            print(
+                f"stopped after {options.minutes:g} minutes, {len(disturbances) - number} disturbances before the end"
+            )
+            break
+        if disturbance == "disk":
+            one.full_disk(*calls.pop())
+        elif disturbance == "change":
+            one.change(dice.choice(everything))
+        elif killed < options.kills:
+            killed += one.kill(dice.choice(everything), real=killed % 50 == 49)
     print(one.told())
     print(f"seed {options.seed}, {time.monotonic() - started:.0f} s")
     return int(any(count.wrong for count in one.counts.values()))

@@ -39,6 +39,9 @@ AllowMismatch = Annotated[
     list[str] | None,
     typer.Option("--allow-mismatch", metavar="KEY", help="Merge although models differ in this key of config.json."),
 ]
+NoRemoteCodeFiles = Annotated[
+    bool, typer.Option("--no-remote-code-files", help="Leave out a model's own Python files and the auto_map to them.")
+]
 
 app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -162,6 +165,7 @@ def merge_command(
         bool, typer.Option("--allow-nonfinite", help="Continue even if weights are NaN or infinite.")
     ] = False,
     allow_mismatch: AllowMismatch = None,
+    no_remote_code_files: NoRemoteCodeFiles = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Merge models as a merge file says, without evaluating them."""
@@ -186,6 +190,7 @@ def merge_command(
             overwrite=overwrite,
             allow_nonfinite=allow_nonfinite,
             allow_mismatch=allow_mismatch or (),
+            remote_code_files=not no_remote_code_files,
             observer=observer,
         )
     merges.print_written(done, as_json)

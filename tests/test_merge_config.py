@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from olmfast.config.mergekit import MergeConfig, load_merge_config, parse_merge_config, settings_of
+from olmfast.config.mergekit import MergeConfig, load_merge_config, parse_merge_config
+from olmfast.config.parameters import settings_of
 from olmfast.errors import InputError
 
 TWO = [{"model": "a"}, {"model": "b"}]
@@ -90,7 +91,7 @@ def test_the_base_is_merged_too_where_a_method_knows_no_task_vectors():
         ({"tokenizer": {"pad_to_multiple_of": 16**5000}}, "tokenizer.pad_to_multiple_of: expected less than"),
         ({"parameters": {"weight": [{"filters": "x", "value": 1}]}}, "unknown key 'filters'; did you mean 'filter'?"),
         ({"tokenizer": {"source": "union"}, "tokenizer_source": "base"}, "one is the newer form of the other"),
-        ({"modules": {}}, "modules: not supported"),
+        ({"modules": {}}, "modules: expected one, such as {default: {slices: ...}}, got {}"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_and_named(keys, message):
@@ -101,7 +102,7 @@ def test_what_cannot_be_meant_is_refused_and_named(keys, message):
 
 
 @pytest.mark.parametrize(
-    ("layers", "message"), [([4, 4], "0 <= first < end, got [4, 4]"), ([0, 2], "of different lengths")]
+    ("layers", "message"), [([5, 4], "0 <= first <= end, got [5, 4]"), ([0, 2], "of different lengths")]
 )
 def test_layer_ranges_that_make_no_slice_are_refused(layers, message):
     sources = [{"model": "a", "layer_range": layers}, {"model": "b", "layer_range": [0, 3]}]

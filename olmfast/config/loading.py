@@ -65,16 +65,27 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def read_any_yaml(path: Path) -> object:
     """What a YAML or JSON file holds, safely loaded. Raises InputError naming the file, line and column."""
+    return parse_yaml(read_text(path), path)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file. Raises InputError naming it."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise InputError(f"{path}: cannot be read: {reason}") from error
+
+
+def parse_yaml(text: str, path: Path) -> object:
+    """What a YAML text holds, safely loaded. Raises InputError naming the file, line and column."""
     try:
         loaded: object = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        if problem and "could not determine a constructor" in problem:
+            problem = f"{problem}; tags are not read, as they can run code: write the value without its tag"
         raise InputError(f"{path}{where}: not valid YAML: {problem or ' '.join(str(error).split())}") from error
     except (ValueError, RecursionError) as error:  # a date of month 13, a number of 5000 digits, 1000 brackets
         raise InputError(f"{path}: not valid YAML: {error}") from error

@@ -6,7 +6,7 @@ docs/mergekit.md tells users what works here and what differs.
 from __future__ import annotations
 
 import json
-import sys
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from olmfast.config.loading import explain, read_yaml, show
+from olmfast.config.documents import read_documents
+from olmfast.config.loading import explain, show
+from olmfast.config.parameters import Parameters, parameter_given
 from olmfast.errors import InputError, did_you_mean
-from olmfast.weights.chunks import Setting
-from olmfast.weights.methods import METHODS, Method, Parameter
+from olmfast.weights.methods import METHODS, Method
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
-Scalar = bool | int | float
 # Accepted and without effect: bit masks would save no memory here.
 IGNORED_PARAMETERS = ("int8_mask",)
 
@@ -30,66 +30,6 @@ def _strip_torch(value: object) -> object:
 
 
 DtypeKey = Annotated[Dtype | None, BeforeValidator(_strip_torch)]
-
-
-def _number(value: object) -> object:
-    """YAML reads `1e-5` as text."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    return value
-
-
-@dataclass(frozen=True)
-class Varying:
-    """A parameter's value: one, or a gradient over depth, and the text that a tensor's name must contain."""
-
-    values: tuple[Scalar, ...]
-    filter: str | None = None
-
-    def at(self, depth: float) -> Scalar:
-        """The value at a depth of 0 (first layer) to 1 (last): numbers are interpolated, true and false are not."""
-        position = depth * (len(self.values) - 1)
-        below = int(position)
-        if any(isinstance(value, bool) for value in self.values):
-            return self.values[below]
-        above = min(below + 1, len(self.values) - 1)
-        share = position - below
-        return (1 - share) * self.values[below] + share * self.values[above] if share else self.values[below]
-
-
-def _parse_parameter(value: object) -> tuple[Varying, ...]:
-    entries = [value] if isinstance(value, dict) else value
-    if isinstance(entries, list) and entries and all(isinstance(entry, dict) for entry in entries):
-        return tuple(_parse_filtered(entry) for entry in entries)
-    return (_parse_values(value),)
-
-
-def _parse_filtered(entry: dict[str, object]) -> Varying:
-    for key in entry:
-        if key not in ("filter", "value"):
-            raise ValueError(f"unknown key {key!r}{did_you_mean(str(key), ['filter', 'value'])}")
-    if "value" not in entry:
-        raise ValueError("the key 'value' is missing")
-    wanted = entry.get("filter")
-    if wanted is not None and not isinstance(wanted, str):
-        raise ValueError(f"filter: expected a part of tensors' names, got {wanted!r}")
-    return _parse_values(entry["value"], None if wanted == "*" else wanted)
-
-
-def _parse_values(value: object, wanted: str | None = None) -> Varying:
-    listed = [_number(x) for x in (value if isinstance(value, list) else [value])]
-    for x in listed:
-        if not isinstance(x, (bool, int, float)) or not abs(x) <= sys.float_info.max:
-            raise ValueError(f"expected a number, true or false, a list of them or of {{filter, value}}, got {show(x)}")
-    if not listed:
-        raise ValueError("expected at least one number, got []")
-    return Varying(tuple(listed), wanted)  # type: ignore[arg-type]
-
-
-Parameters = dict[str, Annotated[tuple[Varying, ...], BeforeValidator(_parse_parameter)]]
 
 
 def _parse_model(value: object) -> object:
@@ -149,12 +89,21 @@ class SliceSource(_OfModel):
     @model_validator(mode="after")
     def _check(self) -> SliceSource:
         first, end = self.layer_range
-        if not 0 <= first < end:
+        if not 0 <= first <= end:
             raise ValueError(
-                f"layer_range: expected [first, end] with 0 <= first < end, got [{first}, {end}]; the end is not "
-                "included"
+                f"layer_range: expected [first, end] with 0 <= first <= end, got [{first}, {end}]; the end is not "
+                "included, and layers are not counted from the last"
             )
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "revision" in data:
+            raise ValueError(f"revision: is given with the model, as model: {data.get('model')}@{data['revision']}")
+        if isinstance(data, dict) and "weight" in data and "parameters" not in data:
+            raise ValueError(f"weight: belongs below parameters, as parameters: {{weight: {show(data['weight'])}}}")
+        return data
 
 
 class Slice(_Strict):
@@ -220,6 +169,7 @@ class TokenizerConfig(_Strict):
 class MergeConfig(_Strict):
     """A merge file. Models are named as they are written there; paths are relative to its folder."""
 
+    name: str | None = None
     merge_method: str
     base_model: Model | None = None
     models: list[MergedModel] | None = Field(None, min_length=1)
@@ -233,6 +183,7 @@ class MergeConfig(_Strict):
     _folder: Path = PrivateAttr(Path())
     _text: str = PrivateAttr("")
     _file: Path | None = PrivateAttr(None)
+    _earlier: tuple[MergeConfig, ...] = PrivateAttr(())
 
     @property
     def folder(self) -> Path:
@@ -248,6 +199,11 @@ class MergeConfig(_Strict):
     def text(self) -> str:
         """The file as it was written."""
         return self._text
+
+    @property
+    def earlier(self) -> tuple[MergeConfig, ...]:
+        """The documents before this one in its file, whose names stand for their results."""
+        return self._earlier
 
     @property
     def method(self) -> Method:
@@ -285,6 +241,7 @@ class MergeConfig(_Strict):
         if self.tokenizer is not None and self.tokenizer_source is not None:
             raise ValueError("tokenizer and tokenizer_source: one is the newer form of the other; give one of them")
         faults = [
+            *self._empty_slices(),
             *self._parameter_faults(),
             *(fault for group in self.groups() for fault in _group_faults(self, group)),
         ]
@@ -304,6 +261,17 @@ class MergeConfig(_Strict):
         if self.base_model and self.base_model not in [source.model for source in sources]:
             sources.append(Source(self.base_model, {}))
         return [Group("models", sources, self.base_model, {})]
+
+    def _empty_slices(self) -> Iterator[str]:
+        """Slices without layers: only the first and the last say something, whose embedding or head is taken."""
+        empty = [i for i, part in enumerate(self.slices or ()) if part.n_layers == 0]
+        if empty and len(empty) == len(self.slices or ()):
+            yield f"slices[0]: an empty layer_range, {list(self.slices[0].sources[0].layer_range)}: no layers at all"  # type: ignore[index]
+        elif any(i not in (0, len(self.slices or ()) - 1) for i in empty):
+            yield (
+                f"slices[{empty[0]}]: an empty layer_range; only the first slice (for what comes before the layers) "
+                "and the last (for what follows them) may have one"
+            )
 
     def _parameter_faults(self) -> Iterator[str]:
         known = {p.name for p in self.method.parameters}
@@ -368,7 +336,10 @@ def _group_faults(config: MergeConfig, group: Group) -> Iterator[str]:
     models = [source.model for source in group.sources]
     twice = next((model for model in models if models.count(model) > 1), None)
     if twice is not None:
-        yield f"{group.name}: {twice!r} is listed twice; give its layers in slices of their own"
+        yield (
+            f"{group.name}: {twice!r} is listed twice, and a model merged with itself is itself; to repeat layers of "
+            "it, give them in slices of their own"
+        )
         return
     if method.base in ("required", "term") and group.base is None:
         yield f"base_model: required by {name}"
@@ -390,72 +361,6 @@ def _group_faults(config: MergeConfig, group: Group) -> Iterator[str]:
             yield f"{group.name}: {name} needs the parameter {parameter.name}{each}"
 
 
-def parameter_given(config: MergeConfig, group: Group, parameter: Parameter, terms: Sequence[Source]) -> bool:
-    """Whether a required parameter has a value in some tensor at least, for all it belongs to."""
-    shared = parameter.name in group.parameters or parameter.name in config.parameters
-    return shared or (parameter.per != "merge" and all(parameter.name in source.parameters for source in terms))
-
-
-def settings_of(
-    config: MergeConfig, group: Group, terms: Sequence[Source], names: Sequence[str], output: str, depth: float
-) -> dict[str, Setting]:
-    """The settings of one tensor's merge: `names` are what the terms call it, `output` what the result does.
-
-    A value is looked up in the parameters of the source, the slice and the file; the first whose filter matches is
-    taken. `depth` is 0 at the first layer, 1 at the last. Raises InputError for a required one that has no value.
-    """
-    settings: dict[str, Setting] = {}
-    for parameter in config.method.parameters:
-        outer = [group.parameters, config.parameters]
-        value: Setting | None
-        if parameter.per == "merge":
-            value = _resolve(parameter, outer, output, depth)
-        else:
-            each = [
-                _resolve(parameter, [source.parameters, *outer], name, depth)
-                for source, name in zip(terms, names, strict=True)
-            ]
-            value = None if all(x is None for x in each) else tuple(_filled(x, parameter, output) for x in each)
-        if value is None and parameter.default is None:
-            raise _missing(parameter, output)
-        if value is not None:
-            settings[parameter.name] = _typed(value, parameter, output)
-    return settings
-
-
-def _filled(value: Scalar | None, parameter: Parameter, output: str) -> float:
-    if value is None and parameter.default is None:
-        raise _missing(parameter, output)
-    return float(parameter.default if value is None else value)  # type: ignore[arg-type]
-
-
-def _missing(parameter: Parameter, output: str) -> InputError:
-    return InputError(f"{output}: no value for the required parameter {parameter.name}; no filter matches this tensor")
-
-
-def _typed(value: Setting, parameter: Parameter, output: str) -> Setting:
-    """The value as the parameter's kind: true or false, a whole number, a number."""
-    if isinstance(value, (tuple, str)):
-        return value
-    if isinstance(parameter.default, bool):
-        if value not in (0, 1):
-            raise InputError(f"{output}: {parameter.name}: expected true or false, got {value!r}")
-        return bool(value)
-    if isinstance(parameter.default, int):
-        if value != int(value):
-            raise InputError(f"{output}: {parameter.name}: expected a whole number, got {value!r}")
-        return int(value)
-    return float(value)
-
-
-def _resolve(parameter: Parameter, scopes: Sequence[Parameters], tensor: str, depth: float) -> Scalar | None:
-    for scope in scopes:
-        for entry in scope.get(parameter.name, ()):
-            if entry.filter is None or entry.filter in tensor:
-                return entry.at(depth)
-    return None
-
-
 def is_merge_file(data: Mapping[str, Any]) -> bool:
     """Whether a YAML file is a merge file, perhaps with misspelt keys, rather than a run's configuration."""
     models = data.get("models")
@@ -466,30 +371,85 @@ def is_merge_file(data: Mapping[str, Any]) -> bool:
 def load_merge_config(source: str | Path | Mapping[str, Any]) -> MergeConfig:
     """Read and check a merge file, or what one holds, whose paths are then relative to the working directory.
 
+    Of a file with several documents, the last one, which has those before it as `earlier`.
     Raises InputError that lists every fault, unknown keys with a suggestion.
     """
     if isinstance(source, Mapping):
         return parse_merge_config(dict(source), "config", Path.cwd())
     path = Path(source)
-    data = read_yaml(path)
-    if "dataset" in data and not is_merge_file(data):
+    documents = read_documents(path)
+    if "dataset" in documents[-1].data and not is_merge_file(documents[-1].data):
         raise InputError(f"{path}: is a run's configuration, not a merge file; use: olmfast run {path}")
-    config = parse_merge_config(data, str(path), path.parent.absolute())
-    config._text, config._file = path.read_text(encoding="utf-8"), path.absolute()
-    return config
+    configs, faults = list[MergeConfig](), list[str]()
+    for place, document in enumerate(documents):
+        where = str(path) if len(documents) == 1 else f"{path}: document {place + 1}"
+        try:
+            config = parse_merge_config(document.without_anchors(_TOP), where, path.parent.absolute())
+        except InputError as error:
+            faults.append(str(error))
+            continue
+        config._text, config._file = document.text, path.absolute()
+        configs.append(config)
+    faults += _name_faults(configs, str(path))
+    if faults:
+        raise InputError("\n".join(faults))
+    configs[-1]._earlier = tuple(configs[:-1])
+    return configs[-1]
+
+
+def _name_faults(configs: Sequence[MergeConfig], where: str) -> Iterator[str]:
+    """Earlier documents need names that are folders' names and differ."""
+    names = [config.name for config in configs[:-1]]
+    for name in names:
+        if name is None:
+            yield f"{where}: a document before the last has no name, so that nothing could use it; give it a name"
+        elif not re.fullmatch(r"[\w.-]+", name) or name in (".", ".."):
+            yield f"{where}: name: expected letters, digits, dots and dashes, got {name!r}"
+        elif names.count(name) > 1:
+            yield f"{where}: two documents have the name {name!r}"
+
+
+# Keys of files of mergekit's other commands -> what these are, and what to do.
+_OTHER_FILES = {
+    "experts": "is a mixture-of-experts file (mergekit-moe), which builds a model of another architecture; "
+    "olmfast merges models of one architecture",
+    "experts_per_token": "is a mixture-of-experts file (mergekit-moe); olmfast merges models of one architecture",
+    "genome": "is a file of mergekit-evolve; a search is a run here: see olmfast run",
+}
 
 
 def parse_merge_config(data: dict[str, Any], where: str, folder: Path) -> MergeConfig:
     """Check plain data as a merge file; relative paths are taken from `folder`."""
-    if "modules" in data:
-        raise InputError(f"{where}: modules: not supported; models or slices say the same for models of one module")
+    other = next((key for key in _OTHER_FILES if key in data), None)
+    if other is not None:
+        raise InputError(f"{where}: {other}: {_OTHER_FILES[other]}")
     try:
-        config = MergeConfig.model_validate(data)
+        config = MergeConfig.model_validate(_flattened(data, where))
     except ValidationError as error:
         raise explain(where, error.errors(), lambda _: _KEYS) from error
     config._folder = folder
     config._text = json.dumps(data, indent=2, default=str)
     return config
+
+
+def _flattened(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """`modules: {default: {slices: ...}}` is the same as `slices`, for models of one module."""
+    if "modules" not in data:
+        return data
+    modules = data["modules"]
+    if (
+        not isinstance(modules, dict)
+        or len(modules) != 1
+        or not isinstance(inner := next(iter(modules.values())), dict)
+    ):
+        raise InputError(
+            f"{where}: modules: expected one, such as {{default: {{slices: ...}}}}, got {show(modules)}; models of "
+            "several modules are merged whole with models"
+        )
+    twice = [key for key in inner if key in data]
+    if twice:
+        raise InputError(f"{where}: {twice[0]}: given beside modules and in it; give it once")
+    return {**{key: value for key, value in data.items() if key != "modules"}, **inner}
 
 
 _KEYS = sorted(
@@ -499,3 +459,4 @@ _KEYS = sorted(
         for key in model.model_fields
     }
 )
+_TOP = {*MergeConfig.model_fields, "modules", *_OTHER_FILES}

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from olmfast import _shards
 from olmfast.errors import InputError, OlmfastError
+from olmfast.output.beside import CODE, PROCESSOR
 from olmfast.output.ownership import LOCK, UNGUESSABLE, Claim, Note, first_inside, identity, unguessable
 from olmfast.output.writer import WEIGHTS, write_text
 from olmfast.search.log import STEPS
@@ -33,6 +34,7 @@ PARTS = (
     *(LOCK, REPLACING, STEPS, LEDGER, REPORT, DIGESTS, f"{STEPS}.tmp", f"{REPORT}.tmp"),
     *WEIGHTS,
     *("run.log", "config.json", "README.md", "mergekit_config.yml", GENERATION_CONFIG, *TOKENIZER_FILES),
+    *(*PROCESSOR, CODE),
     *("adapter_config.json", "adapter_model.safetensors"),
 )
 REFINED_PARTS = ("*.safetensors", "*.safetensors.tmp")

@@ -18,6 +18,7 @@ import torch
 
 from olmfast import _shards
 from olmfast.errors import FileChanged, InputError, OlmfastError
+from olmfast.output.beside import files_beside
 from olmfast.weights.checkpoint import (
     DTYPE_NAMES,
     Checkpoint,
@@ -63,7 +64,8 @@ class Content:
     """What a result folder is to hold, decided before anything is written.
 
     `config` are the keys of its config.json, which is `base`'s own file where they are the same. `texts` are files
-    written instead of copies of `tokenizer`'s. `left_out` says why the result does not have a tensor.
+    written instead of copies of `tokenizer`'s. `left_out` says why the result does not have a tensor; `code` whether
+    Python files that the models bring are copied (they are never run).
     """
 
     tensors: Sequence[OutputTensor]
@@ -72,6 +74,7 @@ class Content:
     tokenizer: Checkpoint
     texts: Mapping[str, str] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+    code: bool = True
     copies_config: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -157,8 +160,14 @@ def write_folder(
         write_json(folder / "config.json", content.config)
     for name, digest in content.tokenizer.companions.items():
         if name not in content.texts:
+            (folder / name).parent.mkdir(exist_ok=True)
             copy_file(content.tokenizer.companion(name), folder / name)
             _check_copied(content.tokenizer.companion(name), digest_file(folder / name) == digest)
+    for name, path in files_beside(content.base, content.code).items():
+        if name not in content.texts and name not in content.tokenizer.companions:
+            (folder / name).parent.mkdir(exist_ok=True)
+            copy_file(path, folder / name)
+            _shards.sync_folder((folder / name).parent)
     for name, text in content.texts.items():
         write_text(folder / name, text)
     _shards.sync_folder(folder)
@@ -169,6 +178,7 @@ def faults_of(content: Content, folder: Path, shard_size: int) -> list[str]:
     shards = _split(content.tensors, shard_size)
     names = ["config.json", *(["model.safetensors.index.json"] if len(shards) > 1 else [])]
     names += content.tokenizer.companions
+    names += [name for name, path in files_beside(content.base, content.code).items() if path.stat().st_size]
     faults = [name for name in names if not (folder / name).is_file() or not (folder / name).stat().st_size]
     for name, tensors in shards.items():
         try:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from olmfast.config.loading import read_yaml
+from olmfast.config.documents import read_documents
 from olmfast.config.mergekit import MergeConfig, is_merge_file, load_merge_config
 from olmfast.config.run import RunConfig, load_config
 from olmfast.errors import InputError
@@ -55,7 +55,7 @@ def read_config(
 
     Raises InputError that lists every fault, or for overrides of a merge file.
     """
-    held = source if isinstance(source, Mapping) else read_yaml(Path(source))
+    held = source if isinstance(source, Mapping) else read_documents(Path(source))[-1].data
     if not is_merge_file(held):
         return load_config(source, overrides)
     if overrides:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from olmfast.errors import InputError
@@ -20,9 +21,9 @@ def check_loads(
 ) -> list[str]:
     """Hold the names and shapes of a result against the module of its config.json; returns what could not be checked.
 
-    A result with the base's own config, names and shapes is the base to Transformers and is not looked at. What the
-    base itself has too many or too few stays as it is. Raises InputError for any other tensor that fills nothing,
-    parameter that nothing fills, or shape that does not fit.
+    A result with the base's own config, names and shapes is the base to Transformers and is not looked at. Tensors that
+    fill nothing in the base either are kept and told. Raises InputError for any other tensor that fills nothing, a
+    parameter that nothing fills, or a shape that does not fit.
     """
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     own = {base.file_names.get(name, name): shape for name, shape in shapes_of(base).items()}
@@ -32,13 +33,14 @@ def check_loads(
     before = skeletons.examine(base.config, own, "load")
     if before.unknown:
         return [f"Transformers cannot say whether it will load the result: {before.unknown}"]
-    faults = [result.unknown] if result.unknown else list(_faults(result, before))
+    faults = _faults(result, before)
     if faults:
         raise InputError(
             f"the result would not be what Transformers loads from its config.json: {'; '.join(faults)}; nothing has "
             "been written"
         )
-    return []
+    odd = len(result.unexpected)
+    return [f"{odd} tensors fill nothing, as in {base.name}, the first {result.unexpected[0]}"] if odd else []
 
 
 def _told(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,24 +48,10 @@ def _told(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _faults(result: Skeleton, base: Skeleton) -> list[str]:
-    """What is wrong with the result and not already with the base, whatever the layer."""
-    found = []
-    for what, names, known in (
-        ("parameters that nothing fills", result.missing, base.missing),
-        ("tensors that fill nothing", result.unexpected, base.unexpected),
-        ("tensors of another shape", list(result.mismatched), list(base.mismatched)),
-        ("conversions that fail", result.failed, base.failed),
-    ):
-        alike = {_without_numbers(name) for name in known}
-        new = [name for name in names if _without_numbers(name) not in alike]
-        if new:
-            found.append(f"{len(new)} {what}, the first {new[0]}{_shapes(result, new[0])}")
-    return found
-
-
-def _shapes(result: Skeleton, name: str) -> str:
-    both = result.mismatched.get(name)
-    return f" {both[0]} instead of {both[1]}" if both else ""
+    """What is wrong with the result; tensors that fill nothing may be of the base, whatever the layer."""
+    known = {_without_numbers(name) for name in base.unexpected}
+    new = [name for name in result.unexpected if _without_numbers(name) not in known]
+    return replace(result, unexpected=new).faults
 
 
 def _without_numbers(name: str) -> str:

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-from olmfast.config.mergekit import Group, MergeConfig, settings_of
+from olmfast.config.mergekit import Group, MergeConfig
+from olmfast.config.parameters import settings_of
 from olmfast.errors import InputError
+from olmfast.output.beside import auto_maps, files_beside, texts_without_code
 from olmfast.output.writer import TIED, Content, OutputTensor, in_order
 from olmfast.static.differences import find_differences
 from olmfast.static.loading import DTYPE_KEYS, check_loads
@@ -34,12 +36,15 @@ from olmfast.weights.vocabulary import Vocabulary, tokenizer_texts
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 
 
-def plan_merge(config: MergeConfig, *, seed: int = 0, allow_mismatch: Collection[str] = ()) -> Plan:
+def plan_merge(
+    config: MergeConfig, *, seed: int = 0, allow_mismatch: Collection[str] = (), remote_code_files: bool = True
+) -> Plan:
     """Open the models a merge file names and say for every tensor of the result what it is made of.
 
     Reads headers, configs and tokenizers, no weights (but those of a tensor that is stored twice). Of a result that is
     not shaped as the base is, the module that Transformers makes of its config.json is held against its tensors.
-    `allow_mismatch` are keys of config.json that may differ, although the weights then mean something else.
+    `allow_mismatch` are keys of config.json that may differ, although the weights then mean something else. Python
+    files that a model brings are copied, unless `remote_code_files` is False; nothing of them is run.
     Raises InputError that lists everything that does not fit.
     """
     pool = Pool.open(config.model_names, config.folder, config.folder, alike=False, download=False)
@@ -58,7 +63,11 @@ def plan_merge(config: MergeConfig, *, seed: int = 0, allow_mismatch: Collection
     texts = tokenizer_texts(vocabulary, pool[tokenizer].tokenizer_folder) if vocabulary else {}
     if config.chat_template is not None:
         texts |= chat_template_texts(config, pool, tokenizer, texts)
-    content = Content(tensors, base, written, pool[tokenizer], texts, planner.left_out)
+    notes += _code_notes(base, pool[tokenizer], remote_code_files)
+    if not remote_code_files:
+        written.pop("auto_map", None)
+        texts |= texts_without_code(base, pool[tokenizer], texts)
+    content = Content(tensors, base, written, pool[tokenizer], texts, planner.left_out, remote_code_files)
     return Plan(
         config.merge_method,
         pool,
@@ -71,6 +80,20 @@ def plan_merge(config: MergeConfig, *, seed: int = 0, allow_mismatch: Collection
         warnings=[*pool.warnings, *notes, *(vocabulary.notes() if vocabulary else [])],
         read={} if config.file is None else {"the merge file": [config.file]},
     )
+
+
+def _code_notes(base: Checkpoint, tokenizer: Checkpoint, copied: bool) -> list[str]:
+    """What becomes of a model's own Python files."""
+    if not (auto_maps(base) or auto_maps(tokenizer)):
+        return []
+    files = [name for name in files_beside(base, tokenizer) if name.endswith(".py")]
+    listed = ", ".join(files) or "none there"
+    if not copied:
+        return [f"{base.name}: its Python files ({listed}) and the auto_map that names them are left out"]
+    return [
+        f"{base.name}: its Python files ({listed}) are copied, as auto_map names them; they were not run, and are run "
+        "only by who trusts remote code; --no-remote-code-files leaves both out"
+    ]
 
 
 def _check_families(pool: Pool) -> None:

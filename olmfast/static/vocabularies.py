@@ -15,6 +15,7 @@ from olmfast.config.mergekit import MergeConfig, TokenSource
 from olmfast.errors import InputError, OlmfastError, did_you_mean
 from olmfast.static.spelling import shapes_of
 from olmfast.weights import chat_templates
+from olmfast.weights.architecture import FAMILIES
 from olmfast.weights.checkpoint import Checkpoint, read_header, read_json
 from olmfast.weights.pool import Pool
 from olmfast.weights.skeletons import Skeletons
@@ -27,36 +28,33 @@ SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
 @dataclass(frozen=True)
 class TokenTensors:
     """The tensors of a merge that have a row per token, the embedding first; `keys` are where config.json states how
-    many there are."""
+    many there are. `fault` is why they cannot be told all."""
 
     rows: Sequence[str]
     keys: Sequence[Sequence[str]]
+    fault: str = ""
 
 
 def plan_tokens(
     config: MergeConfig, pool: Pool, base: Checkpoint, skeletons: Skeletons
 ) -> tuple[Vocabulary | None, TokenTensors]:
-    """The vocabulary that a merge file asks for, and the tensors whose rows it moves; None for one that moves no row.
+    """The vocabulary that a merge file asks for, and the tensors whose rows it moves: none if it moves no row.
 
     Raises InputError for what cannot be told of a vocabulary that changes.
     """
-    wanted = config.vocabulary
-    if wanted is None:
+    if config.vocabulary is None:
         return None, TokenTensors((), ())
-    table = _by_table(base)
-    tensors = table or _found(base, skeletons)
+    embedding = base.architecture.family.embedding
+    known = FAMILIES.get(base.architecture.model_type) is not None and embedding in base.tensors
+    tensors = TokenTensors((embedding,), ()) if known else _found(base, skeletons)
     vocabulary = _vocabulary(config, pool, base, tensors.rows[0])
     if vocabulary.is_as_it_was:
         return vocabulary, TokenTensors((), ())
-    if table is not None:  # only now: most merges move no row, and Transformers need not be asked
+    if known:  # only now: most merges move no row, and Transformers need not be asked
         tensors = _found(base, skeletons)
+    if tensors.fault:
+        raise InputError(f"tokenizer: {tensors.fault}")
     return vocabulary, tensors
-
-
-def _by_table(base: Checkpoint) -> TokenTensors | None:
-    """The embedding, where the table of families knows it."""
-    embedding = base.architecture.family.embedding
-    return TokenTensors((embedding,), (("vocab_size",),)) if embedding in base.tensors else None
 
 
 def _found(base: Checkpoint, skeletons: Skeletons) -> TokenTensors:
@@ -65,23 +63,19 @@ def _found(base: Checkpoint, skeletons: Skeletons) -> TokenTensors:
     if skeleton.unknown:
         return _by_size(base, skeleton.unknown)
     where = f"{base.name} ({base.config.get('model_type')})"
-    if skeleton.vocabulary_fault:
-        raise InputError(f"tokenizer: {where} {skeleton.vocabulary_fault}, so its vocabulary cannot be changed")
-    if skeleton.columns:
-        raise InputError(
-            f"tokenizer: {where}: {skeleton.columns[0]} grows with the vocabulary, but has no row per token"
-        )
-    if skeleton.other_vocabularies:
-        raise InputError(
-            f"tokenizer: {where}: config.json states {skeleton.other_vocabularies[0]} too, another vocabulary of the "
-            "same tokens, which cannot follow"
-        )
     embedding = [name for name in skeleton.rows if skeleton.modules.get(name) == skeleton.embedding_module]
     embedding = embedding or [name for name in skeleton.rows if len(base.tensors[name].shape) == 2]
     if not embedding:
-        raise InputError(f"tokenizer: {where}: no tensor of the file is the embedding of its tokens")
+        what = skeleton.vocabulary_fault or "has no tensor that is the embedding of its tokens"
+        raise InputError(f"tokenizer: {where} {what}, so its vocabulary cannot be told")
+    fault = ""
+    if skeleton.columns:
+        fault = f"{where}: {skeleton.columns[0]} grows with the vocabulary, but has no row per token"
+    elif skeleton.other_vocabularies:
+        other = skeleton.other_vocabularies[0]
+        fault = f"{where}: config.json states {other} too, another vocabulary of the same tokens, which cannot follow"
     rows = [embedding[0], *(name for name in skeleton.rows if name != embedding[0])]
-    return TokenTensors(rows, skeleton.vocabulary_keys)
+    return TokenTensors(rows, skeleton.vocabulary_keys, fault)
 
 
 def _by_size(base: Checkpoint, why: str) -> TokenTensors:
@@ -92,13 +86,14 @@ def _by_size(base: Checkpoint, why: str) -> TokenTensors:
     known = [family.embedding, family.head, f"{family.head.rpartition('.')[0]}.bias"]
     n_rows = base.tensors[family.embedding].shape[0]
     others = [n for n, info in base.tensors.items() if info.shape[:1] == (n_rows,) and n not in known]
+    fault = ""
     if others:
-        raise InputError(
-            f"tokenizer: {base.name}: {why}, and {others[0]} has {n_rows} rows as the embedding has; whether these are "
-            "tokens' cannot be told"
+        fault = (
+            f"{base.name}: {why}, and {others[0]} has {n_rows} rows as the embedding has; whether these are tokens' "
+            "cannot be told"
         )
     inside = "vocab_size" not in base.config and isinstance(base.config.get("text_config"), dict)
-    return TokenTensors(known, (("text_config", "vocab_size") if inside else ("vocab_size",),))
+    return TokenTensors(known, (("text_config", "vocab_size") if inside else ("vocab_size",),), fault)
 
 
 def _vocabulary(config: MergeConfig, pool: Pool, base: Checkpoint, embedding: str) -> Vocabulary:

@@ -61,6 +61,7 @@ def merge(
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     allow_mismatch: Collection[str] = (),
+    remote_code_files: bool = True,
     observer: Observer | None = None,
 ) -> Written:
     """Merge models as a merge file in mergekit's form says, and write the result to the folder `output`.
@@ -68,7 +69,8 @@ def merge(
     `config` is the file's path, what it holds (paths are then relative to the working directory), or a MergeConfig.
     Tensors are computed on `device` (`cpu`, `cuda`, `cuda:1`, `auto`); no file of weights is larger than `shard_size`,
     a number of bytes or `5GB`; `seed` is that of DARE and DELLA. `allow_mismatch` are keys of config.json that may
-    differ although the same weights then mean something else, `tokenizer` and `id2label` among them.
+    differ although the same weights then mean something else, `tokenizer` and `id2label` among them. Python files that
+    a model brings are copied, and never run; without `remote_code_files`, they and what names them are left out.
 
     Raises InputError, before anything is written, for a merge file or models that do not fit, an output that is there
     (unless `overwrite`), too little space, a merge that is estimated to need more memory than `max_ram`, and, unless
@@ -78,7 +80,7 @@ def merge(
     if not isinstance(config, MergeConfig):
         config = load_merge_config(config)
     return write_merge(
-        plan_merge(config, seed=seed, allow_mismatch=allow_mismatch),
+        plan_merge(config, seed=seed, allow_mismatch=allow_mismatch, remote_code_files=remote_code_files),
         Path(output),
         device=device,
         shard_size=shard_size,

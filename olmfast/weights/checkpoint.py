@@ -49,8 +49,13 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
+    "normalizer.json",
+    "tekken.json",
+    "*.tiktoken",
     "*.model",
     "*.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
 GENERATION_CONFIG = "generation_config.json"
 
@@ -273,8 +278,9 @@ class Checkpoint:
         else's model must not lead to this machine's files.
         """
         found = {path for pattern in TOKENIZER_FILES for path in self.tokenizer_folder.glob(pattern)}
-        found |= set(self.folder.glob(GENERATION_CONFIG))
-        return {path.name: digest_file(path) for path in sorted(found) if _is_own(path)}
+        names = {path.relative_to(self.tokenizer_folder).as_posix(): path for path in sorted(found)}
+        names |= {path.name: path for path in self.folder.glob(GENERATION_CONFIG)}
+        return {name: digest_file(path) for name, path in names.items() if is_own_file(path)}
 
     def companion(self, name: str) -> Path:
         """Where one of them lies."""
@@ -346,7 +352,7 @@ def _is_an_adapter(folder: Path, name: str) -> str:
     return f"{folder}: is an adapter, not a model; name the model it is for before it, as in '{base}+{name}'"
 
 
-def _is_own(path: Path) -> bool:
+def is_own_file(path: Path) -> bool:
     """Whether a companion is a file. Raises InputError if it is one of elsewhere, or none at all."""
     if path.is_symlink():
         real = path.resolve()

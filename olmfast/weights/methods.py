@@ -157,6 +157,18 @@ def _model_stock(operands: Operands, settings: Settings) -> Piece:
     return _summed(lambda operands, _: combining.model_stock_weights(operands.gram()))(operands, settings)
 
 
+def _nearswap(operands: Operands, settings: Settings) -> Piece:
+    """base + (term - base), no entry of which moves further than t: near values are swapped, far ones stay near."""
+    t = max(settings.number("t", 0.0), 0.0)
+
+    def piece(start: int, stop: int) -> torch.Tensor:
+        base = operands.term(0, start, stop)
+        difference = operands.term(1, start, stop) - base
+        return difference.clamp_(-t, t).add_(base)
+
+    return piece
+
+
 _WEIGHT = Parameter("weight", None, "term")
 _DENSITY, _LAMBDA = Parameter("density", 1.0, "term"), Parameter("lambda", 1.0)
 _GAMMA, _EPSILON = Parameter("gamma", 0.01, "term"), Parameter("epsilon", 0.15, "term")
@@ -183,6 +195,7 @@ METHODS: dict[str, Method] = {
         (2, 2),
         whole=_slerp_whole,
     ),
+    "nearswap": Method(_nearswap, "mergekit's behaviour", (Parameter("t", None),), "term", (2, 2)),
     "nuslerp": Method(
         _nuslerp,
         "Shoemake, SIGGRAPH 1985",

@@ -55,10 +55,9 @@ class Vocabulary:
     @property
     def is_as_it_was(self) -> bool:
         """Whether all models have this vocabulary already, so that no row moves."""
-        if self.added or self.given or self.n_rows != self.model_rows[self.source] or any(self.rowless.values()):
+        if self.added or self.given or {*self.model_rows.values()} != {self.n_rows}:
             return False
-        alike = all(ids == self.of_models[self.source] for ids in self.of_models.values())
-        return alike and len(set(self.model_rows.values())) == 1
+        return all(ids.get(token) == i for ids in self.of_models.values() for token, i in self.ids.items())
 
     def notes(self) -> list[str]:
         """What a user should know: tokens whose id is past the embedding, and what they get."""
@@ -66,7 +65,7 @@ class Vocabulary:
             f"{model}: {len(tokens)} tokens of the tokenizer have no row in the embedding, which has "
             f"{self.model_rows[model]}, the first {tokens[0]!r}; they get the row of a model that has one, else the "
             "mean of the rows"
-            for model, tokens in self.rowless.items()
+            for model, tokens in ((m, [t for t in lost if t in self.ids]) for m, lost in self.rowless.items())
             if tokens
         ]
 

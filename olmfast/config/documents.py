@@ -1,0 +1,72 @@
+"""YAML files of several documents, and keys that are there only to be repeated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from olmfast.config.loading import parse_yaml, read_text
+from olmfast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document of a file: its mapping, its text, and its keys whose value is repeated elsewhere (`&x`, `*x`)."""
+
+    data: dict[str, Any]
+    text: str
+    anchored: tuple[str, ...]
+
+    def without_anchors(self, known: Collection[str]) -> dict[str, Any]:
+        """The mapping without keys that nobody knows and that only hold what others repeat."""
+        return {key: value for key, value in self.data.items() if key in known or key not in self.anchored}
+
+
+def read_documents(path: Path) -> list[Document]:
+    """Every document of a YAML file, safely loaded; empty ones are left out. Raises InputError naming file and line."""
+    text = read_text(path)
+    parts = re.split(r"(?m)^---(?=\s|$)[^\n]*\n?", text)
+    found, line = [], 0
+    for part in parts:
+        if part.strip():
+            data = parse_yaml("\n" * line + part, path)
+            if data is not None:
+                found.append(_document(data, text if len(parts) == 1 else part, path))
+        line += part.count("\n") + 1
+    if not found:
+        raise InputError(f"{path}: expected a mapping of keys to values, got nothing")
+    if len(found) == 1:
+        return [Document(found[0].data, text, found[0].anchored)]
+    return found
+
+
+def _document(data: object, text: str, path: Path) -> Document:
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: expected a mapping of keys to values, got {type(data).__name__}")
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    return Document(data, text, tuple(_anchored(root)) if isinstance(root, yaml.MappingNode) else ())
+
+
+def _anchored(root: yaml.MappingNode) -> Iterator[str]:
+    """Keys of which a part is repeated under another key: the same node, which is how YAML reads `*x`."""
+    inside = [(key.value, _nodes(value)) for key, value in root.value]
+    for key, nodes in inside:
+        if any(nodes & others for other, others in inside if other != key):
+            yield str(key)
+
+
+def _nodes(root: yaml.Node) -> set[int]:
+    """The identities of a node and of all below it, each visited once."""
+    seen, waiting = set[int](), [root]
+    while waiting:
+        node = waiting.pop()
+        if id(node) not in seen:
+            seen.add(id(node))
+            below = node.value if isinstance(node, (yaml.MappingNode, yaml.SequenceNode)) else []
+            waiting += [part for entry in below for part in (entry if isinstance(entry, tuple) else (entry,))]
+    return seen

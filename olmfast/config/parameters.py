@@ -1,0 +1,149 @@
+"""The parameters of a merge file: numbers, gradients over depth and filters, and which of them a tensor gets."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import BeforeValidator
+
+from olmfast.config.loading import show
+from olmfast.errors import InputError, did_you_mean
+from olmfast.weights.chunks import Setting
+from olmfast.weights.methods import Parameter
+
+if TYPE_CHECKING:
+    from olmfast.config.mergekit import Group, MergeConfig, Source
+
+Scalar = bool | int | float
+
+
+def _number(value: object) -> object:
+    """YAML reads `1e-5` as text."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    return value
+
+
+@dataclass(frozen=True)
+class Varying:
+    """A parameter's value: one, or a gradient over depth, and the text that a tensor's name must contain."""
+
+    values: tuple[Scalar, ...]
+    filter: str | None = None
+
+    def at(self, depth: float) -> Scalar:
+        """The value at a depth of 0 (first layer) to 1 (last): numbers are interpolated, true and false are not."""
+        position = depth * (len(self.values) - 1)
+        below = int(position)
+        if any(isinstance(value, bool) for value in self.values):
+            return self.values[below]
+        above = min(below + 1, len(self.values) - 1)
+        share = position - below
+        return (1 - share) * self.values[below] + share * self.values[above] if share else self.values[below]
+
+
+def _parse_parameter(value: object) -> tuple[Varying, ...]:
+    entries = [value] if isinstance(value, dict) else value
+    if isinstance(entries, list) and entries and all(isinstance(entry, dict) for entry in entries):
+        return tuple(_parse_filtered(entry) for entry in entries)
+    return (_parse_values(value),)
+
+
+def _parse_filtered(entry: dict[str, object]) -> Varying:
+    for key in entry:
+        if key not in ("filter", "value"):
+            raise ValueError(f"unknown key {key!r}{did_you_mean(str(key), ['filter', 'value'])}")
+    if "value" not in entry:
+        raise ValueError("the key 'value' is missing")
+    wanted = entry.get("filter")
+    if wanted is not None and not isinstance(wanted, str):
+        raise ValueError(f"filter: expected a part of tensors' names, got {wanted!r}")
+    return _parse_values(entry["value"], None if wanted == "*" else wanted)
+
+
+def _parse_values(value: object, wanted: str | None = None) -> Varying:
+    listed = [_number(x) for x in (value if isinstance(value, list) else [value])]
+    for x in listed:
+        if not isinstance(x, (bool, int, float)) or not abs(x) <= sys.float_info.max:
+            raise ValueError(f"expected a number, true or false, a list of them or of {{filter, value}}, got {show(x)}")
+    if not listed:
+        raise ValueError("expected at least one number, got []")
+    return Varying(tuple(listed), wanted)  # type: ignore[arg-type]
+
+
+Parameters = Annotated[
+    dict[str, Annotated[tuple[Varying, ...], BeforeValidator(_parse_parameter)]],
+    BeforeValidator(lambda value: {} if value is None else value),  # `parameters:` with nothing below it
+]
+
+
+def parameter_given(config: MergeConfig, group: Group, parameter: Parameter, terms: Sequence[Source]) -> bool:
+    """Whether a required parameter has a value in some tensor at least, for all it belongs to."""
+    shared = parameter.name in group.parameters or parameter.name in config.parameters
+    return shared or (parameter.per != "merge" and all(parameter.name in source.parameters for source in terms))
+
+
+def settings_of(
+    config: MergeConfig, group: Group, terms: Sequence[Source], names: Sequence[str], output: str, depth: float
+) -> dict[str, Setting]:
+    """The settings of one tensor's merge: `names` are what the terms call it, `output` what the result does.
+
+    A value is looked up in the parameters of the source, the slice and the file; the first whose filter matches is
+    taken. `depth` is 0 at the first layer, 1 at the last. Raises InputError for a required one that has no value.
+    """
+    settings: dict[str, Setting] = {}
+    for parameter in config.method.parameters:
+        outer = [group.parameters, config.parameters]
+        value: Setting | None
+        if parameter.per == "merge":
+            value = _resolve(parameter, outer, output, depth)
+        else:
+            each = [
+                _resolve(parameter, [source.parameters, *outer], name, depth)
+                for source, name in zip(terms, names, strict=True)
+            ]
+            value = None if all(x is None for x in each) else tuple(_filled(x, parameter, output) for x in each)
+        if value is None and parameter.default is None:
+            raise _missing(parameter, output)
+        if value is not None:
+            settings[parameter.name] = _typed(value, parameter, output)
+    return settings
+
+
+def _filled(value: Scalar | None, parameter: Parameter, output: str) -> float:
+    if value is None and parameter.default is None:
+        raise _missing(parameter, output)
+    return float(parameter.default if value is None else value)  # type: ignore[arg-type]
+
+
+def _missing(parameter: Parameter, output: str) -> InputError:
+    return InputError(f"{output}: no value for the required parameter {parameter.name}; no filter matches this tensor")
+
+
+def _typed(value: Setting, parameter: Parameter, output: str) -> Setting:
+    """The value as the parameter's kind: true or false, a whole number, a number."""
+    if isinstance(value, (tuple, str)):
+        return value
+    if isinstance(parameter.default, bool):
+        if value not in (0, 1):
+            raise InputError(f"{output}: {parameter.name}: expected true or false, got {value!r}")
+        return bool(value)
+    if isinstance(parameter.default, int):
+        if value != int(value):
+            raise InputError(f"{output}: {parameter.name}: expected a whole number, got {value!r}")
+        return int(value)
+    return float(value)
+
+
+def _resolve(parameter: Parameter, scopes: Sequence[Parameters], tensor: str, depth: float) -> Scalar | None:
+    for scope in scopes:
+        for entry in scope.get(parameter.name, ()):
+            if entry.filter is None or entry.filter in tensor:
+                return entry.at(depth)
+    return None

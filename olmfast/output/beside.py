@@ -1,5 +1,5 @@
-"""The files beside weights, config.json and tokenizer that make a model folder whole: processor, code, parts of sentence-
-transformers."""
+"""The files beside weights, config.json and tokenizer that make a model folder whole: processor, code, parts of
+sentence-transformers."""
 
 from __future__ import annotations
 

@@ -153,6 +153,26 @@ def write_folder(
     be written is NaN or infinite. `written` is called with each tensor that is done.
     """
     write_weights(content.tensors, sources, folder, shard_size, finite, written)
+    _write_beside(content, folder)
+
+
+def write_outline(content: Content, folder: Path) -> None:
+    """Make `folder` what a result's folder will be but for the values: the weights file has a header and no bytes.
+
+    A file system that knows holes gives it no space.
+    """
+    folder.mkdir(parents=True)
+    positions = [0, *accumulate(tensor.n_bytes for tensor in content.tensors)]
+    text = _header(list(content.tensors), positions)
+    text += b" " * (-len(text) % 8)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + positions[-1])
+    _write_beside(content, folder)
+
+
+def _write_beside(content: Content, folder: Path) -> None:
+    """config.json and the other files beside the weights, on the disk when this returns."""
     if content.copies_config:
         copy_file(content.base.folder / "config.json", folder / "config.json")
         _check_copied(content.base.folder / "config.json", _holds(folder / "config.json", content.config))

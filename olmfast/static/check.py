@@ -11,7 +11,7 @@ from olmfast.config.mergekit import MergeConfig, is_merge_file, load_merge_confi
 from olmfast.config.run import RunConfig, load_config
 from olmfast.errors import InputError
 from olmfast.observer import Observer
-from olmfast.static.mergekit import plan_merge
+from olmfast.static.documents import plan_documents
 from olmfast.static.plan import Plan
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def check(
     if not isinstance(config, (RunConfig, MergeConfig)):
         config = read_config(config)
     if isinstance(config, MergeConfig):
-        return plan_merge(config, allow_mismatch=allow_mismatch)
+        return plan_documents(config, allow_mismatch=allow_mismatch)[-1]
     from olmfast.runs.estimate import estimate  # what evaluates models, which no merge needs
 
     return estimate(config, observer)

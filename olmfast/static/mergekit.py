@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,17 +38,23 @@ RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 
 
 def plan_merge(
-    config: MergeConfig, *, seed: int = 0, allow_mismatch: Collection[str] = (), remote_code_files: bool = True
+    config: MergeConfig,
+    *,
+    seed: int = 0,
+    allow_mismatch: Collection[str] = (),
+    remote_code_files: bool = True,
+    made: Mapping[str, Path] | None = None,
 ) -> Plan:
     """Open the models a merge file names and say for every tensor of the result what it is made of.
 
     Reads headers, configs and tokenizers, no weights (but those of a tensor that is stored twice). Of a result that is
     not shaped as the base is, the module that Transformers makes of its config.json is held against its tensors.
     `allow_mismatch` are keys of config.json that may differ, although the weights then mean something else. Python
-    files that a model brings are copied, unless `remote_code_files` is False; nothing of them is run.
+    files that a model brings are copied, unless `remote_code_files` is False; nothing of them is run. `made` are models
+    that have no other name than that of a document before this one: name -> folder.
     Raises InputError that lists everything that does not fit.
     """
-    pool = Pool.open(config.model_names, config.folder, config.folder, alike=False, download=False)
+    pool = Pool.open(config.model_names, config.folder, config.folder, alike=False, download=False, places=made)
     _check_families(pool)
     base = pool[config.base_model or config.groups()[0].sources[0].model]
     with Skeletons() as skeletons:
@@ -86,7 +93,7 @@ def _code_notes(base: Checkpoint, tokenizer: Checkpoint, copied: bool) -> list[s
     """What becomes of a model's own Python files."""
     if not (auto_maps(base) or auto_maps(tokenizer)):
         return []
-    files = [name for name in files_beside(base, tokenizer) if name.endswith(".py")]
+    files = [name for name in files_beside(base) if name.endswith(".py")]
     listed = ", ".join(files) or "none there"
     if not copied:
         return [f"{base.name}: its Python files ({listed}) and the auto_map that names them are left out"]

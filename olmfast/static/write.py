@@ -22,6 +22,7 @@ from olmfast.observer import Observer
 from olmfast.output.card import merge_card
 from olmfast.output.folder import OutputFolder, check_space, parent_of
 from olmfast.output.writer import write_folder, write_text, writing
+from olmfast.static.documents import output_of, plan_documents
 from olmfast.static.mergekit import plan_merge
 from olmfast.static.plan import Plan, memory_bytes
 from olmfast.static.vocabularies import check_written
@@ -79,16 +80,25 @@ def merge(
     """
     if not isinstance(config, MergeConfig):
         config = load_merge_config(config)
-    return write_merge(
-        plan_merge(config, seed=seed, allow_mismatch=allow_mismatch, remote_code_files=remote_code_files),
-        Path(output),
-        device=device,
-        shard_size=shard_size,
-        max_ram=max_ram,
-        overwrite=overwrite,
-        allow_nonfinite=allow_nonfinite,
-        observer=observer,
-    )
+    output = Path(output)
+    options: dict[str, Any] = {
+        "device": device,
+        "shard_size": shard_size,
+        "max_ram": max_ram,
+        "overwrite": overwrite,
+        "allow_nonfinite": allow_nonfinite,
+        "observer": observer,
+    }
+    how: dict[str, Any] = {"seed": seed, "allow_mismatch": allow_mismatch, "remote_code_files": remote_code_files}
+    plans, made = plan_documents(config, **how), dict[str, Path]()
+    for document, plan in zip(config.earlier, plans, strict=False):
+        limit = read_options(device, shard_size, max_ram)[2]
+        check_output(plan, OutputFolder(output_of(document, output), overwrite=overwrite), limit)
+    for document in config.earlier:
+        place = output_of(document, output)
+        write_merge(plan_merge(document, made=made, **how), place, **options)
+        made[str(document.name)] = place
+    return write_merge(plan_merge(config, made=made, **how) if made else plans[-1], output, **options)
 
 
 def write_merge(

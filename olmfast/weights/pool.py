@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,17 +77,20 @@ class Pool:
         alike: bool = True,
         download: bool = True,
         result: Container[str] = (),
+        places: Mapping[str, Path] | None = None,
     ) -> Pool:
         """Find, download where needed (and allowed), open and check the named donors; `folder` resolves relative paths.
 
-        A name is that of a model, or `model+adapter`. They share `digests`, which may know their tensors from an
-        earlier run.
+        A name is that of a model, or `model+adapter`; `places` are folders of models that are known already, by name.
+        They share `digests`, which may know their tensors from an earlier run.
 
         Raises InputError that lists every donor that is missing or differs.
         """
         donors: list[Checkpoint] = []
         faults: list[str] = []
-        digests, opened = digests or DigestCache(), dict[str, Checkpoint]()
+        digests = digests or DigestCache()
+        known = (places or {}).items()
+        opened = {name: Checkpoint(place, name, digests, any_family=not alike) for name, place in known}
         for name in names:
             progress(name)
             try:

@@ -1,0 +1,55 @@
+"""Merge files of several documents: each but the last makes a model that later ones may name.
+
+All are planned before the first is written: of a model that is still to be made, its config, tokenizer and the header
+of its weights stand in for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from olmfast.config.mergekit import MergeConfig
+from olmfast.errors import InputError
+from olmfast.output.writer import write_outline
+from olmfast.static.mergekit import plan_merge
+from olmfast.static.plan import Plan
+
+
+def plan_documents(config: MergeConfig, **options: Any) -> list[Plan]:
+    """The plan of every document of a file, `config` being the last; `options` are those of `plan_merge`.
+
+    Reads and writes no weights. Raises InputError that says which document does not fit.
+    """
+    plans: list[Plan] = []
+    with TemporaryDirectory() as folder:
+        made: dict[str, Path] = {}
+        for document in (*config.earlier, config):
+            plans.append(_planned(document, made, len(config.earlier) > 0, options))
+            if document is not config:
+                made[str(document.name)] = Path(folder) / str(document.name)
+                write_outline(plans[-1].content, made[str(document.name)])
+    first = [
+        f"{d.name}: made first, by {p.title} of {len(p.pool)} models"
+        for d, p in zip(config.earlier, plans, strict=False)
+    ]
+    plans[-1] = replace(plans[-1], notes=[*plans[-1].notes, *first])
+    return plans
+
+
+def _planned(document: MergeConfig, made: Mapping[str, Path], named: bool, options: Mapping[str, Any]) -> Plan:
+    try:
+        return plan_merge(document, made=made, **options)
+    except InputError as error:
+        if not named:
+            raise
+        which = document.name or "the last document"
+        raise InputError("\n".join(f"{which}: {line}" for line in str(error).splitlines())) from error
+
+
+def output_of(document: MergeConfig, output: Path) -> Path:
+    """Where an earlier document's model goes: beside the result, with the document's name after a dash."""
+    return output.with_name(f"{output.name}-{document.name}")

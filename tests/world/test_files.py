@@ -1,0 +1,255 @@
+"""Merge files as people publish them, and the files beside the weights: what mergekit runs runs here."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from olmfast.config.mergekit import load_merge_config
+from olmfast.errors import InputError
+from olmfast.static.check import check
+from olmfast.static.write import Written, merge
+from olmfast.testing import tiny_model
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    for seed, name in enumerate("abc"):
+        tiny_model(folder / name, "llama", seed, num_hidden_layers=3)
+    return folder
+
+
+@pytest.fixture
+def place(models, tmp_path) -> Path:
+    """A folder with three models, none of which is written to."""
+    for name in "abc":
+        (tmp_path / name).symlink_to(models / name)
+    return tmp_path
+
+
+def merged(place: Path, text: str, **options: Any) -> Written:
+    (place / "m.yml").write_text(text)
+    return merge(load_merge_config(place / "m.yml"), place / "out", **options)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+DOCUMENTS = """
+name: first
+merge_method: linear
+models: [{model: a}, {model: b}]
+parameters: {weight: 0.5}
+---
+# another, which nobody uses
+name: second
+merge_method: passthrough
+models: [{model: c}]
+---
+merge_method: passthrough
+slices:
+- sources: [{model: c, layer_range: [0, 2]}]
+- sources: [{model: first, layer_range: [1, 3]}]
+"""
+
+
+def test_a_document_may_name_the_model_of_one_before_it(place):
+    merged(place, DOCUMENTS)
+    a, b, c, out, first = (weights(place / name) for name in ("a", "b", "c", "out", "out-first"))
+    name = "model.layers.{}.mlp.up_proj.weight"
+    assert torch.equal(out[name.format(1)], c[name.format(1)])
+    assert torch.equal(out[name.format(3)], (a[name.format(2)] + b[name.format(2)]) / 2)
+    assert torch.equal(first["lm_head.weight"], out["lm_head.weight"])
+    assert weights(place / "out-second").keys() == c.keys()
+    assert "name: second" in (place / "out-second" / "mergekit_config.yml").read_text()
+    assert {path.name for path in place.iterdir()} == {*"abc", "m.yml", "out", "out-first", "out-second"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("[1, 3]", "[1, 9]", "the last document: slices[1]: layer_range [1, 9] of first, which has 3 layers"),
+        ("name: first\n", "", "document 1: "),
+        ("name: second", "name: first", "two documents have the name 'first'"),
+        ("name: second", "name: ../x", "name: expected letters, digits, dots and dashes, got '../x'"),
+        ("model: first", "model: frist", "frist: no such model folder"),
+        ("models: [{model: c}]", "modles: [{model: c}]", "document 2: modles: unknown key; did you mean 'models'?"),
+    ],
+)
+def test_all_documents_are_checked_before_the_first_is_written(place, before, after, message):
+    with pytest.raises(InputError) as caught:
+        merged(place, DOCUMENTS.replace(before, after))
+    assert message in str(caught.value) or (message == "document 1: " and "no name" in str(caught.value))
+    assert not list(place.glob("out*"))
+
+
+def test_check_reads_the_documents_too(place):
+    (place / "m.yml").write_text(DOCUMENTS)
+    plan = check(place / "m.yml")
+    assert "first: made first, by linear of 2 models" in plan.notes
+    assert len([tensor for tensor in plan.content.tensors if "up_proj" in tensor.name]) == 4
+
+
+EQUAL = {
+    "a name": "name: mine\nmerge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n",
+    "modules": """
+merge_method: linear
+modules:
+  default:
+    slices:
+    - sources: [{model: a, layer_range: [0, 3]}, {model: b, layer_range: [0, 3]}]
+parameters: {weight: 1}
+""",
+    "anchors": """
+shared: &shared
+  parameters: {weight: 1}
+other: {deep: [&number 1]}
+merge_method: linear
+models:
+- {model: a, <<: *shared}
+- {model: b, parameters: {weight: *number}}
+""",
+    "empty parameters": """
+merge_method: linear
+models:
+- {model: a, parameters: {weight: 1}}
+- model: b
+  parameters:
+    weight: 1
+parameters:
+""",
+}
+
+
+@pytest.mark.parametrize("which", EQUAL)
+def test_what_mergekit_reads_is_read(which, place):
+    merged(place, EQUAL[which])
+    a, b, out = (weights(place / name) for name in ("a", "b", "out"))
+    assert all(torch.allclose(out[name], (a[name] + b[name]) / 2) for name in a)
+
+
+def test_a_slice_without_layers_gives_the_head(place):
+    merged(
+        place,
+        """
+merge_method: passthrough
+slices:
+- sources: [{model: a, layer_range: [0, 3]}]
+- sources: [{model: b, layer_range: [3, 3]}]
+""",
+    )
+    a, b, out = (weights(place / name) for name in ("a", "b", "out"))
+    heads = ("lm_head.weight", "model.norm.weight")
+    assert all(torch.equal(out[name], (b if name in heads else a)[name]) for name in a)
+    assert out.keys() == a.keys()
+
+
+def test_nearswap_moves_no_value_further_than_t(place):
+    merged(place, "merge_method: nearswap\nbase_model: a\nmodels: [{model: b}]\nparameters: {t: 0.02}\n")
+    a, b, out = (weights(place / name) for name in ("a", "b", "out"))
+    for name in a:
+        base, other = a[name].double(), b[name].double()
+        share = (0.02 / (other - base).abs()).nan_to_num(1.0, posinf=1.0).clamp(max=1.0)
+        assert torch.allclose(out[name].double(), base + share * (other - base), atol=1e-7), name
+
+
+HEAD = "merge_method: linear\nparameters: {weight: 1}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "merge_method: passthrough\nslices:\n- sources: [{model: org/x, revision: v1, layer_range: [0, 2]}]\n",
+            "slices[0].sources[0]: revision: is given with the model, as model: org/x@v1",
+        ),
+        (HEAD + "models: [{model: a, revision: v1}, {model: b}]", "models[0]: revision: is given with the model, as"),
+        ("experts: [{source_model: a}]\nbase_model: a\n", "is a mixture-of-experts file (mergekit-moe)"),
+        ("genome: {models: [a]}\ntasks: []\n", "is a file of mergekit-evolve; a search is a run here: see olmfast run"),
+        (HEAD + "models: [{model: a}, {model: a}]", "'a' is listed twice, and a model merged with itself is itself"),
+        (HEAD + "models: !!python/tuple [a, b]", "tags are not read, as they can run code: write the value without"),
+        (
+            "merge_method: passthrough\nslices:\n- sources: [{model: a, layer_range: [0, 0]}]\n",
+            "an empty layer_range, [0, 0]: no layers at all",
+        ),
+        (
+            "merge_method: passthrough\nslices:\n"
+            + "".join(f"- sources: [{{model: a, layer_range: [{i}, {j}]}}]\n" for i, j in ((0, 1), (1, 1), (1, 3))),
+            "slices[1]: an empty layer_range; only the first slice",
+        ),
+        (HEAD + "slices:\n- sources: [{model: a, layer_range: [0, -1]}]", "layers are not counted from the last"),
+        (
+            HEAD + "slices:\n- sources: [{model: a, layer_range: [0, 1], weight: 0.3}]",
+            "weight: belongs below parameters",
+        ),
+        (HEAD + "modules: {text: {}, vision: {}}\n", "modules: expected one, such as {default: {slices: ...}}"),
+    ],
+)
+def test_what_cannot_run_is_said_in_words_that_help(text, message, place):
+    with pytest.raises(InputError, match=re.escape(message)):
+        merged(place, text)
+    assert not list(place.glob("out*"))
+
+
+# Files beside the weights.
+
+BESIDE = {
+    "preprocessor_config.json": "{}",
+    "processor_config.json": "{}",
+    "video_preprocessor_config.json": "{}",
+    "normalizer.json": "{}",
+    "chat_template.json": "{}",
+    "additional_chat_templates/tools.jinja": "tools",
+    "tekken.json": "{}",
+    "qwen.tiktoken": "IQ== 0",
+    "modules.json": json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "../a"}]),
+    "sentence_bert_config.json": "{}",
+    "1_Pooling/config.json": "{}",
+    "modeling_own.py": "raise SystemExit('never run')",
+}
+
+
+def own(place: Path) -> None:
+    """Models of the test's own: a with files of every kind beside its weights."""
+    for seed, name in enumerate("ab"):
+        tiny_model(place / name, "llama", seed)
+    for name, text in BESIDE.items():
+        (place / "a" / name).parent.mkdir(exist_ok=True)
+        (place / "a" / name).write_text(text)
+    (place / "a" / "1_Pooling" / "pytorch_model.bin").write_text("a pickle")
+    for file in ("config.json", "tokenizer_config.json"):
+        path = place / "a" / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoModel": "modeling_own.Own"}}))
+
+
+TWO = HEAD + "models: [{model: a}, {model: b}]"
+
+
+def test_processor_template_and_code_files_are_copied_and_the_code_is_told(tmp_path):
+    own(tmp_path)
+    merged(tmp_path, TWO)
+    for name, text in BESIDE.items():
+        assert (tmp_path / "out" / name).read_text() == text
+    assert not (tmp_path / "out" / "1_Pooling" / "pytorch_model.bin").exists()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
+    assert (
+        "modeling_own.py) are copied, as auto_map names them; they were not run"
+        in check(tmp_path / "m.yml").warnings[0]
+    )
+
+
+def test_without_remote_code_files_neither_they_nor_what_names_them_are_in_the_result(tmp_path):
+    own(tmp_path)
+    merged(tmp_path, TWO, remote_code_files=False)
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert "auto_map" not in (tmp_path / "out" / "config.json").read_text()
+    assert "auto_map" not in (tmp_path / "out" / "tokenizer_config.json").read_text()
+    assert (tmp_path / "out" / "tekken.json").is_file()

@@ -99,8 +99,6 @@ class SliceSource(_OfModel):
     @model_validator(mode="before")
     @classmethod
     def _check_keys(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "revision" in data:
-            raise ValueError(f"revision: is given with the model, as model: {data.get('model')}@{data['revision']}")
         if isinstance(data, dict) and "weight" in data and "parameters" not in data:
             raise ValueError(f"weight: belongs below parameters, as parameters: {{weight: {show(data['weight'])}}}")
         return data

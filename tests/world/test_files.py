@@ -169,9 +169,9 @@ HEAD = "merge_method: linear\nparameters: {weight: 1}\n"
     [
         (
             "merge_method: passthrough\nslices:\n- sources: [{model: org/x, revision: v1, layer_range: [0, 2]}]\n",
-            "slices[0].sources[0]: revision: is given with the model, as model: org/x@v1",
+            "slices[0].sources[0]: revision: is part of the model's name; write model: org/x@v1",
         ),
-        (HEAD + "models: [{model: a, revision: v1}, {model: b}]", "models[0]: revision: is given with the model, as"),
+        (HEAD + "models: [{model: a, revision: v1}, {model: b}]", "models[0]: revision: is part of the model's name;"),
         ("experts: [{source_model: a}]\nbase_model: a\n", "is a mixture-of-experts file (mergekit-moe)"),
         ("genome: {models: [a]}\ntasks: []\n", "is a file of mergekit-evolve; a search is a run here: see olmfast run"),
         (HEAD + "models: [{model: a}, {model: a}]", "'a' is listed twice, and a model merged with itself is itself"),

@@ -24,11 +24,13 @@ def plan_documents(config: MergeConfig, **options: Any) -> list[Plan]:
 
     Reads and writes no weights. Raises InputError that says which document does not fit.
     """
+    if not config.earlier:
+        return [plan_merge(config, **options)]
     plans: list[Plan] = []
     with TemporaryDirectory() as folder:
         made: dict[str, Path] = {}
         for document in (*config.earlier, config):
-            plans.append(_planned(document, made, len(config.earlier) > 0, options))
+            plans.append(_planned(document, made, options))
             if document is not config:
                 made[str(document.name)] = Path(folder) / str(document.name)
                 write_outline(plans[-1].content, made[str(document.name)])
@@ -40,12 +42,10 @@ def plan_documents(config: MergeConfig, **options: Any) -> list[Plan]:
     return plans
 
 
-def _planned(document: MergeConfig, made: Mapping[str, Path], named: bool, options: Mapping[str, Any]) -> Plan:
+def _planned(document: MergeConfig, made: Mapping[str, Path], options: Mapping[str, Any]) -> Plan:
     try:
         return plan_merge(document, made=made, **options)
     except InputError as error:
-        if not named:
-            raise
         which = document.name or "the last document"
         raise InputError("\n".join(f"{which}: {line}" for line in str(error).splitlines())) from error
 

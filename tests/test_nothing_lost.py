@@ -70,7 +70,7 @@ FORGED = (
     '{"aside": "out.replaced", "identity": "REPLACED", "gone": ".olmfast-0123456789abcdef"}',
     "[]",
 )
-NOTES = ["important", "..", "../important", ".", "", "/", *FORGED]
+NOTES = ["important", "..", "../important", "", *FORGED]
 
 
 @pytest.mark.parametrize("note", NOTES)
@@ -224,13 +224,10 @@ FOREIGN = (
 def test_what_has_the_name_of_a_folder_in_progress_and_is_not_one_is_left_alone(foreign, place, olmfast):
     foreign(place)
     before = tree(place)
-    for build in COMMANDS.values():
-        for flags in ([], ["--overwrite"]):
-            code, _, err = olmfast(*build(place), *flags)
-            assert (code, tree(place)) == (2, before), err
-            assert str(place / "out.partial") in err
-    assert olmfast(*COMMANDS["run"](place), "--resume")[0] == 2
-    assert tree(place) == before
+    for name, flag in (("merge", ""), ("merge", "--overwrite"), ("run", "--overwrite"), ("run", "--resume")):
+        code, _, err = olmfast(*COMMANDS[name](place), *([flag] if flag else []))
+        assert (code, tree(place)) == (2, before), err
+        assert str(place / "out.partial") in err
 
 
 def test_a_run_is_not_resumed_through_a_link(place, olmfast):
@@ -451,10 +448,9 @@ def test_an_output_that_holds_a_model_is_refused_and_both_are_named(holding, pla
         ["run", place / "cfg.yaml", "-q", "--set", f"output_dir={out}"],
     ]
     for command in commands:
-        for flags in ([], ["--overwrite"]):
-            code, _, err = olmfast(*command, *flags)
-            assert (code, tree(place)) == (2, before), err
-    assert str(out) in err
+        code, _, err = olmfast(*command, "--overwrite")
+        assert (code, tree(place)) == (2, before), err
+        assert str(out) in err
     assert "the donor a" in err or "the config" in err
 
 

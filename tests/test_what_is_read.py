@@ -64,8 +64,6 @@ def edited(path: Path, **keys: Any) -> None:
         ("tokenizer_config.json", None),
         ("generation_config.json", None),
         ("chat_template.jinja", "{{ messages[0]['content'] }}"),
-        ("special_tokens_map.json", "{}"),
-        ("added_tokens.json", "{}"),
     ],
 )
 def test_a_tokenizer_file_that_changed_since_a_kill_is_named(file, content, place, olmfast):
@@ -81,7 +79,7 @@ def test_a_tokenizer_file_that_changed_since_a_kill_is_named(file, content, plac
     assert f"changed since it was begun: tokenizer file {file}" in err
 
 
-@pytest.mark.parametrize("key", ["olmfast", "torch", "transformers", "device", "dtype", "threads"])
+@pytest.mark.parametrize("key", ["olmfast", "torch", "threads"])
 def test_a_version_that_changed_since_a_kill_is_named(key, place, olmfast, monkeypatch):
     with monkeypatch.context() as earlier:
         environment = inputs.environment
@@ -187,7 +185,7 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(where, place, olmfast)
         assert f"{index}: names the shard {where!r}, which is not in the folder" in err
 
 
-@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "extra.jinja", "generation_config.json"])
+@pytest.mark.parametrize("file", ["tokenizer.json", "extra.jinja", "generation_config.json"])
 def test_a_file_of_the_tokenizer_that_links_out_of_the_model_is_not_copied(file, place, olmfast):
     secret = place / "secret.txt"
     path = place / "a" / file
@@ -235,7 +233,7 @@ class Meanwhile(Observer):
         self.written()
 
 
-@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"])
+@pytest.mark.parametrize("file", ["tokenizer.json", "generation_config.json", "config.json"])
 @pytest.mark.parametrize("content", [None, '{"another": 1}', "{"])
 def test_a_file_of_the_tokenizer_that_is_changed_during_a_merge_fails_it(file, content, place):
     with pytest.raises(OlmfastError, match=f"{place / 'a' / file}: .*; put the file back as it was and use the same"):

@@ -501,10 +501,15 @@ def test_everything_that_is_written_into_a_folder_in_progress_may_be_removed_fro
     assert (partial / "steps.jsonl").exists()
     OutputFolder(place / "out", overwrite=True).check_partial()
     shutil.rmtree(partial)
+    (place / "a" / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}]')
+    for folder, file in (("1_Pooling", "config.json"), ("additional_chat_templates", "tools.jinja")):
+        (place / "a" / folder).mkdir()
+        (place / "a" / folder / file).write_text("{}")
     keys = SLERP | {"tokenizer": {"source": "union"}, "chat_template": "chatml"}
     (place / "m.yml").write_text(yaml.safe_dump(keys))
     merge(place / "m.yml", place / "out", shard_size=20_000)
     assert (partial / "model.safetensors.index.json").exists()
+    assert (partial / "1_Pooling" / "config.json").exists()
     OutputFolder(place / "out", overwrite=True).check_partial()
 
 

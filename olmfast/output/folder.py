@@ -37,7 +37,12 @@ PARTS = (
     *(*PROCESSOR, CODE),
     *("adapter_config.json", "adapter_model.safetensors"),
 )
-REFINED_PARTS = ("*.safetensors", "*.safetensors.tmp")
+# The same of the folders in it: chat templates, and parts of sentence-transformers (1_Pooling).
+FOLDERS = {
+    REFINED: ("*.safetensors", "*.safetensors.tmp"),
+    "additional_chat_templates": ("*.jinja",),
+    "[0-9]*_*": ("*.json", "*.safetensors", "*.txt", "*.model"),
+}
 LONGEST_ENDING = ".replaced.99"  # after the output's own name
 
 
@@ -301,20 +306,24 @@ def _current_folder() -> list[Path]:
 
 
 def _within(folder: Path) -> Iterator[Path]:
-    """The entries of a folder in progress, and those of the folder in it."""
-    yield from sorted(folder.iterdir())
-    if (folder / REFINED).is_dir() and not (folder / REFINED).is_symlink():
-        yield from sorted((folder / REFINED).iterdir())
+    """The entries of a folder in progress, and those of the folders in it."""
+    for path in sorted(folder.iterdir()):
+        yield path
+        if path.is_dir() and not path.is_symlink():
+            yield from sorted(path.iterdir())
 
 
 def _foreign(folder: Path) -> Path | None:
     """The first entry of a folder in progress that olmfast has not written."""
     for path in _within(folder):
-        parts = PARTS if path.parent == folder else REFINED_PARTS
         with suppress(FileNotFoundError):  # gone by now: another process is at work in it
-            kind = path.lstat().st_mode
-            is_part = stat.S_ISREG(kind) and any(fnmatchcase(path.name, part) for part in parts)
-            if not is_part and not (path == folder / REFINED and stat.S_ISDIR(kind)):
+            kind, parts = path.lstat().st_mode, PARTS
+            if path.parent != folder:
+                parts = next(held for name, held in FOLDERS.items() if fnmatchcase(path.parent.name, name))
+            elif stat.S_ISDIR(kind):
+                parts = tuple(FOLDERS)
+            is_known = stat.S_ISREG(kind) or (stat.S_ISDIR(kind) and path.parent == folder)
+            if not is_known or not any(fnmatchcase(path.name, part) for part in parts):
                 return path
     return None
 

@@ -30,7 +30,7 @@ from olmfast.weights.digests import DIGESTS
 # In OUT.partial, then in OUT, while one replaces the other: what the old result is called meanwhile.
 REPLACING = ".replacing"
 # What olmfast writes into a folder in progress; one that holds anything else is not emptied.
-PARTS = (
+PARTS: tuple[str, ...] = (
     *(LOCK, REPLACING, STEPS, LEDGER, REPORT, DIGESTS, f"{STEPS}.tmp", f"{REPORT}.tmp"),
     *WEIGHTS,
     *("run.log", "config.json", "README.md", "mergekit_config.yml", GENERATION_CONFIG, *TOKENIZER_FILES),
@@ -38,7 +38,7 @@ PARTS = (
     *("adapter_config.json", "adapter_model.safetensors"),
 )
 # The same of the folders in it: chat templates, and parts of sentence-transformers (1_Pooling).
-FOLDERS = {
+FOLDERS: dict[str, tuple[str, ...]] = {
     REFINED: ("*.safetensors", "*.safetensors.tmp"),
     "additional_chat_templates": ("*.jinja",),
     "[0-9]*_*": ("*.json", "*.safetensors", "*.txt", "*.model"),

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -22,9 +23,14 @@ class Pool {
       std::lock_guard<std::mutex> lock(mutex_);
       while (helpers_.size() + 1 < n_threads) {
         size_t rank = helpers_.size();
-        helpers_.emplace_back([this, rank] { help(rank); });
+        try {
+          helpers_.emplace_back([this, rank] { help(rank); });
+        } catch (const std::system_error&) {
+          break;  // no more threads can be started: those that are there do the work
+        }
         helpers_.back().detach();
       }
+      n_threads = std::min(n_threads, helpers_.size() + 1);
       piece_ = piece;
       context_ = context;
       n_pieces_ = n_pieces;

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 from typer.core import TyperGroup
 
 from olmfast import __version__
-from olmfast.errors import InputError, Interrupted, OlmfastError
+from olmfast.errors import InputError, Interrupted, cut
+from olmfast.terminal import boundary
+
+if TYPE_CHECKING:
+    from olmfast.runs.watchers import Watcher
 
 
 class _Commands(TyperGroup):
@@ -48,19 +50,7 @@ app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True, pre
 
 def main() -> None:
     """Entry point: an error becomes one message and an exit code; with OLMFAST_DEBUG=1 its traceback is shown too."""
-    failed: Exception
-    try:
-        app()
-        return
-    except OlmfastError as error:
-        failed, message, code = error, str(error), error.exit_code
-    except Exception as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        failed, message, code = error, f"this is a bug in olmfast: {told}; OLMFAST_DEBUG=1 shows where", 1
-    if os.environ.get("OLMFAST_DEBUG", "0") not in ("", "0"):
-        traceback.print_exception(failed)
-    print(f"olmfast: {message}", file=sys.stderr)
-    raise SystemExit(code)
+    raise SystemExit(boundary.run(app))
 
 
 def _print_version(wanted: bool) -> None:
@@ -124,7 +114,7 @@ def run_command(
     if dry_run:
         print_plan(check(loaded, observer=observer), as_json)
         return
-    with _graceful_stop() as stop_requested, observer:
+    with _graceful_stop(observer) as stop_requested, observer:
         flags: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "report": load}
         result = run(loaded, **flags, observer=observer, stop_requested=stop_requested)
     print_result(result, as_json)
@@ -177,6 +167,7 @@ def merge_command(
     loaded = load_merge_config(config)
     if dry_run:
         read_options(device, shard_size, max_ram)
+        _quiet_libraries()
         merges.print_plan(check(loaded, allow_mismatch=allow_mismatch or ()), out, as_json)
         return
     with merges.Watcher(as_json) as observer:
@@ -238,15 +229,16 @@ def linear_command(
 ) -> None:
     """Merge two models linearly, as a whole or in some layers."""
     from olmfast.static import adaptive
+    from olmfast.static.check import check_result
     from olmfast.static.linear import merge_linear
     from olmfast.static.write import read_options
     from olmfast.terminal import merges
 
     # An option takes one value here: the layers after the first arrive as arguments, of which there are no others.
     listed = [*(layers or []), *(more_layers or [])]
-    stray = next((text for text in listed if not text.lstrip("-").isdigit()), None)
+    stray = next((text for text in listed if not re.fullmatch("-?[0-9]{1,9}", text)), None)
     if stray is not None or (more_layers and not layers):
-        raise InputError(f"{stray or listed[0]}: not expected here; layers are given as --layers 1 2 20")
+        raise InputError(f"{cut(stray or listed[0])}: not expected here; layers are given as --layers 1 2 20")
     wanted = adaptive.LinearMerge(
         model_a,
         model_b,
@@ -266,7 +258,10 @@ def linear_command(
     )
     if dry_run:
         read_options(device)
-        merges.print_plan(adaptive.plan_linear(wanted), output_dir or wanted.default_output, as_json)
+        plan = adaptive.plan_linear(wanted)
+        _quiet_libraries()
+        check_result(plan)
+        merges.print_plan(plan, output_dir or wanted.default_output, as_json)
         return
     if top is not None:
         _quiet_libraries()
@@ -316,8 +311,8 @@ def check_command(
     from olmfast.terminal import merges, runs
 
     loaded = read_config(config, _overrides(set_ or [], device=device, dtype=dtype, seed=seed))
+    _quiet_libraries()
     if isinstance(loaded, RunConfig):
-        _quiet_libraries()
         runs.print_plan(check(loaded), as_json)
     else:
         merges.print_plan(check(loaded, allow_mismatch=allow_mismatch or ()), out, as_json)
@@ -395,26 +390,28 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON."
 
 def _overrides(entries: list[str], **options: str | int | None) -> dict[str, Any]:
     """Keys of a run's config by what the command line gives them; an option of its own wins over `--set`."""
+    from olmfast.config.loading import parse_yaml
+
     overrides = {}
     for entry in entries:
         key, separator, value = entry.partition("=")
         if not separator or not key:
-            raise InputError(f"--set {entry}: expected KEY=VALUE")
+            raise InputError(f"--set {cut(entry)}: expected KEY=VALUE")
         try:
-            overrides[key] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date of month 13
-            raise InputError(f"--set {entry}: the value is not valid YAML") from error
+            overrides[key] = parse_yaml(value, "--set")
+        except InputError as error:
+            raise InputError(f"--set {cut(entry)}: the value is not valid YAML") from error
     return overrides | {key: value for key, value in options.items() if value is not None}
 
 
 @contextmanager
-def _graceful_stop() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C asks the run to stop after the current step; the second stops it at once."""
+def _graceful_stop(observer: Watcher) -> Iterator[Callable[[], bool]]:
+    """Once the search has begun, the first Ctrl-C asks it to stop after the current step; any other stops at once."""
     asked = False
 
     def handler(number: int, frame: Any) -> None:
         nonlocal asked
-        if asked:
+        if asked or not observer.begun:
             signal.default_int_handler(number, frame)
         asked = True
         print("\nolmfast: finishing the current step; Ctrl-C again stops at once", file=sys.stderr)
@@ -423,7 +420,11 @@ def _graceful_stop() -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: asked
     except KeyboardInterrupt as error:
-        raise Interrupted("stopped at once; everything decided so far is saved, continue with --resume") from error
+        if observer.begun:
+            told = "stopped at once; everything decided so far is saved, continue with --resume"
+        else:
+            told = "stopped before the first step; --resume begins it"
+        raise Interrupted(told) from error
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -6,7 +6,10 @@ Every message reads `<where>: <what was wrong, got and wanted>[; what to do]`.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+
+LONGEST = 300  # characters of what a message quotes
 
 
 class OlmfastError(Exception):
@@ -37,5 +40,43 @@ class Interrupted(OlmfastError):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'weight'?` for the known word closest to `word`, or nothing if none is close."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    close = difflib.get_close_matches(word, list(known), n=1) if len(word) <= LONGEST else []
+    return f"; did you mean {show(close[0])}?" if close else ""
+
+
+class _Short(reprlib.Repr):
+    """`repr` of nested values that takes no longer, and is no longer, than what a message can quote."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxother = 5, LONGEST
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = 40
+
+    def repr_str(self, x: str, level: int) -> str:  # noqa: ARG002
+        return repr(x[: LONGEST + 1])  # cut at its end, not in its middle
+
+    def repr_int(self, x: int, level: int) -> str:
+        try:
+            return super().repr_int(x, level) if x.bit_length() < 64 * LONGEST else "a number of thousands of digits"
+        except ValueError:  # Python refuses to spell it out
+            return "a number of thousands of digits"
+
+
+_SHORT = _Short()
+
+
+def show(value: object) -> str:
+    """A value as a message quotes it: `repr`, cut where it is long."""
+    return cut(_SHORT.repr(value))
+
+
+def told(error: BaseException | str) -> str:
+    """What another library says, as part of a message: one line of printable characters, cut where it is long."""
+    text = " ".join(str(error)[: 10 * LONGEST].split())
+    printable = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    return cut(printable) or type(error).__name__
+
+
+def cut(text: str) -> str:
+    """A text that is no longer than what a message can quote."""
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

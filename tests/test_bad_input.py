@@ -304,7 +304,8 @@ def test_tokens_with_other_ids_are_a_difference_of_vocabulary(refused, cfg):
 def test_a_config_that_says_more_blocks_than_there_are_is_named(refused, cfg):
     for name in ("donor0", "donor1"):
         edit_json(donor(cfg, name) / "config.json", num_hidden_layers=4)
-    assert refused(cfg) == "donor0: config.json says 4 blocks, the weights hold 2 (named model.layers.N)"
+    where = donor(cfg, "donor0") / "config.json"
+    assert refused(cfg) == f"{where}: says 4 blocks, the weights hold 2 (named model.layers.N)"
 
 
 def test_a_missing_tensor_is_named(refused, cfg):

@@ -18,10 +18,11 @@ from olmfast.errors import InputError
 from olmfast.evaluation import memory
 from olmfast.evaluation.batched import BatchedScorer
 from olmfast.evaluation.blocks import BlockwiseModel
+from olmfast.evaluation.blueprint import draw_up
 from olmfast.evaluation.encoding import load_datasets
 from olmfast.evaluation.leaves import ScaledLeaf, StackedLeaf, stack_leaves
 from olmfast.evaluation.memory import PREFIX_SHARE, Memory
-from olmfast.evaluation.model import WorkingModel, draw_up
+from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.sequential import SequentialScorer
 from olmfast.testing import FAMILIES, sums, tiny_model, tiny_run, tiny_tokenizer, write_dataset

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from olmfast.config.run import DatasetConfig
+from olmfast.evaluation.blueprint import draw_up
 from olmfast.evaluation.encoding import load_datasets
-from olmfast.evaluation.model import WorkingModel, draw_up
+from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.sequential import SequentialScorer
 from olmfast.output.writer import content_of, write_folder

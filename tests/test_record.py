@@ -16,7 +16,7 @@ from olmfast.errors import InputError, Interrupted
 from olmfast.evaluation.encoding import load_datasets
 from olmfast.evaluation.open import load_tokenizer
 from olmfast.runs.original import Choices
-from olmfast.search.log import Change, Outcome, RunEntry, Standing, StepEntry, ValuesEntry, parse
+from olmfast.search.log import Change, Outcome, RunEntry, Standing, StepEntry, ValuesEntry, parse, sealed
 from olmfast.search.record import Record, _as_the_original
 from olmfast.testing import tiny_run
 from olmfast.weights.expressions import Copy, Stored, merge, whole
@@ -187,7 +187,8 @@ def test_a_write_that_failed_halfway_leaves_nothing_for_the_next(tmp_path):
 def test_damage_before_the_last_line_is_an_error_that_names_the_line(tmp_path, line, reason):
     begun(tmp_path)
     first, *others = lines(tmp_path)
-    (tmp_path / "steps.jsonl").write_bytes(b"".join([first, line, b"\n", *others]))
+    whole, _ = sealed(line, json.loads(first)["seal"]) if line.endswith(b"}") else (line + b"\n", "")
+    (tmp_path / "steps.jsonl").write_bytes(b"".join([first, whole, *others]))
     with pytest.raises(InputError, match=re.escape(f"{tmp_path / 'steps.jsonl'}: line 2: {reason}")):
         Record.load(tmp_path)
 
@@ -203,7 +204,8 @@ def test_damage_before_the_last_line_is_an_error_that_names_the_line(tmp_path, l
     ],
 )
 def test_a_log_without_its_first_line_is_an_error(tmp_path, content, reason):
-    (tmp_path / "steps.jsonl").write_bytes(content)
+    whole = content.endswith(b"}\n")
+    (tmp_path / "steps.jsonl").write_bytes(sealed(content, "")[0] if whole else content)
     with pytest.raises(InputError, match=re.escape(f"{tmp_path / 'steps.jsonl'}: {reason}")):
         Record.load(tmp_path)
 

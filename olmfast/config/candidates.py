@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from olmfast.config.loading import show
-from olmfast.errors import did_you_mean
+from olmfast.errors import did_you_mean, show
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def parse_candidates(value: object) -> list[CandidateKind]:
     methods = [kind.method for kind in kinds]
     twice = next((method for method in methods if methods.count(method) > 1), None)
     if twice is not None:
-        raise ValueError(f"{twice!r} is listed twice; give its numbers as one list")
+        raise ValueError(f"{show(twice)} is listed twice; give its numbers as one list")
     return kinds
 
 
@@ -71,5 +70,5 @@ def _parse_kind(entry: object) -> CandidateKind:
     if not len(values) == len(listed) > 0 or not all(math.isfinite(x) and blend.is_allowed(x) for x in values):
         raise ValueError(f"{method}: expected {blend.allowed}, got {show(numbers)}")
     if len(set(values)) != len(values):
-        raise ValueError(f"{method}: a number is given twice in {numbers!r}")
+        raise ValueError(f"{method}: a number is given twice in {show(numbers)}")
     return CandidateKind(method=method, values=values)

@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
-from olmfast.config.loading import parse_yaml, read_text
+from olmfast.config.loading import parse_yaml
 from olmfast.errors import InputError
+from olmfast.weights.files import read_text
 
 
 @dataclass(frozen=True)

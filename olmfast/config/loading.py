@@ -10,18 +10,24 @@ from typing import Any
 
 import yaml
 
-from olmfast.errors import InputError, did_you_mean
+from olmfast.errors import InputError, did_you_mean, show, told
+from olmfast.weights.files import check_characters, read_text, usable
 
 Location = tuple[str | int, ...]  # the keys and places in lists that lead to a value
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE | re.ASCII)
+LARGEST = 2**63  # no size or count is as large
+MOST_FAULTS = 30  # that are listed at once
+ALIASED = 10_000  # values that aliases may stand for, beside ten times those that are written
 
 
 def parse_size(value: object) -> int:
     """Bytes from `5GB`, `500MB`, `2GiB` or a plain number."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < LARGEST:
         return value
-    parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
+    parts = _SIZE.fullmatch(str(value)) if isinstance(value, (str, float)) else None
     if not parts or not 1 <= float(parts[1]) < 1e9:
-        raise ValueError(f"expected a size in bytes such as '5GB', got {value!r}")
+        raise ValueError(f"expected a size in bytes such as '5GB', got {show(value)}")
     base = 1024 if parts[3] else 1000
     return int(float(parts[1]) * base ** " KMGT".index(parts[2].upper() or " "))
 
@@ -44,9 +50,9 @@ def _construct_unique(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[A
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, Hashable):
-            raise yaml.MarkedYAMLError(problem=f"{key!r} cannot be a key", problem_mark=key_node.start_mark)
+            raise yaml.MarkedYAMLError(problem=f"{show(key)} cannot be a key", problem_mark=key_node.start_mark)
         if key in result:
-            raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark)
+            raise yaml.MarkedYAMLError(problem=f"key {show(key)} is given twice", problem_mark=key_node.start_mark)
         result[key] = loader.construct_object(value_node, deep=True)
     return result
 
@@ -56,10 +62,18 @@ _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """One YAML mapping, safely loaded. Raises InputError naming the file, line and column."""
-    data = read_any_yaml(path)
+    return _mapping(read_any_yaml(path), str(path))
+
+
+def parse_mapping(text: str, where: str) -> dict[str, Any]:
+    """The same of a text. Raises InputError naming `where`, line and column."""
+    return _mapping(parse_yaml(text, where), where)
+
+
+def _mapping(data: object, where: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         kind = "nothing" if data is None else type(data).__name__
-        raise InputError(f"{path}: expected a mapping of keys to values, got {kind}")
+        raise InputError(f"{where}: expected a mapping of keys to values, got {kind}")
     return data
 
 
@@ -68,38 +82,62 @@ def read_any_yaml(path: Path) -> object:
     return parse_yaml(read_text(path), path)
 
 
-def read_text(path: Path) -> str:
-    """A UTF-8 file. Raises InputError naming it."""
+def parse_yaml(text: str, where: str | Path) -> object:
+    """The values that a YAML or JSON text holds, safely loaded. Raises InputError naming `where`, line and column."""
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise InputError(f"{path}: cannot be read: {reason}") from error
-
-
-def parse_yaml(text: str, path: Path) -> object:
-    """What a YAML text holds, safely loaded. Raises InputError naming the file, line and column."""
-    try:
-        loaded: object = yaml.load(text, Loader=_UniqueKeyLoader)
+        loader = _UniqueKeyLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _check_aliases(node)
+            loaded: object = loader.construct_document(node)
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         if problem and "could not determine a constructor" in problem:
             problem = f"{problem}; tags are not read, as they can run code: write the value without its tag"
-        raise InputError(f"{path}{where}: not valid YAML: {problem or ' '.join(str(error).split())}") from error
-    except (ValueError, RecursionError) as error:  # a date of month 13, a number of 5000 digits, 1000 brackets
-        raise InputError(f"{path}: not valid YAML: {error}") from error
+        raise InputError(f"{where}{place}: not valid YAML: {told(problem or error)}") from error
+    except Exception as error:  # a tag that its value does not fit raises whatever reading the value raises
+        raise InputError(f"{where}: not valid YAML: {told(error)}") from error
+    check_characters(text, loaded, str(where))
     return loaded
 
 
+def _check_aliases(root: yaml.Node) -> None:
+    """Raise MarkedYAMLError for aliases that hold themselves, or stand for far more values than are written."""
+    sizes: dict[yaml.Node, int | None] = {}  # None: being counted
+    written = 0
+
+    def size(node: yaml.Node) -> int:
+        nonlocal written
+        if node in sizes:
+            known = sizes[node]
+            if known is None:
+                raise yaml.MarkedYAMLError(problem="found unconstructable recursive node", problem_mark=node.start_mark)
+            return known
+        written += 1
+        sizes[node] = None
+        parts = node.value if isinstance(node, (yaml.MappingNode, yaml.SequenceNode)) else []
+        total = 1 + sum(size(one) for part in parts for one in (part if isinstance(part, tuple) else (part,)))
+        sizes[node] = total
+        return total
+
+    if size(root) > ALIASED + 10 * written:
+        raise yaml.MarkedYAMLError(problem="its aliases stand for too many values", problem_mark=root.start_mark)
+
+
 def absolute(folder: Path, path: str | Path, where: str) -> Path:
+    """A path relative to a folder, not resolved: a link in it stays the name by which the user knows the place.
+
+    Raises InputError for what cannot be a path.
+    """
     try:
-        if "\0" in str(path):
-            raise ValueError("it holds a null character")
-        # Not resolved: a link in the path stays the name by which the user knows the place.
-        return Path(os.path.normpath(folder / Path(path).expanduser()))
-    except (RuntimeError, ValueError) as error:  # RuntimeError: ~nobody
-        raise InputError(f"{where}: {str(path)!r} is not a usable path: {error}") from error
+        return Path(os.path.normpath(folder / usable(path, where).expanduser()))
+    except RuntimeError as error:  # ~nobody
+        raise InputError(f"{where}: {show(str(path))} is not a usable path: {error}") from error
 
 
 def set_key(data: dict[str, Any], dotted: str, value: Any) -> None:
@@ -112,20 +150,14 @@ def set_key(data: dict[str, Any], dotted: str, value: Any) -> None:
     data[dotted] = value
 
 
-def show(value: object) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to spell out an integer of thousands of digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
 def explain(where: str, faults: Iterable[Mapping[str, Any]], known: Callable[[Location], Iterable[str]]) -> InputError:
     """What pydantic found, a line for each fault: where, which key, what was expected and what was given.
 
     `known` gives the keys that exist at the location of an unknown one.
     """
-    return InputError("\n".join(line for fault in faults for line in _explain_one(where, fault, known)))
+    lines = [line for fault in faults for line in _explain_one(where, fault, known)]
+    more = [f"{where}: {len(lines) - MOST_FAULTS} more faults"] if len(lines) > MOST_FAULTS else []
+    return InputError("\n".join(lines[:MOST_FAULTS] + more))
 
 
 def _explain_one(where: str, fault: Mapping[str, Any], known: Callable[[Location], Iterable[str]]) -> list[str]:
@@ -148,5 +180,6 @@ def _explain_one(where: str, fault: Mapping[str, Any], known: Callable[[Location
     elif kind != "value_error":
         message = re.sub(r" or (instance of|object to extract fields from).*", " of keys", message)
         message += f", got {show(given)}"
-    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    parts = (f"[{part}]" if isinstance(part, int) else f".{told(part)}" for part in location)
+    name = "".join(parts).lstrip(".")
     return [f"{where}: {name}: {line}" if name else f"{where}: {line}" for line in message.split("\n")]

@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from olmfast.config.documents import read_documents
-from olmfast.config.loading import explain, show
+from olmfast.config.loading import explain
 from olmfast.config.parameters import Parameters, parameter_given
-from olmfast.errors import InputError, did_you_mean
+from olmfast.errors import InputError, did_you_mean, show
 from olmfast.weights.methods import METHODS, Method
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
@@ -231,7 +231,7 @@ class MergeConfig(_Strict):
         if self.merge_method not in METHODS:
             known = ", ".join(METHODS)
             raise ValueError(
-                f"merge_method: expected one of {known}, got {self.merge_method!r}"
+                f"merge_method: expected one of {known}, got {show(self.merge_method)}"
                 f"{did_you_mean(self.merge_method, METHODS)}"
             )
         if (self.models is None) == (self.slices is None):
@@ -335,15 +335,16 @@ def _group_faults(config: MergeConfig, group: Group) -> Iterator[str]:
     twice = next((model for model in models if models.count(model) > 1), None)
     if twice is not None:
         yield (
-            f"{group.name}: {twice!r} is listed twice, and a model merged with itself is itself; to repeat layers of "
-            "it, give them in slices of their own"
+            f"{group.name}: {show(twice)} is listed twice, and a model merged with itself is itself; to repeat layers "
+            "of it, give them in slices of their own"
         )
         return
     if method.base in ("required", "term") and group.base is None:
         yield f"base_model: required by {name}"
         return
     if method.base != "none" and group.base is not None and group.base not in models:
-        yield f"{group.name}: the base_model {group.base!r} is not among the sources{did_you_mean(group.base, models)}"
+        hint = did_you_mean(group.base, models)
+        yield f"{group.name}: the base_model {show(group.base)} is not among the sources{hint}"
         return
     terms = group.terms(method)
     least, most = method.n_terms
@@ -402,9 +403,9 @@ def _name_faults(configs: Sequence[MergeConfig], where: str) -> Iterator[str]:
         if name is None:
             yield f"{where}: a document before the last has no name, so that nothing could use it; give it a name"
         elif not re.fullmatch(r"[\w.-]+", name) or name in (".", ".."):
-            yield f"{where}: name: expected letters, digits, dots and dashes, got {name!r}"
+            yield f"{where}: name: expected letters, digits, dots and dashes, got {show(name)}"
         elif names.count(name) > 1:
-            yield f"{where}: two documents have the name {name!r}"
+            yield f"{where}: two documents have the name {show(name)}"
 
 
 # Keys of files of mergekit's other commands -> what these are, and what to do.

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BeforeValidator
 
-from olmfast.config.loading import show
-from olmfast.errors import InputError, did_you_mean
+from olmfast.errors import InputError, did_you_mean, show
 from olmfast.weights.chunks import Setting
 from olmfast.weights.methods import Parameter
 
@@ -58,12 +57,12 @@ def _parse_parameter(value: object) -> tuple[Varying, ...]:
 def _parse_filtered(entry: dict[str, object]) -> Varying:
     for key in entry:
         if key not in ("filter", "value"):
-            raise ValueError(f"unknown key {key!r}{did_you_mean(str(key), ['filter', 'value'])}")
+            raise ValueError(f"unknown key {show(key)}{did_you_mean(str(key), ['filter', 'value'])}")
     if "value" not in entry:
         raise ValueError("the key 'value' is missing")
     wanted = entry.get("filter")
     if wanted is not None and not isinstance(wanted, str):
-        raise ValueError(f"filter: expected a part of tensors' names, got {wanted!r}")
+        raise ValueError(f"filter: expected a part of tensors' names, got {show(wanted)}")
     return _parse_values(entry["value"], None if wanted == "*" else wanted)
 
 
@@ -132,11 +131,11 @@ def _typed(value: Setting, parameter: Parameter, output: str) -> Setting:
         return value
     if isinstance(parameter.default, bool):
         if value not in (0, 1):
-            raise InputError(f"{output}: {parameter.name}: expected true or false, got {value!r}")
+            raise InputError(f"{output}: {parameter.name}: expected true or false, got {show(value)}")
         return bool(value)
     if isinstance(parameter.default, int):
         if value != int(value):
-            raise InputError(f"{output}: {parameter.name}: expected a whole number, got {value!r}")
+            raise InputError(f"{output}: {parameter.name}: expected a whole number, got {show(value)}")
         return int(value)
     return float(value)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import pairwise
@@ -26,9 +27,9 @@ from pydantic import (
 )
 
 from olmfast.config.candidates import CandidateKind, parse_candidates
-from olmfast.config.loading import Location, absolute, explain, parse_size, read_yaml, set_key, show
+from olmfast.config.loading import Location, absolute, explain, parse_size, read_yaml, set_key
 from olmfast.config.originals import DATASETS, STAGE_KEYS, read_original
-from olmfast.errors import InputError, did_you_mean
+from olmfast.errors import InputError, did_you_mean, show
 
 Mode = Literal["exact_match", "bigram_loss", "diversity", "exact", "bigram", "quality", "perplexity", "choice"]
 Template = Literal["auto", "tokenizer", "chatml", "raw"]
@@ -71,7 +72,7 @@ def _parse_budget(value: object) -> object:
             return Budget(seconds=float(parts[1]) * unit)
     if value is None or isinstance(value, (Budget, dict)):
         return value
-    raise ValueError(f"expected a time such as '2h' or '30m', or a number of evaluations above 0, got {value!r}")
+    raise ValueError(f"expected a time such as '2h' or '30m', or a number of evaluations above 0, got {show(value)}")
 
 
 def _parse_limit(value: object) -> int | None:
@@ -289,7 +290,7 @@ class RunConfig(BaseModel):
     def _check(self) -> RunConfig:
         if len(set(self.models)) != len(self.models):
             twice = next(name for name in self.models if self.models.count(name) > 1)
-            raise ValueError(f"models: {twice!r} is listed twice")
+            raise ValueError(f"models: {show(twice)} is listed twice")
         used = [*dict.fromkeys(entry.mode for entry in self.dataset.values()), *self.dataset]
         _check_word(
             "improve_all", self.improve_all, "'all', 'base', a mode in use or a dataset", ["all", "base", *used]
@@ -300,16 +301,16 @@ class RunConfig(BaseModel):
             _check_word(key, word, "true, false, a mode in use, a dataset or a model", [*used, *self.models])
         again = next((scale for scale in self.scales if self.scales.count(scale) > 1), None)
         if again is not None:
-            raise ValueError(f"scales: {again!r} is listed twice")
+            raise ValueError(f"scales: {show(again)} is listed twice")
         joined = next((name for name in self.models if " + " in name), None)
         if joined is not None:
-            raise ValueError(f"models: {joined!r}: ' + ' joins the names of a window's donors; rename the folder")
+            raise ValueError(f"models: {show(joined)}: ' + ' joins the names of a window's donors; rename the folder")
         both = set(self.dataset) & set(self.holdout)
         if both:
-            raise ValueError(f"holdout: {sorted(both)[0]!r} is used for selection too, so it is not held out")
+            raise ValueError(f"holdout: {show(sorted(both)[0])} is used for selection too, so it is not held out")
         both = set(self.validation_sets) & {*self.dataset, *self.holdout}
         if both:
-            raise ValueError(f"validation: {sorted(both)[0]!r} is used for something else too")
+            raise ValueError(f"validation: {show(sorted(both)[0])} is used for something else too")
         unfit = next((key for key in ("ancestor", "start") if getattr(self, key) and not self.is_joint), None)
         if unfit is not None:
             raise ValueError(f"{unfit}: only a joint search has one; add search: joint")
@@ -328,14 +329,16 @@ class RunConfig(BaseModel):
 
 def _check_word(key: str, word: str | None, expected: str, allowed: Sequence[str]) -> None:
     if word is not None and word not in allowed:
-        raise ValueError(f"{key}: expected {expected}, got {word!r}{did_you_mean(word, allowed)}")
+        raise ValueError(f"{key}: expected {expected}, got {show(word)}{did_you_mean(word, allowed)}")
 
 
 def _check_pattern(dataset: str, pattern: str | None) -> None:
     try:
-        re.compile(pattern or "")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a later Python may read in another way
+            re.compile(pattern or "")
     except re.error as error:
-        raise ValueError(f"dataset {dataset!r}: forbid: not a regular expression: {error}") from error
+        raise ValueError(f"dataset {show(dataset)}: forbid: not a regular expression: {error}") from error
 
 
 class _Datasets(BaseModel):
@@ -370,7 +373,7 @@ def read_dataset_option(text: str) -> tuple[str, dict[str, Any]]:
     for part in found["more"].split(",")[1:]:
         key, separator, value = part.partition("=")
         if not separator:
-            raise InputError(f"--dataset {text}: expected KEY=VALUE after a comma, got {part!r}")
+            raise InputError(f"--dataset {text}: expected KEY=VALUE after a comma, got {show(part)}")
         if key.startswith("fields."):
             entry.setdefault("fields", {})
         try:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from olmfast.config.run import Wanted
-from olmfast.errors import InputError
-from olmfast.evaluation.items import NO_ANSWER, Conversation, Item, show
+from olmfast.errors import InputError, show, told
+from olmfast.evaluation.items import NO_ANSWER, Conversation, Item
 from olmfast.evaluation.metrics import GENERATIVE
+from olmfast.weights.files import read_text
 
 
 class Conversations(NamedTuple):
@@ -57,14 +60,9 @@ def _table(path: Path) -> list[Any]:
 
 
 def _items(path: Path) -> list[Any]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such dataset file") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: cannot be read: not UTF-8 text") from error
+    if not os.path.lexists(path):
+        raise InputError(f"{path}: no such dataset file")
+    text = read_text(path, "utf-8-sig")
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number without end
@@ -72,7 +70,8 @@ def _items(path: Path) -> list[Any]:
     if isinstance(data, dict):
         data = [data]
     if not isinstance(data, list) or not data:
-        raise InputError(f"{path}: expected a list of conversations, got {show(data)}")
+        what = "an empty list" if data == [] else show(data)
+        raise InputError(f"{path}: expected a list of conversations, got {what}")
     return data
 
 
@@ -85,9 +84,9 @@ def _json_lines(path: Path, text: str, error: Exception) -> list[Any]:
         except (ValueError, RecursionError) as fault:
             if not lines:
                 break
-            raise InputError(f"{path}:{number}: not JSON: {fault}") from fault
+            raise InputError(f"{path}:{number}: not JSON: {told(fault)}") from fault
     if not lines:
-        raise InputError(f"{path}: neither JSON nor JSON Lines: {error}") from error
+        raise InputError(f"{path}: neither JSON nor JSON Lines: {told(error)}") from error
     return lines
 
 
@@ -120,12 +119,9 @@ def _mmlu(path: Path, limit: int) -> list[Conversation]:
 
 def _csv_rows(path: Path) -> list[list[str]]:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return list(csv.reader(file))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not CSV in UTF-8: {error}") from error
+        return list(csv.reader(io.StringIO(read_text(path, "utf-8-sig"), newline="")))
+    except csv.Error as error:
+        raise InputError(f"{path}: not CSV in UTF-8: {told(error)}") from error
 
 
 def _mmlu_rows(path: Path) -> Iterator[tuple[str, str]]:

@@ -10,10 +10,11 @@ from typing import Any
 import xxhash
 
 from olmfast.config.run import DatasetConfig
-from olmfast.errors import InputError
+from olmfast.errors import InputError, show, told
 from olmfast.evaluation.conversations import load_conversations, worked_examples
 from olmfast.evaluation.items import Conversation
 from olmfast.evaluation.metrics import GENERATIVE
+from olmfast.evaluation.rendering import rendered, silenced
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -63,7 +64,7 @@ def _load(path: Path, name: str, config: DatasetConfig, tokenizer: Any, context:
     conversations, reasons = load_conversations(path, config.mode, config.samples, config.fields)
     is_mmlu = path.suffix == ".csv" and not config.fields
     encode = Encoder(tokenizer, config, raw_by_default=is_mmlu, where=str(path))
-    encoded = [encode(conversation) for conversation in conversations]
+    encoded = encode.all(conversations)
     generates = config.mode in GENERATIVE
     fitting = [s for s in encoded if len(s.prompt) + (1 if generates else len(s.response)) <= context]
     if not fitting:
@@ -87,9 +88,18 @@ class Encoder:
         elif self.template == "tokenizer" and not getattr(tokenizer, "chat_template", None):
             raise InputError(f"{where}: template: the tokenizer has no chat template; use chatml or raw")
 
-    def __call__(self, conversation: Conversation) -> Sample:
+    def all(self, conversations: Sequence[Conversation]) -> list[Sample]:
+        """The samples of conversations. Raises InputError naming the dataset, and the item that a template refuses."""
+        if self.template == "tokenizer":
+            texts = rendered(self._render, conversations, self.where)
+        else:
+            texts = [self._render(conversation) for conversation in conversations]
+        with silenced():
+            return [self._sample(*pair) for pair in zip(conversations, texts, strict=True)]
+
+    def _sample(self, conversation: Conversation, texts: tuple[str, str, str]) -> Sample:
         """Prompt and response ids; the response is the answer's text, tokenised as it stands in the whole."""
-        prompt, answer, end = self._render(conversation)
+        prompt, answer, end = texts
         if not self.config.think:
             # Templates of some reasoning models open the thinking block themselves.
             opened = prompt.rstrip().endswith(THINK)
@@ -105,7 +115,7 @@ class Encoder:
         if self.config.include_eos and end:
             response = self._continuation(prompt, prompt_ids, answer + end)
         if not response:
-            raise InputError(f"{self.where}: the response {answer!r} has no tokens")
+            raise InputError(f"{self.where}: the response {show(answer)} has no tokens")
         return Sample(prompt_ids, response)
 
     def _choice(self, prompt: str, prompt_ids: tuple[int, ...], conversation: Conversation) -> Sample:
@@ -150,7 +160,7 @@ class Encoder:
                 return self._apply(
                     [{"role": messages[1]["role"], "content": joined}, *messages[2:]], generation, template
                 )
-            raise InputError(f"{self.where}: the chat template refuses a conversation: {error}") from error
+            raise InputError(f"the chat template of {self.tokenizer.name_or_path} refuses it: {told(error)}") from error
 
     def _apply_once(self, messages: list[dict[str, str]], generation: bool, template: str | None) -> str:
         text: str = self.tokenizer.apply_chat_template(
@@ -160,10 +170,10 @@ class Encoder:
 
     def _ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a text that begins the input: special tokens once, by the template or the tokenizer."""
+        plain = self._tokens(text, add_special_tokens=False)
         if self.template == "tokenizer":
-            return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        plain = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        special = tuple(self.tokenizer(text)["input_ids"])
+            return plain
+        special = self._tokens(text)
         # Keep what the tokenizer puts in front (BOS), not what it may append (EOS would end the prompt).
         start = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), 0)
         return special[: start + len(plain)] if plain else special
@@ -173,7 +183,15 @@ class Encoder:
         whole = self._ids(prompt + text)
         if whole[: len(prompt_ids)] == prompt_ids:
             return whole[len(prompt_ids) :]
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._tokens(text, add_special_tokens=False)
+
+    def _tokens(self, text: str, **options: Any) -> tuple[int, ...]:
+        try:
+            return tuple(self.tokenizer(text, **options)["input_ids"])
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a panic of the library's is no Exception
+            raise InputError(f"{self.where}: the tokenizer cannot encode {show(text)}: {told(error)}") from error
 
 
 def make_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:

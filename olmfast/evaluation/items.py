@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from olmfast.config.run import Wanted
-from olmfast.errors import InputError
+from olmfast.errors import InputError, show
 
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -97,7 +97,7 @@ class Item:
         key = self.fields.get(name)
         if key is not None and key not in self.data:
             raise InputError(
-                f"{self.where}: fields: {name}: no key {key!r}, got {show(', '.join(map(str, self.data)))}"
+                f"{self.where}: fields: {name}: no key {show(key)}, got {show(', '.join(map(str, self.data)))}"
             )
         return None if key is None else self.data[key]
 
@@ -183,11 +183,3 @@ def _message(where: str, turn: Any) -> dict[str, str]:
     if not content.isascii() and any("\ud800" <= character <= "\udfff" for character in content):
         raise InputError(f"{where}: holds half of a character (a lone surrogate), which no tokenizer reads")
     return {"role": ROLES[role], "content": content}
-
-
-def show(value: object) -> str:
-    """A value as a message shows it: in full only where it is short."""
-    if value == []:
-        return "an empty list"
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."

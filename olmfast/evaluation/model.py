@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from olmfast.errors import InputError
+from olmfast.evaluation.blueprint import build_module, map_slots
 from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.upload import Uploader
 from olmfast.weights.architecture import Architecture
@@ -40,8 +37,11 @@ class WorkingModel:
         self.apply(recipe.tensors)
 
     def _build(self, recipe: Recipe) -> None:
-        self.module = build_module(recipe, self.sources.pool, self.dtype).to(self.device)
-        self._slots = map_slots(self.module, self.sources.pool.architecture.edited(recipe.config_edits), recipe)
+        pool = self.sources.pool
+        base, architecture = pool[recipe.base], pool.architecture.edited(recipe.config_edits)
+        where = base.folder / "config.json"
+        self.module = build_module(recipe.config(base.config), where, pool.tied, self.dtype).to(self.device)
+        self._slots = map_slots(self.module, architecture, recipe.tensors, where)
 
     def apply(self, values: Mapping[str, Expression]) -> None:
         """Copy values (canonical name -> expression) over the live parameters; the recipe is not changed."""
@@ -165,74 +165,3 @@ def _passes_unchanged(info: TensorInfo, saved: torch.dtype, slot: torch.Tensor) 
         return info.shape == tuple(slot.shape)
     floats = info.dtype in FLOATS and saved in FLOATS and slot.dtype in FLOATS
     return floats and torch.promote_types(info.dtype, saved) == saved and info.shape == tuple(slot.shape)
-
-
-def build_module(recipe: Recipe, pool: Pool, dtype: torch.dtype) -> Any:
-    """An empty Transformers module, as the recipe's config says. Raises InputError if Transformers cannot build it."""
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    base = pool[recipe.base]
-    data = recipe.config(base.config)
-    try:
-        config = CONFIG_MAPPING[data["model_type"]].from_dict(data)
-        config.tie_word_embeddings = pool.tied
-        if dtype == torch.float64:
-            config._experts_implementation = "eager"  # torch's grouped product knows no float64
-        with no_init_weights():
-            module = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        module.tie_weights()  # part of the initialisation that was just left out
-    except (ValueError, OSError, ImportError, KeyError, TypeError, AttributeError) as error:
-        where: Path = base.folder / "config.json"
-        raise InputError(f"{where}: Transformers cannot build this model: {error}") from error
-    return module.eval().requires_grad_(False)
-
-
-@dataclass(frozen=True)
-class Blueprint:
-    """What a module would be, found on the meta device: the recipe's tensors in the order in which it declares its
-    parameters, and the bytes of these."""
-
-    tensors: tuple[str, ...]
-    n_bytes: int
-
-
-def draw_up(recipe: Recipe, pool: Pool, dtype: torch.dtype) -> Blueprint:
-    """Build the recipe's module without memory.
-
-    Raises InputError if Transformers cannot build it, or checkpoint and module do not match.
-    """
-    with torch.device("meta"):
-        module = build_module(recipe, pool, dtype)
-    map_slots(module, pool.architecture, recipe)
-    order = {name: i for i, (name, _) in enumerate(module.named_parameters())}
-    slot = pool.architecture.slot
-    names = sorted(recipe.tensors, key=lambda name: order.get(slot(name).parameter, len(order)))
-    return Blueprint(tuple(names), sum(parameter.nbytes for parameter in module.parameters()))
-
-
-def map_slots(module: Any, architecture: Architecture, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """Canonical name -> the view of the live parameter it fills.
-
-    Raises InputError if a parameter is filled by nothing, or a tensor fills none.
-    """
-    parameters = dict(module.named_parameters())
-    buffers = dict(module.named_buffers())
-    slots: dict[str, torch.Tensor] = {}
-    filled: dict[str, int] = dict.fromkeys(parameters, 0)
-    unknown = []
-    for name in recipe.tensors:
-        slot = architecture.slot(name)
-        if slot.parameter in parameters:
-            slots[name] = slot.of(parameters[slot.parameter].data)
-            filled[slot.parameter] += slots[name].numel()
-        elif not architecture.is_ignored(name) and slot.parameter not in buffers:
-            unknown.append(name)
-    empty = [name for name, n in filled.items() if n != parameters[name].numel()]
-    if empty or unknown:
-        raise InputError(
-            f"{recipe.base}: checkpoint and module do not match: nothing in the files fills "
-            f"{empty[:3] or 'nothing'}, and no parameter takes {unknown[:3] or 'nothing'}"
-        )
-    return slots

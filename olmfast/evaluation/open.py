@@ -10,19 +10,23 @@ from typing import Any
 import torch
 
 from olmfast.config.run import DatasetConfig
-from olmfast.errors import InputError
+from olmfast.errors import InputError, told
 from olmfast.evaluation.batched import BatchedScorer
+from olmfast.evaluation.blueprint import draw_up
 from olmfast.evaluation.encoding import Dataset, load_datasets
 from olmfast.evaluation.memory import Memory
-from olmfast.evaluation.model import WorkingModel, draw_up
+from olmfast.evaluation.model import WorkingModel
+from olmfast.evaluation.rendering import silenced
 from olmfast.evaluation.scorer import Scorer
 from olmfast.evaluation.sequential import SequentialScorer
-from olmfast.weights.checkpoint import Checkpoint, read_json
+from olmfast.weights.checkpoint import Checkpoint
 from olmfast.weights.devices import pick_device, pick_dtype
 from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Recipe
 from olmfast.weights.sources import Sources
+from olmfast.weights.tokenizer_files import end_tokens
 
+TRIED_TEXT = "What is 2 + 2?\n"
 KEPT_BYTES = 1 << 30  # of what blends are worth, so that going back after a trial does not compute them again
 
 
@@ -66,7 +70,9 @@ class Questions:
         faults: list[str] = []
         for name, entry in entries.items():
             try:
-                datasets |= load_datasets(folder, {name: entry}, tokenizer, donor.architecture.context)
+                loaded = load_datasets(folder, {name: entry}, tokenizer, donor.architecture.context)
+                _check_ids(donor, loaded[name])
+                datasets |= loaded
             except InputError as error:
                 faults.append(str(error))
         if faults:
@@ -87,19 +93,30 @@ class Questions:
         return Questions(self.tokenizer, self.stop_tokens, chosen)
 
 
+def _check_ids(donor: Checkpoint, dataset: Dataset) -> None:
+    """Raise InputError for tokens that the embedding has no row of."""
+    embedding = donor.tensors.get(donor.architecture.family.embedding)
+    largest = max(max(*sample.prompt, *sample.response, *sample.options) for sample in dataset.samples)
+    if embedding is not None and embedding.shape and largest >= embedding.shape[0]:
+        raise InputError(
+            f"{donor.folder}: the tokenizer gives the id {largest} to a token of {dataset.name}, and the embedding has "
+            f"{embedding.shape[0]} rows"
+        )
+
+
 def load_tokenizer(donor: Checkpoint) -> tuple[Any, tuple[int, ...]]:
     """The donor's tokenizer and the tokens that end a generation. Raises InputError if there is none."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(donor.tokenizer_folder, trust_remote_code=False)
-    except Exception as error:  # many types, depending on the tokenizer's class
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{donor.tokenizer_folder}: the tokenizer cannot be loaded: {reason}") from error
-    generation = donor.folder / "generation_config.json"
-    ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    listed = ends if isinstance(ends, list) else [ends]
-    stops = {token for token in (*listed, tokenizer.eos_token_id) if isinstance(token, int)}
+        with silenced():
+            tokenizer = AutoTokenizer.from_pretrained(donor.tokenizer_folder, trust_remote_code=False)
+            tokenizer.decode(tokenizer(TRIED_TEXT)["input_ids"], skip_special_tokens=True)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # many types, depending on the tokenizer's class; a panic is no Exception
+        raise InputError(f"{donor.tokenizer_folder}: the tokenizer cannot be loaded: {told(error)}") from error
+    stops = {token for token in (*end_tokens(donor.folder), tokenizer.eos_token_id) if isinstance(token, int)}
     return tokenizer, tuple(sorted(stops))
 
 
@@ -123,6 +140,7 @@ class Evaluation:
         Raises InputError if the model cannot be built or does not fit its limit of memory.
         """
         self.settings = settings
+        Memory(settings.device, settings.max_ram, settings.max_vram, draw_up(recipe, pool, settings.dtype).n_bytes)
         kept = min(KEPT_BYTES, settings.max_ram // 8) if settings.max_ram else KEPT_BYTES
         self.sources = Sources(pool, folder, kept, evolve_on=settings.device)
         self.model = WorkingModel(recipe, self.sources, settings.device, settings.dtype)

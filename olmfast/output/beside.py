@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from olmfast.weights.checkpoint import Checkpoint, is_own_file, read_json
+from olmfast.weights.files import read_text
 
 # What prepares images, sound and video, and what sentence-transformers reads.
 PROCESSOR = (
@@ -50,8 +51,8 @@ def texts_without_code(base: Checkpoint, tokenizer: Checkpoint, texts: Mapping[s
     places |= {name: tokenizer.companion(name) for name in tokenizer.companions}
     changed = {}
     for name, path in places.items():
-        if name in CONFIGURATIONS and "auto_map" in (text := texts.get(name) or path.read_text(encoding="utf-8")):
-            held: dict[str, Any] = json.loads(text)
+        if name in CONFIGURATIONS and "auto_map" in (texts.get(name) or read_text(path)):
+            held: dict[str, Any] = json.loads(texts[name]) if name in texts else read_json(path)
             held.pop("auto_map", None)
             changed[name] = json.dumps(held, ensure_ascii=False, indent=2) + "\n"
     return changed

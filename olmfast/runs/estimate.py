@@ -23,7 +23,7 @@ from olmfast.runs.inputs import Inputs
 from olmfast.runs.steps import Stage, Work, plan_stages, plan_steps
 from olmfast.search.costs import PlannedStep, affordable, evaluations, within
 from olmfast.weights.pool import Pool
-from olmfast.weights.tokens import token_ids
+from olmfast.weights.tokenizer_files import token_ids
 
 TRIAL_TOKENS, TRIAL_SECONDS = 1024, 0.3  # of the product whose rate is measured
 MUCH_FASTER = 1.5  # from here on another dtype's products are worth a word
@@ -191,13 +191,13 @@ def product_rate(pool: Pool, device: torch.device, dtype: torch.dtype) -> float:
     rows, columns = max((shape for shape in shapes if len(shape) == 2), key=math.prod, default=(1024, 1024))
     weight = torch.ones(rows, columns, device=device, dtype=dtype)
     tokens = torch.ones(TRIAL_TOKENS, columns, device=device, dtype=dtype)
-    n = 0
+    n, elapsed = 0, 0.0
     with torch.inference_mode():
         (tokens @ weight.T)[0, 0].item()  # the first prepares what the others use
         started = time.perf_counter()
-        while (elapsed := time.perf_counter() - started) < TRIAL_SECONDS:
+        while elapsed < TRIAL_SECONDS or not n:
             (tokens @ weight.T)[0, 0].item()  # waits for a GPU
-            n += 1
+            n, elapsed = n + 1, time.perf_counter() - started
     return n * 2 * TRIAL_TOKENS * rows * columns / elapsed
 
 

@@ -16,7 +16,7 @@ import torch
 from olmfast import __version__
 from olmfast.config.originals import BOUNDARY
 from olmfast.config.run import RunConfig
-from olmfast.errors import InputError
+from olmfast.errors import InputError, show
 from olmfast.evaluation.conversations import load_conversations
 from olmfast.evaluation.open import Questions, Settings, order_of_tensors
 from olmfast.observer import Observer
@@ -72,8 +72,8 @@ class Inputs:
         if settings is not None:
             with _noted(faults):
                 order = order_of_tensors(whole(config.base_name, pool.tensors), pool, settings)
-            for donor in pool:  # scored whole, it is built by its own config
-                if donor.name not in pool.blocks_only and pool.settings_differ(config.base_name, donor.name):
+            for donor in pool:  # scored whole, it may be built by its own config
+                if donor.name not in pool.blocks_only and donor.config != pool[config.base_name].config:
                     with _noted(faults):
                         order_of_tensors(whole(donor.name, pool.tensors), pool, settings)
         questions = Questions(None, (), {})
@@ -173,7 +173,7 @@ def check_units(config: RunConfig, pool: Pool) -> None:
     names = [name for unit in units for name in (unit.name, *unit.tensors)]
     for pattern in config.units:
         if pattern != BOUNDARY and not any(fnmatchcase(name, pattern) for name in names):
-            raise InputError(f"units: {pattern!r} matches no module inside the blocks, such as {units[0].name}")
+            raise InputError(f"units: {show(pattern)} matches no module inside the blocks, such as {units[0].name}")
 
 
 def check_searches(config: RunConfig) -> None:

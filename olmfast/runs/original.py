@@ -6,12 +6,16 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from olmfast.errors import InputError
+from pydantic import BaseModel, Field, ValidationError
+
+from olmfast.config.loading import explain
+from olmfast.errors import InputError, show, told
 from olmfast.search.log import STEPS, Outcome
 from olmfast.search.record import REPORT
 from olmfast.weights.expressions import Copy, whole
+from olmfast.weights.files import read_text
 from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Recipe
 
@@ -22,11 +26,9 @@ def read_report(path: Path) -> dict[str, Any]:
     Raises InputError for one that cannot be read or is not a merge report.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        data = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
+        raise InputError(f"{path}: cannot be read: {told(error)}") from error
     keys = ("base_model", "boundary_layers", "layers", "tensors", "olmfast")
     parts = [data.get(key, {}) for key in keys] if isinstance(data, dict) else [None]
     if not any(part != {} for part in parts) or not all(isinstance(part, dict) for part in parts):
@@ -62,6 +64,27 @@ def read_original(folder: Path) -> dict[str, Any] | None:
     return data
 
 
+class _Named(BaseModel):
+    """What the report says of base and boundary."""
+
+    name: str | None = None
+
+
+class _Chosen(BaseModel):
+    """What it says of a layer or a tensor."""
+
+    best_model: str | None = None
+
+
+class _Report(BaseModel):
+    """The keys of the original tool's report that are read; it may hold others."""
+
+    base_model: _Named = _Named()
+    boundary_layers: _Named = _Named()
+    layers: dict[Annotated[int, Field(ge=0, lt=2**31)], _Chosen] = {}
+    tensors: dict[str, _Chosen] = {}
+
+
 @dataclass(frozen=True)
 class Choices:
     """The decisions in a report of the original tool: donors by block, and by module's name."""
@@ -75,16 +98,17 @@ class Choices:
     def read(cls, data: dict[str, Any]) -> Choices:
         """The decisions as they stand there. Raises InputError for a report of another shape."""
         try:
-            layers = {int(i): entry["best_model"] for i, entry in data.get("layers", {}).items() if _winner(entry)}
-            tensors = {
-                name.removesuffix(".weight").removesuffix(".bias"): entry["best_model"]
-                for name, entry in data.get("tensors", {}).items()
-                if _winner(entry)
-            }
-            names = data.get("base_model", {}).get("name"), data.get("boundary_layers", {}).get("name")
-            return cls(names[0] or None, names[1] or None, layers, tensors)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise InputError(f"{REPORT}: is not a merge report of the original's shape: {error}") from error
+            report = _Report.model_validate(data)
+        except ValidationError as error:
+            faults = explain(REPORT, error.errors(), lambda _: ())
+            raise InputError(f"{REPORT}: is not a merge report of the original's shape\n{faults}") from error
+        layers = {i: entry.best_model for i, entry in report.layers.items() if entry.best_model}
+        tensors = {
+            name.removesuffix(".weight").removesuffix(".bias"): entry.best_model
+            for name, entry in report.tensors.items()
+            if entry.best_model
+        }
+        return cls(report.base_model.name or None, report.boundary_layers.name or None, layers, tensors)
 
     @property
     def donors(self) -> list[str]:
@@ -99,7 +123,7 @@ class Choices:
         """
         for name in self.donors:
             if name not in pool.names:
-                raise InputError(f"{REPORT}: names the donor {name!r}, which is not in models")
+                raise InputError(f"{REPORT}: names the donor {show(name)}, which is not in models")
         base = self.base or pool.names[0]
         recipe, outcomes = whole(base, pool.tensors), dict[str, Outcome]()
         for key, stage, unit, donor, tensors in self._taken(pool):
@@ -122,13 +146,5 @@ class Choices:
             tensors = tuple(tensor for tensor in pool.tensors if tensor.startswith(f"{name}."))
             is_tied_head = pool.tied and architecture.family.head.startswith(f"{name}.")
             if not tensors and not is_tied_head:
-                raise InputError(f"{REPORT}: names the tensor {name!r}, which the models do not have")
+                raise InputError(f"{REPORT}: names the tensor {show(name)}, which the models do not have")
             yield f"tensors/{name}", "tensors", name, donor, tensors
-
-
-def _winner(entry: dict[str, Any]) -> str | None:
-    """The donor that was chosen, if one was."""
-    winner = entry.get("best_model")
-    if winner is not None and not isinstance(winner, str):
-        raise ValueError(f"expected the name of a model, got {winner!r}")
-    return winner

@@ -25,10 +25,12 @@ class Watcher(Observer):
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
+        self.begun = False  # the search: before it, there is no step to finish
         self.forecast = Forecast(Schedule(()), clock)
 
     def planned(self, schedule: Schedule) -> None:
         """What is left is counted from here."""
+        self.begun = True
         self.forecast = Forecast(schedule, self.clock)
 
     def step(self, stage: str, unit: str, n_candidates: int) -> None:

@@ -9,16 +9,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from olmfast.errors import InputError, OlmfastError
+import xxhash
+
+from olmfast.errors import InputError, OlmfastError, show
 from olmfast.weights.recipe import Recipe
 
 STEPS = "steps.jsonl"
 FORMAT = 1  # another number is not read
+SEAL = re.compile(rb'(.*), "seal": "([0-9a-f]{8})"}', re.DOTALL)
 ADVICE = "put the file back as it was, or use --overwrite to start anew"
 
 
@@ -169,10 +173,11 @@ Entry = RunEntry | StepEntry | ValuesEntry
 KINDS: dict[str, type[Entry]] = {"run": RunEntry, "step": StepEntry, "values": ValuesEntry}
 
 
-def read_log(folder: Path, apply: Callable[[Entry], None]) -> int:
-    """Apply every entry of a run's log, and return how many bytes count: a last line cut off by a kill does not.
+def read_log(folder: Path, apply: Callable[[Entry], None]) -> tuple[int, str]:
+    """Apply every entry of a run's log, and return how many bytes count, and the last line's seal.
 
-    Raises InputError naming the file, and the line where it is damaged in any other way.
+    A last line cut off by a kill does not count. Raises InputError naming the file, and the line where it is damaged in
+    any other way.
     """
     path = folder / STEPS
     try:
@@ -182,7 +187,7 @@ def read_log(folder: Path, apply: Callable[[Entry], None]) -> int:
     *lines, rest = content.split(b"\n")
     if not lines:
         raise InputError(f"{path}: holds no whole line; {ADVICE}")
-    end = 0
+    end, seal = 0, ""
     for number, line in enumerate(lines, 1):
         where = f"{path}: line {number}"
         try:
@@ -192,6 +197,7 @@ def read_log(folder: Path, apply: Callable[[Entry], None]) -> int:
                 break
             raise InputError(f"{where}: is damaged: {error}; {ADVICE}") from error
         try:
+            seal = _check_seal(line, seal) if isinstance(data, dict) else ""
             entry = parse(data)
             if isinstance(entry, RunEntry) != (number == 1):
                 raise ValueError("the entry 'run' belongs in the first line, and only there")
@@ -202,13 +208,31 @@ def read_log(folder: Path, apply: Callable[[Entry], None]) -> int:
             reason = f"has no {error}" if isinstance(error, KeyError) else error
             raise InputError(f"{where}: is damaged: {reason}; {ADVICE}") from error
         end += len(line) + 1
-    return end
+    return end, seal
+
+
+def _check_seal(line: bytes, before: str) -> str:
+    """The line's seal. Raises ValueError where what it stands for, this line and all before it, was changed since."""
+    found = SEAL.fullmatch(line)
+    if found is None:
+        raise ValueError("has no seal")
+    _, seal = sealed(found[1] + b"}", before)
+    if seal.encode() != found[2]:
+        raise ValueError("it, or a line before it, was changed since it was written")
+    return seal
+
+
+def sealed(content: bytes, before: str) -> tuple[bytes, str]:
+    """A line of the log (a JSON object) with its seal: xxh32 of the seal of the line before it and of the line."""
+    content = content.rstrip(b"\n")
+    seal = xxhash.xxh32(before.encode() + content).hexdigest()
+    return content[:-1] + f', "seal": "{seal}"}}\n'.encode(), seal
 
 
 def parse(data: Mapping[str, Any]) -> Entry:
     """The entry that `to_json` made this of."""
     if data["entry"] not in KINDS:
-        raise InputError(f"unknown entry {data['entry']!r}; it was written by a newer version")
+        raise InputError(f"unknown entry {show(data['entry'])}; it was written by a newer version")
     return KINDS[data["entry"]].from_json(data)
 
 

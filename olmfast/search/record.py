@@ -37,6 +37,7 @@ from olmfast.search.log import (
     json_line,
     parse,
     read_log,
+    sealed,
     strict,
 )
 from olmfast.weights.digests import digest_tensor
@@ -66,7 +67,7 @@ class Record:
         self.elapsed_s, self.ledger_bytes = 0.0, 0
         self.values: dict[str, Any] = {}
         self._snapshots: dict[str, Recipe] = {}
-        self._log_bytes = 0
+        self._log_bytes, self._seal = 0, ""
         self._reported_s = -math.inf
 
     @classmethod
@@ -88,7 +89,11 @@ class Record:
         if recipe is not None:
             entries.append(ValuesEntry({}, Change(recipe)))
         # Last and in one step: a folder with a log counts as begun.
-        _write_atomically(folder / STEPS, b"".join(json_line(entry.to_json()) for entry in entries))
+        lines, seal = [], ""
+        for entry in entries:
+            line, seal = sealed(json_line(entry.to_json()), seal)
+            lines.append(line)
+        _write_atomically(folder / STEPS, b"".join(lines))
         record = cls.load(folder, clock)
         record.write_report()
         return record
@@ -97,7 +102,7 @@ class Record:
     def load(cls, folder: Path, clock: Callable[[], float] = time.monotonic) -> Record:
         """Read the log of a run. Raises InputError naming file and line where it is damaged."""
         record = cls(folder, clock)
-        record._log_bytes = read_log(folder, record._apply)
+        record._log_bytes, record._seal = read_log(folder, record._apply)
         return record
 
     @property
@@ -188,9 +193,9 @@ class Record:
         self._reported_s = self.clock()
 
     def _add(self, entry: Entry) -> None:
-        line = json_line(entry.to_json())
+        line, seal = sealed(json_line(entry.to_json()), self._seal)
         append(self.folder / STEPS, line, at=self._log_bytes)
-        self._log_bytes += len(line)
+        self._log_bytes, self._seal = self._log_bytes + len(line), seal
         self._apply(parse(json.loads(line)))
         if self.clock() - self._reported_s >= REPORT_EVERY_S:
             self.write_report()

@@ -11,22 +11,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from olmfast.config.loading import read_any_yaml
 from olmfast.config.run import DatasetConfig, parse_datasets
-from olmfast.errors import InputError, did_you_mean
+from olmfast.errors import InputError, did_you_mean, show
 from olmfast.output.writer import Content, OutputTensor, in_order
 from olmfast.static.differences import find_differences
-from olmfast.static.plan import Plan
+from olmfast.static.plan import Plan, check_copied
 from olmfast.static.spelling import align_names
 from olmfast.static.stacking import learn_architecture
-from olmfast.weights.checkpoint import Checkpoint, read_json
+from olmfast.weights.checkpoint import Checkpoint
 from olmfast.weights.chunks import Setting
 from olmfast.weights.expressions import Copy, Rows, merge
 from olmfast.weights.pool import Pool, vocabulary_differences
 from olmfast.weights.skeletons import Skeletons
 from olmfast.weights.sources import Expression
+from olmfast.weights.tokenizer_files import GENERATION, added_tokens, end_tokens, generation_config
 
 METHODS = ("linear", "slerp", "ties", "dare")
 # What is called attention's query, key and value; q_norm and k_norm are norms.
@@ -154,13 +154,13 @@ def read_layer_alphas(source: Mapping[int, float] | Sequence[float] | str | Path
     where = source if named else "--layer_alphas"
     entries = dict(enumerate(data)) if isinstance(data, Sequence) and not isinstance(data, str) else data
     if not isinstance(entries, Mapping) or not entries:
-        raise InputError(f"{where}: expected a list of alphas, or a mapping of layers to alphas, got {data!r}")
+        raise InputError(f"{where}: expected a list of alphas, or a mapping of layers to alphas, got {show(data)}")
     alphas = {}
     for key, value in entries.items():
-        if isinstance(key, bool) or not re.fullmatch(r"\d+", str(key)):
-            raise InputError(f"{where}: expected a layer index, got {key!r}")
+        if isinstance(key, bool) or not re.fullmatch(r"[0-9]{1,9}", str(key)):
+            raise InputError(f"{where}: expected a layer index, got {show(key)}")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise InputError(f"{where}: layer {key}: alpha must be in range [0, 1], got {value!r}")
+            raise InputError(f"{where}: layer {key}: alpha must be in range [0, 1], got {show(value)}")
         alphas[int(key)] = float(value)
     return alphas
 
@@ -202,6 +202,7 @@ def plan_linear(wanted: LinearMerge) -> Plan:
     notes += [f"{b.name}: {difference}; rows are merged by id" for difference in vocabulary_differences(a, b)]
     title = f"{wanted.method} (adaptive)"
     content = Content(in_order(tensors), a, a.config, a, texts)
+    check_copied(content)
     read: dict[str, list[Path]] = {}
     if wanted.alphas_file is not None:
         read["the file of --layer_alphas"] = [wanted.alphas_file.absolute()]
@@ -298,27 +299,14 @@ def _special_rows(*models: Checkpoint) -> list[int]:
     """The ids of the special tokens of both tokenizers."""
     found: set[int] = set()
     for model in models:
-        path = model.tokenizer_folder / "tokenizer.json"
-        if path.is_file():
-            added = read_json(path).get("added_tokens", [])
-            found |= {int(entry["id"]) for entry in added if entry.get("special")}
+        found |= {entry["id"] for entry in added_tokens(model.tokenizer_folder) if entry.get("special")}
     return sorted(found)
 
 
 def _generation_config(a: Checkpoint, b: Checkpoint) -> dict[str, str]:
     """generation_config.json with the end tokens of both models, if B has any that A does not."""
-    configs = [_read_if_present(model.folder / "generation_config.json") for model in (a, b)]
-    ends = list(dict.fromkeys(token for config in configs for token in _end_tokens(config)))
-    if ends == list(_end_tokens(configs[0])):
+    ends = list(dict.fromkeys([*end_tokens(a.folder), *end_tokens(b.folder)]))
+    if ends == end_tokens(a.folder):
         return {}
-    changed = {**configs[0], "eos_token_id": ends if len(ends) > 1 else ends[0]}
-    return {"generation_config.json": json.dumps(changed, indent=2, sort_keys=True) + "\n"}
-
-
-def _read_if_present(path: Path) -> dict[str, Any]:
-    return dict(read_json(path)) if path.is_file() else {}
-
-
-def _end_tokens(config: Mapping[str, Any]) -> Iterator[int]:
-    listed = config.get("eos_token_id")
-    yield from (token for token in (listed if isinstance(listed, list) else [listed]) if isinstance(token, int))
+    changed = {**generation_config(a.folder), "eos_token_id": ends if len(ends) > 1 else ends[0]}
+    return {GENERATION: json.dumps(changed, indent=2, sort_keys=True) + "\n"}

@@ -13,6 +13,7 @@ from olmfast.errors import InputError
 from olmfast.observer import Observer
 from olmfast.static.documents import plan_documents
 from olmfast.static.plan import Plan
+from olmfast.weights.architecture import Architecture, is_known
 
 if TYPE_CHECKING:
     from olmfast.runs.estimate import Estimate
@@ -42,10 +43,29 @@ def check(
     if not isinstance(config, (RunConfig, MergeConfig)):
         config = read_config(config)
     if isinstance(config, MergeConfig):
-        return plan_documents(config, allow_mismatch=allow_mismatch)[-1]
+        plan = plan_documents(config, allow_mismatch=allow_mismatch)[-1]
+        check_result(plan)
+        return plan
     from olmfast.runs.estimate import estimate  # what evaluates models, which no merge needs
 
     return estimate(config, observer)
+
+
+def check_result(plan: Plan) -> None:
+    """Raise InputError with everything in which the result's config.json does not fit its weights.
+
+    Of model types that the table of families knows; of others only the tensors are looked at.
+    """
+    content = plan.content
+    if not is_known(content.config):
+        return
+    from olmfast.evaluation.blueprint import check_fit  # Transformers, which no merge needs
+
+    where = content.base.folder / "config.json"
+    architecture = Architecture.from_config(dict(content.config), str(where))
+    shapes = {tensor.name: tensor.shape for tensor in content.tensors}
+    named = {name: shapes[stored] for name, stored in architecture.canonical(shapes).items()}
+    check_fit(content.config, architecture, named, where, tied=architecture.family.head not in named)
 
 
 def read_config(

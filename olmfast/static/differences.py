@@ -9,8 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from olmfast.config.loading import show
-from olmfast.errors import did_you_mean
+from olmfast.errors import did_you_mean, show
 from olmfast.weights.checkpoint import Checkpoint
 from olmfast.weights.pool import Pool, vocabulary_differences
 from olmfast.weights.skeletons import Skeletons

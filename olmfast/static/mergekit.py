@@ -19,7 +19,7 @@ from olmfast.output.beside import auto_maps, files_beside, texts_without_code
 from olmfast.output.writer import TIED, Content, OutputTensor, in_order
 from olmfast.static.differences import find_differences
 from olmfast.static.loading import DTYPE_KEYS, check_loads
-from olmfast.static.plan import Plan
+from olmfast.static.plan import Plan, check_copied
 from olmfast.static.spelling import Spelling, align_names
 from olmfast.static.stacking import Stack, stack_of, stacked_config
 from olmfast.static.vocabularies import TokenTensors, chat_template_texts, plan_tokens, with_vocabulary
@@ -75,6 +75,7 @@ def plan_merge(
         written.pop("auto_map", None)
         texts |= texts_without_code(base, pool[tokenizer], texts)
     content = Content(tensors, base, written, pool[tokenizer], texts, planner.left_out, remote_code_files)
+    check_copied(content)
     return Plan(
         config.merge_method,
         pool,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from olmfast.output.writer import AT_ONCE, Content
+from olmfast.weights.checkpoint import read_json
 from olmfast.weights.chunks import CHUNK
 from olmfast.weights.pool import Pool
 from olmfast.weights.sources import Sources
@@ -68,6 +69,13 @@ class Plan:
             "memory_bytes": memory_bytes(self),
             "notes": [*self.warnings, *self.notes],
         }
+
+
+def check_copied(content: Content) -> None:
+    """Raise InputError for a JSON file that the result would have as it is, and that nobody could read."""
+    for name in content.tokenizer.companions:
+        if name.endswith(".json") and name not in content.texts:
+            read_json(content.tokenizer.companion(name))
 
 
 def memory_bytes(plan: Plan) -> int:

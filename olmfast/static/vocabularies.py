@@ -4,6 +4,7 @@ at what was written."""
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -12,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from olmfast.config.mergekit import MergeConfig, TokenSource
-from olmfast.errors import InputError, OlmfastError, did_you_mean
+from olmfast.errors import InputError, OlmfastError, did_you_mean, show
 from olmfast.static.spelling import shapes_of
 from olmfast.weights import chat_templates
 from olmfast.weights.architecture import FAMILIES
-from olmfast.weights.checkpoint import Checkpoint, read_header, read_json
+from olmfast.weights.checkpoint import Checkpoint, read_header
 from olmfast.weights.pool import Pool
 from olmfast.weights.skeletons import Skeletons
-from olmfast.weights.tokens import token_ids, token_ids_in
+from olmfast.weights.tokenizer_files import TOKENIZER_CONFIG, token_ids, tokenizer_config
 from olmfast.weights.vocabulary import Given, Origin, Vocabulary, plan_vocabulary, row_of, shared_ids
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
@@ -118,7 +119,7 @@ def _token_origin(source: TokenSource | None, token: str, pool: Pool) -> Origin 
         return ()
     model = str(source.model)
     if model not in pool.donors:
-        raise InputError(f"{where}: {model!r} is not one of the models{did_you_mean(model, pool.names)}")
+        raise InputError(f"{where}: {show(model)} is not one of the models{did_you_mean(model, pool.names)}")
     if source.token_id is not None:
         return ((model, source.token_id),)
     return ((model, row_of(pool, model, source.token or token, where)),)
@@ -162,11 +163,10 @@ def chat_template_texts(config: MergeConfig, pool: Pool, tokenizer: str, texts: 
     if text is None:
         return {}
     changed = {"chat_template.jinja": text}
-    path = folder / "tokenizer_config.json"
-    if "tokenizer_config.json" in texts or path.is_file():
-        own = json.loads(texts.get("tokenizer_config.json") or path.read_text(encoding="utf-8"))
+    if TOKENIZER_CONFIG in texts or os.path.lexists(folder / TOKENIZER_CONFIG):
+        own = json.loads(texts[TOKENIZER_CONFIG]) if TOKENIZER_CONFIG in texts else dict(tokenizer_config(folder))
         if own.pop("chat_template", None) is not None:
-            changed["tokenizer_config.json"] = json.dumps(own, ensure_ascii=False, indent=2) + "\n"
+            changed[TOKENIZER_CONFIG] = json.dumps(own, ensure_ascii=False, indent=2) + "\n"
     return changed
 
 
@@ -175,14 +175,14 @@ def check_written(vocabulary: Vocabulary, rows: Sequence[str], folder: Path) -> 
 
     Raises OlmfastError if not, which would be a fault of this program.
     """
-    ids = token_ids_in(read_json(folder / "tokenizer.json"), folder / "tokenizer.json")
+    ids = token_ids(folder)
     held = {info.name: info.shape[0] for path in folder.glob("*.safetensors") for info in read_header(path)}
     wrong = [f"{name} has {held[name]} rows" for name in rows if name in held and held[name] != vocabulary.n_rows]
-    wrong += [f"{token!r} has the id {ids.get(token)}" for token, i in vocabulary.ids.items() if ids.get(token) != i][
-        :1
-    ]
+    wrong += [
+        f"{show(token)} has the id {ids.get(token)}" for token, i in vocabulary.ids.items() if ids.get(token) != i
+    ][:1]
     wrong += [f"two tokens have the id {index}" for index, _ in shared_ids(ids)[:1]]
-    wrong += [f"{token!r} has the id {i}" for token, i in ids.items() if i >= vocabulary.n_rows][:1]
+    wrong += [f"{show(token)} has the id {i}" for token, i in ids.items() if i >= vocabulary.n_rows][:1]
     if wrong:
         raise OlmfastError(
             f"{folder}: this is a bug in olmfast: the tokenizer and the {vocabulary.n_rows} rows of the embedding do "

@@ -20,7 +20,7 @@ from olmfast.weights.checkpoint import ADAPTER_CONFIG, Checkpoint, Tensor, Tenso
 from olmfast.weights.digests import DigestCache
 from olmfast.weights.hub import ADAPTER, ADAPTER_WEIGHTS, parts_of, resolve
 from olmfast.weights.skeletons import Skeletons
-from olmfast.weights.tokens import token_ids
+from olmfast.weights.tokenizer_files import token_ids
 
 PREFIX = "base_model.model."  # of every name in an adapter's file
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from olmfast.errors import InputError
+from olmfast.errors import InputError, show
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ FAMILIES: dict[str, Family] = {
 # What a family that is not in the table may call its embedding and its head.
 _EMBEDDINGS = r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$"
 _HEADS = r"^(lm_head|embed_out|output)\.weight$"
-_N_BLOCKS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_CONTEXT = ("max_position_embeddings", "n_positions")
+N_BLOCKS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 def numbered(tensor: str) -> tuple[str, int, str] | None:
@@ -102,10 +103,44 @@ def numbered(tensor: str) -> tuple[str, int, str] | None:
     return (found[1], int(found[2]), found[3]) if found else None
 
 
+# Keys that olmfast itself reads, and what they hold where they are there: of any family, and of those in the table.
+_KINDS: dict[str, type] = {
+    "architectures": list,
+    "tie_word_embeddings": bool,
+    "text_config": dict,
+    "id2label": dict,
+}
+_SIZES = (
+    *("hidden_size", "n_embd", "vocab_size", "num_attention_heads", "n_head", "num_key_value_heads", "head_dim"),
+    *("intermediate_size", "n_inner", "num_local_experts", "num_experts_per_tok", *_CONTEXT, *N_BLOCKS),
+)
+_CALLED = {list: "a list", bool: "true or false", dict: "an object"}
+
+
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether the table of families has a config.json's model type."""
+    return isinstance(config.get("model_type"), str) and config["model_type"] in FAMILIES
+
+
+def check_kinds(config: Mapping[str, Any], where: str) -> None:
+    """Raise InputError with every key of a config.json that holds another kind of value than it must."""
+    faults = []
+    for key, kind in _KINDS.items():
+        if config.get(key) is not None and type(config[key]) is not kind:
+            faults.append(f"{where}: {key}: expected {_CALLED[kind]}, got {show(config[key])}")
+    if not faults and is_known(config):
+        for key in _SIZES:
+            size = config.get(key)
+            if size is not None and not (type(size) is int and 0 < size < 2**31):
+                faults.append(f"{where}: {key}: expected a positive whole number, got {show(size)}")
+    if faults:
+        raise InputError("\n".join(faults))
+
+
 def stated_blocks(config: dict[str, Any]) -> int | None:
     """The number of decoder blocks that a config.json states, for the whole or for its text part."""
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
-    stated = (part.get(key) for part in parts for key in _N_BLOCKS)
+    stated = (part.get(key) for part in parts for key in N_BLOCKS)
     return next((n for n in stated if isinstance(n, int) and n > 0), None)
 
 
@@ -146,10 +181,10 @@ class Architecture:
         model_type = config.get("model_type")
         if not isinstance(model_type, str) or model_type not in FAMILIES:
             known = ", ".join(sorted(FAMILIES))
-            raise InputError(f"{where}: model_type {model_type!r} is not supported; supported are {known}")
+            raise InputError(f"{where}: model_type {show(model_type)} is not supported; supported are {known}")
         n_blocks = config.get("num_hidden_layers", config.get("n_layer"))
-        if not isinstance(n_blocks, int) or n_blocks < 1:
-            raise InputError(f"{where}: expected the number of layers as a positive number, got {n_blocks!r}")
+        if type(n_blocks) is not int or n_blocks < 1:
+            raise InputError(f"{where}: expected the number of layers as a positive number, got {show(n_blocks)}")
         return cls(model_type, FAMILIES[model_type], n_blocks, config)
 
     @classmethod
@@ -158,7 +193,7 @@ class Architecture:
 
         The blocks are the list with as many entries as the config has layers, else the longest list.
         """
-        if config.get("model_type") in FAMILIES:
+        if is_known(config):
             return cls.from_config(config, where)
         names, counts = list(names), dict[str, int]()
         for prefix, index, _ in filter(None, map(numbered, names)):
@@ -184,7 +219,7 @@ class Architecture:
     @property
     def context(self) -> int:
         """The longest input the model is made for, in tokens."""
-        return int(self.config.get("max_position_embeddings") or self.config.get("n_positions") or 2048)
+        return next((int(self.config[key]) for key in _CONTEXT if self.config.get(key)), 2048)
 
     @property
     def tied_in_config(self) -> bool:
@@ -234,7 +269,7 @@ class Architecture:
 
     def _expert_slot(self, experts: str, index: int, name: str) -> Slot:
         """Mixtral's files hold w1, w2, w3 per expert; the module holds gate and up fused, experts stacked."""
-        width = self.config["intermediate_size"]
+        width = self.config.get("intermediate_size", 0)
         if name == "w2":
             return Slot(f"{experts}.down_proj", (index,))
         rows = slice(0, width) if name == "w1" else slice(width, 2 * width)

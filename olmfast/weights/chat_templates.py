@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from olmfast.errors import InputError, did_you_mean
+from olmfast.errors import InputError, did_you_mean, show
+from olmfast.weights.files import read_text
+from olmfast.weights.tokenizer_files import tokenizer_config
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -53,7 +54,7 @@ def choose(wanted: str, models: Mapping[str, Path]) -> str | None:
         known = [*TEMPLATES, "auto", *models]
         raise InputError(
             f"chat_template: expected a Jinja template, a model, or one of {', '.join(TEMPLATES)}, auto; "
-            f"got {wanted!r}{did_you_mean(wanted, known)}"
+            f"got {show(wanted)}{did_you_mean(wanted, known)}"
         )
     return wanted
 
@@ -61,12 +62,9 @@ def choose(wanted: str, models: Mapping[str, Path]) -> str | None:
 def of_model(folder: Path) -> str | None:
     """The (default) chat template of a model folder."""
     path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return None
-    held: Any = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
+    if os.path.lexists(path):
+        return read_text(path)
+    held: str | list[dict[str, str]] | None = tokenizer_config(folder).get("chat_template")
     if isinstance(held, list):  # several, by name
-        held = next((entry["template"] for entry in held if entry.get("name") == "default"), None)
-    return held if isinstance(held, str) else None
+        return next((entry["template"] for entry in held if entry["name"] == "default"), None)
+    return held

@@ -20,10 +20,11 @@ import torch
 import xxhash
 
 from olmfast import _shards
-from olmfast.errors import FileChanged, InputError, OlmfastError
-from olmfast.weights.architecture import Architecture
+from olmfast.errors import FileChanged, InputError, OlmfastError, told
+from olmfast.weights.architecture import Architecture, check_kinds
 from olmfast.weights.chunks import Readable
 from olmfast.weights.digests import DigestCache
+from olmfast.weights.files import check_characters, read_text, real
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -219,6 +220,7 @@ class Checkpoint:
         if (folder / ADAPTER_CONFIG).is_file() and not list(folder.glob("model*.safetensors")):
             raise InputError(_is_an_adapter(folder, self.name))
         self.config: dict[str, Any] = read_json(folder / "config.json")
+        check_kinds(self.config, str(folder / "config.json"))
         if self.config.get("quantization_config"):
             raise InputError(f"{folder}: quantised weights cannot be merged; use the unquantised model")
         where = f"{folder / 'config.json'}"
@@ -332,17 +334,17 @@ def reading() -> Iterator[None]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """One JSON object from a file. Raises InputError naming the file."""
+    if not os.path.lexists(path):
+        what = f"no {path.name} in this folder" if os.path.isdir(path.parent) else "no such folder"
+        raise InputError(f"{path.parent}: {what}; expected a Hugging Face model folder")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        what = "no such folder" if not path.parent.is_dir() else f"no {path.name} in this folder"
-        raise InputError(f"{path.parent}: {what}; expected a Hugging Face model folder") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number without end
-        raise InputError(f"{path}: not readable as JSON: {error}") from error
+        text = read_text(path)
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number without end
+        raise InputError(f"{path}: not readable as JSON: {told(error)}") from error
     if not isinstance(data, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    check_characters(text, data, str(path))
     return data
 
 
@@ -355,12 +357,12 @@ def _is_an_adapter(folder: Path, name: str) -> str:
 def is_own_file(path: Path) -> bool:
     """Whether a companion is a file. Raises InputError if it is one of elsewhere, or none at all."""
     if path.is_symlink():
-        real = path.resolve()
-        in_cache = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
-        if not in_cache and path.parent.resolve() not in real.parents:
-            raise InputError(f"{path}: is a link out of the model's folder, to {real}; put the file itself there")
-        if not real.exists():
-            raise InputError(f"{path}: is a link to {real}, which is not there; download it again")
+        place = real(path)
+        in_cache = place.parent.name == "blobs" and place.parent.parent.name.startswith("models--")
+        if not in_cache and real(path.parent) not in place.parents:
+            raise InputError(f"{path}: is a link out of the model's folder, to {place}; put the file itself there")
+        if not place.exists():
+            raise InputError(f"{path}: is a link to {place}, which is not there; download it again")
     return path.is_file()
 
 
@@ -385,12 +387,12 @@ def read_parts(path: Path) -> Iterator[bytes]:
 def missing_files(folder: Path, of: Sequence[str] = ()) -> list[str]:
     """Names of files that are missing: those of `of`, else those that the folder's index (or its config) lists."""
     if of:
-        return [name for name in of if not (folder / name).is_file()]
+        return [name for name in of if not os.path.isfile(folder / name)]
     if not (folder / "config.json").is_file():
         return ["config.json"]
     index = folder / INDEX
     if index.is_file() and not (folder / SINGLE).is_file():
-        return [name for name in sorted(set(_weight_map(index).values())) if not (folder / name).is_file()]
+        return [name for name in sorted(set(_weight_map(index).values())) if not os.path.isfile(folder / name)]
     return [] if list(folder.glob("*.safetensors")) else [SINGLE]
 
 

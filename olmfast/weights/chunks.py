@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from olmfast import kernels
+from olmfast.errors import show
 
 Setting = bool | int | float | str | tuple[float, ...]  # of a merge
 
@@ -244,7 +245,7 @@ class Settings:
         """One number."""
         value = self._values.get(name, default)
         if isinstance(value, (str, tuple)):
-            raise TypeError(f"{name}: expected a number, got {value!r}")
+            raise TypeError(f"{name}: expected a number, got {show(value)}")
         return float(value)
 
     def each(self, name: str, i: int) -> float:
@@ -260,7 +261,7 @@ class Settings:
         """A whole number."""
         value = self._values.get(name, default)
         if not isinstance(value, int):
-            raise TypeError(f"{name}: expected a whole number, got {value!r}")
+            raise TypeError(f"{name}: expected a whole number, got {show(value)}")
         return value
 
     def text(self, name: str, default: str) -> str:

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import torch
 
-from olmfast.errors import InputError
+from olmfast.errors import InputError, show
 
 
 def pick_device(name: str, where: str) -> torch.device:
@@ -21,12 +21,12 @@ def pick_device(name: str, where: str) -> torch.device:
     with suppress(RuntimeError):
         device = torch.device(name)
     if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"{where}: {name!r} cannot be used here: expected cpu, cuda, cuda:1 or auto")
+        raise InputError(f"{where}: {show(name)} cannot be used here: expected cpu, cuda, cuda:1 or auto")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise InputError(f"{where}: {name!r} cannot be used here: {reason}; use cpu or auto") from error
+        raise InputError(f"{where}: {show(name)} cannot be used here: {reason}; use cpu or auto") from error
     return device
 
 

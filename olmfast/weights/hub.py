@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from olmfast.errors import InputError
+from olmfast.errors import InputError, cut, told
 from olmfast.weights.checkpoint import ADAPTER_CONFIG, missing_files, read_header
 
 DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -45,7 +45,7 @@ def common_model(names: Sequence[str], models_dir: Path, folder: Path) -> str | 
 def _folders(name: str, models_dir: Path, folder: Path) -> list[Path]:
     """The folders that a name may mean: where a hub id is stored, then paths."""
     places = (models_dir / name.replace("/", "_"), models_dir / name, folder / os.path.expanduser(name))
-    return [place for place in dict.fromkeys(places) if place.is_dir()]
+    return [place for place in dict.fromkeys(places) if os.path.isdir(place)]
 
 
 def resolve(name: str, models_dir: Path, folder: Path, download: bool = True, of: Sequence[str] = ()) -> Path:
@@ -56,16 +56,16 @@ def resolve(name: str, models_dir: Path, folder: Path, download: bool = True, of
     Raises InputError if the model cannot be found.
     """
     stored = models_dir / name.replace("/", "_")
-    if stored.is_dir() and not _unfinished(stored, of):
+    if os.path.isdir(stored) and not _unfinished(stored, of):
         return stored
     for candidate in _folders(name, models_dir, folder):
         if candidate != stored:
             return candidate
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@.+)?", name):
-        if stored.is_dir():
+        if os.path.isdir(stored):
             return stored  # unfinished, and no hub id: opening it names what is missing
         places = " and ".join(dict.fromkeys([str(models_dir), str(folder)]))
-        raise InputError(f"{name}: no such {'adapter' if of else 'model'} folder; looked in {places}")
+        raise InputError(f"{cut(name)}: no such {'adapter' if of else 'model'} folder; looked in {places}")
     return _download(name, stored, of) if download else _cached(name, stored)
 
 
@@ -93,7 +93,7 @@ def _unfinished(folder: Path, of: Sequence[str] = ()) -> list[str]:
     if list(folder.glob("*.bin")):
         return []
     marks = [_marker(folder), *folder.glob(".cache/huggingface/download/**/*.incomplete")]
-    return [*_unusable(folder, of), *(mark.name for mark in marks if mark.is_file())]
+    return [*_unusable(folder, of), *(mark.name for mark in marks if os.path.isfile(mark))]
 
 
 def _unusable(folder: Path, of: Sequence[str] = ()) -> list[str]:
@@ -130,9 +130,8 @@ def _download(name: str, target: Path, of: Sequence[str]) -> Path:
             ignore_patterns=["original/*", "consolidated*", "*.bin.index.json"],
         )
     except Exception as error:  # the hub client and its transport raise many unrelated types
-        lines = str(error).strip().splitlines()
-        reason = lines[0] if lines else type(error).__name__
-        missing = f" (unfinished: {', '.join(_unfinished(target, of))})" if target.is_dir() else ""
+        reason = told(str(error).strip().split("\n")[0] or type(error).__name__)
+        missing = f" (unfinished: {', '.join(_unfinished(target, of))})" if os.path.isdir(target) else ""
         raise InputError(
             f"{name}: not in {target.parent} and could not be downloaded{missing}: {reason}; "
             f"check the name and the network, or put the {'adapter' if of else 'model'} at {target}"

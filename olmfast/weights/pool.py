@@ -6,12 +6,12 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from pathlib import Path
 from typing import Any
 
-from olmfast.errors import InputError
+from olmfast.errors import InputError, show
 from olmfast.weights.adapters import open_model
 from olmfast.weights.architecture import Architecture
 from olmfast.weights.checkpoint import Checkpoint, Tensor
 from olmfast.weights.digests import DigestCache
-from olmfast.weights.tokens import token_ids
+from olmfast.weights.tokenizer_files import token_ids
 
 # What two donors must share: (what a user calls it, the keys that model types spell it with).
 DIMENSIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -167,7 +167,7 @@ class Pool:
 
     def _check_alike(self) -> None:
         first, *others = self
-        faults = _check_blocks(first)
+        faults = []
         for donor in others:
             whole = donor.name not in self.blocks_only  # else its vocabulary is not used
             differences = [*_config_differences(first, donor, whole), *_tensor_differences(first, donor)]
@@ -203,13 +203,13 @@ def _config_differences(first: Checkpoint, other: Checkpoint, vocabulary: bool =
             continue
         ours, theirs = _dimension(first.config, keys), _dimension(other.config, keys)
         if ours != theirs and None not in (ours, theirs):
-            found.append(f"{label} {theirs!r} instead of {ours!r}")
+            found.append(f"{label} {show(theirs)} instead of {show(ours)}")
     return found
 
 
 def _soft_differences(first: Checkpoint, other: Checkpoint) -> list[str]:
     return [
-        f"{other.name}: {key} is {other.config[key]!r}, {first.name} has {first.config[key]!r}; "
+        f"{other.name}: {key} is {show(other.config[key])}, {first.name} has {show(first.config[key])}; "
         "scored whole it keeps its own value, in a merge its tensors get the base's"
         for key in SOFT
         if key in first.config and key in other.config and first.config[key] != other.config[key]
@@ -234,17 +234,6 @@ def _tensor_differences(first: Checkpoint, other: Checkpoint) -> list[str]:
     return found
 
 
-def _check_blocks(donor: Checkpoint) -> list[str]:
-    architecture = donor.architecture
-    held = {architecture.block_of(name) for name in donor.tensors} - {None}
-    if held == set(range(architecture.n_blocks)):
-        return []
-    return [
-        f"{donor.name}: config.json says {architecture.n_blocks} blocks, the weights hold {len(held)} "
-        f"(named {architecture.family.blocks}.N)"
-    ]
-
-
 def vocabulary_differences(first: Checkpoint, other: Checkpoint) -> list[str]:
     """One line if tokens of the first model's tokenizer have another id in the other's, none if they have not."""
     ours, theirs = token_ids(first.tokenizer_folder), token_ids(other.tokenizer_folder)
@@ -253,6 +242,6 @@ def vocabulary_differences(first: Checkpoint, other: Checkpoint) -> list[str]:
         return []
     token = moved[0]
     return [
-        f"{len(moved)} tokens have another id in the tokenizer, the first {token!r} {theirs[token]} "
+        f"{len(moved)} tokens have another id in the tokenizer, the first {show(token)} {theirs[token]} "
         f"instead of {ours[token]}"
     ]

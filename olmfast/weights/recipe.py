@@ -13,7 +13,7 @@ from typing import Any
 
 import xxhash
 
-from olmfast.errors import InputError
+from olmfast.errors import InputError, show
 from olmfast.weights.sources import Expression, expression_from_json
 
 VERSION = 1  # of a recipe's JSON
@@ -48,7 +48,9 @@ class Recipe:
     def from_json(cls, data: Mapping[str, Any]) -> Recipe:
         """Read what `to_json` wrote. Raises InputError for an unknown version or expression."""
         if data.get("version") != VERSION:
-            raise InputError(f"recipe: expected version {VERSION}, got {data.get('version')!r}; use a newer olmfast")
+            raise InputError(
+                f"recipe: expected version {VERSION}, got {show(data.get('version'))}; use a newer olmfast"
+            )
         tensors = {name: expression_from_json(entry) for name, entry in data["tensors"].items()}
         return cls(data["base"], tensors, data["config_edits"])
 

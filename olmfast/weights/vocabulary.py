@@ -12,12 +12,20 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from olmfast.errors import InputError, did_you_mean
+from olmfast.errors import InputError, did_you_mean, show
 from olmfast.weights.checkpoint import Checkpoint, read_json
 from olmfast.weights.expressions import Copy, MeanRow, Rows, merge
 from olmfast.weights.pool import Pool
 from olmfast.weights.sources import Expression
-from olmfast.weights.tokens import token_ids
+from olmfast.weights.tokenizer_files import (
+    ADDED,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    added_tokens,
+    listed_tokens,
+    token_ids,
+    tokenizer_config,
+)
 
 # Where a row comes from: a model and a row of it, the same row of several models on average, or nothing (zeros).
 Origin = tuple[tuple[str, int], ...]
@@ -63,8 +71,8 @@ class Vocabulary:
         """What a user should know: tokens whose id is past the embedding, and what they get."""
         return [
             f"{model}: {len(tokens)} tokens of the tokenizer have no row in the embedding, which has "
-            f"{self.model_rows[model]}, the first {tokens[0]!r}; they get the row of a model that has one, else the "
-            "mean of the rows"
+            f"{self.model_rows[model]}, the first {show(tokens[0])}; they get the row of a model that has one, else "
+            "the mean of the rows"
             for model, tokens in ((m, [t for t in lost if t in self.ids]) for m, lost in self.rowless.items())
             if tokens
         ]
@@ -172,7 +180,7 @@ def plan_vocabulary(
     following = max(ids.values(), default=-1) + 1
     if source == "union":
         entries = {token: None for name in models for token in every[name]}
-        special = {e["content"]: e for name in reversed(models) for e in _added_tokens(pool[name])}
+        special = {e["content"]: e for name in reversed(models) for e in added_tokens(pool[name].tokenizer_folder)}
         plain = [token for token in entries if token not in special]
         wanted = [*plain, *(token for token in entries if token in special)]
     else:
@@ -199,7 +207,7 @@ def row_of(pool: Pool, model: str, token: str, where: str) -> int:
     """The row of a model's token. Raises InputError if it has none."""
     ids = token_ids(pool[model].tokenizer_folder)
     if token not in ids:
-        raise InputError(f"{where}: {model} has no token {token!r}{did_you_mean(token, ids)}")
+        raise InputError(f"{where}: {model} has no token {show(token)}{did_you_mean(token, ids)}")
     return ids[token]
 
 
@@ -211,11 +219,11 @@ def _ids(model: Checkpoint) -> dict[str, int]:
             f"{model.tokenizer_folder}: no tokenizer.json, which the merge of vocabularies needs; make it with "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
-    ids = token_ids(model.tokenizer_folder)
+    ids = dict(token_ids(model.tokenizer_folder))
     shared = shared_ids(ids)
     if shared:
         index, tokens = shared[0]
-        raise InputError(f"{path}: the tokens {tokens[0]!r} and {tokens[1]!r} have the same id {index}")
+        raise InputError(f"{path}: the tokens {show(tokens[0])} and {show(tokens[1])} have the same id {index}")
     return ids
 
 
@@ -229,23 +237,19 @@ def shared_ids(ids: Mapping[str, int]) -> list[tuple[int, list[str]]]:
     return [(index, found) for index, found in tokens.items() if len(found) > 1]
 
 
-def _added_tokens(model: Checkpoint) -> list[dict[str, Any]]:
-    return list(read_json(model.tokenizer_folder / "tokenizer.json").get("added_tokens", []))
-
-
 def tokenizer_texts(vocabulary: Vocabulary, folder: Path) -> dict[str, str]:
     """File name -> text of the tokenizer files that added tokens change; the others are copied unchanged."""
     if not vocabulary.added:
         return {}
-    data = read_json(folder / "tokenizer.json")
-    data["added_tokens"] = [*data.get("added_tokens", []), *vocabulary.added]
-    texts = {"tokenizer.json": json.dumps(data, ensure_ascii=False, indent=2) + "\n"}
-    path = folder / "tokenizer_config.json"
-    if path.is_file() and isinstance((config := read_json(path)).get("added_tokens_decoder"), dict):
+    data = read_json(folder / TOKENIZER)
+    data["added_tokens"] = [*added_tokens(folder), *vocabulary.added]
+    texts = {TOKENIZER: json.dumps(data, ensure_ascii=False, indent=2) + "\n"}
+    config = tokenizer_config(folder)
+    if "added_tokens_decoder" in config:
         entries = {str(e["id"]): {k: v for k, v in e.items() if k != "id"} for e in vocabulary.added}
         config["added_tokens_decoder"] |= entries
-        texts["tokenizer_config.json"] = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
-    if (folder / "added_tokens.json").is_file():
-        listed = {**read_json(folder / "added_tokens.json"), **{e["content"]: e["id"] for e in vocabulary.added}}
-        texts["added_tokens.json"] = json.dumps(listed, ensure_ascii=False, indent=2) + "\n"
+        texts[TOKENIZER_CONFIG] = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
+    if listed := listed_tokens(folder):
+        listed |= {entry["content"]: entry["id"] for entry in vocabulary.added}
+        texts[ADDED] = json.dumps(listed, ensure_ascii=False, indent=2) + "\n"
     return texts

@@ -1,0 +1,168 @@
+"""What a module would be, found out on the meta device: whether a config.json fits its weights, and everything that
+does not, before any memory is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from olmfast.errors import InputError, told
+from olmfast.weights.architecture import N_BLOCKS, Architecture
+from olmfast.weights.pool import Pool
+from olmfast.weights.recipe import Recipe
+
+TRIED_TOKENS = 3
+# What says that the meta device, not the config, is why a forward pass did not work.
+OF_META = ("meta tensor", "meta device", "'Meta'", "Meta backend")
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a module would be: the recipe's tensors in the order in which it declares its parameters, and the bytes that
+    it takes."""
+
+    tensors: tuple[str, ...]
+    n_bytes: int
+
+
+def draw_up(recipe: Recipe, pool: Pool, dtype: torch.dtype) -> Blueprint:
+    """Build the recipe's module without memory, and let it compute. Raises what `check_fit` raises."""
+    base = pool[recipe.base]
+    architecture = pool.architecture.edited(recipe.config_edits)
+    shapes = {name: info.shape if (info := base.tensors.get(name)) else None for name in recipe.tensors}
+    module = check_fit(recipe.config(base.config), architecture, shapes, base.folder / "config.json", tied=pool.tied)
+    parameters = dict(module.named_parameters())
+    order = {name: i for i, name in enumerate(parameters)}
+    names = sorted(recipe.tensors, key=lambda name: order.get(architecture.slot(name).parameter, len(order)))
+    n_bytes = sum(parameter.numel() * dtype.itemsize for parameter in parameters.values())
+    return Blueprint(tuple(names), n_bytes + sum(buffer.nbytes for buffer in module.buffers()))
+
+
+def check_fit(
+    config: Mapping[str, Any],
+    architecture: Architecture,
+    shapes: Mapping[str, tuple[int, ...] | None],
+    where: Path,
+    *,
+    tied: bool,
+) -> Any:
+    """The module of a config.json on the meta device; `shapes` are the tensors' by canonical name, None if not known.
+
+    Raises InputError naming `where`, with everything in which config and weights do not fit: what Transformers cannot
+    build, another number of blocks, shapes that differ, parameters that nothing fills, a forward pass that fails.
+    """
+    faults, held = [], {index for name in shapes if (index := architecture.block_of(name)) is not None}
+    if held != set(range(architecture.n_blocks)):
+        named = f"named {architecture.family.blocks}.N"
+        faults.append(f"{where}: says {architecture.n_blocks} blocks, the weights hold {len(held)} ({named})")
+        # Built with as many blocks as there are, so that a wrong number of them hides nothing else.
+        config = {**config, **{key: len(held) for key in N_BLOCKS if key in config and held}}
+    try:
+        with torch.device("meta"):
+            module = build_module(config, where, tied, torch.bfloat16)  # in which the meta device knows everything
+    except InputError as error:
+        raise InputError("\n".join([*faults, str(error)])) from error
+    faults += _faults_of_shapes(config, architecture, shapes, where, dict(module.named_parameters()))
+    try:
+        map_slots(module, architecture, shapes, where)
+    except InputError as error:
+        faults += [] if faults else [str(error)]  # else it says the same again
+    faults += [] if faults else _fault_of_computing(module, where)
+    if faults:
+        raise InputError("\n".join(faults))
+    return module
+
+
+def _faults_of_shapes(
+    config: Mapping[str, Any],
+    architecture: Architecture,
+    shapes: Mapping[str, tuple[int, ...] | None],
+    where: Path,
+    parameters: Mapping[str, torch.Tensor],
+) -> Iterator[str]:
+    """A line for every way in which shapes differ, with the first tensor of its kind and how many more there are."""
+    found: dict[tuple[Any, ...], list[str]] = {}
+    for name, stored in shapes.items():
+        slot = architecture.slot(name)
+        if stored is None or slot.parameter not in parameters:
+            continue
+        try:
+            made = tuple(slot.of(parameters[slot.parameter]).shape)
+        except IndexError:
+            made = tuple(parameters[slot.parameter].shape)
+        if made != stored:
+            pairs = zip(stored, made, strict=False) if len(made) == len(stored) else [(len(stored), len(made))]
+            kind = tuple(dict.fromkeys(pair for pair in pairs if pair[0] != pair[1]))
+            found.setdefault(kind, []).append(f"{name} {list(stored)}, which it makes {list(made)}")
+    for kind, lines in found.items():
+        sizes = {made for _, made in kind}
+        keys = [f"{key} is {value}" for key, value in config.items() if type(value) is int and value in sizes]
+        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+        says = f"{', '.join(keys)}, but " if keys else ""
+        yield f"{where}: does not fit the weights: {says}they hold {lines[0]}{more}"
+
+
+def _fault_of_computing(module: Any, where: Path) -> Iterator[str]:
+    """What a forward pass over a few tokens fails with, unless that is for want of real tensors."""
+    try:
+        with torch.no_grad():
+            module(input_ids=torch.zeros(1, TRIED_TOKENS, dtype=torch.long, device="meta"), use_cache=True)
+    except NotImplementedError:
+        return
+    except Exception as error:
+        if not any(words in str(error) for words in OF_META):
+            yield f"{where}: a model with this config cannot compute: {told(error)}"
+
+
+def build_module(data: Mapping[str, Any], where: Path, tied: bool, dtype: torch.dtype) -> Any:
+    """An empty Transformers module as a config.json says, its head tied or not.
+
+    Raises InputError naming `where` if Transformers cannot build it.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        config = CONFIG_MAPPING[data["model_type"]].from_dict(dict(data))
+        config.tie_word_embeddings = tied
+        if dtype == torch.float64:
+            config._experts_implementation = "eager"  # torch's grouped product knows no float64
+        with no_init_weights():
+            module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        module.tie_weights()  # part of the initialisation that was just left out
+    except MemoryError:
+        raise
+    except Exception as error:  # a config can hold anything, and each class checks it in its own way
+        raise InputError(f"{where}: Transformers cannot build this model: {told(error)}") from error
+    return module.eval().requires_grad_(False)
+
+
+def map_slots(module: Any, architecture: Architecture, names: Iterable[str], where: Path) -> dict[str, torch.Tensor]:
+    """Canonical name -> the view of the live parameter it fills.
+
+    Raises InputError naming `where` if a parameter is filled by nothing, or a tensor fills none.
+    """
+    parameters = dict(module.named_parameters())
+    buffers = dict(module.named_buffers())
+    slots: dict[str, torch.Tensor] = {}
+    filled: dict[str, int] = dict.fromkeys(parameters, 0)
+    unknown = []
+    for name in names:
+        slot = architecture.slot(name)
+        if slot.parameter in parameters:
+            slots[name] = slot.of(parameters[slot.parameter].data)
+            filled[slot.parameter] += slots[name].numel()
+        elif not architecture.is_ignored(name) and slot.parameter not in buffers:
+            unknown.append(name)
+    empty = [name for name, n in filled.items() if n != parameters[name].numel()]
+    if empty or unknown:
+        raise InputError(
+            f"{where}: checkpoint and module do not match: nothing in the files fills "
+            f"{empty[:3] or 'nothing'}, and no parameter takes {unknown[:3] or 'nothing'}"
+        )
+    return slots

@@ -1,0 +1,260 @@
+"""Files that hold what nobody expects: each ends in one message that names it, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from olmfast.config.loading import parse_yaml
+from olmfast.errors import InputError, show, told
+from olmfast.evaluation import rendering
+from olmfast.search.log import Outcome, Standing
+from olmfast.search.record import Record
+from olmfast.testing import tiny_run
+
+MERGE = {
+    "merge_method": "linear",
+    "models": [{"model": f"models/donor{i}", "parameters": {"weight": 1}} for i in (0, 1)],
+}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    """A folder with donors, a config that runs and a merge file."""
+    folder = tmp_path_factory.mktemp("good")
+    tiny_run(folder, 2, dataset={"sums.json": {"mode": "exact_match"}}, holdout={})
+    (folder / "merge.yml").write_text(yaml.safe_dump(MERGE))
+    return folder
+
+
+@pytest.fixture
+def place(good, tmp_path, monkeypatch) -> Path:
+    """A fresh copy, which is the working directory."""
+    monkeypatch.chdir(shutil.copytree(good, tmp_path / "run"))
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def refused(olmfast, place) -> Callable[..., str]:
+    """The message that a command is refused with, once it is clear that nothing was written."""
+
+    def call(*arguments: object) -> str:
+        before = {path: path.lstat().st_mtime_ns for path in place.rglob("*")}
+        code, out, err = olmfast(*arguments)
+        assert (code, out) == (2, ""), err
+        assert err.startswith("olmfast: ")
+        assert err.count("olmfast: ") == 1
+        assert max(map(len, err.splitlines())) < 900
+        assert {path: path.lstat().st_mtime_ns for path in place.rglob("*")} == before
+        return err.removeprefix("olmfast: ")
+
+    return call
+
+
+def edit(path: Path, **keys: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+
+COMMANDS = (["run", "cfg.yaml", "-q"], ["run", "cfg.yaml", "--dry-run", "-q"], ["check", "cfg.yaml"])
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, ["check", "merge.yml"]])
+def test_all_that_does_not_fit_the_weights_in_config_json_is_told_at_once(refused, place, command):
+    for name in ("donor0", "donor1"):
+        edit(place / f"models/{name}/config.json", vocab_size=113, intermediate_size=50, num_hidden_layers=3)
+    where = place / "models" / "donor0" / "config.json"
+    told = {
+        f"{where}: says 3 blocks, the weights hold 2 (named model.layers.N)",
+        f"{where}: does not fit the weights: vocab_size is 113, but they hold ",
+        f"{where}: does not fit the weights: intermediate_size is 50, but they hold ",
+    }
+    found = refused(*command).splitlines()
+    if "merge.yml" not in command:
+        assert len(found) == 3
+        assert all(any(line.startswith(one) for line in found) for one in told)
+    assert any("vocab_size" in line or "113" in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"num_attention_heads": "4"}, "num_attention_heads: expected a positive whole number, got '4'"),
+        ({"hidden_size": 10**400}, "hidden_size: expected a positive whole number, got 1"),
+        ({"max_position_embeddings": "many"}, "max_position_embeddings: expected a positive whole number, got 'many'"),
+        ({"text_config": 3, "architectures": 0.5}, "text_config: expected an object, got 3"),
+        ({"attention_bias": "\\"}, "Transformers cannot build this model: "),
+        ({"hidden_act": ["silu"]}, "Transformers cannot build this model: "),
+        ({"num_key_value_heads": 4}, "does not fit the weights: "),
+        ({"model_type": {}}, "model_type {} is not supported"),
+    ],
+)
+def test_a_key_of_config_json_with_another_kind_of_value_is_named(refused, place, keys, message):
+    for name in ("donor0", "donor1"):
+        edit(place / f"models/{name}/config.json", **keys)
+    assert message in refused("run", "cfg.yaml", "-q")
+    assert message in refused("check", "cfg.yaml")
+
+
+def a_loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("file", ["cfg.yaml", "sums.json", "models/donor0/config.json", "models/donor0/tokenizer.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, a_loop])
+def test_what_is_no_regular_file_is_not_waited_for(refused, place, file, make):
+    (place / file).unlink()
+    make(place / file)
+    assert file in refused("run", "cfg.yaml", "-q")
+
+
+def test_a_merge_file_that_is_a_pipe_is_not_waited_for(refused, place):
+    os.mkfifo(place / "pipe.yml")
+    assert refused("merge", "pipe.yml", "out") == "pipe.yml: cannot be read: it is no regular file\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: !!int x", "a: !!float x", "a: !!bool x", "a: !!timestamp x", "a: !!binary é", "a: !!python/object:os.x {}",
+        "a: !x y", "a: 2001-13-40", "? [a]\n: b", "&x {a: *x}", '"\\ud800": 1', "[" * 5000,
+    ],
+)  # fmt: skip
+def test_tags_and_scalars_that_are_none_are_the_files_fault(text):
+    with pytest.raises(InputError, match=r"^x\.yml"):
+        parse_yaml(text, "x.yml")
+
+
+def test_aliases_that_stand_for_a_billion_values_are_refused_and_others_are_not():
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+    with pytest.raises(InputError, match="its aliases stand for too many values"):
+        parse_yaml("\n".join(lines), "x.yml")
+    assert parse_yaml("a: &a [1, 2]\nb: *a", "x.yml") == {"a": [1, 2], "b": [1, 2]}
+
+
+def test_quotes_are_bounded():
+    nested: list[Any] = []
+    for _ in range(40):
+        nested = [nested] * 9
+    for value in (nested, "a" * 9000, 10**5000, {"a": "b" * 9000}, ["x"] * 9000):
+        assert len(show(value)) < 310
+    assert show("it's") == repr("it's")
+    assert told(ValueError("a\nb\x1b[2J" + "c" * 9000)).startswith("a b\\x1b[2Jccc")
+    assert len(told("c" * 9000)) < 310
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ 1/0 }}", "the chat template fails: ZeroDivisionError"),
+        ("{{ messages[9].content.x }}", "the chat template of "),
+        ("{% for", "the chat template of "),
+        ("{{ messages + 1 }}", "the chat template fails: TypeError"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "the chat template fails: RecursionError"),
+        ("{{ 'a' * 10**12 }}", "the chat template "),
+        ("{{ 'a' * 5000000 }}", "the chat template makes more than 1 MB"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes more than 0.5 s"),
+        ("{{ 9 ** (9 ** 9) }}", "takes more than 0.5 s"),
+    ],
+)
+def test_a_chat_template_cannot_crash_hang_or_fill_the_memory(refused, place, monkeypatch, template, message):
+    monkeypatch.setattr(rendering, "N_BYTES", 1 << 20)
+    if "more than 0.5 s" in message:
+        monkeypatch.setattr(rendering, "SECONDS", 0.5)
+    (place / "models" / "donor0" / "chat_template.jinja").write_text(template)
+    found = refused("run", "cfg.yaml", "-q")
+    assert found.startswith(f"{place / 'sums.json'}: item 0: ")
+    assert message in found
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "command"),
+    [
+        ("tokenizer.json", {"added_tokens": [{"id": 3}]}, "run"),
+        ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": "b"}, "merges": []}}, "merge"),
+        ("tokenizer.json", {"normalizer": {"type": "Nothing"}}, "run"),
+        ("tokenizer_config.json", {"chat_template": 3}, "merge"),
+        ("tokenizer_config.json", {"added_tokens_decoder": []}, "merge"),
+        ("generation_config.json", {"eos_token_id": "</s>"}, "run"),
+    ],
+)
+def test_a_tokenizers_file_of_another_shape_is_named(refused, place, file, change, command):
+    for name in ("donor0", "donor1"):
+        path = place / "models" / name / file
+        path.write_text(path.read_text() if path.exists() else "{}")
+        edit(path, **change)
+        (place / "models" / name / "chat_template.jinja").unlink(missing_ok=True)
+    merge = {**MERGE, "tokenizer": {"source": "union", "tokens": {"new": {}}}, "chat_template": "auto"}
+    (place / "merge.yml").write_text(yaml.safe_dump(merge))
+    arguments = ["cfg.yaml", "-q"] if command == "run" else ["merge.yml", "out"]
+    assert "donor0" in refused(command, *arguments)
+
+
+def test_tokens_that_the_embedding_has_no_row_of_are_told(refused, place):
+    for name in ("donor0", "donor1"):
+        path = place / "models" / name / "tokenizer.json"
+        data = json.loads(path.read_text())
+        data["model"]["vocab"]["+"] = 5000
+        path.write_text(json.dumps(data))
+    assert "the tokenizer gives the id 5000 to a token of sums.json, and the embedding has 112 rows" in refused(
+        "run", "cfg.yaml", "-q"
+    )
+
+
+def test_names_and_numbers_that_nothing_can_have_are_refused(refused, place):
+    long = "a" * 300
+    assert "a name in it is longer than 255 bytes" in refused("run", "cfg.yaml", "-q", "--set", f"output_dir={long}")
+    assert long[:200] in refused("run", "cfg.yaml", "-q", "--set", f"models=[{long}]")
+    assert "max_ram" in refused("run", "cfg.yaml", "-q", "--set", f"max_ram={'9' * 400}")
+    merge = {**MERGE, "parameters": {"weight": int("9" * 400)}}
+    (place / "merge.yml").write_text(json.dumps(merge))
+    assert refused("merge", "merge.yml", "out").startswith("merge.yml: parameters.weight: expected a number")
+    linear = ["linear", "--model_a", "models/donor0", "--model_b", "models/donor1", "--alpha", "0.5", "--layers"]
+    for digits in ("\u00b2", "\u0663", "9" * 5000):
+        assert "not expected here; layers are given as --layers 1 2 20" in refused(*linear, digits)
+
+
+def test_any_change_of_a_log_is_noticed(tmp_path):
+    record = Record.create(tmp_path, {"config": {}})
+    record.add("base", Outcome("base", "model", "donor0", False, {}), Standing(scores={"a": 1}), 2, 0.5)
+    record.update(status="stopped")
+    path, generator = tmp_path / "steps.jsonl", random.Random(0)
+    content = path.read_bytes()
+    last = content.rindex(b"\n", 0, -1) + 1
+    for _ in range(300):
+        at = generator.randrange(last)
+        changed = bytearray(content)
+        changed[at] = generator.choice([byte for byte in range(32, 127) if byte != changed[at]])
+        path.write_bytes(bytes(changed))
+        with pytest.raises(InputError, match=r"steps\.jsonl: "):
+            Record.load(tmp_path)
+    for lines in (content.splitlines(True)[::2], content.splitlines(True)[:1] + content.splitlines(True)[:0:-1]):
+        path.write_bytes(b"".join(lines))
+        with pytest.raises(InputError, match="is damaged: it, or a line before it, was changed since it was written"):
+            Record.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        {"layers": {"x": {"best_model": "donor1"}}},
+        {"layers": {"9" * 400: {"best_model": "donor1"}}},
+        {"layers": {"0": "donor1"}},
+        {"base_model": {"name": 3}},
+        {"tensors": {"model.layers.0.mlp.up_proj": {"best_model": ["donor1"]}}},
+        {"tensors": [1]},
+        "donor1",
+    ],
+)
+def test_a_report_of_the_original_tool_of_another_shape_is_refused(refused, place, report):
+    (place / "out").mkdir()
+    (place / "out" / "merge_report.json").write_text(json.dumps(report))
+    assert "merge_report.json: is not a merge report" in refused("run", "cfg.yaml", "-q", "--resume")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from olmfast.kernels._dispatch import interpreted
 from olmfast.kernels.dare import dare_mask
+from olmfast.kernels.evolution import offspring_count, svd_coefficients
 from olmfast.kernels.factors import svd_factors
 from olmfast.kernels.noise import svd_noise
 from olmfast.kernels.scaling import row_scale
@@ -90,6 +91,15 @@ def _cases(device: torch.device) -> Iterator[Case]:
 
     yield Case("svd_factors", rebuilt, weight.double() / weight.double().abs().max(), 5e-6, has_kernel=False)
 
+    s, draws = random(40).abs(), random(3, 40)
+    damped = (s.double().max() / (s.double() + 1e-10)).sqrt()
+    truth = 0.1 * s.double().std() * draws.double() * damped / damped.mean()
+    yield Case("svd_coefficients", lambda _: svd_coefficients(s, 0.1, draws), truth, 1e-12, has_kernel=False)
+    dimensions = torch.tensor([1, 2, 40, 4096])
+    counts = (4 + 3 * dimensions.double().log()).int().double()  # none of them is on the edge of a whole number
+    counted = torch.tensor([offspring_count(n) for n in dimensions.tolist()]).double()
+    yield Case("offspring_count", lambda _: counted, counts, 0.0, has_kernel=False)
+
 
 def _check(case: Case, impl: str, backend: str) -> bool:
     start = perf_counter()
@@ -97,12 +107,12 @@ def _check(case: Case, impl: str, backend: str) -> bool:
         result = case.run(impl)
         error = float((result.double() - case.truth).norm() / case.truth.norm())
     except Exception as reason:
-        print(f"{case.name:<16}{backend:<22}FAILED    {type(reason).__name__}: {reason}")
+        print(f"{case.name:<18}{backend:<22}FAILED    {type(reason).__name__}: {reason}")
         return False
     passed = error <= case.allowed
     elapsed_ms = (perf_counter() - start) * 1e3
     verdict = "ok" if passed else "WRONG"
-    print(f"{case.name:<16}{backend:<22}{error:<10.1e}{case.allowed:<10.0e}{elapsed_ms:<11.0f}{verdict}")
+    print(f"{case.name:<18}{backend:<22}{error:<10.1e}{case.allowed:<10.0e}{elapsed_ms:<11.0f}{verdict}")
     return passed
 
 
@@ -120,7 +130,7 @@ def main() -> int:
     with_triton = _triton_version() != "not installed" and (device.type == "cuda" or interpreted())
     if not with_triton:
         print("Triton kernels: not run (no GPU; TRITON_INTERPRET=1 runs them in Triton's interpreter)")
-    print(f"{'operation':<16}{'backend':<22}{'error':<10}{'allowed':<10}{'first, ms':<11}")
+    print(f"{'operation':<18}{'backend':<22}{'error':<10}{'allowed':<10}{'first, ms':<11}")
     passed = True
     for case in _cases(device):
         passed &= _check(case, "torch", f"torch on {device.type}")

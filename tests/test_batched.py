@@ -26,7 +26,7 @@ from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.sequential import SequentialScorer
 from olmfast.testing import FAMILIES, sums, tiny_model, tiny_run, tiny_tokenizer, write_dataset
-from olmfast.weights.expressions import Copy, merge, whole
+from olmfast.weights.expressions import Copy, whole
 from olmfast.weights.offspring import NormOffspring, SvdOffspring
 from olmfast.weights.pool import Pool
 from olmfast.weights.sources import Sources
@@ -319,8 +319,7 @@ def test_a_candidate_of_no_numbers_scores_nan(tmp_path):
     unit = next(u for u in world.pool.architecture.module_units(world.tensors) if u.name.endswith("1.mlp.up_proj"))
     (name,) = unit.tensors
     scaled = NormOffspring(Copy("d0", name), "float32", math.inf, 0, name, 0, 0)
-    nothing = merge("passthrough", [Copy("d0", name)], scale=(math.nan,))
-    other = NormOffspring(nothing, "float32", 0.0, 0, name, 0, 0)
+    other = NormOffspring(scaled, "float32", 0.0, 0, name, 0, 0)
     broken = [Candidate(label, {unit.tensors[0]: own}) for label, own in (("scaled", scaled), ("other", other))]
     for candidate in broken:
         scores = world.fast.score(unit, [Candidate("now"), candidate])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from olmfast.config.run import DatasetConfig
+from olmfast.evaluation import lessons
 from olmfast.evaluation.batched import BatchedScorer
 from olmfast.evaluation.encoding import load_datasets
 from olmfast.evaluation.model import WorkingModel
@@ -141,17 +142,21 @@ def test_a_lesson_is_how_likely_the_teacher_finds_each_token(tmp_path):
         torch.testing.assert_close(lesson.shares.sum(dim=1), torch.ones(lesson.n, dtype=torch.float64))
         # Tokens that are equally likely to nine digits may come in either order.
         torch.testing.assert_close(other.shares, lesson.shares, rtol=1e-6, atol=1e-9)
+        if name != "loss.json":
+            assert lesson.shares[:, 0].unique().tolist() == [lessons.EXPECTED]
         if name == "loss.json":
             assert lesson.tokens.tolist() == [[token] for token in lesson.sample.response]
             assert lesson.shares.unique().tolist() == [1]
         if name == "choice.json":
-            assert lesson.tokens.tolist() == [list(lesson.sample.options)]
+            assert lesson.tokens.tolist() == [[lesson.sample.response[0], *lesson.sample.options]]
         if name == "text.json":
             assert 1 <= len(lesson.sample.response) <= 4
-            assert lesson.tokens[:, 0].tolist() == list(lesson.sample.response)  # greedy: the likeliest
+            assert lesson.tokens[:, 0].tolist() == list(lesson.sample.response)
+            assert lesson.tokens[:, 1].tolist() == list(lesson.sample.response)  # greedy: the likeliest
 
 
-def test_the_loss_is_least_where_the_teacher_is(tmp_path):
+def test_what_the_teacher_thinks_is_best_met_by_the_teacher(tmp_path, monkeypatch):
+    monkeypatch.setattr(lessons, "EXPECTED", 0.0)
     world = World(tmp_path, "llama")
     teacher = Candidate("d1", recipe=whole("d1", world.pool.tensors))
     asked = (world.samples, world.weights, dict.fromkeys(world.samples, teacher))

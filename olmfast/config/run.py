@@ -218,6 +218,13 @@ class RunConfig(BaseModel):
     _notes: tuple[str, ...] = PrivateAttr(())
     _file: Path | None = PrivateAttr(None)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether both say the same: which file that was read from makes no difference."""
+        if not isinstance(other, RunConfig):
+            return NotImplemented
+        mine, others = ((own._config_dir, own.model_dump()) for own in (self, other))
+        return mine == others
+
     @property
     def config_dir(self) -> Path:
         """The folder that relative paths are taken from."""

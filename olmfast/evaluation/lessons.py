@@ -1,9 +1,9 @@
 """What a search by gradient teaches: the answer expected of a question, softened by what a teacher thinks of it.
 
-A lesson has for every token of an answer the `LIKELIEST` tokens that the teacher would go on with, and their
-probabilities (distillation: Hinton et al., arXiv 1503.02531). They say more than the answer does, so that fewer
-questions are enough and less of what is learnt is luck. A dataset without expected answers is answered by the teacher
-(Kim and Rush, arXiv 1606.07947).
+Half of a lesson is the answer; half are, for every token of it, the `LIKELIEST` tokens that the teacher would go on
+with, and their probabilities (distillation: Hinton et al., arXiv 1503.02531). They say more than the answer does, so
+that fewer questions are enough and less of what is learnt is luck. A dataset without expected answers is answered by
+the teacher (Kim and Rush, arXiv 1606.07947).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from olmfast.evaluation.scorer import Candidate
 
 TEXT_TOKENS = 128  # of an answer that a teacher writes
 LIKELIEST = 128  # tokens that a teacher's view is kept of: two kilobytes for each token of an answer
+EXPECTED = 0.5  # the share of the answer itself: a teacher may be wrong, and a merge better than its teacher
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,19 @@ def plain_lesson(sample: Sample) -> Lesson:
 
 
 def seen_by(teacher: torch.Tensor, sample: Sample) -> Lesson:
-    """The answer as a teacher sees it, whose logits are (predicted tokens, vocabulary); of a multiple choice, among
-    its options."""
+    """The answer, and what a teacher thinks of it, whose logits are (predicted tokens, vocabulary); of a multiple
+    choice, among its options."""
     if sample.options:
         tokens = torch.tensor([sample.options])
         logits = teacher[:1, list(sample.options)]
     else:
         logits, tokens = teacher.topk(min(LIKELIEST, teacher.shape[1]), dim=1)
-    return Lesson(sample, tokens.cpu(), logits.softmax(dim=1, dtype=torch.float64).cpu())
+    expected, seen = plain_lesson(sample), logits.softmax(dim=1, dtype=torch.float64).cpu()
+    return Lesson(
+        sample,
+        torch.cat([expected.tokens, tokens.cpu()], dim=1),
+        torch.cat([EXPECTED * expected.shares, (1 - EXPECTED) * seen], dim=1),
+    )
 
 
 # The index of each question and its predicted tokens' logits, computed by the live model.

@@ -85,7 +85,8 @@ class Coefficients:
         first, second, total = torch.zeros_like(offsets), torch.zeros_like(offsets), torch.zeros_like(offsets)
         for step, questions in enumerate(batches, 1):
             slopes = self._slopes(offsets[:, groups], questions)
-            gradient = torch.zeros_like(offsets).index_add_(1, groups, slopes)
+            # Slopes that overflowed say nothing of where to go.
+            gradient = torch.zeros_like(offsets).index_add_(1, groups, slopes.nan_to_num(0.0, 0.0, 0.0))
             first = DECAYS[0] * first + (1 - DECAYS[0]) * gradient
             second = DECAYS[1] * second + (1 - DECAYS[1]) * gradient.square()
             size = (second / (1 - DECAYS[1] ** step)).sqrt()

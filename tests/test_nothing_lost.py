@@ -590,6 +590,15 @@ def test_an_output_that_cannot_be_replaced_is_refused_before_anything_is_written
         assert (code, tree(place)) == (2, before), err
 
 
+def test_a_file_at_the_output_is_refused_by_check_too(place, olmfast):
+    (place / "out").write_text("mine")
+    before = tree(place)
+    for command in (["merge", place / "m.yml", place / "out"], ["check", place / "m.yml", "--out", place / "out"]):
+        code, _, err = olmfast(*command)
+        assert (code, tree(place)) == (2, before), err
+        assert err.splitlines() == [f"olmfast: {place / 'out'}: exists and is not a directory; name another output_dir"]
+
+
 def test_a_link_at_the_output_is_replaced_only_with_overwrite_and_never_followed(place, olmfast):
     (place / "out").symlink_to("important")
     before = tree(place)

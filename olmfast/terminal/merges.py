@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from olmfast.observer import Observer
-from olmfast.output.folder import free_bytes
+from olmfast.output.folder import OutputFolder, free_bytes
 from olmfast.output.writer import OutputTensor
 from olmfast.static.extract import Extracted
 from olmfast.static.plan import Plan, memory_bytes
@@ -23,7 +23,11 @@ from olmfast.static.write import Written, copy_rate
 
 
 def print_plan(plan: Plan, out: Path, as_json: bool) -> None:
-    """Tables of what moves where, or the same as JSON; the time is estimated from a copy of a few bytes."""
+    """Tables of what moves where, or the same as JSON; the time is estimated from a copy of a few bytes.
+
+    Raises InputError for an `out` that no folder can replace.
+    """
+    is_taken = OutputFolder(out, overwrite=True).is_taken
     rate, free = copy_rate(plan, out), free_bytes(out)
     seconds = (plan.n_bytes_read + plan.n_bytes) / rate
     if as_json:
@@ -61,7 +65,7 @@ def print_plan(plan: Plan, out: Path, as_json: bool) -> None:
         f"memory besides Python and torch; about {seconds:.1f} s at the {decimal(round(rate))}/s that a trial copy "
         "reached (an estimate)"
     )
-    there = " (exists: --overwrite will be needed)" if out.exists() and any(out.iterdir()) else ""
+    there = " (exists: --overwrite will be needed)" if is_taken else ""
     little = ", which is too little" if free < plan.n_bytes else ""
     print(f"result: {out}{there}; {decimal(free)} free there{little}; nothing has been written")
 

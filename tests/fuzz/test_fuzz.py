@@ -1,4 +1,4 @@
-"""Malformed input of every kind, a few hundred cases of `make fuzz`."""
+"""Malformed input of every kind, the first cases of `make fuzz`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness import Case, Hangs, caught, judge, restore, tree
 from kinds import KINDS
 from malformed import as_text, spoil, spoil_bytes
 
-N_CASES = 200
+N_CASES = 80
 FAMILIES = ("llama", "gpt2", "mixtral")  # `make fuzz` has eight
 
 

@@ -40,14 +40,19 @@ def read_size(value: int | str, where: str) -> int:
         raise InputError(f"{where}: {error}") from error
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """Safe YAML that refuses a key given twice, which plain YAML silently overwrites."""
 
 
 def _construct_unique(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     loader.flatten_mapping(node)
+    return unique_pairs(loader, node.value)
+
+
+def unique_pairs(loader: yaml.SafeLoader, pairs: Iterable[tuple[yaml.Node, yaml.Node]]) -> dict[Any, Any]:
+    """The mapping of these keys and values. Raises MarkedYAMLError for a key that is given twice, or cannot be one."""
     result: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
+    for key_node, value_node in pairs:
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, Hashable):
             raise yaml.MarkedYAMLError(problem=f"{show(key)} cannot be a key", problem_mark=key_node.start_mark)
@@ -57,7 +62,7 @@ def _construct_unique(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[A
     return result
 
 
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_unique)
+UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_unique)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -82,10 +87,13 @@ def read_any_yaml(path: Path) -> object:
     return parse_yaml(read_text(path), path)
 
 
-def parse_yaml(text: str, where: str | Path) -> object:
-    """The values that a YAML or JSON text holds, safely loaded. Raises InputError naming `where`, line and column."""
+def parse_yaml(text: str, where: str | Path, reader: type[UniqueKeyLoader] = UniqueKeyLoader) -> object:
+    """The values that a YAML or JSON text holds, safely loaded. Raises InputError naming `where`, line and column.
+
+    `reader` may read more tags than YAML's own, as plain values.
+    """
     try:
-        loader = _UniqueKeyLoader(text)
+        loader = reader(text)
         try:
             node = loader.get_single_node()
             if node is None:

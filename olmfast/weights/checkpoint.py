@@ -124,6 +124,14 @@ class TensorInfo:
         offset = self.offset + begin * row_bytes
         return replace(self, shape=(end - begin, *shape[1:]), offset=offset, n_bytes=n_bytes)
 
+    def at(self, place: Sequence[int]) -> TensorInfo:
+        """The part `tensor[place]`, of as many dimensions fewer as `place` has indices."""
+        part = self
+        for index in place:
+            part = part.rows(index, index + 1)
+            part = replace(part, shape=part.shape[1:])
+        return part
+
     def read_into(self, out: torch.Tensor, start: int) -> None:
         """Fill `out`, (m,) on the CPU, with the values from flat index `start` on, converted to its dtype."""
         copy_tensors([self._values_into(out, (len(out),), self.offset + start * self.dtype.itemsize)])

@@ -100,25 +100,30 @@ class Copy(Expression):
 
 @dataclass(frozen=True)
 class Stored(InFile):
-    """A computed tensor kept in a safetensors file next to the record; `digest` is xxh3-128 of its bytes."""
+    """A computed tensor kept in a safetensors file next to the record; `digest` is xxh3-128 of its bytes.
+
+    With `place`, the part of the tensor that these indices select.
+    """
 
     key: ClassVar[str] = "stored"
     file: str
     tensor: str
     digest: str
+    place: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """See `Expression.to_json`."""
-        return {"stored": self.file, "tensor": self.tensor, "digest": self.digest}
+        entry = {"stored": self.file, "tensor": self.tensor, "digest": self.digest}
+        return {**entry, "place": list(self.place)} if self.place else entry
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Stored:
         """See `Expression.from_json`."""
-        return cls(entry["stored"], entry["tensor"], entry["digest"])
+        return cls(entry["stored"], entry["tensor"], entry["digest"], tuple(entry.get("place", ())))
 
     def info(self, sources: Sources) -> TensorInfo:
         """See `Expression.info`. Its bytes are checked when it is first used."""
-        return sources.stored(self.file, self.tensor, self.digest)
+        return sources.stored(self.file, self.tensor, self.digest, self.place)
 
     def identity(self, sources: Sources) -> str:  # noqa: ARG002
         """See `Expression.identity`."""

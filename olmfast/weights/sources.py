@@ -161,7 +161,7 @@ class Sources:
     ) -> None:
         self.pool, self.folder, self.memory = pool, folder, memory
         self.device, self.evolve_on = torch.device(device), torch.device(evolve_on)
-        self._opened: dict[tuple[str, str, str], TensorInfo] = {}
+        self._opened: dict[tuple[str, str, str, tuple[int, ...]], TensorInfo] = {}
         self._kept: OrderedDict[Expression, torch.Tensor] = OrderedDict()
         self._n_kept = 0
         self._parent: tuple[tuple[Expression, torch.dtype], Parent] | None = None
@@ -195,12 +195,15 @@ class Sources:
         """Give back the memory of the parent kept."""
         self._parent = None
 
-    def stored(self, file: str, tensor: str, digest: str) -> TensorInfo:
-        """Where a refined tensor is stored. Raises OlmfastError if its bytes are not those of the digest."""
-        key = (file, tensor, digest)
+    def stored(self, file: str, tensor: str, digest: str, place: tuple[int, ...] = ()) -> TensorInfo:
+        """Where a refined tensor is stored, or the part of it at `place`.
+
+        Raises OlmfastError if its bytes are not those of the digest.
+        """
+        key = (file, tensor, digest, place)
         if key not in self._opened:
             path = self.folder / file
-            info = next((info for info in read_header(path) if info.name == tensor), None)
+            info = next((info.at(place) for info in read_header(path) if info.name == tensor), None)
             if info is None or info.digest() != digest:
                 raise OlmfastError(f"{path}: {tensor}: the bytes have changed since they were stored")
             # A file that a later one has replaced stays on the disk for as long as it is mapped.

@@ -36,11 +36,17 @@ CLASSIFIER = re.compile(r"For\w*Classification")
 
 
 def find_differences(
-    pool: Pool, base: Checkpoint, skeletons: Skeletons, allowed: Collection[str], tokens_are_aligned: bool
+    pool: Pool,
+    base: Checkpoint,
+    skeletons: Skeletons,
+    allowed: Collection[str],
+    tokens_are_aligned: bool,
+    blocks_only: bool = False,
 ) -> tuple[list[str], list[str]]:
     """A line for each difference from the base's config that changes what weights mean: what to tell, what to refuse.
 
-    Refused is what makes a merge mean nothing; `allowed` are keys that may differ nevertheless.
+    Refused is what makes a merge mean nothing; `allowed` are keys that may differ nevertheless. With `blocks_only`, the
+    others give blocks alone, and what rows of their embeddings and heads mean is not looked at.
     """
     notes, faults, seen = [], [], set[str]()
     for other, key, ours, theirs in _differences(pool, base, skeletons):
@@ -51,7 +57,7 @@ def find_differences(
             faults.append(f"{line}: the same weights mean something else; --allow-mismatch {key} merges them anyway")
         else:
             notes.append(f"{line}; the result has the base's")
-    for other in pool:
+    for other in () if blocks_only else pool:
         for key, line in _other_meanings(base, other, tokens_are_aligned):
             seen.add(key)
             if key in allowed:

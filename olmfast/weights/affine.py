@@ -59,7 +59,7 @@ class Affine(Expression):
 
     `scale` is A: one number, an expression of shape (D,), its diagonal, or one of shape (D, D), whose row i gives value
     i; `bias` is b: one number or an expression of shape (D,). Left out, they are 1 and 0. It is computed in float32, or
-    in float64 where the tensor is, and rounded once, to `dtype` or to that of the tensor.
+    in float64 where the tensor or `dtype` is, and rounded once, to `dtype` or to that of the tensor.
     """
 
     key: ClassVar[str] = "affine"
@@ -96,11 +96,11 @@ class Affine(Expression):
     def open(self, sources: Sources, memory: Scratch | None = None) -> Readable:
         """See `Expression.open`. Where a whole A meets vectors along the first dimension, all is computed at once."""
         source = self.of.operand(sources)
-        dtype = torch.promote_types(source.dtype, torch.float32)
+        rounded = getattr(torch, self.dtype) if self.dtype else source.dtype
+        dtype = torch.promote_types(torch.promote_types(source.dtype, rounded), torch.float32)
         operands = Operands([source], None, sources.device, dtype, memory)
         scale = _held(1.0 if self.scale is None else self.scale, operands, sources)
         bias = _held(0.0 if self.bias is None else self.bias, operands, sources)
-        rounded = getattr(torch, self.dtype) if self.dtype else source.dtype
         width = (source.shape or (1,))[self.axis]
         for name, factor in (("scale", scale), ("bias", bias)):
             if factor.shape not in ((), (width,), (width, width))[: 3 if name == "scale" else 2]:

@@ -19,6 +19,26 @@ from olmfast.errors import InputError, show
 
 
 @dataclass(frozen=True)
+class Flow:
+    """What a block adds to the stream last, d, and what is added to the stream before the first block.
+
+    d is the sum of what the `writers` give, modules of a block as regular expressions; several where attention and MLP
+    are parallel. `norm` is the norm that d passes, whose weight is stored less one. A model has a bias in the `biased`
+    modules if the key `bias_key` of its config says so. `positions` is a table that is added to the embedding, which
+    is multiplied by the root of the width (`root_scaled`) or by a key of the config, as d is by `block_key`.
+    """
+
+    writers: tuple[str, ...] = (r"mlp\.down_proj",)
+    norm: str = ""
+    bias_key: str = ""
+    biased: tuple[str, ...] = ()
+    positions: str = ""
+    root_scaled: bool = False
+    embedding_key: str = ""
+    block_key: str = ""
+
+
+@dataclass(frozen=True)
 class Family:
     """How one model type names its parts. Names are canonical; `blocks` is the list of decoder layers."""
 
@@ -32,32 +52,48 @@ class Family:
     transposed: tuple[str, ...] = ()  # modules whose weights are stored (in, out)
     renames: tuple[tuple[str, str], ...] = ()  # canonical name -> module name, as regular expressions
     ignored: tuple[str, ...] = ()  # stored by some files, recomputed by the module
+    flow: Flow = Flow()
 
 
 _ROTARY = (r"\.rotary_emb\.inv_freq$",)
 _LLAMA = Family(optional_prefix="model.", ignored=_ROTARY)
+_MLP_BIAS = ("mlp_bias", ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"))
+_ATTENTION_BIAS = ("attention_bias", tuple(f"self_attn.{part}_proj" for part in "qkvo"))
 _GPT2_BUFFERS = (r"\.attn\.(bias|masked_bias)$",)
 _MIXTRAL = Family(
     optional_prefix="model.",
     mlp="block_sparse_moe",
     renames=((r"\.block_sparse_moe\.gate\.", ".mlp.gate."),),
     ignored=_ROTARY,
+    flow=Flow((r"block_sparse_moe\.experts\.\d+\.w2",)),
 )
 
 FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA,
+    "llama": replace(_LLAMA, flow=Flow(bias_key=_MLP_BIAS[0], biased=_MLP_BIAS[1])),
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
+    "gemma": replace(_LLAMA, flow=Flow(root_scaled=True)),
+    "gemma2": replace(_LLAMA, flow=Flow(norm="post_feedforward_layernorm", root_scaled=True)),
     "phi3": _LLAMA,
-    "granite": _LLAMA,
-    "cohere": _LLAMA,
+    "granite": replace(
+        _LLAMA,
+        flow=Flow(
+            bias_key=_MLP_BIAS[0],
+            biased=_MLP_BIAS[1],
+            embedding_key="embedding_multiplier",
+            block_key="residual_multiplier",
+        ),
+    ),
+    "cohere": replace(
+        _LLAMA,
+        flow=Flow((r"self_attn\.o_proj", r"mlp\.down_proj"), bias_key=_ATTENTION_BIAS[0], biased=_ATTENTION_BIAS[1]),
+    ),
     "phi": Family(
         optional_prefix="model.",
         other_boundary=("model.final_layernorm.weight", "model.final_layernorm.bias", "lm_head.bias"),
         ignored=_ROTARY,
+        flow=Flow((r"self_attn\.dense", r"mlp\.fc2")),
     ),
     "gpt2": Family(
         blocks="transformer.h",
@@ -67,6 +103,7 @@ FAMILIES: dict[str, Family] = {
         optional_prefix="transformer.",
         transposed=("c_attn", "c_proj", "c_fc"),
         ignored=_GPT2_BUFFERS,
+        flow=Flow((r"mlp\.c_proj",), positions="transformer.wpe.weight"),
     ),
     "gptj": Family(
         blocks="transformer.h",
@@ -75,6 +112,7 @@ FAMILIES: dict[str, Family] = {
         other_boundary=("transformer.ln_f.weight", "transformer.ln_f.bias", "lm_head.bias"),
         attention="attn",
         ignored=_GPT2_BUFFERS,
+        flow=Flow((r"attn\.out_proj", r"mlp\.fc_out")),
     ),
     "gpt_neox": Family(
         blocks="gpt_neox.layers",
@@ -85,6 +123,7 @@ FAMILIES: dict[str, Family] = {
         attention="attention",
         renames=((r"^embed_out\.", "lm_head."),),
         ignored=(*_ROTARY, r"\.attention\.(bias|masked_bias)$", r"\.attention\.rotary_emb\.inv_freq$"),
+        flow=Flow((r"attention\.dense", r"mlp\.dense_4h_to_h")),
     ),
     "mixtral": _MIXTRAL,
 }
@@ -256,6 +295,24 @@ class Architecture:
         """The dimension of a stored 2-D weight that counts output features."""
         module = tensor.rsplit(".", 2)[-2]
         return 1 if module in self.family.transposed else 0
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """See `Flow`: those whose sum is d, which is the MLP's alone where attention comes before it."""
+        writers = self.family.flow.writers
+        return writers if self.config.get("use_parallel_residual", True) else writers[-1:]
+
+    def embedding_scale(self, dtype: torch.dtype) -> float:
+        """What the model multiplies embeddings by, in the dtype that it is run in."""
+        flow = self.family.flow
+        if flow.root_scaled:
+            return float(torch.tensor(self.config["hidden_size"] ** 0.5, dtype=dtype))
+        return float(self.config.get(flow.embedding_key, 1.0))
+
+    @property
+    def block_scale(self) -> float:
+        """What the model multiplies d by before it is added."""
+        return float(self.config.get(self.family.flow.block_key, 1.0))
 
     def slot(self, tensor: str) -> Slot:
         """Where a canonical tensor lands in the Transformers module."""

@@ -276,6 +276,54 @@ def tiny_run(folder: Path, n_donors: int = 3, family: str = "llama", **keys: Any
     return path
 
 
+def own_answers(path: Path, model: Path, n: int, seed: int) -> Path:
+    """Write n questions whose expected answers are what a model writes itself: it is the best donor there is."""
+    from transformers import AutoModelForCausalLM
+
+    from olmfast.config.run import DatasetConfig
+    from olmfast.evaluation.encoding import load_datasets
+
+    module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    questions = [question for question, _ in sums(n, seed)]
+    write_dataset(path, [(question, "12") for question in questions])
+    entries = {path.name: DatasetConfig(mode="exact", samples=n)}
+    samples = load_datasets(path.parent, entries, tiny_tokenizer(), 128)[path.name].samples
+    pairs = []
+    for question, sample in zip(questions, samples, strict=True):
+        ids = torch.tensor([sample.prompt])
+        for _ in range(3):
+            logits = module(ids).logits[0, -1]
+            logits[:5] = -torch.inf  # special tokens and what is no text
+            ids = torch.cat([ids, logits.argmax().view(1, 1)], dim=1)
+        pairs.append((question, tiny_tokenizer().decode(ids[0, -3:]).strip() or "x"))
+    return write_dataset(path, pairs)
+
+
+def skilled_run(
+    folder: Path,
+    n: int = 12,
+    n_donors: int = 3,
+    held_out: int = 0,
+    noise: float = 0.2,
+    mode: str = "exact_match",
+    **keys: Any,
+) -> Path:
+    """A pool in which each donor is best at a dataset of its own, and a config without a word of how to search."""
+    import yaml
+
+    config = tiny_run(folder, n_donors, model={"noise": noise, "num_hidden_layers": 2})
+    data = yaml.safe_load(config.read_text())
+    data["dataset"], data["holdout"] = {}, {}
+    for i, name in enumerate(data["models"]):
+        own_answers(folder / f"skill{i}.json", folder / "models" / name, n, seed=i)
+        data["dataset"][f"skill{i}.json"] = {"mode": mode}
+        if held_out:
+            own_answers(folder / f"held{i}.json", folder / "models" / name, held_out, seed=100 + i)
+            data["holdout"][f"held{i}.json"] = {"mode": mode}
+    config.write_text(yaml.safe_dump({**data, "samples": 1000, **keys}))
+    return config
+
+
 def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
     """All that is under a folder, links not followed: path -> mode, and the bytes of a file or the target of a link."""
 

@@ -16,16 +16,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from olmfast import InputError, load_config, run
-from olmfast.config.run import DatasetConfig
-from olmfast.evaluation.encoding import load_datasets
 from olmfast.evaluation.scores import Scores
 from olmfast.search.acceptance import Gain, Scale, passes
 from olmfast.search.crossfit import CrossFit
 from olmfast.search.halves import Halves, set_aside
-from olmfast.testing import sums, tiny_model, tiny_run, tiny_tokenizer, write_dataset
+from olmfast.testing import own_answers, skilled_run, tiny_model, tiny_run
 from olmfast.weights.coefficients import task_vectors
 from olmfast.weights.expressions import Copy, merge, whole
 from olmfast.weights.pool import Pool
@@ -170,47 +167,6 @@ def test_distances_are_those_of_the_task_vectors(family):
 
 
 # Whole runs
-
-
-def own_answers(path: Path, model: Path, n: int, seed: int) -> Path:
-    """Questions whose expected answers are what a model writes itself: it is the best donor there is."""
-    module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    questions = [question for question, _ in sums(n, seed)]
-    write_dataset(path, [(question, "12") for question in questions])
-    entries = {path.name: DatasetConfig(mode="exact")}
-    samples = load_datasets(path.parent, entries, tiny_tokenizer(), 128)[path.name].samples
-    pairs = []
-    for question, sample in zip(questions, samples, strict=True):
-        ids = torch.tensor([sample.prompt])
-        for _ in range(3):
-            logits = module(ids).logits[0, -1]
-            logits[:5] = -torch.inf  # special tokens and what is no text
-            ids = torch.cat([ids, logits.argmax().view(1, 1)], dim=1)
-        pairs.append((question, tiny_tokenizer().decode(ids[0, -3:]).strip() or "x"))
-    return write_dataset(path, pairs)
-
-
-def skilled_run(
-    folder: Path,
-    n: int = 12,
-    n_donors: int = 3,
-    held_out: int = 0,
-    noise: float = 0.2,
-    mode: str = "exact_match",
-    **keys,
-) -> Path:
-    """A pool in which each donor is best at a dataset of its own, and a config without a word of how to search."""
-    config = tiny_run(folder, n_donors, model={"noise": noise, "num_hidden_layers": 2})
-    data = yaml.safe_load(config.read_text())
-    data["dataset"], data["holdout"] = {}, {}
-    for i, name in enumerate(data["models"]):
-        own_answers(folder / f"skill{i}.json", folder / "models" / name, n, seed=i)
-        data["dataset"][f"skill{i}.json"] = {"mode": mode}
-        if held_out:
-            own_answers(folder / f"held{i}.json", folder / "models" / name, held_out, seed=100 + i)
-            data["holdout"][f"held{i}.json"] = {"mode": mode}
-    config.write_text(yaml.safe_dump({**data, "samples": 1000, **keys}))
-    return config
 
 
 def test_a_config_of_models_and_questions_gets_the_joint_search(tmp_path):

@@ -29,6 +29,7 @@ from pydantic import (
 from olmfast.config.candidates import CandidateKind, parse_candidates
 from olmfast.config.loading import Location, absolute, explain, parse_size, read_yaml, set_key
 from olmfast.config.originals import DATASETS, STAGE_KEYS, read_original
+from olmfast.config.searches import Evolve, lift_genome
 from olmfast.errors import InputError, did_you_mean, show
 
 Mode = Literal["exact_match", "bigram_loss", "diversity", "exact", "bigram", "quality", "perplexity", "choice"]
@@ -174,6 +175,7 @@ class RunConfig(BaseModel):
     start: str | None = None
 
     search: Literal["joint", "stages"] | None = None
+    evolve: Evolve | None = None
     base_select: Annotated[bool | str, BeforeValidator(_parse_switch)] = False
     boundary_select: Annotated[bool | str, BeforeValidator(_parse_switch)] = False
     layer_swap: bool = False
@@ -255,28 +257,33 @@ class RunConfig(BaseModel):
 
     @property
     def is_joint(self) -> bool:
-        """Whether the coefficients of all donors are searched: unless the config has keys of a search by stages."""
-        if self.search is not None:
+        """Whether the coefficients of all donors are searched: unless the config has keys of another search."""
+        if self.search is not None or self.evolve is not None:
             return self.search == "joint"
         by_rank = "selection" in self.model_fields_set and self.selection != "mean"
         return not by_rank and not self.model_fields_set.intersection(STAGE_KEYS)
 
     @property
+    def is_tested(self) -> bool:
+        """Whether what is chosen must be better on questions that did not pick it: in all searches but by stages."""
+        return self.is_joint or self.evolve is not None
+
+    @property
     def required_p(self) -> float | None:
-        """How unlikely a gain by luck must be: `significance`, which a joint search has a default for."""
-        if self.significance is None and self.is_joint and "significance" not in self.model_fields_set:
+        """How unlikely a gain by luck must be: `significance`, which a search that tests has a default for."""
+        if self.significance is None and self.is_tested and "significance" not in self.model_fields_set:
             return SIGNIFICANCE
         return self.significance
 
     @property
     def validation_share(self) -> float:
-        """The share of the selection questions that a joint search sets aside; 0 where there are datasets for it."""
-        return self.validation if self.is_joint and isinstance(self.validation, float) else 0.0
+        """The share of the selection questions that is set aside; 0 where there are datasets for it."""
+        return self.validation if self.is_tested and isinstance(self.validation, float) else 0.0
 
     @property
     def validation_sets(self) -> dict[str, DatasetConfig]:
         """The datasets of its own that the validation has."""
-        return self.validation if self.is_joint and isinstance(self.validation, dict) else {}
+        return self.validation if self.is_tested and isinstance(self.validation, dict) else {}
 
     @property
     def questions(self) -> dict[str, DatasetConfig]:
@@ -318,16 +325,24 @@ class RunConfig(BaseModel):
         both = set(self.validation_sets) & {*self.dataset, *self.holdout}
         if both:
             raise ValueError(f"validation: {show(sorted(both)[0])} is used for something else too")
-        unfit = next((key for key in ("ancestor", "start") if getattr(self, key) and not self.is_joint), None)
-        if unfit is not None:
-            raise ValueError(f"{unfit}: only a joint search has one; add search: joint")
-        if self.is_joint and (self.improve_all or self.racing):
-            raise ValueError("improve_all, racing: a search by stages has them; leave them out, or add search: stages")
+        self._check_searches()
         if self.racing and self.selection == "average_rank":
             raise ValueError("racing: who has the lowest average rank depends on all; use selection: copeland or mean")
         for name, entry in self.questions.items():
             _check_pattern(name, entry.forbid)
         return self
+
+    def _check_searches(self) -> None:
+        """Raise ValueError for keys of two searches at once."""
+        given = self.model_fields_set
+        if self.evolve is not None and (keys := [key for key in ("search", *STAGE_KEYS, "start") if key in given]):
+            raise ValueError(f"{', '.join(keys)}: evolve is a search of its own; leave them out")
+        if self.ancestor and not self.is_tested:
+            raise ValueError("ancestor: only a joint search has one; add search: joint")
+        if self.start and not self.is_joint:
+            raise ValueError("start: only a joint search has one; add search: joint")
+        if self.is_joint and (self.improve_all or self.racing):
+            raise ValueError("improve_all, racing: a search by stages has them; leave them out, or add search: stages")
 
     def decisive(self) -> dict[str, Any]:
         """The keys that a resumed run must not change, as plain JSON values."""
@@ -411,7 +426,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
 def parse_config(data: dict[str, Any], where: str, folder: Path) -> RunConfig:
     """Check plain data as a RunConfig; relative paths are taken from `folder`."""
     data, notes = read_original(data)
-    data = _without_blanks(data)
+    data = lift_genome(_without_blanks(data), where)
     notes += _join_base(data)
     for key, place in PLACES.items():
         data.setdefault(key, place)
@@ -476,6 +491,6 @@ def _join_base(data: dict[str, Any]) -> Iterator[str]:
 
 def _known_keys(location: Location) -> Iterable[str]:
     nested: dict[str, type[BaseModel]] = dict.fromkeys(("dataset", "holdout", "validation"), DatasetConfig)
-    nested |= {"budget": Budget, "racing": Racing, "markov": Windows}
+    nested |= {"budget": Budget, "racing": Racing, "markov": Windows, "evolve": Evolve}
     model: type[BaseModel] = nested[str(location[0])] if len(location) > 1 else RunConfig
     return model.model_fields

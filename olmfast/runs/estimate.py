@@ -164,7 +164,7 @@ def estimate(config: RunConfig, observer: Observer | None = None) -> Estimate:
         output_dir=config.output_dir,
         candidates=", ".join(
             f"{kind.method} {' '.join(f'{x:g}' for x in kind.values)}".strip()
-            for kind in (config.candidates if config.walk or not config.is_joint else [])
+            for kind in (config.candidates if config.walk or not config.is_tested else [])
         ),
         n_tensors=len(pool.tensors),
         stays=_stays(config, pool, stages),

@@ -83,7 +83,7 @@ class Inputs:
         for name, dataset in questions.datasets.items():
             for why, n in dataset.reasons.items():
                 observer.note(f"{name}: {n} samples {why} are left out")
-        for check in (check_apart, check_units):
+        for check in (check_apart, check_units, check_evolve):
             with _noted(faults):
                 check(config, pool)
         with _noted(faults):
@@ -154,7 +154,7 @@ class Inputs:
 
 def ancestor_of(config: RunConfig) -> str | None:
     """The ancestor that the config names, or the model that all donors of a joint search are adapters of."""
-    if config.ancestor is not None or not config.is_joint:
+    if config.ancestor is not None or not config.is_tested:
         return config.ancestor
     return common_model(config.models, config.models_dir, config.config_dir)
 
@@ -176,9 +176,25 @@ def check_units(config: RunConfig, pool: Pool) -> None:
             raise InputError(f"units: {show(pattern)} matches no module inside the blocks, such as {units[0].name}")
 
 
+def check_evolve(config: RunConfig, pool: Pool) -> None:
+    """Raise InputError when `evolve` has nothing to search, or a filter that matches no tensor."""
+    if config.evolve is None:
+        return
+    if len({*config.models, *([config.ancestor] if config.ancestor else [])}) < 2:
+        raise InputError(f"models: {config.models[0]} is the only one: evolve merges several")
+    for wanted in config.evolve.filters:
+        if not any(wanted in name for name in pool.tensors):
+            raise InputError(f"evolve.filters: no tensor's name contains {show(wanted)}, such as {pool.tensors[-1]}")
+    if config.evolve.layer_granularity > pool.architecture.n_blocks:
+        raise InputError(
+            f"evolve.layer_granularity: {config.evolve.layer_granularity}, but the models have "
+            f"{pool.architecture.n_blocks} blocks"
+        )
+
+
 def check_searches(config: RunConfig) -> None:
     """Raise InputError when a search by stages has nothing to search: it would end as it began."""
-    searched = config.is_joint or config.es_svd or config.es_norm or config.load_merge_report
+    searched = config.is_tested or config.es_svd or config.es_norm or config.load_merge_report
     if not searched and not config.walk and not config.chosen_by(config.base_select):
         raise InputError(
             "this config searches nothing: its keys are of a search by stages, and no stage is on; switch on some of "

@@ -35,6 +35,7 @@ from olmfast.search.evolve import refine
 from olmfast.search.halves import Halves
 from olmfast.search.joint import Joint
 from olmfast.search.loop import BudgetSpent, Search
+from olmfast.search.parameters import ParameterSearch
 from olmfast.search.ranking import Rules
 from olmfast.search.record import Record
 from olmfast.search.units import STAGES, in_order, units_of
@@ -150,7 +151,7 @@ class Session:
         self.evaluation = Evaluation(recipe, inputs.pool, inputs.settings, record.folder)
         tolerance = 1e-6 if inputs.settings.dtype in (torch.float32, torch.float64) else 1e-3
         rules = Rules(
-            "mean" if config.is_joint else config.selection,
+            "mean" if config.is_tested else config.selection,
             tolerance if config.tie_tolerance is None else config.tie_tolerance,
             config.significance,
             {name: entry.weight for name, entry in config.dataset.items()},
@@ -171,8 +172,8 @@ class Session:
         status = "finished"
         try:
             self.choose_base()
-            if self.config.is_joint:
-                self._search_jointly()
+            if self.config.is_tested:
+                self._search_with_tests()
             else:
                 self._walk_stages()
         except BudgetSpent:
@@ -191,8 +192,9 @@ class Session:
                 changed |= refine(self.search, unit, again)
         return changed
 
-    def _search_jointly(self) -> None:
-        """Search the coefficients of all donors; the stages that the config switches on as well are part of it."""
+    def _search_with_tests(self) -> None:
+        """Search the coefficients of all donors, with the stages that the config switches on as well, or what `evolve`
+        says of the numbers of one merge."""
         config, pool, search = self.config, self.inputs.pool, self.search
         scale = Scale(search.rules.spans, search.rules.weights, self._noise())
         search.begin_tests(CrossFit(Halves.of(search.scorer.sizes, config.seed), scale, config.required_p))
@@ -205,7 +207,10 @@ class Session:
         ignored = search.architecture.is_ignored
         vectors = task_vectors(pool, self.inputs.donors, self.inputs.ancestor, config.base_name, ignored)
         self._describe(vectors)
-        Joint(search, vectors, lambda number: self._walk_stages(f"/{number}" if number > 1 else "")).run()
+        if config.evolve is not None:
+            ParameterSearch(search, config.evolve, vectors, self.inputs.donors).run()
+        else:
+            Joint(search, vectors, lambda number: self._walk_stages(f"/{number}" if number > 1 else "")).run()
 
     def _noise(self) -> dict[str, float]:
         """Dataset -> by how much rounding alone changes the current model's mean score: scored in other batches."""
@@ -313,7 +318,7 @@ class Session:
         return account
 
     def _start(self) -> dict[str, Recipe | None]:
-        """What a joint search began with, where that is none of the donors."""
+        """What a search that tests began with, where that is none of the donors."""
         start = self.record.snapshots.get("start")
         if start is None or any(start.tensors == whole(name, start.tensors).tensors for name in self.inputs.donors):
             return {}
@@ -345,8 +350,8 @@ class Session:
         }
         self.selection = Scoreboard(list(rows), rows, truncated)
         spans = {name: (span[0], span[1]) for name, span in outcome.spans.items()}
-        search.set_scale(spans if self.config.is_joint else self.selection.spans, self.selection.rows[outcome.winner])
-        resumed = self.config.is_joint and len(self.record.steps) > 1  # its merges have the config's base
+        search.set_scale(spans if self.config.is_tested else self.selection.spans, self.selection.rows[outcome.winner])
+        resumed = self.config.is_tested and len(self.record.steps) > 1  # its merges have the config's base
         if outcome.winner != search.recipe.base and not resumed:
             search.rebase(whole(outcome.winner, pool.tensors))
         if self.config.max_models is not None:

@@ -14,6 +14,7 @@ from olmfast.runs.inputs import Inputs
 from olmfast.search.coefficients import joint_steps
 from olmfast.search.costs import PlannedStep, Schedule
 from olmfast.search.joint import N_STARTS
+from olmfast.search.parameters import evolve_steps
 from olmfast.search.units import STAGES, units_of
 from olmfast.weights.architecture import Unit
 from olmfast.weights.pool import Pool
@@ -117,7 +118,7 @@ def plan_steps(config: RunConfig, inputs: Inputs) -> list[PlannedStep]:
     judged, held_out = (Work.of(some.datasets.values(), context) for some in (inputs.selection, inputs.holdout))
     operations = Operations.of(config, pool)
     n_donors = len(config.models) - len(pool.blocks_only)
-    n_closing = 1 + (n_donors > 1) + config.is_joint  # the result, the plain average, the start
+    n_closing = 1 + (n_donors > 1) + config.is_tested  # the result, the plain average, the start
     steps = []
     if held_out.tokens:
         n = n_donors
@@ -155,6 +156,8 @@ def _decisions(config: RunConfig, pool: Pool) -> Iterator[tuple[str, Unit, int]]
         yield "start", whole, 1 + N_STARTS + (config.start is not None)
         for stage, unit, count in joint_steps(n_donors, architecture, tensors):
             yield stage, unit, count
+    if config.evolve is not None:
+        yield from evolve_steps(config.evolve, config.models, architecture, tensors)
     for index, scale in enumerate(config.walk):
         per_part = 1 + (n - (swaps_only or index == 0)) * n_ways
         for unit in units_of(scale, config, architecture, tensors):

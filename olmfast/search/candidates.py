@@ -32,7 +32,7 @@ def score_donors(search: Search) -> Outcome:
         return [Candidate(base) if untouched else donors[base], *(donors[name] for name in donors if name != base)]
 
     def accept(scores: Scores, alive: list[int]) -> list[int]:
-        if search.config.is_joint:
+        if search.config.is_tested:
             return _by_skill(scores, alive, search.rules)
         # The donors' own scores are the scale here: no earlier step has set one.
         means = {name: scores.mean(name)[alive] for name in scores.samples}

@@ -17,6 +17,7 @@ from olmfast.evaluation.scorer import Candidate, Direction
 from olmfast.search.crossfit import CrossFit
 from olmfast.search.halves import Indices
 from olmfast.search.loop import GRADIENT, Search, Step, Trained
+from olmfast.search.sampling import Point, Sampler
 from olmfast.weights.architecture import Architecture, Unit
 from olmfast.weights.coefficients import TaskVectors
 from olmfast.weights.draws import normal
@@ -129,38 +130,17 @@ class Coefficients:
         return self._take_trained(key, "evolution", grain, 0.0, lambda: self._trained(means))
 
     def _sample(self, half: Indices, key: str, grain: str, n_donors: int, n_groups: int) -> torch.Tensor:
-        from cmaes import CMA
-
-        seed = int(normal(1, self.search.config.seed, key).abs().item() * 2**20)
-        optimizer = CMA(mean=np.zeros(n_donors * n_groups), sigma=SIGMA, seed=seed)
         groups = self._groups(grain)
 
-        def candidate(index: int, point: np.ndarray) -> Candidate:
+        def candidate(label: str, point: Point) -> Candidate:
             offsets = torch.from_numpy(point).view(n_donors, n_groups)
-            return Candidate(f"{index}", self.vectors.moved(self.search.recipe, offsets[:, groups]))
+            return Candidate(label, self.vectors.moved(self.search.recipe, offsets[:, groups]))
 
+        unit = Unit(grain, "model", self.unit.tensors, self.unit.blocks)
+        sampler = Sampler(self.search, unit, key, half, candidate, np.zeros(n_donors * n_groups), SIGMA)
         for generation in range(GENERATIONS):
-            points = [optimizer.ask() for _ in range(optimizer.population_size)]
-            step = Step(
-                f"{key}/{generation}",
-                "evolution",
-                Unit(grain, "model", self.unit.tensors, self.unit.blocks),
-                partial(lambda points: [candidate(i, point) for i, point in enumerate(points)], points),
-                accept=lambda _, alive: alive or [0],
-                commit=False,
-                tested=False,
-                questions=half,
-            )
-            metrics = self.search.take(step).metrics
-            values = []
-            for index in range(len(points)):
-                means = {name: by[str(index)] for name, by in metrics.items()}
-                known = {name: value if value is not None else math.nan for name, value in means.items()}
-                values.append(-self.crossfit.scale.skill(known))
-            worst = max((value for value in values if math.isfinite(value)), default=0.0)
-            values = [value if math.isfinite(value) else worst + 1 for value in values]
-            optimizer.tell(list(zip(points, values, strict=True)))
-        return torch.from_numpy(optimizer.mean.copy()).view(n_donors, n_groups)
+            sampler.take(generation)
+        return torch.from_numpy(sampler.mean).view(n_donors, n_groups)
 
     # One donor in one block
 

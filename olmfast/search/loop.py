@@ -237,7 +237,7 @@ class Search:
         By stages each candidate counts as one. In a joint search, where a candidate may be scored on a part of the
         questions, it is the questions that count: one evaluation is all of them, once.
         """
-        if not self.config.is_joint:
+        if not self.config.is_tested:
             return n_candidates
         return round(self._scored / sum(self.scorer.sizes.values()), 3)
 

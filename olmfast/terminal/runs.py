@@ -25,7 +25,7 @@ from olmfast.search.log import strict
 
 # Steps that are told only where they change something.
 KINDS = {"selection": SELECTION, "holdout": HELD_OUT}  # the questions of a run, as they are told
-QUIET = ("tensors", "svd_es", "norm_es", "gradient", "evolution", "moves")
+QUIET = ("tensors", "svd_es", "norm_es", "gradient", "evolution", "moves", "evolve")
 
 
 def print_plan(plan: Estimate, as_json: bool) -> None:
@@ -46,7 +46,7 @@ def print_plan(plan: Estimate, as_json: bool) -> None:
     if plan.budget is not None:
         print(_fits(plan, plan.budget))
     print(f"scored besides, not limited by a budget of evaluations: {_scored_besides(plan)}")
-    if "start" in plan.stages:
+    if "gradient" in plan.stages:
         print("one round of the joint search; rounds repeat until one changes nothing, or the budget is spent")
     if plan.candidates:
         print(f"candidates of a unit: its current values; for each donor: {plan.candidates}")

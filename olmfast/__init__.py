@@ -43,6 +43,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Lazy: `import olmfast.kernels` from another tool must not load Transformers.
+    if name == "dataflow":  # a room with a door of its own
+        return import_module("olmfast.dataflow")
     if name not in _MODULES:
         raise AttributeError(f"module 'olmfast' has no attribute {name!r}")
     return getattr(import_module(f"olmfast.{_MODULES[name]}"), name)

@@ -16,36 +16,27 @@ from typer.core import TyperGroup
 
 from olmfast import __version__
 from olmfast.errors import InputError, Interrupted, cut
-from olmfast.terminal import boundary
+from olmfast.terminal import boundary, dataflow
+from olmfast.terminal.options import AllowMismatch, Device, Dtype, NoRemoteCodeFiles, Overrides, Seed
 
 if TYPE_CHECKING:
     from olmfast.runs.watchers import Watcher
 
 
 class _Commands(TyperGroup):
-    """`check linear ...` is `linear --dry-run ...`: one command line, checked and printed in one place."""
+    """`check linear ...` is `linear --dry-run ...`: one command line, checked and printed in one place. So is
+    `check dataflow ...`."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args[:2] == ["check", "linear"]:
-            args = ["linear", "--dry-run", *args[2:]]
+        if args[:2] in (["check", "linear"], ["check", "dataflow"]):
+            args = [args[1], "--dry-run", *args[2:]]
         return super().resolve_command(ctx, args)
 
 
-# Options that a run and its check share.
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or auto.")]
-Dtype = Annotated[str | None, typer.Option(help="The dtype candidates are evaluated in.")]
-Seed = Annotated[int | None, typer.Option(help="The random seed.")]
-
-AllowMismatch = Annotated[
-    list[str] | None,
-    typer.Option("--allow-mismatch", metavar="KEY", help="Merge although models differ in this key of config.json."),
-]
-NoRemoteCodeFiles = Annotated[
-    bool, typer.Option("--no-remote-code-files", help="Leave out a model's own Python files and the auto_map to them.")
-]
-
 app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+app.command("dataflow")(dataflow.dataflow_command)
 
 
 def main() -> None:
@@ -293,7 +284,7 @@ def extract_command(
 
 @app.command("check")
 def check_command(
-    config: Annotated[Path, typer.Argument(help="A merge file, or the YAML file of a run.")],
+    config: Annotated[Path, typer.Argument(help="A merge file, a data-flow file, or the YAML file of a run.")],
     out: Annotated[Path, typer.Option(help="Where the result of a merge would go.")] = Path("merged"),
     set_: Overrides = None,
     device: Device = None,
@@ -302,15 +293,20 @@ def check_command(
     allow_mismatch: AllowMismatch = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Check a run's config or a merge file and print the plan, without reading any weights.
+    """Check a run's config, a merge file or a data-flow file and print the plan, without reading any weights.
 
-    --set, --device, --dtype and --seed are those of a run; a merge file has no such keys.
+    --set, --device, --dtype and --seed are those of a run; the others have no such keys.
     """
     from olmfast.config.run import RunConfig
+    from olmfast.config.tagged import holds_dataflow
     from olmfast.static.check import check, read_config
     from olmfast.terminal import merges, runs
 
-    loaded = read_config(config, _overrides(set_ or [], device=device, dtype=dtype, seed=seed))
+    overrides = _overrides(set_ or [], device=device, dtype=dtype, seed=seed)
+    if holds_dataflow(config):
+        dataflow.check_file(config, out, overrides, allow_mismatch or (), as_json)
+        return
+    loaded = read_config(config, overrides)
     _quiet_libraries()
     if isinstance(loaded, RunConfig):
         runs.print_plan(check(loaded), as_json)

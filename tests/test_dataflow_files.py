@@ -12,7 +12,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from olmfast.config.dataflow import holds_dataflow, load_dataflow_config
+from olmfast.config.dataflow import load_dataflow_config
+from olmfast.config.tagged import holds_dataflow
 from olmfast.dataflow.hops import Hop, hops_of
 from olmfast.errors import InputError
 from olmfast.testing import tiny_model

@@ -12,10 +12,10 @@ from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from olmfast.config.loading import UniqueKeyLoader, absolute, explain, parse_yaml, unique_pairs
+from olmfast.config.loading import absolute, explain, parse_yaml
+from olmfast.config.tagged import TaggedLoader, is_dataflow_file
 from olmfast.errors import InputError, did_you_mean, show
 from olmfast.weights.affine import Given
 from olmfast.weights.files import read_text
@@ -267,52 +267,6 @@ def _number(value: object) -> float | None:
     return number if isfinite(number) else None
 
 
-class _Reader(UniqueKeyLoader):
-    """Safe YAML that also reads two of Python's tags, as the plain list and the plain mapping that they hold."""
-
-
-def _construct_tuple(loader: yaml.SafeLoader, node: yaml.Node) -> list[Any]:
-    if not isinstance(node, yaml.SequenceNode):
-        raise yaml.MarkedYAMLError(problem="a tuple is a list", problem_mark=node.start_mark)
-    return loader.construct_sequence(node, deep=True)
-
-
-def _construct_ordered(loader: yaml.SafeLoader, node: yaml.Node) -> dict[Any, Any]:
-    """`[[[key, value], ...]]`: the arguments, of which there is one or none."""
-    arguments = node.value if isinstance(node, yaml.SequenceNode) else None
-    if arguments == []:
-        return {}
-    if arguments is not None and len(arguments) == 1:
-        if isinstance(arguments[0], yaml.MappingNode):
-            return dict(loader.construct_object(arguments[0], deep=True))
-        if isinstance(arguments[0], yaml.SequenceNode) and all(
-            isinstance(pair, yaml.SequenceNode) and len(pair.value) == 2 for pair in arguments[0].value
-        ):
-            return unique_pairs(loader, [tuple(pair.value) for pair in arguments[0].value])
-    raise yaml.MarkedYAMLError(
-        problem="expected an OrderedDict as [[[key, value], ...]], its keys and values in one list",
-        problem_mark=node.start_mark,
-    )
-
-
-_Reader.add_constructor("tag:yaml.org,2002:python/tuple", _construct_tuple)
-_Reader.add_constructor("tag:yaml.org,2002:python/object/apply:collections.OrderedDict", _construct_ordered)
-
-
-def is_dataflow_file(data: object) -> bool:
-    """Whether this is what a data-flow file holds, perhaps with misspelt keys."""
-    return isinstance(data, Mapping) and ("model_paths" in data or "layer_mask" in data)
-
-
-def holds_dataflow(path: Path) -> bool:
-    """Whether a file is a data-flow file; False for one that cannot be read."""
-    try:
-        text = read_text(path)
-        return "model_paths" in text and is_dataflow_file(parse_yaml(text, path, _Reader))
-    except InputError:
-        return False
-
-
 def load_dataflow_config(
     source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
 ) -> DataflowConfig:
@@ -326,7 +280,7 @@ def load_dataflow_config(
         return _parse(data, overrides, "config", Path.cwd(), json.dumps(data, indent=2, default=str))
     path = Path(source)
     text = read_text(path)
-    data = parse_yaml(text, path, _Reader)
+    data = parse_yaml(text, path, TaggedLoader)
     if not isinstance(data, dict):
         kind = "nothing" if data is None else type(data).__name__
         raise InputError(f"{path}: expected a mapping of keys to values, got {kind}")

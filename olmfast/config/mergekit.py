@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from olmfast.config.documents import read_documents
 from olmfast.config.loading import explain
 from olmfast.config.parameters import Parameters, parameter_given
+from olmfast.config.tagged import refuse_dataflow
 from olmfast.errors import InputError, did_you_mean, show
 from olmfast.weights.methods import METHODS, Method
 
@@ -373,6 +374,7 @@ def load_merge_config(source: str | Path | Mapping[str, Any]) -> MergeConfig:
     Of a file with several documents, the last one, which has those before it as `earlier`.
     Raises InputError that lists every fault, unknown keys with a suggestion.
     """
+    refuse_dataflow(source)
     if isinstance(source, Mapping):
         return parse_merge_config(dict(source), "config", Path.cwd())
     path = Path(source)

@@ -30,6 +30,7 @@ from olmfast.config.candidates import CandidateKind, parse_candidates
 from olmfast.config.loading import Location, absolute, explain, parse_size, read_yaml, set_key
 from olmfast.config.originals import DATASETS, STAGE_KEYS, read_original
 from olmfast.config.searches import Evolve, lift_genome
+from olmfast.config.tagged import refuse_dataflow
 from olmfast.errors import InputError, did_you_mean, show
 
 Mode = Literal["exact_match", "bigram_loss", "diversity", "exact", "bigram", "quality", "perplexity", "choice"]
@@ -411,6 +412,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     `source` is the YAML file, or what one holds, whose paths are then relative to the working directory.
     Raises InputError that lists every fault at once, unknown keys with a suggestion.
     """
+    refuse_dataflow(source)
     path = Path("config" if isinstance(source, Mapping) else source)
     data = deepcopy(dict(source)) if isinstance(source, Mapping) else read_yaml(path)
     if "merge_method" in data:

@@ -34,13 +34,9 @@ def open_donors(config: DataflowConfig, models_dir: Path | None = None) -> Pool:
 
     Raises InputError that lists every one that is missing or of another family.
     """
-    pool = Pool.open(
-        list(dict.fromkeys(config.model_paths)),
-        models_dir or Path.cwd(),
-        config.folder,
-        alike=False,
-        download=False,
-    )
+    names, here = list(dict.fromkeys(config.model_paths)), models_dir or Path.cwd()
+    places = {name: place for name in names if (place := _without_revision(name, here, config.folder))}
+    pool = Pool.open(names, here, config.folder, alike=False, download=False, places=places)
     types = {str(donor.config.get("model_type")): donor.name for donor in pool}
     if len(types) > 1:
         listed = ", ".join(f"{name} is {kind}" for kind, name in types.items())
@@ -51,6 +47,15 @@ def open_donors(config: DataflowConfig, models_dir: Path | None = None) -> Pool:
         kind = show(first.config.get("model_type"))
         raise InputError(f"{first.name}: model_type {kind} is not supported; supported are {known}")
     return pool
+
+
+def _without_revision(name: str, models_dir: Path, folder: Path) -> Path | None:
+    """The folder of `folder@revision`: a folder has one revision, whichever is named."""
+    path, _, revision = name.rpartition("@")
+    if not revision or not path:
+        return None
+    found = (place / path for place in (folder, models_dir) if not (place / name).is_dir())
+    return next((place for place in found if place.is_dir()), None)
 
 
 def plan_dataflow(
@@ -123,15 +128,14 @@ def plan_path(
         left_out[head] = TIED
     content = Content(in_order(tensors), entry, config, entry, texts, left_out, code=False)
     check_copied(content)
-    title = f"a path of {len(hops)} hops"
     return Plan(
-        title,
+        "dataflow",
         used,
         content,
         text,
         "dataflow.yml",
         warnings=[*used.warnings, *notes],
-        notes=[f"{title}: {told(hops)}"],
+        notes=[f"{len(hops)} hops: {told(hops)}"],
         read=read or {},
     )
 

@@ -93,6 +93,8 @@ class Content:
 
     def account(self) -> str:
         """One line that says of every tensor where it comes from."""
+        if not self.tensors:
+            return "config and tokenizer written, and no weights"
         parts = [f"{n} {what}" for what, n in self.origins().items()]
         parts += [f"{n} {why}" for why, n in Counter(self.left_out.values()).items()]
         return f"{len(self.tensors)} tensors written: {', '.join(parts)}"
@@ -149,10 +151,12 @@ def write_folder(
 ) -> None:
     """Write weights, index, config and tokenizer files into the existing `folder`; all on the disk when this returns.
 
+    Of a content without tensors no file of weights is made.
     What an interrupted earlier write left is replaced. `finite`: raise InputError naming the tensor when a value to
     be written is NaN or infinite. `written` is called with each tensor that is done.
     """
-    write_weights(content.tensors, sources, folder, shard_size, finite, written)
+    if content.tensors:
+        write_weights(content.tensors, sources, folder, shard_size, finite, written)
     _write_beside(content, folder)
 
 

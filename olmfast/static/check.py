@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 from olmfast.config.documents import read_documents
 from olmfast.config.mergekit import MergeConfig, is_merge_file, load_merge_config
 from olmfast.config.run import RunConfig, load_config
+from olmfast.config.tagged import refuse_dataflow
 from olmfast.errors import InputError
 from olmfast.observer import Observer
 from olmfast.static.documents import plan_documents
@@ -75,6 +76,7 @@ def read_config(
 
     Raises InputError that lists every fault, or for overrides of a merge file.
     """
+    refuse_dataflow(source)
     held = source if isinstance(source, Mapping) else read_documents(Path(source))[-1].data
     if not is_merge_file(held):
         return load_config(source, overrides)

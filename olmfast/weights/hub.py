@@ -74,8 +74,10 @@ def _cached(name: str, stored: Path) -> Path:
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition("@")
+    there = stored.parent if (stored.parent / f"models--{repository.replace('/', '--')}").is_dir() else None
     try:
-        return Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
+        how = {"revision": revision or None, "cache_dir": there}  # None: where the cache is by default
+        return Path(snapshot_download(repository, **how, local_files_only=True))
     except Exception as error:  # the hub client raises many unrelated types
         raise InputError(
             f"{name}: neither at {stored} nor in Hugging Face's cache ({type(error).__name__}), and merging uses no "

@@ -64,6 +64,9 @@ def execute(
         return _loaded(Path(folder) / "model", device, classification, save_only_config)
 
 
+dfs_excute_from_config = execute  # the original's name, spelt as it spells it
+
+
 def write_path(plan: Plan, output: Path, *, save_only_config: bool = False, **options: Any) -> Written:
     """Write a path's plan, or its config and tokenizer alone; `options` are those of `write_merge`."""
     if save_only_config:

@@ -1,0 +1,132 @@
+"""An evo checkpoint, whose own code walks a path through the blocks it stores, made a plain one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from olmfast.dataflow.hops import Hop
+from olmfast.dataflow.plan import CLASSIFIER, plan_path
+from olmfast.errors import InputError, show
+from olmfast.static.plan import Plan
+from olmfast.weights.architecture import FAMILIES, N_BLOCKS, Architecture
+from olmfast.weights.checkpoint import Checkpoint, Tensor
+from olmfast.weights.digests import DigestCache
+from olmfast.weights.expressions import Stored
+from olmfast.weights.hub import resolve
+from olmfast.weights.pool import Pool
+from olmfast.weights.sources import Expression
+
+LAYERS, SCALES, BIAS = "input_layers", "input_scales", "input_bias"
+_OWN_KEYS = re.compile(r"num_hops|num_input_layers|input_(layers|scales|bias)|auto_map")
+
+
+def plan_unfolded(
+    model: str, *, dtype: str = "bfloat16", allow_mismatch: Collection[str] = (), models_dir: Path | None = None
+) -> Plan:
+    """The plan of a plain model that does what an evo checkpoint does: `model` is a folder or a Hub id.
+
+    Such a checkpoint stores blocks and, in `input_layers`, `input_scales` and perhaps `input_bias`, the path through
+    them. Raises InputError for a model that is none, and for all that `plan_dataflow` raises it for.
+    """
+    here = models_dir or Path.cwd()
+    donor = Checkpoint(resolve(model, here, here, download=False), model, DigestCache(), any_family=True)
+    walk = _Walk.taken_from(donor)
+    _make_plain(donor)
+    hops = list(walk.hops(donor))
+    classifies = any(str(name).endswith(CLASSIFIER) for name in donor.config.get("architectures") or ())
+    return plan_path(
+        hops,
+        Pool([donor], alike=False),
+        model,
+        model,
+        text=f"unfold: {model}",
+        dtype=dtype,
+        classification=classifies,
+        allow_mismatch=allow_mismatch,
+    )
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """The tensors of the path: the block of each hop, its scale and its bias."""
+
+    layers: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def taken_from(cls, donor: Checkpoint) -> _Walk:
+        """The walk of a checkpoint, whose tensors are from then on those of a plain model."""
+        name = next((name for name in donor.tensors if name.rpartition(".")[2] == LAYERS), None)
+        prefix = "" if name is None else name.removesuffix(LAYERS)
+        if name is None or prefix + SCALES not in donor.tensors:
+            raise InputError(
+                f"{donor.name}: has no tensors {LAYERS} and {SCALES}, which say the path of an evo checkpoint; a "
+                "data-flow file is executed without --unfold"
+            )
+        taken = [donor.tensors.pop(prefix + part, None) for part in (LAYERS, SCALES, BIAS)]
+        for part in (LAYERS, SCALES, BIAS):
+            donor.file_names.pop(prefix + part, None)
+        layers, scales, bias = taken
+        assert layers is not None
+        assert scales is not None
+        return cls(layers, scales, bias)
+
+    def hops(self, donor: Checkpoint) -> Iterator[Hop]:
+        """The path. Raises InputError for a block that is not stored, and factors that are not one for each hop."""
+        blocks, where = self.layers.read(), str(self.layers.file)
+        n_blocks = donor.architecture.n_blocks
+        if blocks.dim() != 1 or not len(blocks) or not all(0 <= int(block) < n_blocks for block in blocks):
+            raise InputError(
+                f"{where}: {self.layers.name}: expected a list of blocks from 0 to {n_blocks - 1}, got "
+                f"{show(blocks.tolist())}"
+            )
+        for factor in (self.scales, self.bias):
+            if factor is not None and factor.shape[:1] != (len(blocks),):
+                raise InputError(
+                    f"{where}: {factor.name}: expected one for each of {len(blocks)} hops, got {list(factor.shape)}"
+                )
+        for place, block in enumerate(blocks.tolist()):
+            bias = None if self.bias is None else _factor(self.bias, place)
+            yield Hop(donor.name, int(block), _factor(self.scales, place), bias, f"[{place}]")
+
+
+def _factor(tensor: Tensor, place: int) -> float | Expression:
+    """The factor of one hop: a number, or where its numbers lie."""
+    info = tensor.in_file
+    assert info is not None
+    part = info.at((place,))
+    values = part.read()
+    if not values.dtype.is_floating_point or not bool(values.isfinite().all()):
+        raise InputError(f"{info.file}: {info.name}[{place}]: expected finite numbers, got {show(values.tolist())}")
+    if values.numel() == 1:
+        return float(values.to(torch.float64))
+    return Stored(str(info.file.absolute()), info.name, part.digest(), (place,))
+
+
+def _make_plain(donor: Checkpoint) -> None:
+    """Give an evo checkpoint the config of the model type that it was made of."""
+    config: dict[str, Any] = {key: value for key, value in donor.config.items() if not _OWN_KEYS.fullmatch(key)}
+    kind = re.sub(r"evo|affine|[_-]", "", str(config.get("model_type")).lower())
+    known = {name.replace("_", ""): name for name in FAMILIES}
+    where = f"{donor.folder / 'config.json'}"
+    if kind not in known:
+        raise InputError(
+            f"{where}: model_type {show(config.get('model_type'))} is none of {', '.join(sorted(FAMILIES))} with 'evo' "
+            "before it"
+        )
+    config["model_type"] = known[kind]
+    names = [re.sub(r"^Evo|Affine", "", str(name)) for name in config.get("architectures") or ()]
+    config["architectures"] = names or None
+    family = FAMILIES[known[kind]]
+    numbers = (re.match(rf"{re.escape(family.blocks)}\.(\d+)\.", name) for name in donor.tensors)
+    n_blocks = max((int(found[1]) + 1 for found in numbers if found), default=0)
+    for key in [key for key in N_BLOCKS if key in config] or ["num_hidden_layers"]:
+        config[key] = n_blocks
+    donor.config, donor.architecture = config, Architecture.from_config(config, where)

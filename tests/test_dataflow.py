@@ -384,6 +384,36 @@ def test_products_are_of_float32_and_rounded_once(stored):
             assert bool(((got[name].double() - wanted).abs() <= step / 2 * wanted.abs() + slack).all()), name
 
 
+def test_kinds_of_layers_follow_them(tmp_path):
+    keys = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2, "tie_word_embeddings": False}
+    folders = donors("qwen2", **keys)
+    path = [(0, 2, None, None), (0, 0, 0.5, None), (1, 2, None, None), (1, 1, -1.0, None)]
+    execute({**file_of(path), "model_paths": folders}, tmp_path / "out", dtype="float64")
+    full, window = "full_attention", "sliding_attention"
+    assert loaded(tmp_path / "out").config.layer_types == [window, full, window, full]
+    with torch.no_grad():
+        got = loaded(tmp_path / "out")(IDS, use_cache=False).logits
+    want = hop_by_hop([whole(folder) for folder in folders], path)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_models_of_another_rope_or_another_family_have_no_path_in_common(tmp_path):
+    a = donors("llama", torch.float32)[0]
+    far = tiny_model(tmp_path / "far", "llama", 2, num_hidden_layers=3, rope_parameters={"rope_theta": 5e5,
+                     "rope_type": "default"})  # fmt: skip
+    wide = tiny_model(tmp_path / "wide", "llama", 2, num_hidden_layers=3, intermediate_size=64)
+    data = file_of([(0, 0, None, None), (1, 1, None, None)])
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match=r"far: rope_parameters.rope_theta is 500000.0, .* --allow-mismatch"):
+        execute({**data, "model_paths": [a, str(far)]}, out)
+    execute({**data, "model_paths": [a, str(far)]}, save_only_config=True, allow_mismatch=["rope_theta"])
+    with pytest.raises(InputError, match=r"wide: layer 1: mlp.\w+.weight: has shape .* blocks of a path must be alike"):
+        execute({**data, "model_paths": [a, str(wide)]}, out)
+    with pytest.raises(InputError, match="models of different architectures have no path in common"):
+        execute({**data, "model_paths": [a, donors("mistral")[0]]}, out)
+    assert not out.exists()
+
+
 def test_it_generates_with_a_cache_what_it_generates_without():
     model, _ = execute({**file_of([(1, 1, 1.5, None), (0, 0, 0.5, 0.1)] * 2), "model_paths": donors("llama")})
     assert (model.config.use_cache, model.dtype) == (True, torch.bfloat16)

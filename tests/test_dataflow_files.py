@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from olmfast.config.dataflow import load_dataflow_config
 from olmfast.config.tagged import holds_dataflow
 from olmfast.dataflow.hops import Hop, hops_of
+from olmfast.dataflow.plan import open_donors
 from olmfast.errors import InputError
 from olmfast.testing import tiny_model
 from olmfast.weights.pool import Pool
@@ -64,6 +65,20 @@ def test_a_path_is_r_by_model_by_layer_and_the_output_models_last_layer(models):
     assert told(hops(given))[-1] == ("b", 1, 0.25, None)  # its bias is none, whatever the factors say
     assert [hop.bias for hop in hops(given)] == [1.0, 0.0, 2.0, 3.0, 4.0, None]
     assert len(hops(plain(models, add_last_layer=False))) == 5
+
+
+def test_the_documents_example_is_the_path_that_it_says(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[1] / "docs" / "data-flow.md").read_text(encoding="utf-8")
+    for seed, name in enumerate(("org/first", "org/second")):
+        tiny_model(tmp_path / name, seed=seed, num_hidden_layers=4)
+    (tmp_path / "flow.yml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    monkeypatch.chdir(tmp_path / "org")
+    config = load_dataflow_config(tmp_path / "flow.yml")
+    path = hops_of(config, open_donors(config))
+    layers = [(hop.donor.split("@")[0], hop.block) for hop in path]
+    first, second = "org/first", "org/second"
+    assert layers == [*((first, layer) for layer in range(4)), (second, 2), (second, 1), (second, 2), (first, 3)]
+    assert [hop.scale for hop in path] == [1, 1, 0.1, 1, 1, 0.8, 1, None]
 
 
 def python_tags(data) -> str:

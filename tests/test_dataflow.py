@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     LlamaConfig,
@@ -28,7 +29,7 @@ from transformers import (
 from olmfast import dataflow
 from olmfast.dataflow.execution import execute
 from olmfast.errors import InputError
-from olmfast.testing import FAMILIES, tiny_model, tiny_of, tree
+from olmfast.testing import FAMILIES, tiny_model, tiny_of, tiny_tokenizer, tree
 
 D, DEPTH = 32, 3
 IDS = torch.tensor([[5, 9, 30, 77, 12, 12, 64, 3, 99, 41, 8, 17, 23, 50, 2, 6, 70, 71, 33, 19]])
@@ -361,6 +362,14 @@ def test_what_is_tied_stays_tied_until_a_factor_changes_the_embedding():
     assert torch.equal(scaled.lm_head.weight, plain.lm_head.weight)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_in_float32_the_logits_are_those_of_the_path_but_for_rounding(family):
+    path = [(0, 0, factor("matrix", 1), bias_of("vector", 1)), (1, 1, -0.7, 0.25), (0, 2, factor("diagonal", 2), None)]
+    got = folded(donors(family, torch.float32), file_of(path), dtype="float32")
+    want = hop_by_hop([whole(folder).double() for folder in donors(family, torch.float32)], path)
+    torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-3 * float(want.std()))
+
+
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_products_are_of_float32_and_rounded_once(stored):
     folders = donors("llama", stored)
@@ -407,11 +416,31 @@ def test_models_of_another_rope_or_another_family_have_no_path_in_common(tmp_pat
     with pytest.raises(InputError, match=r"far: rope_parameters.rope_theta is 500000.0, .* --allow-mismatch"):
         execute({**data, "model_paths": [a, str(far)]}, out)
     execute({**data, "model_paths": [a, str(far)]}, save_only_config=True, allow_mismatch=["rope_theta"])
+    narrow = tiny_model(tmp_path / "narrow", "llama", 2, num_hidden_layers=3, hidden_size=16)
+    with pytest.raises(InputError, match=rf"layer 0: is not 16 wide, as the embedding of {narrow} is"):
+        execute({**data, "model_paths": [a, str(narrow)], "input_layer_model": 1, "output_layer_model": 1}, out)
+    inverse = tiny_model(tmp_path / "inverse", "gpt2", n_layer=3, scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(InputError, match=r"layer 1 of the result has attn.scaling .* the model type alone, which cann"):
+        execute({**file_of([(0, 0, None, None)], 1), "model_paths": [str(inverse)], "add_last_layer": True}, out)
     with pytest.raises(InputError, match=r"wide: layer 1: mlp.\w+.weight: has shape .* blocks of a path must be alike"):
         execute({**data, "model_paths": [a, str(wide)]}, out)
     with pytest.raises(InputError, match="models of different architectures have no path in common"):
         execute({**data, "model_paths": [a, donors("mistral")[0]]}, out)
     assert not out.exists()
+
+
+def test_models_without_a_head_give_embedding_and_blocks_and_where_it_is_tied_a_head(tmp_path):
+    whole_gpt2, other = (Path(folder) for folder in donors("gpt2", torch.float32))
+    bare = tmp_path / "bare"
+    AutoModel.from_pretrained(other).save_pretrained(bare)
+    tiny_tokenizer().save_pretrained(bare)
+    assert "wte.weight" in load_file(bare / "model.safetensors")  # names without the model's prefix
+    data = {**file_of([(1, 0, 0.5, None), (0, 0, None, 1.0)]), "output_layer_model": 1}
+    got, want = (
+        execute({**data, "model_paths": [str(whole_gpt2), str(second)]}, dtype="float32")[0] for second in (bare, other)
+    )
+    assert torch.equal(got(IDS).logits, want(IDS).logits)
+    assert got.config.architectures == ["GPT2LMHeadModel"]
 
 
 def test_it_generates_with_a_cache_what_it_generates_without():

@@ -14,19 +14,20 @@ from typing import Any
 
 import torch
 
-from olmfast.dataflow.hops import Hop
+from olmfast.dataflow.hops import Hop, width_of
 from olmfast.errors import InputError
 from olmfast.weights.affine import Affine, Given
+from olmfast.weights.architecture import Architecture
 from olmfast.weights.checkpoint import Checkpoint
 from olmfast.weights.expressions import Copy
-from olmfast.weights.pool import Pool
+from olmfast.weights.pool import LANGUAGE_MODELS, Pool
 from olmfast.weights.recipe import Recipe
 from olmfast.weights.skeletons import Skeletons
 from olmfast.weights.sources import Expression, Sources
 
 SCORE = "score.weight"  # the head of a sequence classifier
 # What says whose head a model has; the result has the output model's.
-OF_HEADS = ("num_labels", "id2label", "label2id", "problem_type")
+OF_HEADS = ("architectures", "num_labels", "id2label", "label2id", "problem_type")
 
 Factor = float | Expression | None
 
@@ -49,6 +50,44 @@ def fold(
     return _Folding(hops, pool, pool[input_model], pool[output_model], classification, dtype).recipe(skeletons)
 
 
+def unlike_blocks(hops: Sequence[Hop], pool: Pool, input_model: str) -> Iterator[str]:
+    """A line for every block in use that is not shaped as the first hop's, or not as wide as the embedding."""
+    first, width = hops[0], width_of(pool, input_model)
+    wanted = _shapes(pool, first)
+    for donor, block in dict.fromkeys((hop.donor, hop.block) for hop in hops):
+        found = _shapes(pool, Hop(donor, block))
+        where = f"{donor}: layer {block}"
+        if not found:
+            yield f"{where}: none of its tensors is there"
+        elif found != wanted:
+            name = next(name for name in {**wanted, **found} if found.get(name) != wanted.get(name))
+            got, want = (str(list(shapes[name])) if name in shapes else "none" for shapes in (found, wanted))
+            yield (
+                f"{where}: {name}: has shape {got}, layer {first.block} of {first.donor} has {want}; the blocks of a "
+                "path must be alike"
+            )
+        elif _width(found, pool[donor].architecture) != width:
+            yield f"{where}: is not {width} wide, as the embedding of {input_model} is"
+
+
+def _shapes(pool: Pool, hop: Hop) -> dict[str, tuple[int, ...]]:
+    return {inner: pool[hop.donor].tensors[name].shape for inner, name in _inside(pool, hop).items()}
+
+
+def _width(shapes: Mapping[str, tuple[int, ...]], architecture: Architecture) -> int | None:
+    """D of a block's tensors: the features that what writes d gives."""
+    written = (n for n in shapes if _is_of(n, architecture.writers[-1]) and n.endswith("weight"))
+    return next((shapes[name][architecture.row_axis(name)] for name in written), None)
+
+
+def _inside(pool: Pool, hop: Hop) -> dict[str, str]:
+    """The tensors of a hop's block: the name within the block -> the donor's name."""
+    donor = pool[hop.donor]
+    prefix = f"{donor.architecture.family.blocks}.{hop.block}."
+    names = [n for n in donor.tensors if n.startswith(prefix) and not donor.architecture.is_ignored(n)]
+    return {name.removeprefix(prefix): name for name in names}
+
+
 class _Folding:
     def __init__(
         self,
@@ -67,7 +106,7 @@ class _Folding:
 
     def recipe(self, skeletons: Skeletons) -> Recipe:
         """See `fold`."""
-        self.faults += self._unlike_blocks()
+        self.faults += unlike_blocks(self.hops, self.pool, self.entry.name)
         if self.faults:
             raise InputError("\n".join(self.faults))
         tensors = self._embedding() | self._end()
@@ -77,30 +116,6 @@ class _Folding:
         if self.faults:
             raise InputError("\n".join(self.faults))
         return Recipe(self.entry.name, tensors, self._edits(tensors, skeletons))
-
-    def _unlike_blocks(self) -> Iterator[str]:
-        """Blocks in use that are not shaped as the first hop's."""
-        first = self.hops[0]
-        wanted = self._shapes(first)
-        for hop in dict.fromkeys((hop.donor, hop.block) for hop in self.hops[1:]):
-            found = self._shapes(Hop(*hop))
-            if found != wanted:
-                name = next(name for name in {**wanted, **found} if found.get(name) != wanted.get(name))
-                got, want = (shapes.get(name, "none") for shapes in (found, wanted))
-                yield (
-                    f"{hop[0]}: layer {hop[1]}: {name or 'it'}: has shape {_shown(got)}, layer {first.block} of "
-                    f"{first.donor} has {_shown(want)}; the blocks of a path must be alike"
-                )
-
-    def _shapes(self, hop: Hop) -> dict[str, tuple[int, ...]]:
-        return {inner: self.pool[hop.donor].tensors[name].shape for inner, name in self._inside(hop).items()}
-
-    def _inside(self, hop: Hop) -> dict[str, str]:
-        """The tensors of a hop's block: the name within the block -> the donor's name."""
-        donor = self.pool[hop.donor]
-        prefix = f"{self.family.blocks}.{hop.block}."
-        names = [n for n in donor.tensors if n.startswith(prefix) and not donor.architecture.is_ignored(n)]
-        return {name.removeprefix(prefix): name for name in names}
 
     def _embedding(self) -> dict[str, Expression]:
         """What comes before the first block, with the first hop's factors; of several tables b is in one."""
@@ -146,7 +161,7 @@ class _Folding:
         hop = self.hops[place]
         behind = self.hops[place + 1] if place + 1 < len(self.hops) else None
         tensors: dict[str, Expression] = {}
-        inside = self._inside(hop)
+        inside = _inside(self.pool, hop)
         for inner, name in inside.items():
             tensors[inner] = Copy(hop.donor, name)
         for module in self.flow.biased if self.biased else ():
@@ -199,7 +214,7 @@ class _Folding:
         adding = [hop for hop in self.hops[1:] if _adds(hop.bias)]
         patterns = self.architecture.writers
         has_bias = any(
-            _is_of(name, p) for name in self._inside(self.hops[0]) for p in patterns if name.endswith("bias")
+            _is_of(name, p) for name in _inside(self.pool, self.hops[0]) for p in patterns if name.endswith("bias")
         )
         if not adding or has_bias or self.flow.norm:
             return False
@@ -220,9 +235,20 @@ class _Folding:
     def _stored(self, name: str) -> torch.dtype:
         return self.entry.tensors[name].dtype
 
+    def _of_head(self) -> dict[str, Any]:
+        """The keys that say whose head a model has: of a classifier the output model's, else a language model's class.
+
+        A model that is stored without its head does not name that class; another one may.
+        """
+        config = self.out.config
+        if self.classification:
+            return {key: config[key] for key in OF_HEADS if key in config}
+        named = (model.config.get("architectures") for model in (self.out, self.entry, *self.pool))
+        return {"architectures": next((names for names in named if _name_language_models(names)), None)}
+
     def _edits(self, tensors: Mapping[str, Expression], skeletons: Skeletons) -> dict[str, Any]:
         """The keys of the input model's config that the result changes: depth, kinds of layers, head, biases, cache."""
-        config = {**self.entry.config, **_of_head(self.out.config, self.classification)}
+        config = {**self.entry.config, **self._of_head()}
         layers = [[(hop.donor, hop.block)] for hop in self.hops]
         used = {hop.donor for hop in self.hops}
         answer = skeletons.stack(config, {name: self.pool[name].config for name in sorted(used)}, layers)
@@ -238,10 +264,8 @@ class _Folding:
         return {key: value for key, value in config.items() if self.entry.config.get(key) != value}
 
 
-def _of_head(config: Mapping[str, Any], classification: bool) -> dict[str, Any]:
-    """The keys that say whose head a model has, of the output model."""
-    labels = {key: config[key] for key in OF_HEADS if key in config} if classification else {}
-    return {**labels, "architectures": config.get("architectures")}
+def _name_language_models(names: Any) -> bool:
+    return bool(names) and str(names[0]).endswith(LANGUAGE_MODELS)
 
 
 def _is_of(tensor: str, module: str) -> bool:
@@ -257,7 +281,3 @@ def _divided(bias: Factor, scale: float) -> Factor:
     if bias is None or scale == 1.0:
         return bias
     return Affine(bias, 1 / scale, dtype="float64") if isinstance(bias, Expression) else bias / scale
-
-
-def _shown(shape: object) -> str:
-    return str(list(shape)) if isinstance(shape, tuple) else str(shape)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from olmfast.config.dataflow import DataflowConfig
-from olmfast.dataflow.folding import SCORE, fold
+from olmfast.dataflow.folding import SCORE, fold, unlike_blocks
 from olmfast.dataflow.hops import Hop, hops_of
 from olmfast.errors import InputError, show
 from olmfast.output.beside import texts_without_code
@@ -108,7 +108,8 @@ def plan_path(
     entry, out = pool[input_model], pool[output_model]
     names = list(dict.fromkeys([entry.name, out.name, *(hop.donor for hop in hops)]))
     used = Pool([pool[name] for name in names], alike=False)
-    faults = [*_head_faults(out, classification), *_vocabulary_faults(entry, out, classification, allow_mismatch)]
+    faults = [*unlike_blocks(hops, used, entry.name), *_head_faults(out, classification)]
+    faults += _vocabulary_faults(entry, out, classification, allow_mismatch)
     if faults:
         raise InputError("\n".join(faults))
     with Skeletons() as skeletons:

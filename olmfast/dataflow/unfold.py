@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +40,17 @@ def plan_unfolded(
     _make_plain(donor)
     hops = list(walk.hops(donor))
     classifies = any(str(name).endswith(CLASSIFIER) for name in donor.config.get("architectures") or ())
-    return plan_path(
+    plan = plan_path(
         hops,
         Pool([donor], alike=False),
         model,
         model,
-        text=f"unfold: {model}",
+        text=f"olmfast dataflow --unfold {model}",
         dtype=dtype,
         classification=classifies,
         allow_mismatch=allow_mismatch,
     )
+    return replace(plan, recipe_file=None)  # no file says this path
 
 
 @dataclass(frozen=True)

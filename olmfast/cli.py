@@ -20,15 +20,16 @@ from olmfast.terminal import boundary, dataflow
 from olmfast.terminal.options import AllowMismatch, Device, Dtype, NoRemoteCodeFiles, Overrides, Seed
 
 if TYPE_CHECKING:
+    from olmfast.config.run import RunConfig
     from olmfast.runs.watchers import Watcher
 
 
 class _Commands(TyperGroup):
-    """`check linear ...` is `linear --dry-run ...`: one command line, checked and printed in one place. So is
-    `check dataflow ...`."""
+    """`check linear ...` is `linear --dry-run ...`: one command line, checked and printed in one place. So are
+    `check dataflow ...` and `check prune ...`."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args[:2] in (["check", "linear"], ["check", "dataflow"]):
+        if args[:1] == ["check"] and args[1:2] in (["linear"], ["dataflow"], ["prune"]):
             args = [args[1], "--dry-run", *args[2:]]
         return super().resolve_command(ctx, args)
 
@@ -94,6 +95,9 @@ def run_command(
     if not (file or config or chosen.exists()):
         raise InputError(f"{chosen}: no such file in this folder; name the run's config: olmfast run CONFIG")
     loaded = load_config(chosen, _overrides(set_ or [], device=device, dtype=dtype, seed=seed))
+    if loaded.prune is not None:
+        _prune(loaded, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
+        return
     from olmfast.terminal.progress import make_observer
     from olmfast.terminal.runs import print_plan, print_result
 
@@ -262,6 +266,98 @@ def linear_command(
     merges.print_written(done, as_json)
 
 
+@app.command("prune")
+def prune_command(
+    model_path: Annotated[str, typer.Option("--model_path", help="The model: a folder or a hub id.")],
+    alphas_file: Annotated[
+        Path | None, typer.Option("--alphas_file", help="JSON: a list of steps with ratio_i_alpha.")
+    ] = None,
+    num_layer: Annotated[
+        int | None, typer.Option("--num_layer", "-i", help="How many layers are merged into the one below them.")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option("--output_dir", help="The result's folder; default: a name in pruned_models/.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option("--data_dir", "-d", help="MMLU's folder: the result is scored on its questions.")
+    ] = None,
+    ntrain: Annotated[int, typer.Option("--ntrain", "-k", help="Worked examples before each question.")] = 5,
+    num_tasks: Annotated[
+        int | None, typer.Option("--num_tasks", "-n", help="The first N subjects, for similarity; default: all.")
+    ] = None,
+    num_samples: Annotated[
+        int | None, typer.Option("--num_samples", "-m", help="Questions of each subject, for similarity; default: 1.")
+    ] = None,
+    ngpu: Annotated[int | None, typer.Option("--ngpu", "-g", help="Ignored; see --device.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help="file, similarity, uniform or drop; default: file with --alphas_file."),
+    ] = None,
+    merge: Annotated[
+        str, typer.Option("--merge", help="What is merged of a layer: projections, or all of it.")
+    ] = "projections",
+    start: Annotated[int | None, typer.Option("--start", help="The first layer of the run that is merged.")] = None,
+    count: Annotated[int | None, typer.Option("--count", help="How many layers, from it on, become one.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Prune a model by merging layers into those below them."""
+    from olmfast.config.pruning import default_output
+    from olmfast.config.run import parse_config
+
+    if ngpu is not None:
+        print(f"note: --ngpu {ngpu} is ignored: the model is run on one device; --device names it", file=sys.stderr)
+    given = {
+        "method": method,
+        "alphas_file": alphas_file,
+        "num_layer": num_layer,
+        "start": start,
+        "count": count,
+        "merge": merge,
+        "data_dir": data_dir,
+        "ntrain": ntrain,
+        "num_tasks": num_tasks,
+        "num_samples": num_samples,
+    }
+    section = {key: value for key, value in given.items() if value is not None}
+    options = {"device": device, "dtype": dtype, "seed": seed}
+    loaded = parse_config(
+        {
+            "models": [model_path],
+            "models_dir": ".",
+            "output_dir": output_dir or default_output(model_path, section),
+            "prune": section,
+            **{key: value for key, value in options.items() if value is not None},
+        },
+        "prune",
+        Path.cwd(),
+    )
+    _prune(loaded, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
+
+
+def _prune(config: RunConfig, *, overwrite: bool, dry_run: bool, as_json: bool) -> None:
+    """What `olmfast prune` does, and `olmfast run` with a config that prunes."""
+    from olmfast.pruning.prune import plan_pruning, prune
+    from olmfast.terminal import merges
+
+    command = " ".join(["olmfast", *sys.argv[1:]])
+    if config.prune is not None and config.prune.is_evaluated:
+        _quiet_libraries()
+    if dry_run:
+        merges.print_plan(plan_pruning(config, command), config.output_dir, as_json)
+        return
+    with merges.Watcher(as_json) as observer:
+        done = prune(config, overwrite=overwrite, command=command, observer=observer)
+    if as_json:
+        print(json.dumps(done.to_json(), indent=2))
+        return
+    merges.print_written(done.written, as_json)
+
+
 @app.command("extract-lora")
 def extract_command(
     base: Annotated[str, typer.Argument(help="The model that the adapter is for: a folder or a hub id.")],
@@ -308,7 +404,9 @@ def check_command(
         return
     loaded = read_config(config, overrides)
     _quiet_libraries()
-    if isinstance(loaded, RunConfig):
+    if isinstance(loaded, RunConfig) and loaded.prune is not None:
+        _prune(loaded, overwrite=True, dry_run=True, as_json=as_json)
+    elif isinstance(loaded, RunConfig):
         runs.print_plan(check(loaded), as_json)
     else:
         merges.print_plan(check(loaded, allow_mismatch=allow_mismatch or ()), out, as_json)

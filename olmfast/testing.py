@@ -243,6 +243,23 @@ def write_choices(path: Path, model: Path, n: int = 24) -> Path:
     return path
 
 
+def write_mmlu(folder: Path, subjects: Mapping[str, int], seed: int = 0) -> Path:
+    """Write a folder in MMLU's form: subject -> number of questions, beside five worked examples of each."""
+    import csv
+
+    letters = torch.Generator().manual_seed(seed)
+    for subject, n in subjects.items():
+        for split, count in (("dev", 5), ("test", n)):
+            path = folder / split / f"{subject}_{split}.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", newline="", encoding="utf-8") as file:
+                for index in range(count):
+                    a, b, right = torch.randint(1, 50, (3,), generator=letters).tolist()
+                    options = [str(a + b + k) for k in range(4)]
+                    csv.writer(file).writerow([f"{subject[-2:]} {index}: {a}+{b}?", *options, "ABCD"[right % 4]])
+    return folder
+
+
 def tiny_run(folder: Path, n_donors: int = 3, family: str = "llama", **keys: Any) -> Path:
     """A folder with donors, datasets and `cfg.yaml`, ready for `olmfast run`; returns the config's path.
 

@@ -29,6 +29,7 @@ from pydantic import (
 from olmfast.config.candidates import CandidateKind, parse_candidates
 from olmfast.config.loading import Location, absolute, explain, parse_size, read_yaml, set_key
 from olmfast.config.originals import DATASETS, STAGE_KEYS, read_original
+from olmfast.config.pruning import Pruning
 from olmfast.config.searches import Evolve, lift_genome
 from olmfast.config.tagged import refuse_dataflow
 from olmfast.errors import InputError, did_you_mean, show
@@ -168,12 +169,13 @@ class RunConfig(BaseModel):
     output_dir: Path
     dataset_dir: Path
     models: list[str] = Field(min_length=1)
-    dataset: dict[str, DatasetConfig] = Field(min_length=1)
+    dataset: dict[str, DatasetConfig] = Field(json_schema_extra={"minProperties": 1})  # none to prune
     holdout: dict[str, DatasetConfig] = {}
     validation: Annotated[float, Field(ge=0, le=0.5)] | dict[str, DatasetConfig] = 0.2
     base_model_name: str | None = None
     ancestor: str | None = None
     start: str | None = None
+    prune: Pruning | None = None
 
     search: Literal["joint", "stages"] | None = None
     evolve: Evolve | None = None
@@ -258,7 +260,9 @@ class RunConfig(BaseModel):
 
     @property
     def is_joint(self) -> bool:
-        """Whether the coefficients of all donors are searched: unless the config has keys of another search."""
+        """Whether the coefficients of all donors are searched: unless it prunes, or has keys of another search."""
+        if self.prune is not None:
+            return False
         if self.search is not None or self.evolve is not None:
             return self.search == "joint"
         by_rank = "selection" in self.model_fields_set and self.selection != "mean"
@@ -306,6 +310,8 @@ class RunConfig(BaseModel):
         if len(set(self.models)) != len(self.models):
             twice = next(name for name in self.models if self.models.count(name) > 1)
             raise ValueError(f"models: {show(twice)} is listed twice")
+        if not self.dataset and self.prune is None:
+            raise ValueError("dataset: expected 1 or more entries, got {}")
         used = [*dict.fromkeys(entry.mode for entry in self.dataset.values()), *self.dataset]
         _check_word(
             "improve_all", self.improve_all, "'all', 'base', a mode in use or a dataset", ["all", "base", *used]
@@ -434,6 +440,9 @@ def parse_config(data: dict[str, Any], where: str, folder: Path) -> RunConfig:
         data.setdefault(key, place)
         if isinstance(data.get(key), (str, Path)):
             data[key] = absolute(folder, data[key], f"{where}: {key}")
+    if isinstance(data.get("prune"), dict):
+        data["prune"] = _with_places(data["prune"], folder, f"{where}: prune")
+        data.setdefault("dataset", {})
     if data.get("improve_all") is False:
         data["improve_all"] = None
     defaults = {key: data[key] for key in DATASET_DEFAULTS if key in data}
@@ -457,6 +466,12 @@ def parse_config(data: dict[str, Any], where: str, folder: Path) -> RunConfig:
         raise explain(where, faults, _known_keys) from error
     config._config_dir, config._notes = folder, tuple(notes)
     return config
+
+
+def _with_places(section: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
+    """The section `prune` with its paths taken from `folder`."""
+    named = {key: section[key] for key in ("alphas_file", "data_dir") if isinstance(section.get(key), (str, Path))}
+    return {**section, **{key: absolute(folder, path, f"{where}.{key}") for key, path in named.items()}}
 
 
 def _without_blanks(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -493,6 +508,6 @@ def _join_base(data: dict[str, Any]) -> Iterator[str]:
 
 def _known_keys(location: Location) -> Iterable[str]:
     nested: dict[str, type[BaseModel]] = dict.fromkeys(("dataset", "holdout", "validation"), DatasetConfig)
-    nested |= {"budget": Budget, "racing": Racing, "markov": Windows, "evolve": Evolve}
+    nested |= {"budget": Budget, "racing": Racing, "markov": Windows, "evolve": Evolve, "prune": Pruning}
     model: type[BaseModel] = nested[str(location[0])] if len(location) > 1 else RunConfig
     return model.model_fields

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +13,7 @@ from olmfast.config.run import Wanted
 from olmfast.errors import InputError, show, told
 from olmfast.evaluation.items import NO_ANSWER, Conversation, Item
 from olmfast.evaluation.metrics import GENERATIVE
+from olmfast.evaluation.mmlu import LETTERS, Subject, csv_rows, read_questions, worked_examples
 from olmfast.weights.files import read_text
 
 
@@ -55,7 +54,7 @@ def load_conversations(path: Path, mode: str, limit: int, fields: Mapping[Wanted
 
 def _table(path: Path) -> list[Any]:
     """The rows of a .csv by the names in its first line."""
-    header, *rows = _csv_rows(path) or [[]]
+    header, *rows = csv_rows(path) or [[]]
     return [dict(zip(header, row, strict=False)) for row in rows]
 
 
@@ -90,44 +89,19 @@ def _json_lines(path: Path, text: str, error: Exception) -> list[Any]:
     return lines
 
 
-def worked_examples(path: Path) -> list[Path]:
-    """The files beside the dataset file that its prompts are made of: for MMLU, the subject's dev file."""
-    subject, _, split = path.stem.rpartition("_")
-    if path.suffix != ".csv" or split == "dev":
-        return []
-    return [path.parent.parent / "dev" / f"{subject}_dev.csv"]
-
-
 def _mmlu(path: Path, limit: int) -> list[Conversation]:
     """MMLU's own prompt: five worked examples of the subject's dev file, then the question.
 
     `<folder>/test/<subject>_test.csv` takes its examples from `<folder>/dev/<subject>_dev.csv`
     (Hendrycks et al., arXiv 2009.03300).
     """
-    subject = path.stem.rpartition("_")[0]
-    header = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
-    for shots in worked_examples(path):
-        header += "".join(f"{question} {answer}\n\n" for question, answer in _mmlu_rows(shots))
-    rows = list(_mmlu_rows(path))[:limit]
-    if not rows:
+    examples = [example for shots in worked_examples(path) for example in read_questions(shots)]
+    questions = tuple(read_questions(path))[:limit]
+    if not questions:
         raise InputError(f"{path}: holds no questions")
+    subject = Subject(path.stem.rpartition("_")[0], tuple(examples), questions, (path,))
+    before = subject.before(len(examples))
     return [
-        Conversation(({"role": "user", "content": header + question},), answer, tuple("ABCD"))
-        for question, answer in rows
+        Conversation(({"role": "user", "content": before + question.text},), question.answer, tuple(LETTERS))
+        for question in questions
     ]
-
-
-def _csv_rows(path: Path) -> list[list[str]]:
-    try:
-        return list(csv.reader(io.StringIO(read_text(path, "utf-8-sig"), newline="")))
-    except csv.Error as error:
-        raise InputError(f"{path}: not CSV in UTF-8: {told(error)}") from error
-
-
-def _mmlu_rows(path: Path) -> Iterator[tuple[str, str]]:
-    for number, row in enumerate(_csv_rows(path), 1):
-        if len(row) != 6 or row[5] not in tuple("ABCD"):
-            raise InputError(f"{path}:{number}: expected question, A, B, C, D and the answer's letter, got {show(row)}")
-        question, *options, answer = row
-        listed = "\n".join(f"{letter}. {text}" for letter, text in zip("ABCD", options, strict=True))
-        yield f"{question}\n{listed}\nAnswer:", answer

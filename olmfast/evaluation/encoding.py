@@ -11,9 +11,10 @@ import xxhash
 
 from olmfast.config.run import DatasetConfig
 from olmfast.errors import InputError, show, told
-from olmfast.evaluation.conversations import load_conversations, worked_examples
+from olmfast.evaluation.conversations import load_conversations
 from olmfast.evaluation.items import Conversation
 from olmfast.evaluation.metrics import GENERATIVE
+from olmfast.evaluation.mmlu import worked_examples
 from olmfast.evaluation.rendering import rendered, silenced
 
 CHATML = (

@@ -35,7 +35,7 @@ PARTS: tuple[str, ...] = (
     *WEIGHTS,
     *("run.log", "config.json", "README.md", "mergekit_config.yml", GENERATION_CONFIG, *TOKENIZER_FILES),
     *(*PROCESSOR, CODE),
-    *("adapter_config.json", "adapter_model.safetensors"),
+    *("adapter_config.json", "adapter_model.safetensors", "alphas.json", "mmlu_results.json"),
 )
 # The same of the folders in it: chat templates, and parts of sentence-transformers (1_Pooling).
 FOLDERS: dict[str, tuple[str, ...]] = {

@@ -47,6 +47,8 @@ class Inputs:
 
         Raises InputError with a line for everything that is unusable, unless one fault hides another.
         """
+        if config.prune is not None:
+            raise InputError("prune: this config prunes a model, which is done by olmfast.pruning.prune")
         faults: list[str] = []
         pool = settings = None
         with _noted(faults):

@@ -21,6 +21,8 @@ from olmfast.static.plan import Plan, memory_bytes
 from olmfast.static.sensitivity import Ranked
 from olmfast.static.write import Written, copy_rate
 
+MOST_LISTED = 10  # tensors that are left out for one reason and named one by one
+
 
 def print_plan(plan: Plan, out: Path, as_json: bool) -> None:
     """Tables of what moves where, or the same as JSON; the time is estimated from a copy of a few bytes.
@@ -42,8 +44,10 @@ def print_plan(plan: Plan, out: Path, as_json: bool) -> None:
         how = f", {adapted} of them computed from {' and '.join(donor.made_of)}" if adapted else ""
         print(f"  {donor.name}: {len(donor.tensors)} tensors ({dtypes}), {decimal(donor.n_bytes)}{how}")
     print(plan.account().replace("tensors written", "tensors"))
-    for name, why in plan.content.left_out.items():
-        print(f"  {name}: {why}")
+    for why, n in Counter(plan.content.left_out.values()).items():
+        names = [name for name, own in plan.content.left_out.items() if own == why]
+        for name in names if n <= MOST_LISTED else names[:1]:
+            print(f"  {name}: {why}" if n <= MOST_LISTED else f"  {name} and {n - 1} more: {why}")
     content = plan.content
     changed = [key for key, value in content.config.items() if content.base.config.get(key) != value]
     if changed:

@@ -132,6 +132,7 @@ FAMILIES: dict[str, Family] = {
 # What a family that is not in the table may call its embedding and its head.
 _EMBEDDINGS = r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$"
 _HEADS = r"^(lm_head|embed_out|output)\.weight$"
+_ROUTERS = re.compile(r"(^|_)(gate|router)$")  # modules that send tokens to experts
 _CONTEXT = ("max_position_embeddings", "n_positions")
 N_BLOCKS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
@@ -290,6 +291,16 @@ class Architecture:
     def is_norm(self, module: str) -> bool:
         """Whether a module's name is that of a normalisation layer."""
         return bool(re.search(r"(norm|ln_\w+)$", module.rsplit(".", 1)[-1]))
+
+    def is_projection(self, tensor: str, n_dims: int) -> bool:
+        """Whether a tensor of so many dimensions is a matrix that a block projects with.
+
+        Those are query, key, value and output, the MLP's and its experts', fused ones too: no norm, bias or router.
+        """
+        if n_dims < 2 or self.block_of(tensor) is None or self.is_ignored(tensor) or tensor.endswith("bias"):
+            return False
+        module = tensor.removesuffix(".weight").rsplit(".", 1)[-1]
+        return not self.is_norm(module) and not _ROUTERS.search(module)
 
     def row_axis(self, tensor: str) -> int:
         """The dimension of a stored 2-D weight that counts output features."""

@@ -1,0 +1,154 @@
+"""A model pruned: its layers' alphas read, found or given, the result planned and written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from olmfast.config.pruning import Pruning
+from olmfast.config.run import RunConfig, load_config
+from olmfast.errors import InputError
+from olmfast.observer import Observer
+from olmfast.output.folder import OutputFolder
+from olmfast.pruning import alphas as files
+from olmfast.pruning.report import report_text
+from olmfast.pruning.target import Target
+from olmfast.search.record import REPORT
+from olmfast.static.plan import Plan
+from olmfast.static.write import Written, check_output, read_options, write_merge
+from olmfast.weights.recipe import Recipe
+
+QUESTIONS = 1  # of each subject, that similarity asks
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned model that is on the disk: where, what of, and the alphas of its steps."""
+
+    written: Written
+    n_layers: int
+    steps: tuple[tuple[int, int], ...]
+    alphas: tuple[float, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        steps = [[into, removed, alpha] for (into, removed), alpha in zip(self.steps, self.alphas, strict=True)]
+        return {**self.written.to_json(), "layers": self.n_layers, "steps": steps}
+
+
+def prune(
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    *,
+    overwrite: bool = False,
+    command: str = "",
+    observer: Observer | None = None,
+) -> Pruned:
+    """Prune a model as the section `prune` of a run's config says, and write it to `output_dir`.
+
+    `config` is what `load_config` returned or takes; `command` what the model card says of how it was made.
+    Raises InputError, before anything is written, for what does not fit: see docs/pruning.md.
+    """
+    config = config if isinstance(config, RunConfig) else load_config(config)
+    pruning = _pruning(config)
+    observer = observer or Observer()
+    target = Target.open(config, evaluated=_pruning(config).is_evaluated)
+    plan = plan_of(target, _known(target) or [0.5] * target.n_steps, command)
+    read_options(config.device)
+    check_output(plan, OutputFolder(config.output_dir, overwrite=overwrite), config.max_ram)
+    told: dict[str, Any] = {"method": pruning.way}
+    alphas = _known(target)
+    if alphas is None:
+        from olmfast.pruning.similarity import alphas_by
+
+        similarity = _similarities(config, target)
+        alphas = alphas_by(similarity, target.steps)
+        told["similarity"] = similarity.mean(axis=1).tolist()
+    plan = plan_of(target, alphas, command)
+    texts = {
+        files.ALPHAS: files.to_json(target.first, alphas),
+        REPORT: report_text(config, target, _recipe(target, alphas), alphas, config.output_dir, told),
+    }
+    plan = replace(plan, content=replace(plan.content, texts=texts))
+    device = config.device if config.device != "auto" else "cpu"
+    written = write_merge(plan, config.output_dir, device=device, overwrite=overwrite, observer=observer)
+    n_layers = target.base.architecture.n_blocks - target.n_steps
+    return Pruned(written, n_layers, tuple(target.steps), tuple(alphas))
+
+
+def plan_pruning(config: RunConfig, command: str = "") -> Plan:
+    """What pruning would write, decided before any weight is read; alphas that are still to be found are 0.5."""
+    target = Target.open(config, evaluated=_pruning(config).is_evaluated)
+    known = _known(target)
+    plan = plan_of(target, known or [0.5] * target.n_steps, command)
+    if known is None:
+        last = target.first + target.n_steps
+        note = f"Layers {target.first} to {last} become one; {_pruning(config).way} decides by which alphas"
+        plan = replace(plan, notes=[note])
+    return plan
+
+
+def plan_of(target: Target, alphas: Sequence[float], command: str) -> Plan:
+    """The plan of a model that is pruned with these alphas."""
+    pruning = target.pruning
+    last = target.first + target.n_steps
+    told = ", ".join(f"{alpha:.4g}" for alpha in alphas)
+    notes = [
+        f"Layers {target.first} to {last} of {target.base.architecture.n_blocks} become layer {target.first}, merged "
+        f"from the last down with alpha {told}"
+    ]
+    read = {} if pruning.alphas_file is None else {"the alpha file": [pruning.alphas_file]}
+    if pruning.data_dir is not None:
+        read["the questions of MMLU"] = [pruning.data_dir]
+    return Plan(
+        f"pruned by {pruning.way}",
+        target.pool,
+        target.content(_recipe(target, alphas)),
+        command or f"prune: {pruning.model_dump(mode='json', exclude_unset=True)}",
+        notes=notes,
+        warnings=target.notes,
+        read=read,
+    )
+
+
+def _recipe(target: Target, alphas: Sequence[float]) -> Recipe:
+    return target.recipe(files.weights_of(alphas))
+
+
+def _pruning(config: RunConfig) -> Pruning:
+    if config.prune is None:
+        raise InputError("prune: the section is missing: it says which layers are merged")
+    return config.prune
+
+
+def _known(target: Target) -> list[float] | None:
+    """The alphas, where they are known before anything is evaluated."""
+    n = target.n_steps
+    if target.pruning.way == "file" and target.given is not None:
+        return list(target.given)
+    return {"uniform": files.alphas_of([1 / (n + 1)] * (n + 1)), "drop": [1.0] * n}.get(target.pruning.way)
+
+
+def _similarities(config: RunConfig, target: Target) -> np.ndarray:
+    """NPIB of each two layers, on a few questions of MMLU without worked examples."""
+    from olmfast.evaluation.blocks import BlockwiseModel
+    from olmfast.evaluation.mmlu import read_mmlu
+    from olmfast.evaluation.open import Evaluation, Settings, load_tokenizer
+    from olmfast.pruning.similarity import entering, similarities
+
+    pruning = target.pruning
+    if pruning.data_dir is None:
+        raise InputError("similarity: data_dir, the folder of MMLU, is missing: its questions tell layers apart")
+    subjects = read_mmlu(pruning.data_dir, limit=pruning.num_samples or QUESTIONS)[: pruning.num_tasks]
+    settings = Settings.of(config.device, config.dtype, batch_tokens=config.batch_tokens)
+    tokenizer, _ = load_tokenizer(target.base)
+    texts = [subject.before(0) + question.text for subject in subjects for question in subject.questions]
+    inputs = [tuple(tokenizer(text)["input_ids"])[-target.base.architecture.context :] for text in texts]
+    model = Evaluation(target.whole, target.pool, settings).model
+    with torch.inference_mode():
+        blockwise = BlockwiseModel(model.module, model.architecture)
+        return similarities(entering(blockwise, inputs, config.batch_tokens))

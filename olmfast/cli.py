@@ -288,6 +288,10 @@ def prune_command(
     num_samples: Annotated[
         int | None, typer.Option("--num_samples", "-m", help="Questions of each subject, for similarity; default: 1.")
     ] = None,
+    mmlu_as: Annotated[
+        str | None,
+        typer.Option("--mmlu-as", help="spaced: letters as they follow a prompt; seed: as pruning by merging asks."),
+    ] = None,
     ngpu: Annotated[int | None, typer.Option("--ngpu", "-g", help="Ignored; see --device.")] = None,
     method: Annotated[
         str | None,
@@ -319,6 +323,7 @@ def prune_command(
         "count": count,
         "merge": merge,
         "data_dir": data_dir,
+        "mmlu_as": mmlu_as,
         "ntrain": ntrain,
         "num_tasks": num_tasks,
         "num_samples": num_samples,
@@ -355,6 +360,10 @@ def _prune(config: RunConfig, *, overwrite: bool, dry_run: bool, as_json: bool) 
     if as_json:
         print(json.dumps(done.to_json(), indent=2))
         return
+    if done.mmlu is not None:
+        from olmfast.terminal.mmlu import print_board
+
+        print_board(done.mmlu, [], False)
     merges.print_written(done.written, as_json)
 
 
@@ -426,6 +435,20 @@ def evaluate_command(
         list[str] | None,
         typer.Option(metavar="MODEL", help="Donors to compare it with, and with their plain average."),
     ] = None,
+    mmlu: Annotated[
+        Path | None, typer.Option("--mmlu", metavar="DIR", help="Score on MMLU's questions, in DIR/test and DIR/dev.")
+    ] = None,
+    mmlu_as: Annotated[
+        str,
+        typer.Option("--mmlu-as", help="spaced: letters as they follow a prompt; seed: as pruning by merging asks."),
+    ] = "spaced",
+    subjects: Annotated[str | None, typer.Option(metavar="A,B", help="Only these subjects of MMLU.")] = None,
+    shots: Annotated[int, typer.Option(min=0, help="Worked examples before each question of MMLU.")] = 5,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="An mmlu_results.json to compare with; several may be given."),
+    ] = None,
+    more_results: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     samples: Annotated[int | None, typer.Option(help="The first N conversations of each dataset.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest generation.")] = None,
     models_dir: Annotated[Path | None, typer.Option(help="Where hub models lie; default: models.")] = None,
@@ -438,8 +461,24 @@ def evaluate_command(
     from olmfast.runs.scoreboard import evaluate, evaluate_like
     from olmfast.terminal.runs import print_scoreboard, print_scoreboards
 
+    if mmlu is not None:
+        _evaluate_mmlu(
+            model,
+            mmlu,
+            subjects,
+            [*(compare or []), *(more_results or [])],
+            as_json,
+            shots=shots,
+            style=mmlu_as,
+            models_dir=models_dir or Path("models"),
+            device=device or "auto",
+            dtype=dtype or "auto",
+        )
+        return
+    if more_results:
+        raise InputError(f"{cut(more_results[0])}: not expected here")
     if bool(dataset) == (config is not None):
-        raise InputError("evaluate: expected either --dataset FILE:MODE or --config CFG")
+        raise InputError("evaluate: expected either --dataset FILE:MODE or --config CFG, or --mmlu DIR")
     _quiet_libraries()
     given = {"samples": samples, "max_new_tokens": max_new_tokens}
     common = {key: value for key, value in given.items() if value is not None}
@@ -458,6 +497,22 @@ def evaluate_command(
     place, device, dtype = models_dir or Path("models"), device or "auto", dtype or "auto"
     board = evaluate(model, entries, against or [], models_dir=place, device=device, dtype=dtype)
     print_scoreboard(board, "Scores", as_json, model)
+
+
+def _evaluate_mmlu(
+    model: str, folder: Path, subjects: str | None, compare: list[str], as_json: bool, *, style: str, **options: Any
+) -> None:
+    from olmfast.runs.mmlu import Compared, evaluate_mmlu
+    from olmfast.terminal.mmlu import print_board
+
+    if style not in ("spaced", "seed"):
+        raise InputError(f"--mmlu-as {cut(style)}: expected spaced or seed")
+    others = [Compared.read(Path(path)) for path in compare]
+    named = [name.strip() for name in subjects.split(",") if name.strip()] if subjects is not None else None
+    if named == []:
+        raise InputError("--subjects: expected names of subjects, such as anatomy,virology")
+    _quiet_libraries()
+    print_board(evaluate_mmlu(model, folder, subjects=named, style=style, **options), others, as_json)  # type: ignore[arg-type]
 
 
 @app.command()

@@ -23,6 +23,7 @@ class Pruning(BaseModel):
     count: int | None = Field(None, ge=2)
     merge: Literal["projections", "all"] = "projections"
     data_dir: Path | None = None
+    mmlu_as: Literal["spaced", "seed"] = "spaced"
     ntrain: int = Field(SHOTS, ge=0)
     num_tasks: int | None = Field(None, ge=1)
     num_samples: int | None = Field(None, ge=1)

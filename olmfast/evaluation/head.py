@@ -28,7 +28,7 @@ class Head(Protocol):
         ...
 
     def logits(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits of a few `tokens` (n,), or what orders them as these do: (rows, n) for activations (rows, hidden)."""
+        """Logits of a few `tokens` (n,): (rows, n) for activations (rows, hidden)."""
         ...
 
     def all_logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -55,17 +55,17 @@ class LinearHead:
         )
 
     def logits(self, hidden: torch.Tensor, tokens: torch.Tensor | slice) -> torch.Tensor:
-        """See `Head.logits`: before any cap."""
+        """See `Head.logits`."""
         bias = getattr(self.output, "bias", None)
         rows = torch.nn.functional.linear(
             self.final_norm(hidden), self.output.weight[tokens], bias[tokens] if bias is not None else None
         )
-        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return rows if self.softcap is None else torch.tanh(rows / self.softcap) * self.softcap
 
     def all_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `Head.all_logits`; any leading dimensions."""
-        logits = self.logits(hidden, slice(None))
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+        return self.logits(hidden, slice(None))
 
 
 class ModuleHead:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,24 +14,32 @@ import torch
 from olmfast.config.pruning import Pruning
 from olmfast.config.run import RunConfig, load_config
 from olmfast.errors import InputError
+from olmfast.evaluation.mmlu import Subject, read_mmlu
 from olmfast.observer import Observer
 from olmfast.output.folder import OutputFolder
 from olmfast.pruning import alphas as files
 from olmfast.pruning.report import report_text
 from olmfast.pruning.target import Target
+from olmfast.search.log import strict
 from olmfast.search.record import REPORT
 from olmfast.static.plan import Plan
 from olmfast.static.write import Written, check_output, read_options, write_merge
 from olmfast.weights.recipe import Recipe
 
+if TYPE_CHECKING:
+    from olmfast.evaluation.open import Settings
+    from olmfast.runs.mmlu import Board
+
+RESULTS = "mmlu_results.json"
 QUESTIONS = 1  # of each subject, that similarity asks
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """A pruned model that is on the disk: where, what of, and the alphas of its steps."""
+    """A pruned model that is on the disk: where, what of, the alphas of its steps, and its scores on MMLU, if asked."""
 
     written: Written
+    mmlu: Board | None
     n_layers: int
     steps: tuple[tuple[int, int], ...]
     alphas: tuple[float, ...]
@@ -38,7 +47,8 @@ class Pruned:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         steps = [[into, removed, alpha] for (into, removed), alpha in zip(self.steps, self.alphas, strict=True)]
-        return {**self.written.to_json(), "layers": self.n_layers, "steps": steps}
+        scores = {} if self.mmlu is None else {"mmlu": self.mmlu.to_json()}
+        return {**self.written.to_json(), "layers": self.n_layers, "steps": steps, **scores}
 
 
 def prune(
@@ -60,6 +70,7 @@ def prune(
     plan = plan_of(target, _known(target) or [0.5] * target.n_steps, command)
     read_options(config.device)
     check_output(plan, OutputFolder(config.output_dir, overwrite=overwrite), config.max_ram)
+    subjects = mmlu_of(pruning)
     told: dict[str, Any] = {"method": pruning.way}
     alphas = _known(target)
     if alphas is None:
@@ -68,16 +79,19 @@ def prune(
         similarity = _similarities(config, target)
         alphas = alphas_by(similarity, target.steps)
         told["similarity"] = similarity.mean(axis=1).tolist()
-    plan = plan_of(target, alphas, command)
+    plan, recipe = plan_of(target, alphas, command), _recipe(target, alphas)
+    board = None if subjects is None else _score(config, target, recipe, subjects, observer)
     texts = {
         files.ALPHAS: files.to_json(target.first, alphas),
-        REPORT: report_text(config, target, _recipe(target, alphas), alphas, config.output_dir, told),
+        REPORT: report_text(config, target, recipe, alphas, config.output_dir, told),
     }
+    if board is not None:
+        texts[RESULTS] = json.dumps(strict(board.results()), indent=2) + "\n"
     plan = replace(plan, content=replace(plan.content, texts=texts))
     device = config.device if config.device != "auto" else "cpu"
     written = write_merge(plan, config.output_dir, device=device, overwrite=overwrite, observer=observer)
     n_layers = target.base.architecture.n_blocks - target.n_steps
-    return Pruned(written, n_layers, tuple(target.steps), tuple(alphas))
+    return Pruned(written, board, n_layers, tuple(target.steps), tuple(alphas))
 
 
 def plan_pruning(config: RunConfig, command: str = "") -> Plan:
@@ -115,6 +129,30 @@ def plan_of(target: Target, alphas: Sequence[float], command: str) -> Plan:
     )
 
 
+def mmlu_of(pruning: Pruning) -> list[Subject] | None:
+    """The questions of MMLU that the result is scored on, if any. Raises InputError where they cannot be read."""
+    if pruning.data_dir is None:
+        return None
+    return read_mmlu(pruning.data_dir, n_shots=pruning.ntrain, style=pruning.mmlu_as)
+
+
+def _score(config: RunConfig, target: Target, recipe: Recipe, subjects: Sequence[Subject], observer: Observer) -> Board:
+    """The scores of the pruned model on MMLU."""
+    from olmfast.evaluation.open import Evaluation
+    from olmfast.runs.mmlu import score_mmlu
+
+    observer.note(f"scored on {sum(len(one.questions) for one in subjects)} questions of MMLU")
+    evaluation = Evaluation(recipe, target.pool, _settings(config))
+    return score_mmlu(str(config.output_dir), evaluation, subjects, target.pruning.ntrain)
+
+
+def _settings(config: RunConfig) -> Settings:
+    from olmfast.evaluation.open import Settings
+
+    limits = {key: getattr(config, key) for key in ("batch_tokens", "max_ram", "max_vram")}
+    return Settings.of(config.device, config.dtype, **limits)
+
+
 def _recipe(target: Target, alphas: Sequence[float]) -> Recipe:
     return target.recipe(files.weights_of(alphas))
 
@@ -136,19 +174,17 @@ def _known(target: Target) -> list[float] | None:
 def _similarities(config: RunConfig, target: Target) -> np.ndarray:
     """NPIB of each two layers, on a few questions of MMLU without worked examples."""
     from olmfast.evaluation.blocks import BlockwiseModel
-    from olmfast.evaluation.mmlu import read_mmlu
-    from olmfast.evaluation.open import Evaluation, Settings, load_tokenizer
+    from olmfast.evaluation.open import Evaluation, load_tokenizer
     from olmfast.pruning.similarity import entering, similarities
 
     pruning = target.pruning
     if pruning.data_dir is None:
         raise InputError("similarity: data_dir, the folder of MMLU, is missing: its questions tell layers apart")
     subjects = read_mmlu(pruning.data_dir, limit=pruning.num_samples or QUESTIONS)[: pruning.num_tasks]
-    settings = Settings.of(config.device, config.dtype, batch_tokens=config.batch_tokens)
     tokenizer, _ = load_tokenizer(target.base)
     texts = [subject.before(0) + question.text for subject in subjects for question in subject.questions]
     inputs = [tuple(tokenizer(text)["input_ids"])[-target.base.architecture.context :] for text in texts]
-    model = Evaluation(target.whole, target.pool, settings).model
+    model = Evaluation(target.whole, target.pool, _settings(config)).model
     with torch.inference_mode():
         blockwise = BlockwiseModel(model.module, model.architecture)
         return similarities(entering(blockwise, inputs, config.batch_tokens))

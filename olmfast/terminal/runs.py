@@ -40,7 +40,7 @@ def print_plan(plan: Estimate, as_json: bool) -> None:
         table.add_row(*cells, *([str(plan.within_budget[name])] if limited else []))
     cells = ["all", "", str(plan.n_tensors), str(plan.n_candidates)]
     table.add_row(*cells, *([str(plan.n_evaluations)] if limited else []))
-    _console().print(table)
+    make_console().print(table)
     for note in plan.notes:
         print(note)
     if plan.budget is not None:
@@ -125,7 +125,7 @@ def print_result(result: Result, as_json: bool) -> None:
     for outcome in result.record.choices():
         if outcome.changed or outcome.stage not in QUIET:
             table.add_row(outcome.where, outcome.winner + ("" if outcome.changed else " (kept)"))
-    _console().print(table)
+    make_console().print(table)
     boards = {"Selection": result.selection, "Held-out": result.holdout}
     for title, board in boards.items():
         if board.rows or title == "Selection":
@@ -172,7 +172,7 @@ def _print_board(board: Scoreboard, title: str) -> None:
     for label in board.rows:
         cells = [board.cell(label, name) for name in board.datasets]
         table.add_row(models[label], *cells, *([f"{board.retained(label):.3f}"] if board.has_scale else []))
-    _console().print(table)
+    make_console().print(table)
     if remark := board.remark():
         print(remark)
 
@@ -191,6 +191,6 @@ def _short(names: list[str]) -> dict[str, str]:
     }
 
 
-def _console() -> Console:
+def make_console() -> Console:
     # A pipe has no width: tables must not be folded there.
     return Console(markup=False) if sys.stdout.isatty() else Console(width=200, markup=False)

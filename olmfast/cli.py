@@ -16,11 +16,10 @@ from typer.core import TyperGroup
 
 from olmfast import __version__
 from olmfast.errors import InputError, Interrupted, cut
-from olmfast.terminal import boundary, dataflow
+from olmfast.terminal import boundary, dataflow, pruning
 from olmfast.terminal.options import AllowMismatch, Device, Dtype, NoRemoteCodeFiles, Overrides, Seed
 
 if TYPE_CHECKING:
-    from olmfast.config.run import RunConfig
     from olmfast.runs.watchers import Watcher
 
 
@@ -96,7 +95,7 @@ def run_command(
         raise InputError(f"{chosen}: no such file in this folder; name the run's config: olmfast run CONFIG")
     loaded = load_config(chosen, _overrides(set_ or [], device=device, dtype=dtype, seed=seed))
     if loaded.prune is not None:
-        _prune(loaded, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
+        pruning.prune_config(loaded, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
         return
     from olmfast.terminal.progress import make_observer
     from olmfast.terminal.runs import print_plan, print_result
@@ -105,7 +104,7 @@ def run_command(
     from olmfast.runs.session import run
     from olmfast.static.check import check
 
-    _quiet_libraries()
+    boundary.quiet_libraries()
     if dry_run:
         print_plan(check(loaded, observer=observer), as_json)
         return
@@ -162,7 +161,7 @@ def merge_command(
     loaded = load_merge_config(config)
     if dry_run:
         read_options(device, shard_size, max_ram)
-        _quiet_libraries()
+        boundary.quiet_libraries()
         merges.print_plan(check(loaded, allow_mismatch=allow_mismatch or ()), out, as_json)
         return
     with merges.Watcher(as_json) as observer:
@@ -254,117 +253,19 @@ def linear_command(
     if dry_run:
         read_options(device)
         plan = adaptive.plan_linear(wanted)
-        _quiet_libraries()
+        boundary.quiet_libraries()
         check_result(plan)
         merges.print_plan(plan, output_dir or wanted.default_output, as_json)
         return
     if top is not None:
-        _quiet_libraries()
+        boundary.quiet_libraries()
     with merges.Watcher(as_json) as observer:
         options = {"overwrite": overwrite, "allow_nonfinite": allow_nonfinite}
         done = merge_linear(wanted, output_dir, device=device, **options, observer=observer)
     merges.print_written(done, as_json)
 
 
-@app.command("prune")
-def prune_command(
-    model_path: Annotated[str, typer.Option("--model_path", help="The model: a folder or a hub id.")],
-    alphas_file: Annotated[
-        Path | None, typer.Option("--alphas_file", help="JSON: a list of steps with ratio_i_alpha.")
-    ] = None,
-    num_layer: Annotated[
-        int | None, typer.Option("--num_layer", "-i", help="How many layers are merged into the one below them.")
-    ] = None,
-    output_dir: Annotated[
-        Path | None, typer.Option("--output_dir", help="The result's folder; default: a name in pruned_models/.")
-    ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option("--data_dir", "-d", help="MMLU's folder: the result is scored on its questions.")
-    ] = None,
-    ntrain: Annotated[int, typer.Option("--ntrain", "-k", help="Worked examples before each question.")] = 5,
-    num_tasks: Annotated[
-        int | None, typer.Option("--num_tasks", "-n", help="The first N subjects, for similarity; default: all.")
-    ] = None,
-    num_samples: Annotated[
-        int | None, typer.Option("--num_samples", "-m", help="Questions of each subject, for similarity; default: 1.")
-    ] = None,
-    mmlu_as: Annotated[
-        str | None,
-        typer.Option("--mmlu-as", help="spaced: letters as they follow a prompt; seed: as pruning by merging asks."),
-    ] = None,
-    ngpu: Annotated[int | None, typer.Option("--ngpu", "-g", help="Ignored; see --device.")] = None,
-    method: Annotated[
-        str | None,
-        typer.Option("--method", help="file, similarity, uniform or drop; default: file with --alphas_file."),
-    ] = None,
-    merge: Annotated[
-        str, typer.Option("--merge", help="What is merged of a layer: projections, or all of it.")
-    ] = "projections",
-    start: Annotated[int | None, typer.Option("--start", help="The first layer of the run that is merged.")] = None,
-    count: Annotated[int | None, typer.Option("--count", help="How many layers, from it on, become one.")] = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    seed: Seed = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-) -> None:
-    """Prune a model by merging layers into those below them."""
-    from olmfast.config.pruning import default_output
-    from olmfast.config.run import parse_config
-
-    if ngpu is not None:
-        print(f"note: --ngpu {ngpu} is ignored: the model is run on one device; --device names it", file=sys.stderr)
-    given = {
-        "method": method,
-        "alphas_file": alphas_file,
-        "num_layer": num_layer,
-        "start": start,
-        "count": count,
-        "merge": merge,
-        "data_dir": data_dir,
-        "mmlu_as": mmlu_as,
-        "ntrain": ntrain,
-        "num_tasks": num_tasks,
-        "num_samples": num_samples,
-    }
-    section = {key: value for key, value in given.items() if value is not None}
-    options = {"device": device, "dtype": dtype, "seed": seed}
-    loaded = parse_config(
-        {
-            "models": [model_path],
-            "models_dir": ".",
-            "output_dir": output_dir or default_output(model_path, section),
-            "prune": section,
-            **{key: value for key, value in options.items() if value is not None},
-        },
-        "prune",
-        Path.cwd(),
-    )
-    _prune(loaded, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
-
-
-def _prune(config: RunConfig, *, overwrite: bool, dry_run: bool, as_json: bool) -> None:
-    """What `olmfast prune` does, and `olmfast run` with a config that prunes."""
-    from olmfast.pruning.prune import plan_pruning, prune
-    from olmfast.terminal import merges
-
-    command = " ".join(["olmfast", *sys.argv[1:]])
-    if config.prune is not None and config.prune.is_evaluated:
-        _quiet_libraries()
-    if dry_run:
-        merges.print_plan(plan_pruning(config, command), config.output_dir, as_json)
-        return
-    with merges.Watcher(as_json) as observer:
-        done = prune(config, overwrite=overwrite, command=command, observer=observer)
-    if as_json:
-        print(json.dumps(done.to_json(), indent=2))
-        return
-    if done.mmlu is not None:
-        from olmfast.terminal.mmlu import print_board
-
-        print_board(done.mmlu, [], False)
-    merges.print_written(done.written, as_json)
+app.command("prune")(pruning.prune_command)
 
 
 @app.command("extract-lora")
@@ -382,7 +283,7 @@ def extract_command(
     from olmfast.static.extract import extract_lora
     from olmfast.terminal import merges
 
-    _quiet_libraries()
+    boundary.quiet_libraries()
     done = extract_lora(base, model, out, rank, device=device, seed=seed, overwrite=overwrite)
     merges.print_extracted(done, as_json)
 
@@ -412,9 +313,9 @@ def check_command(
         dataflow.check_file(config, out, overrides, allow_mismatch or (), as_json)
         return
     loaded = read_config(config, overrides)
-    _quiet_libraries()
+    boundary.quiet_libraries()
     if isinstance(loaded, RunConfig) and loaded.prune is not None:
-        _prune(loaded, overwrite=True, dry_run=True, as_json=as_json)
+        pruning.prune_config(loaded, overwrite=True, dry_run=True, as_json=as_json)
     elif isinstance(loaded, RunConfig):
         runs.print_plan(check(loaded), as_json)
     else:
@@ -462,7 +363,10 @@ def evaluate_command(
     from olmfast.terminal.runs import print_scoreboard, print_scoreboards
 
     if mmlu is not None:
-        _evaluate_mmlu(
+        from olmfast.terminal.mmlu import evaluate_mmlu
+
+        boundary.quiet_libraries()
+        evaluate_mmlu(
             model,
             mmlu,
             subjects,
@@ -479,7 +383,7 @@ def evaluate_command(
         raise InputError(f"{cut(more_results[0])}: not expected here")
     if bool(dataset) == (config is not None):
         raise InputError("evaluate: expected either --dataset FILE:MODE or --config CFG, or --mmlu DIR")
-    _quiet_libraries()
+    boundary.quiet_libraries()
     given = {"samples": samples, "max_new_tokens": max_new_tokens}
     common = {key: value for key, value in given.items() if value is not None}
     if config is not None:
@@ -497,22 +401,6 @@ def evaluate_command(
     place, device, dtype = models_dir or Path("models"), device or "auto", dtype or "auto"
     board = evaluate(model, entries, against or [], models_dir=place, device=device, dtype=dtype)
     print_scoreboard(board, "Scores", as_json, model)
-
-
-def _evaluate_mmlu(
-    model: str, folder: Path, subjects: str | None, compare: list[str], as_json: bool, *, style: str, **options: Any
-) -> None:
-    from olmfast.runs.mmlu import Compared, evaluate_mmlu
-    from olmfast.terminal.mmlu import print_board
-
-    if style not in ("spaced", "seed"):
-        raise InputError(f"--mmlu-as {cut(style)}: expected spaced or seed")
-    others = [Compared.read(Path(path)) for path in compare]
-    named = [name.strip() for name in subjects.split(",") if name.strip()] if subjects is not None else None
-    if named == []:
-        raise InputError("--subjects: expected names of subjects, such as anatomy,virology")
-    _quiet_libraries()
-    print_board(evaluate_mmlu(model, folder, subjects=named, style=style, **options), others, as_json)  # type: ignore[arg-type]
 
 
 @app.command()
@@ -576,14 +464,6 @@ def _graceful_stop(observer: Watcher) -> Iterator[Callable[[], bool]]:
         raise Interrupted(told) from error
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _quiet_libraries() -> None:
-    """Transformers' own progress bars and advice would be drawn into ours."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

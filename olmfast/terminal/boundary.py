@@ -148,3 +148,11 @@ class _Messages(io.FileIO):
             return super().write(data)
         except OSError:
             return len(data)
+
+
+def quiet_libraries() -> None:
+    """Transformers' own progress bars and advice would be drawn into ours."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

@@ -5,12 +5,28 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
+from olmfast.errors import InputError, cut
+from olmfast.runs import mmlu as scores
 from olmfast.runs.mmlu import Board, Compared
 from olmfast.search.log import strict
 from olmfast.terminal.runs import make_console
+
+
+def evaluate_mmlu(
+    model: str, folder: Path, subjects: str | None, compare: list[str], as_json: bool, *, style: str, **options: Any
+) -> None:
+    """Score a model on a folder of MMLU and print the table. Raises InputError for options that cannot be."""
+    if style not in ("spaced", "seed"):
+        raise InputError(f"--mmlu-as {cut(style)}: expected spaced or seed")
+    others = [Compared.read(Path(path)) for path in compare]
+    named = [name.strip() for name in subjects.split(",") if name.strip()] if subjects is not None else None
+    if named == []:
+        raise InputError("--subjects: expected names of subjects, such as anatomy,virology")
+    print_board(scores.evaluate_mmlu(model, folder, subjects=named, style=style, **options), others, as_json)  # type: ignore[arg-type]
 
 
 def print_board(board: Board, compared: Sequence[Compared], as_json: bool) -> None:

@@ -32,6 +32,7 @@ from olmfast.errors import InputError
 from olmfast.testing import FAMILIES, tiny_model, tiny_of, tiny_tokenizer, tree
 
 D, DEPTH = 32, 3
+MODELS = tempfile.TemporaryDirectory(prefix="dataflow-")  # removed when Python ends
 IDS = torch.tensor([[5, 9, 30, 77, 12, 12, 64, 3, 99, 41, 8, 17, 23, 50, 2, 6, 70, 71, 33, 19]])
 
 # The modules of a block whose sum is what it adds last; what multiplies that; the keys of a call.
@@ -50,7 +51,7 @@ Path_ = Sequence[tuple[int, int, Factor, Factor]]  # model, layer, A, b
 
 @functools.cache
 def donors(family: str, dtype: torch.dtype = torch.float64, **config: Any) -> tuple[str, str]:
-    folder = Path(tempfile.mkdtemp(prefix=f"dataflow-{family}-"))
+    folder = Path(tempfile.mkdtemp(prefix=f"{family}-", dir=MODELS.name))
     depth = "n_layer" if family in ("gpt2", "gptj") else "num_hidden_layers"
     for seed, name in enumerate("ab", 1):
         tiny_model(folder / name, family, seed, dtype=dtype, noise=0.3, **{depth: DEPTH, **config})
@@ -362,6 +363,19 @@ def test_what_is_tied_stays_tied_until_a_factor_changes_the_embedding():
     assert torch.equal(scaled.lm_head.weight, plain.lm_head.weight)
 
 
+def test_what_is_a_number_or_a_diagonal_goes_where_only_these_can():
+    none, diagonal = torch.zeros(D, dtype=torch.float64), factor("diagonal", 1)
+    path = [
+        (0, 0, None, None),
+        (1, 1, torch.eye(D, dtype=torch.float64) * 0.5, none),
+        (0, 2, torch.diag(diagonal), none),
+    ]
+    simple = [(0, 0, None, None), (1, 1, 0.5, None), (0, 2, diagonal, None)]
+    for family in ("mistral", "gemma2"):
+        folders = donors(family)
+        assert torch.equal(folded(folders, file_of(path)), folded(folders, file_of(simple)))
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
 def test_in_float32_the_logits_are_those_of_the_path_but_for_rounding(family):
     path = [(0, 0, factor("matrix", 1), bias_of("vector", 1)), (1, 1, -0.7, 0.25), (0, 2, factor("diagonal", 2), None)]
@@ -532,4 +546,10 @@ def test_an_evo_checkpoint_becomes_a_plain_one(olmfast, tmp_path):
     code, _, error = olmfast("dataflow", "--unfold", bad, tmp_path / "none")
     assert code == 2
     assert "expected a list of blocks from 0 to 2, got [0, 3]" in error
+    bad = evo(tmp_path / "odd", "mistral", [0, 1], scales=torch.ones(2, 7))
+    code, _, error = olmfast("dataflow", "--unfold", bad, tmp_path / "none")
+    assert code == 2
+    assert (
+        "expected a number, 32 numbers, the width of the model, or 32 lists of 32, got 7 in model.input_scales" in error
+    )
     assert not (tmp_path / "none").exists()

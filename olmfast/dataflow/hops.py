@@ -15,6 +15,7 @@ import torch
 
 from olmfast.config.dataflow import DataflowConfig, Factor, Placed
 from olmfast.errors import InputError
+from olmfast.weights.affine import Given
 from olmfast.weights.checkpoint import FLOATS, TensorInfo, read_header
 from olmfast.weights.expressions import Stored
 from olmfast.weights.pool import Pool
@@ -80,6 +81,25 @@ def hops_of(config: DataflowConfig, pool: Pool) -> list[Hop]:
     return hops
 
 
+def check_shape(shape: tuple[int, ...], width: int, dims: int, of: str = "") -> None:
+    """Raise InputError for a factor that is neither a number nor D of them nor, with two `dims`, D x D."""
+    if shape not in [(), (width,), (width, width)][: dims + 1]:
+        more = f" or {width} lists of {width}" if dims == 2 else ""
+        got = " x ".join(map(str, shape))
+        raise InputError(f"expected a number, {width} numbers, the width of the model,{more}, got {got}{of}")
+
+
+def simplest(values: torch.Tensor, factor: Expression) -> float | Expression:
+    """What has the values of a factor: the number that a diagonal or a bias is all over, the diagonal that a D x D is
+    alone, or the factor itself. A family may have a place for the simpler one only."""
+    if values.dim() == 2 and torch.equal(values, torch.diag(values.diagonal())):
+        values = values.diagonal()
+        factor = Given(tuple(values.tolist()), tuple(values.shape))
+    if values.dim() < 2 and bool((values == values.flatten()[0]).all()):
+        return float(values.flatten()[0])
+    return factor
+
+
 def width_of(pool: Pool, model: str) -> int:
     """D, the width of the stream. Raises InputError for a model whose embedding is not known."""
     donor = pool[model]
@@ -120,17 +140,15 @@ class _Files:
         if factor is None or isinstance(factor, float):
             return factor
         if not isinstance(factor, Placed):
-            self._check(factor.shape, dims, "")
-            return factor
+            check_shape(factor.shape, self.width, dims)
+            return simplest(torch.tensor(factor.values, dtype=torch.float64).view(factor.shape), factor)
         info = self._info(factor)
         of = f" at {list(factor.place)} of {factor.tensor} in {factor.file}" if factor.place else f" in {factor.file}"
-        self._check(info.shape, dims, of)
+        check_shape(info.shape, self.width, dims, of)
         values = info.read()
         if info.dtype not in FLOATS or not bool(values.isfinite().all()):
             raise InputError(f"expected finite numbers, got {info.dtype} with NaN or infinity{of}")
-        if not info.shape:
-            return float(values)
-        return Stored(str(factor.file), factor.tensor, info.digest(), factor.place)
+        return simplest(values, Stored(str(factor.file), factor.tensor, info.digest(), factor.place))
 
     def _info(self, factor: Placed) -> TensorInfo:
         held = self._headers[factor.file]
@@ -143,10 +161,3 @@ class _Files:
                 f"has it, got {list(info.shape)}"
             )
         return info.at(place)
-
-    def _check(self, shape: tuple[int, ...], dims: int, of: str) -> None:
-        wanted = [(), (self.width,), (self.width, self.width)][: dims + 1]
-        if shape not in wanted:
-            more = f" or {self.width} lists of {self.width}" if dims == 2 else ""
-            got = " x ".join(map(str, shape))
-            raise InputError(f"expected a number, {self.width} numbers, the width of the model,{more}, got {got}{of}")

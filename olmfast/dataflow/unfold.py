@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from olmfast.dataflow.hops import Hop
+from olmfast.dataflow.hops import Hop, check_shape, simplest, width_of
 from olmfast.dataflow.plan import CLASSIFIER, plan_path
 from olmfast.errors import InputError, show
 from olmfast.static.plan import Plan
@@ -93,22 +91,23 @@ class _Walk:
                 raise InputError(
                     f"{where}: {factor.name}: expected one for each of {len(blocks)} hops, got {list(factor.shape)}"
                 )
+        width = width_of(Pool([donor], alike=False), donor.name)
         for place, block in enumerate(blocks.tolist()):
-            bias = None if self.bias is None else _factor(self.bias, place)
-            yield Hop(donor.name, int(block), _factor(self.scales, place), bias, f"[{place}]")
+            bias = None if self.bias is None else _factor(self.bias, place, width, 1)
+            yield Hop(donor.name, int(block), _factor(self.scales, place, width, 2), bias, f"[{place}]")
 
 
-def _factor(tensor: Tensor, place: int) -> float | Expression:
-    """The factor of one hop: a number, or where its numbers lie."""
+def _factor(tensor: Tensor, place: int, width: int, dims: int) -> float | Expression:
+    """The factor of one hop: a number, or where its numbers lie, in at most `dims` dimensions."""
     info = tensor.in_file
     assert info is not None
     part = info.at((place,))
     values = part.read()
+    if values.numel() != 1:
+        check_shape(part.shape, width, dims, f" in {info.name} of {info.file}")
     if not values.dtype.is_floating_point or not bool(values.isfinite().all()):
         raise InputError(f"{info.file}: {info.name}[{place}]: expected finite numbers, got {show(values.tolist())}")
-    if values.numel() == 1:
-        return float(values.to(torch.float64))
-    return Stored(str(info.file.absolute()), info.name, part.digest(), (place,))
+    return simplest(values, Stored(str(info.file.absolute()), info.name, part.digest(), (place,)))
 
 
 def _make_plain(donor: Checkpoint) -> None:

@@ -33,7 +33,7 @@ from figures import ALL, TINY, Figures, room, sized
 from peak import cpu, peak_memory
 from search_case import BLOCKS, N_BLOCKS, Case, candidates_of, make_case, module_unit, modules_in, session, walk
 
-from olmfast.config.run import Racing
+from olmfast.config.searches import Racing
 from olmfast.evaluation.batched import BatchedScorer
 from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.scores import Scores
@@ -205,6 +205,7 @@ def score_tables(path: Path) -> list[Scores]:
 def raced_again(table: Scores, rules: Rules) -> str:
     """What racing decides of known scores, over `SEEDS` orders of the questions."""
     sizes = {name: values.shape[1] for name, values in table.samples.items()}
+    every = {name: list(range(size)) for name, size in sizes.items()}
     n = len(next(iter(table.samples.values())))
     best, same, gains, asked = choose(table, range(n), rules), 0, 0.0, 0
 
@@ -214,7 +215,7 @@ def raced_again(table: Scores, rules: Rules) -> str:
         return table.rows(rows).limited_to(samples)
 
     for seed in range(SEEDS):
-        scored, dropped = heats(score, n, sizes, Racing(), rules, seed)
+        scored, dropped = heats(score, n, every, Racing(), rules, seed)
         left = [row for row in range(n) if row not in dropped]
         done = sum(int(own[left[-1]].sum()) for own in scored.evaluated.values()) if scored else 0
         asked += (len(left) - 1) * (sum(sizes.values()) - done)

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from olmfast.config.run import RunConfig, load_config
+    from olmfast.dataflow.session import run
     from olmfast.errors import InputError, OlmfastError
     from olmfast.runs.scoreboard import evaluate
-    from olmfast.runs.session import Result, run
+    from olmfast.runs.session import Result
     from olmfast.static.check import check
     from olmfast.static.linear import linear
     from olmfast.static.write import merge
 
 _MODULES = {
-    "run": "runs.session",
+    "run": "dataflow.session",
     "evaluate": "runs.scoreboard",
     "merge": "static.write",
     "linear": "static.linear",

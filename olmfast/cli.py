@@ -101,7 +101,7 @@ def run_command(
     from olmfast.terminal.runs import print_plan, print_result
 
     observer = make_observer(quiet=quiet or as_json, verbose=verbose)
-    from olmfast.runs.session import run
+    from olmfast.dataflow.session import run
     from olmfast.static.check import check
 
     boundary.quiet_libraries()

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from olmfast import run
-from olmfast.config.run import Racing, load_config
+from olmfast.config.run import load_config
+from olmfast.config.searches import Racing
 from olmfast.evaluation.scores import Scores
 from olmfast.search.racing import heats, left_to_score
 from olmfast.search.ranking import Comparison, Rules, choose
@@ -32,6 +33,7 @@ class Table:
         values = torch.tensor(means, dtype=torch.float64)[None, :, None] + easy + noises
         self.samples = {"a": values[0], "b": values[1]}
         self.sizes = {"a": n, "b": n}
+        self.questions = {"a": list(range(n)), "b": list(range(n))}
         self.asked = 0
 
     def __call__(self, rows, samples):
@@ -43,7 +45,7 @@ class Table:
         return Scores(values, mask, {name: torch.zeros_like(own) for name, own in mask.items()})
 
     def race(self, rules: Rules, **keys):
-        return heats(self, len(self.samples["a"]), self.sizes, Racing(**keys), rules, seed=7)
+        return heats(self, len(self.samples["a"]), self.questions, Racing(**keys), rules, seed=7)
 
     def best(self, rules: Rules) -> int:
         full = self(range(len(self.samples["a"])), {name: list(range(n)) for name, n in self.sizes.items()})
@@ -62,7 +64,7 @@ def test_clear_losers_leave_early_and_the_winner_stays(selection):
     assert dropped[2] == "behind after 25 of 200 samples"
     assert table.asked <= 6 * 2 * 25 + 2 * 2 * 50
     assert found.evaluated["a"][2].sum() == 25
-    rest = left_to_score(found, [0, 1], ["a", "b"])
+    rest = left_to_score(found, [0, 1], table.questions)
     assert len(rest["a"]) == 200 - int(found.evaluated["a"][1].sum())
 
 
@@ -100,7 +102,8 @@ def test_samples_of_a_rung_are_the_same_for_all_and_grow():
         return table(rows, samples)
 
     table = Table([0.5, 0.5, 0.5, 0.5])
-    heats(score, 4, {"a": 200, "b": 60}, Racing(rungs=[25, 75], confidence=0.99), RULES["copeland"], seed=1)
+    some = {"a": list(range(200)), "b": list(range(60))}
+    heats(score, 4, some, Racing(rungs=[25, 75], confidence=0.99), RULES["copeland"], seed=1)
     assert len(asked[0]["a"]) == len(asked[0]["b"]) == 25
     assert len(asked[1]["a"]) == 50
     assert len(asked[1]["b"]) == 35
@@ -170,9 +173,9 @@ def test_who_the_guard_will_refuse_drives_nobody_out(selection):
     table.samples["a"][1] -= 0.4
     table.samples["b"][1] += 0.55  # best of all by far on `a`, and worse than the current model on `b`
     rules = RULES[selection] if selection == "mean" else Rules("copeland", 1e-6, weights={"a": 2.0})
-    _, dropped = heats(table, 4, table.sizes, Racing(), rules, 7)
+    _, dropped = heats(table, 4, table.questions, Racing(), rules, 7)
     assert 2 in dropped
-    _, dropped = heats(table, 4, table.sizes, Racing(), rules, 7, guarded=["b"])
+    _, dropped = heats(table, 4, table.questions, Racing(), rules, 7, guarded=["b"])
     assert set(dropped) == {3}
 
 
@@ -180,8 +183,25 @@ def test_where_any_improvement_is_accepted_what_is_there_drives_nobody_out():
     table = Table([0.5, 0.4, 0.45, 0.9])
     table.samples["b"][1:3] += 0.5
     rules = RULES["copeland"]
-    _, dropped = heats(table, 4, table.sizes, Racing(), rules, 7)
+    _, dropped = heats(table, 4, table.questions, Racing(), rules, 7)
     assert set(dropped) == {1, 2, 3}
-    _, dropped = heats(table, 4, table.sizes, Racing(), rules, 7, current_leads=False)
+    _, dropped = heats(table, 4, table.questions, Racing(), rules, 7, current_leads=False)
     assert 1 not in dropped
     assert 3 in dropped
+
+
+def test_a_race_on_some_of_the_questions_asks_no_others():
+    asked: set[int] = set()
+
+    def score(rows, samples):
+        asked.update(samples["a"])
+        return table(rows, samples)
+
+    table = Table([0.5, 0.1, 0.9, 0.8])
+    some = {"a": list(range(0, 200, 2)), "b": list(range(1, 200, 2))}
+    found, dropped = heats(score, 4, some, Racing(rungs=[25, 75]), RULES["mean"], 7)
+    assert set(dropped) == {2, 3}
+    assert asked <= set(some["a"])
+    assert dropped[2] == "behind after 25 of 100 samples"
+    rest = left_to_score(found, [0, 1], some)
+    assert set(rest["a"]) | asked == set(some["a"])

@@ -28,7 +28,7 @@ STAGE_KEYS = (
     "racing",
 )
 # Keys of these stages that the original did not have, and others that say how to search in this tool's own words.
-OWN_KEYS = ("candidates", "scales", "units", "search", "racing", "ancestor", "start")
+OWN_KEYS = ("candidates", "scales", "units", "search", "evolve", "dataflow", "racing", "ancestor", "start")
 # Keys of the original that decide nothing here.
 IGNORED = {
     "metric_dir": "metrics are in the output folder",

@@ -10,7 +10,6 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,7 +29,7 @@ from olmfast.config.candidates import CandidateKind, parse_candidates
 from olmfast.config.loading import Location, absolute, explain, parse_size, read_yaml, set_key
 from olmfast.config.originals import DATASETS, STAGE_KEYS, read_original
 from olmfast.config.pruning import Pruning
-from olmfast.config.searches import Evolve, lift_genome
+from olmfast.config.searches import Dataflow, Evolve, Racing, Windows, lift_genome, parse_racing, parse_windows
 from olmfast.config.tagged import refuse_dataflow
 from olmfast.errors import InputError, did_you_mean, show
 
@@ -95,45 +94,8 @@ def _parse_switch(value: object) -> object:
     return words.get(value.lower(), value)
 
 
-class Windows(BaseModel):
-    """Which blocks are chosen together: each with `window` neighbours; windows that `slide` overlap."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    window: int = Field(0, ge=0)
-    slide: bool = True
-
-
-def _parse_windows(value: object) -> object:
-    if isinstance(value, dict | Windows):
-        return value
-    number = int(value) if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d{1,9}\s*", value) else value
-    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-        raise ValueError(f"expected a number of blocks from 0 on, or {{window: 1, slide: false}}, got {show(value)}")
-    return Windows(window=number)
-
-
-class Racing(BaseModel):
-    """Racing: after how many samples candidates may be dropped, and how sure that must be."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    rungs: list[Annotated[int, Field(ge=2)]] = Field(default=[25, 50, 100, 200, 400], min_length=1)
-    confidence: float = Field(default=0.95, gt=0.5, lt=1)
-
-    @model_validator(mode="after")
-    def _check(self) -> Racing:
-        if any(a >= b for a, b in pairwise(self.rungs)):
-            raise ValueError(f"rungs: expected growing numbers of samples, got {self.rungs}")
-        return self
-
-
 def _parse_significance(value: object) -> object:
     return None if value is False else value
-
-
-def _parse_racing(value: object) -> object:
-    if value is False or value is None:
-        return None
-    return Racing() if value is True else value
 
 
 class DatasetConfig(BaseModel):
@@ -179,6 +141,7 @@ class RunConfig(BaseModel):
 
     search: Literal["joint", "stages"] | None = None
     evolve: Evolve | None = None
+    dataflow: Dataflow | None = None
     base_select: Annotated[bool | str, BeforeValidator(_parse_switch)] = False
     boundary_select: Annotated[bool | str, BeforeValidator(_parse_switch)] = False
     layer_swap: bool = False
@@ -193,7 +156,7 @@ class RunConfig(BaseModel):
     direction: Literal["forward", "backward"] = "forward"
     samples: int = Field(200, ge=1)
     improve_all: str | None = None
-    markov: Annotated[Windows, BeforeValidator(_parse_windows)] = Windows(window=0)
+    markov: Annotated[Windows, BeforeValidator(parse_windows)] = Windows(window=0)
     max_models: int | None = Field(None, ge=1)
     units: list[str] = ["*"]
     es_svd_generations: int = Field(1, ge=1)
@@ -205,7 +168,7 @@ class RunConfig(BaseModel):
     selection: Annotated[Literal["copeland", "mean", "average_rank"], BeforeValidator(_parse_selection)] = "copeland"
     significance: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, BeforeValidator(_parse_significance)] = None
     tie_tolerance: float | None = Field(None, ge=0)
-    racing: Annotated[Racing | None, BeforeValidator(_parse_racing)] = None
+    racing: Annotated[Racing | None, BeforeValidator(parse_racing)] = None
 
     seed: int = Field(0, ge=0, lt=2**63)
     scorer: Literal["batched", "sequential"] = "batched"
@@ -263,15 +226,30 @@ class RunConfig(BaseModel):
         """Whether the coefficients of all donors are searched: unless it prunes, or has keys of another search."""
         if self.prune is not None:
             return False
-        if self.search is not None or self.evolve is not None:
+        if self.search is not None or self.section is not None:
             return self.search == "joint"
         by_rank = "selection" in self.model_fields_set and self.selection != "mean"
         return not by_rank and not self.model_fields_set.intersection(STAGE_KEYS)
 
     @property
+    def section(self) -> str | None:
+        """The section that stands for a search of its own."""
+        return next((name for name in ("evolve", "dataflow") if getattr(self, name) is not None), None)
+
+    @property
     def is_tested(self) -> bool:
         """Whether what is chosen must be better on questions that did not pick it: in all searches but by stages."""
-        return self.is_joint or self.evolve is not None
+        return self.is_joint or self.section is not None
+
+    @property
+    def is_validated(self) -> bool:
+        """Whether questions are set aside on which the end is compared with the start."""
+        return self.is_tested and not (self.dataflow is not None and self.dataflow.repeat)
+
+    @property
+    def races(self) -> Racing | None:
+        """The racing of the candidates that are scored on all questions of a step."""
+        return self.dataflow.racing if self.dataflow is not None else self.racing
 
     @property
     def required_p(self) -> float | None:
@@ -283,12 +261,12 @@ class RunConfig(BaseModel):
     @property
     def validation_share(self) -> float:
         """The share of the selection questions that is set aside; 0 where there are datasets for it."""
-        return self.validation if self.is_tested and isinstance(self.validation, float) else 0.0
+        return self.validation if self.is_validated and isinstance(self.validation, float) else 0.0
 
     @property
     def validation_sets(self) -> dict[str, DatasetConfig]:
         """The datasets of its own that the validation has."""
-        return self.validation if self.is_tested and isinstance(self.validation, dict) else {}
+        return self.validation if self.is_validated and isinstance(self.validation, dict) else {}
 
     @property
     def questions(self) -> dict[str, DatasetConfig]:
@@ -342,8 +320,14 @@ class RunConfig(BaseModel):
     def _check_searches(self) -> None:
         """Raise ValueError for keys of two searches at once."""
         given = self.model_fields_set
-        if self.evolve is not None and (keys := [key for key in ("search", *STAGE_KEYS, "start") if key in given]):
-            raise ValueError(f"{', '.join(keys)}: evolve is a search of its own; leave them out")
+        sections = [name for name in ("evolve", "dataflow", "prune") if getattr(self, name) is not None]
+        if len(sections) > 1:
+            raise ValueError(f"{', '.join(sections)}: each is a search of its own; give one of them")
+        if self.dataflow is not None and len(self.models) > 1:
+            raise ValueError(f"dataflow.models: is one, and models lists {len(self.models)}; leave one")
+        others = ("search", *STAGE_KEYS, "start", *(["ancestor"] if self.dataflow is not None else []))
+        if self.section is not None and (keys := [key for key in others if key in given]):
+            raise ValueError(f"{', '.join(keys)}: {self.section} is a search of its own; leave them out")
         if self.ancestor and not self.is_tested:
             raise ValueError("ancestor: only a joint search has one; add search: joint")
         if self.start and not self.is_joint:
@@ -508,6 +492,7 @@ def _join_base(data: dict[str, Any]) -> Iterator[str]:
 
 def _known_keys(location: Location) -> Iterable[str]:
     nested: dict[str, type[BaseModel]] = dict.fromkeys(("dataset", "holdout", "validation"), DatasetConfig)
-    nested |= {"budget": Budget, "racing": Racing, "markov": Windows, "evolve": Evolve, "prune": Pruning}
+    nested |= {"budget": Budget, "racing": Racing, "markov": Windows, "prune": Pruning}
+    nested |= {"evolve": Evolve, "dataflow": Dataflow}
     model: type[BaseModel] = nested[str(location[0])] if len(location) > 1 else RunConfig
     return model.model_fields

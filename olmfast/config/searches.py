@@ -1,16 +1,57 @@
-"""Sections of a run's config that stand for a search of their own: `evolve`."""
+"""Sections of a run's config that say how to search: `markov`, `racing`, and those that are a search of their own."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from olmfast.errors import InputError
+from olmfast.errors import InputError, show
 
 # Keys of mergekit-evolve's genome that stand at the top level here.
 LIFTED = {"models": "models", "base_model": "ancestor"}
+
+
+class Windows(BaseModel):
+    """Which blocks are chosen together: each with `window` neighbours; windows that `slide` overlap."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    window: int = Field(0, ge=0)
+    slide: bool = True
+
+
+def parse_windows(value: object) -> object:
+    """A number of blocks stands for windows that slide."""
+    if isinstance(value, dict | Windows):
+        return value
+    number = int(value) if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d{1,9}\s*", value) else value
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise ValueError(f"expected a number of blocks from 0 on, or {{window: 1, slide: false}}, got {show(value)}")
+    return Windows(window=number)
+
+
+class Racing(BaseModel):
+    """Racing: after how many samples candidates may be dropped, and how sure that must be."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    rungs: list[Annotated[int, Field(ge=2)]] = Field(default=[25, 50, 100, 200, 400], min_length=1)
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Racing:
+        if any(a >= b for a, b in pairwise(self.rungs)):
+            raise ValueError(f"rungs: expected growing numbers of samples, got {self.rungs}")
+        return self
+
+
+def parse_racing(value: object) -> object:
+    """`true` stands for the defaults, `false` for none."""
+    if value is False or value is None:
+        return None
+    return Racing() if value is True else value
 
 
 class Evolve(BaseModel):
@@ -31,6 +72,18 @@ class Evolve(BaseModel):
     def has_density(self) -> bool:
         """Whether each task vector has a density too."""
         return self.merge_method in ("ties", "dare_ties")
+
+
+class Dataflow(BaseModel):
+    """Paths through the blocks of models: contiguous ranges of one model's run twice (`repeat`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    models: Literal["one"] = "one"
+    repeat: Literal[True] = True
+    grid: int = Field(64, ge=1)  # ranges of the first, coarsest round at most
+    keep: int = Field(4, ge=1)  # ranges around which each finer round looks
+    shown: int = Field(10, ge=1)  # ranges that are scored on held-out questions
+    racing: Annotated[Racing | None, BeforeValidator(parse_racing)] = Racing(rungs=[10, 20, 40, 80, 160, 320])
 
 
 def lift_genome(data: dict[str, Any], where: str) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class BlockwiseModel:
         """Token ids (batch, width) -> what enters the first block, (batch, width, hidden)."""
 
         def stop(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _Entered(_take_hidden(args, kwargs)[0])
+            raise _Entered(take_hidden(args, kwargs)[0])
 
         hook = self.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
         try:
@@ -131,11 +131,8 @@ class BlockwiseModel:
 
         With `needed`, the last block's MLP computes nothing for other positions, whose results are then void.
         """
-        calls = self.calls(hidden.shape[1]) if last > first else []
         for index in range(first, last):
-            call = calls[index]
-            args = tuple(recorder if arg is _CACHE else arg for arg in call.args)
-            kwargs = {key: recorder if arg is _CACHE else arg for key, arg in call.kwargs.items()}
+            args, kwargs = self.arguments(index, hidden.shape[1], recorder)
             with self._mlp_only_for(needed if index == len(self.blocks) - 1 else None):
                 out = self.blocks[index](hidden, *args, **kwargs)
             hidden = out[0] if isinstance(out, tuple) else out
@@ -159,6 +156,14 @@ class BlockwiseModel:
         with replaced({mlp: forward}):
             yield
 
+    def arguments(self, index: int, width: int, cache: Any = None) -> _Call:
+        """What block `index` is called with for inputs of this width, `cache` in the cache's place."""
+        call = self.calls(width)[index]
+        return _Call(
+            tuple(cache if arg is _CACHE else arg for arg in call.args),
+            {key: cache if arg is _CACHE else arg for key, arg in call.kwargs.items()},
+        )
+
     def calls(self, width: int) -> list[_Call]:
         """What each block is called with for inputs of this width; batch dimensions are 1 and broadcast."""
         if width not in self._calls:
@@ -168,7 +173,7 @@ class BlockwiseModel:
             calls: list[_Call] = []
 
             def record(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                _, args, kwargs = _take_hidden(args, kwargs)
+                _, args, kwargs = take_hidden(args, kwargs)
                 calls.append(
                     _Call(
                         tuple(_CACHE if arg is cache else arg for arg in args),
@@ -186,7 +191,8 @@ class BlockwiseModel:
         return self._calls[width]
 
 
-def _take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
+def take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
+    """What a block was called with: its hidden states, and the other arguments."""
     if args:
         return args[0], args[1:], kwargs
     return kwargs["hidden_states"], args, {key: arg for key, arg in kwargs.items() if key != "hidden_states"}

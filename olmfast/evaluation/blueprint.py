@@ -34,12 +34,20 @@ def draw_up(recipe: Recipe, pool: Pool, dtype: torch.dtype) -> Blueprint:
     base = pool[recipe.base]
     architecture = pool.architecture.edited(recipe.config_edits)
     shapes = {name: info.shape if (info := base.tensors.get(name)) else None for name in recipe.tensors}
-    module = check_fit(recipe.config(base.config), architecture, shapes, base.folder / "config.json", tied=pool.tied)
+    module = check_fit(
+        recipe.config(base.config), architecture, shapes, base.folder / "config.json", tied=is_tied(recipe, pool)
+    )
     parameters = dict(module.named_parameters())
     order = {name: i for i, name in enumerate(parameters)}
     names = sorted(recipe.tensors, key=lambda name: order.get(architecture.slot(name).parameter, len(order)))
     n_bytes = sum(parameter.numel() * dtype.itemsize for parameter in parameters.values())
     return Blueprint(tuple(names), n_bytes + sum(buffer.nbytes for buffer in module.buffers()))
+
+
+def is_tied(recipe: Recipe, pool: Pool) -> bool:
+    """Whether the head of the recipe's model is its embedding: none of its tensors is the head, and that is meant."""
+    architecture = pool.architecture.edited(recipe.config_edits)
+    return architecture.family.head not in recipe.tensors and (pool.tied or architecture.tied_in_config)
 
 
 def check_fit(

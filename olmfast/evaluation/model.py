@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from olmfast.evaluation.blueprint import build_module, map_slots
+from olmfast.evaluation.blueprint import build_module, is_tied, map_slots
 from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.upload import Uploader
 from olmfast.weights.architecture import Architecture
@@ -40,7 +40,7 @@ class WorkingModel:
         pool = self.sources.pool
         base, architecture = pool[recipe.base], pool.architecture.edited(recipe.config_edits)
         where = base.folder / "config.json"
-        self.module = build_module(recipe.config(base.config), where, pool.tied, self.dtype).to(self.device)
+        self.module = build_module(recipe.config(base.config), where, is_tied(recipe, pool), self.dtype).to(self.device)
         self._slots = map_slots(self.module, architecture, recipe.tensors, where)
 
     def apply(self, values: Mapping[str, Expression]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from olmfast.config.run import RunConfig
 from olmfast.output.card import front_matter
 from olmfast.runs.scoreboard import Scoreboard
@@ -21,6 +23,7 @@ def write_card(
     verdict: Verdict | None,
     account: str,
     pool: Pool,
+    sections: Sequence[str] = (),
 ) -> str:
     """README.md of the result. Never needs the network: it names models, it does not look them up."""
     base = recipe.base
@@ -44,6 +47,7 @@ def write_card(
                 f"{name}: {entry.mode}, {record.header['samples'][name]} samples" for name, entry in entries.items()
             )
             parts.append(f"{settings}; seed {config.seed}.\n")
+    parts += sections
     parts.append(f"## Choices\n\n{_choices(record)}\n\n{account}.\n\nRecipe {recipe.digest()}.\n")
     return "\n".join(parts)
 

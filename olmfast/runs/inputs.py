@@ -68,7 +68,7 @@ class Inputs:
             raise InputError("\n".join(faults))
         for warning in pool.warnings:
             observer.note(warning)
-        if len(config.models) == 1 and not (config.es_svd or config.es_norm):
+        if len(config.models) == 1 and not (config.es_svd or config.es_norm or config.section):
             observer.note(f"models: {config.models[0]} is the only one: there is nothing to choose from")
         order: tuple[str, ...] = ()
         if settings is not None:

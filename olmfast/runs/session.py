@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from olmfast import __version__
-from olmfast.config.run import RunConfig, load_config
+from olmfast.config.run import RunConfig
 from olmfast.config.run import Scale as Units
 from olmfast.errors import FileChanged, OlmfastError
 from olmfast.evaluation.open import Evaluation, Questions
@@ -63,8 +62,9 @@ class Result:
         return of_run(self.selection, self.holdout)
 
 
-def run(
-    config: RunConfig | Mapping[str, Any] | str | Path,
+def run_as(
+    kind: type[Session],
+    config: RunConfig,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -72,17 +72,7 @@ def run(
     observer: Observer | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Result:
-    """Search for the best merge of the config's pool and write it to `output_dir`.
-
-    `config` is what `load_config` returned or takes. `resume` goes on with an unfinished run, `overwrite` replaces a
-    result that is there, and `report` is a `merge_report.json` of the original OLM whose choices a new run begins with
-    (one in the output folder is resumed); `observer` is told of each step, `stop_requested` asked between two steps.
-
-    Raises InputError before anything is written when the input is unusable, Interrupted when
-    `stop_requested` said so between two steps, OlmfastError when the run failed; what was decided is kept.
-    """
-    if not isinstance(config, RunConfig):
-        config = load_config(config)
+    """Run a config with sessions of a kind; see `olmfast.run`."""
     log = RunLog()
     watched = Both([observer or Observer(), log])
     report = None if report is None else Path(report).absolute()
@@ -93,7 +83,7 @@ def run(
     if report is not None:
         folder.check_apart({"the report": [report]})
     try:
-        _run(config, folder, watched, log, stop_requested)
+        _run(kind, config, folder, watched, log, stop_requested)
     except OlmfastError as error:
         log.note(str(error))
         raise
@@ -103,7 +93,12 @@ def run(
 
 
 def _run(
-    config: RunConfig, folder: RunFolder, observer: Observer, log: RunLog, stop_requested: Callable[[], bool]
+    kind: type[Session],
+    config: RunConfig,
+    folder: RunFolder,
+    observer: Observer,
+    log: RunLog,
+    stop_requested: Callable[[], bool],
 ) -> None:
     for note in config.notes:
         observer.note(note)
@@ -113,7 +108,7 @@ def _run(
             if record.status != "finished":
                 log.begin(record.folder)
                 log.note(f"olmfast {__version__} {'continues' if record.steps else 'begins'}: {config.output_dir}")
-                session = Session(config, inputs, record, observer, stop_requested)
+                session = kind(config, inputs, record, observer, stop_requested)
                 status = session.search_all()
                 observer.note(session.write())
                 record.update(status=status)
@@ -156,14 +151,14 @@ class Session:
             config.significance,
             {name: entry.weight for name, entry in config.dataset.items()},
         )
-        scorer = self.evaluation.scorer(inputs.selection, observer.candidate, observer.note)  # the first one tells
+        scorer = self._scorer(inputs.selection, observer.note)  # the first one tells
         sources = self.evaluation.sources
         self.search = Search(config, recipe, inputs.order, sources, scorer, record, rules, observer, stop_requested)
         self.selection = Scoreboard(inputs.models)
         self.holdout = Scoreboard(inputs.models)
 
-    def _scorer(self, questions: Questions) -> Scorer:
-        return self.evaluation.scorer(questions, self.observer.candidate)
+    def _scorer(self, questions: Questions, note: Callable[[str], None] = lambda _: None) -> Scorer:
+        return self.evaluation.scorer(questions, self.observer.candidate, note)
 
     def search_all(self) -> str:
         """Walk the stages in order; returns `finished`, or `stopped` when the budget is spent."""
@@ -291,7 +286,7 @@ class Session:
         rows: dict[str, Recipe | None] = {
             **average,
             **self._start(),
-            RESULT: None if recipe == self.search.recipe else recipe,
+            RESULT: None if recipe == self.evaluation.model.recipe else recipe,
         }
         closing = (
             (SELECTION, self.selection, self.inputs.selection),
@@ -312,10 +307,14 @@ class Session:
         told = {"recipe_digest": recipe.digest(), "account": account, "verdict": verdict and verdict.to_json()}
         boarded = {"selection": self.selection.to_json(), "holdout": self.holdout.to_json()}
         self.record.update(self.search.recipe, **boarded, **told)
-        card = write_card(self.config, self.record, recipe, boards, verdict, account, pool)
+        card = write_card(self.config, self.record, recipe, boards, verdict, account, pool, self._closing())
         with writing(self.record.folder, "--resume"):
             write_text(self.record.folder / "README.md", card)
         return account
+
+    def _closing(self) -> list[str]:
+        """What a kind of run adds at its end: sections of the model card."""
+        return []
 
     def _start(self) -> dict[str, Recipe | None]:
         """What a search that tests began with, where that is none of the donors."""

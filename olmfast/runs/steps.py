@@ -15,6 +15,7 @@ from olmfast.search.coefficients import joint_steps
 from olmfast.search.costs import PlannedStep, Schedule
 from olmfast.search.joint import N_STARTS
 from olmfast.search.parameters import evolve_steps
+from olmfast.search.ranges import repeat_steps
 from olmfast.search.units import STAGES, units_of
 from olmfast.weights.architecture import Unit
 from olmfast.weights.pool import Pool
@@ -158,6 +159,9 @@ def _decisions(config: RunConfig, pool: Pool) -> Iterator[tuple[str, Unit, int]]
             yield stage, unit, count
     if config.evolve is not None:
         yield from evolve_steps(config.evolve, config.models, architecture, tensors)
+    if config.dataflow is not None:
+        for stage, count in repeat_steps(architecture.n_blocks, config.dataflow):
+            yield stage, architecture.model_unit(tensors), count
     for index, scale in enumerate(config.walk):
         per_part = 1 + (n - (swaps_only or index == 0)) * n_ways
         for unit in units_of(scale, config, architecture, tensors):

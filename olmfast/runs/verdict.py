@@ -157,7 +157,7 @@ def _compare(model: str, rival: str, board: Scoreboard) -> Comparison:
     difference, error, freedom = mean_of_means(leads)
     if math.isnan(difference):
         return Comparison(rival, math.nan, math.nan, math.nan, 0)
-    half = _quantile(freedom) * error if error else 0.0
+    half = half_width(error, freedom)
     n_needed = math.ceil(sum(map(len, leads)) * (NORMAL * error / WANTED) ** 2) if math.isfinite(error) else 0
     return Comparison(rival, difference, difference - half, difference + half, n_needed)
 
@@ -176,10 +176,11 @@ def mean_of_means(samples: Sequence[torch.Tensor]) -> tuple[float, float, float]
     return mean, math.sqrt(total), total**2 / spent if spent else math.inf
 
 
-def _quantile(freedom: float) -> float:
+def half_width(error: float, freedom: float, confidence: float = 0.95) -> float:
+    """Half of an interval of Student's t, for a standard error and its degrees of freedom."""
     from scipy.stats import t
 
-    return float(t.isf(0.025, freedom))
+    return float(t.isf((1 - confidence) / 2, freedom)) * error if error else 0.0
 
 
 def _rounded(value: float) -> float:

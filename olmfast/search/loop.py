@@ -169,7 +169,7 @@ class Search:
         before = self.recipe
         if step.commit and winner != 0:
             self.recipe = self._stored(step, candidates[winner])
-        sampled = step.questions is not None  # by CMA-ES: what it wrote is not the current model's
+        sampled = step.questions is not None and not step.commit  # what a sample wrote is not the current model's
         self.scorer.commit(self.recipe, None if sampled else candidates[winner].label)
         if step.questions is None and (step.commit or candidates[0].is_current):
             self._current = scores.rows([winner if step.commit else 0])
@@ -289,10 +289,14 @@ class Search:
         guard = self.config.improve_all if step.guarded else None
         rounds = [[name] for name in datasets] if guard else [datasets]
         found: list[Scores] = []
-        raced, dropped = self._race(step, candidates)
+        every = {name: list(range(self.scorer.sizes[name])) for name in datasets}
+        raced, dropped = self._race(step, candidates, every)
+        if raced is not None:
+            self._write_ledger(step, candidates, list(dropped), raced)
         for names in rounds:
             rows = [row for row in range(len(candidates)) if row not in dropped]
-            scores = self._score(step, candidates, rows, names, raced).spread(rows, len(candidates))
+            wanted = {name: every[name] for name in names}
+            scores = self._score(step, candidates, rows, wanted, raced).spread(rows, len(candidates))
             found.append(scores)
             self._write_ledger(step, candidates, rows, scores)
             for row in rows:
@@ -312,42 +316,51 @@ class Search:
             first, second = ({name: half.get(name, []) for name in every} for half in halves)
             asked = [([0, MEAN], every), ([FIRST], second), ([SECOND], first)]
         found: Scores | None = None
+        behind: dict[int, str] = {}
         for rows, questions in asked:
-            own = self._ask(step, candidates, rows, questions).spread(rows, len(candidates))
+            raced, behind = self._race(step, candidates, questions)
+            if raced is not None:
+                self._write_ledger(step, candidates, list(behind), raced)
+            rows = [row for row in rows if row not in behind]
+            own = self._score(step, candidates, rows, questions, raced).spread(rows, len(candidates))
             found = own if found is None else found.filled_by(own)
         assert found is not None
-        self._write_ledger(step, candidates, list(range(len(candidates))), found)
+        self._write_ledger(step, candidates, [row for row in range(len(candidates)) if row not in behind], found)
         dropped = {row: reason for row in range(len(candidates)) if (reason := self._fault(found, row, None))}
+        dropped |= behind
         if 0 in dropped and candidates[0].is_current:
             raise OlmfastError(f"{step.key}: {candidates[0].label}: {dropped[0]}; the incumbent cannot be scored")
         return found, dropped
 
-    def _race(self, step: Step, candidates: list[Candidate]) -> tuple[Scores | None, dict[int, str]]:
-        """Where racing is on: scores on a part of the samples, and who is out after it."""
-        racing = self.config.racing
-        if racing is None or not step.races or len(candidates) < 3:
+    def _race(
+        self, step: Step, candidates: list[Candidate], questions: Mapping[str, list[int]]
+    ) -> tuple[Scores | None, dict[int, str]]:
+        """Where racing is on: scores on a part of the questions, and who is out after it."""
+        racing = self.config.races
+        if racing is None or not step.races or step.trained is not None or len(candidates) < 3:
             return None, {}
-        sizes = {name: self.scorer.sizes[name] for name in self.config.dataset}
 
         def score(rows: list[int], samples: Mapping[str, list[int]]) -> Scores:
             return self._ask(step, candidates, rows, samples)
 
         guard = self.config.improve_all if step.guarded else None
-        guarded = [name for name in sizes if guard in ("all", "base", self.config.dataset[name].mode, name)]
+        guarded = [name for name in questions if guard in ("all", "base", self.config.dataset[name].mode, name)]
         led = step.accept is None  # another rule may prefer an offspring that is worse than the incumbent
-        raced, dropped = heats(score, len(candidates), sizes, racing, self.rules, self.config.seed, guarded, led)
-        if raced is not None:
-            self._write_ledger(step, candidates, list(dropped), raced)
-        return raced, dropped
+        return heats(score, len(candidates), questions, racing, self.rules, self.config.seed, guarded, led)
 
     def _score(
-        self, step: Step, candidates: list[Candidate], rows: list[int], names: list[str], raced: Scores | None
+        self,
+        step: Step,
+        candidates: list[Candidate],
+        rows: list[int],
+        questions: Mapping[str, list[int]],
+        raced: Scores | None,
     ) -> Scores:
-        """All samples of these datasets; what the race has scored is not scored again."""
+        """All of these questions; what the race has scored is not scored again."""
         if raced is None:
-            return self._ask(step, candidates, rows, {name: list(range(self.scorer.sizes[name])) for name in names})
-        known = raced.only(names).rows(rows)
-        return known.filled_by(self._ask(step, candidates, rows, left_to_score(raced, rows, names)))
+            return self._ask(step, candidates, rows, questions)
+        known = raced.only(list(questions)).rows(rows)
+        return known.filled_by(self._ask(step, candidates, rows, left_to_score(raced, rows, questions)))
 
     def _ask(
         self, step: Step, candidates: list[Candidate], rows: list[int], samples: Mapping[str, list[int]]

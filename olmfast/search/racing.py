@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 
-import torch
-
-from olmfast.config.run import Racing
+from olmfast.config.searches import Racing
 from olmfast.evaluation.scores import Scores
 from olmfast.search.ranking import Comparison, Rules, choose
 from olmfast.weights.draws import normal
@@ -22,20 +20,23 @@ Samples = Mapping[str, list[int]]
 def heats(
     score: Callable[[list[int], Samples], Scores],
     n_candidates: int,
-    sizes: Mapping[str, int],
+    questions: Samples,
     racing: Racing,
     rules: Rules,
     seed: int,
     guarded: Collection[str] = (),
     current_leads: bool = True,
 ) -> tuple[Scores | None, dict[int, str]]:
-    """Score candidates 0..n-1 on growing parts of the samples; `score(rows, samples)` evaluates some of them.
+    """Score candidates 0..n-1 on growing parts of the questions (indices per dataset); `score(rows, samples)` evaluates
+    some of them.
 
     Returns what was scored, a row for each candidate (None: nothing), and the reason for each that was dropped.
     Candidate 0, the incumbent, is never dropped. No candidate is dropped because of one that the guard would refuse,
     being worse than candidate 0 on a dataset in `guarded`; nor, without `current_leads`, because of candidate 0.
     """
-    order = {name: normal(n, seed, "racing", name).argsort().tolist() for name, n in sizes.items()}
+    sizes = {name: len(own) for name, own in questions.items()}
+    drawn = {name: normal(n, seed, "racing", name).argsort().tolist() for name, n in sizes.items()}
+    order = {name: [questions[name][place] for place in places] for name, places in drawn.items()}
     rows = list(range(n_candidates))
     dropped: dict[int, str] = {}
     found: Scores | None = None
@@ -66,6 +67,7 @@ def heats(
     return found, dropped
 
 
-def left_to_score(found: Scores, rows: list[int], names: list[str]) -> dict[str, list[int]]:
-    """Dataset -> the samples on which these candidates, all scored on the same, have not been scored yet."""
-    return {name: torch.nonzero(~found.evaluated[name][rows].any(dim=0))[:, 0].tolist() for name in names}
+def left_to_score(found: Scores, rows: list[int], wanted: Samples) -> dict[str, list[int]]:
+    """Those of the wanted samples on which these candidates, all scored on the same, have not been scored yet."""
+    done = {name: found.evaluated[name][rows].any(dim=0) for name in wanted}
+    return {name: [index for index in own if not done[name][index]] for name, own in wanted.items()}

@@ -62,6 +62,7 @@ class Sampler:
             partial(self._candidates, points),
             accept=lambda _, alive: alive or [0],
             commit=False,
+            races=False,
             tested=False,
             questions=self.questions,
         )

@@ -16,6 +16,8 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from olmfast.config.run import Budget
+from olmfast.dataflow import picture
+from olmfast.dataflow.picture import PICTURE
 from olmfast.evaluation.metrics import BOUNDED, standard_error
 from olmfast.runs.estimate import Estimate
 from olmfast.runs.scoreboard import Scoreboard
@@ -25,7 +27,7 @@ from olmfast.search.log import strict
 
 # Steps that are told only where they change something.
 KINDS = {"selection": SELECTION, "holdout": HELD_OUT}  # the questions of a run, as they are told
-QUIET = ("tensors", "svd_es", "norm_es", "gradient", "evolution", "moves", "evolve")
+QUIET = ("tensors", "svd_es", "norm_es", "gradient", "evolution", "moves", "evolve", "repeat")
 
 
 def print_plan(plan: Estimate, as_json: bool) -> None:
@@ -125,7 +127,10 @@ def print_result(result: Result, as_json: bool) -> None:
     for outcome in result.record.choices():
         if outcome.changed or outcome.stage not in QUIET:
             table.add_row(outcome.where, outcome.winner + ("" if outcome.changed else " (kept)"))
-    make_console().print(table)
+    if table.rows:
+        make_console().print(table)
+    if report := result.record.values.get("repeats"):
+        _print_repeats(report)
     boards = {"Selection": result.selection, "Held-out": result.holdout}
     for title, board in boards.items():
         if board.rows or title == "Selection":
@@ -135,6 +140,17 @@ def print_result(result: Result, as_json: bool) -> None:
     output = Path(os.path.normpath(result.output_dir))
     shown = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
     print(f"\n{shown}: {result.status}{left}")
+
+
+def _print_repeats(report: Mapping[str, Any]) -> None:
+    """The best ranges of blocks run twice, with intervals."""
+    head, *rows = picture.table(report)
+    title = f"Blocks run twice, on {report['questions']} questions (gain: share of the model's error that is gone)"
+    table = Table(*head, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    make_console().print(table)
+    print(f"{picture.summary(report)}; all ranges are in {PICTURE}")
 
 
 def print_scoreboard(board: Scoreboard, title: str, as_json: bool, model: str | None = None) -> None:

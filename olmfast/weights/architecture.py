@@ -313,6 +313,15 @@ class Architecture:
         writers = self.family.flow.writers
         return writers if self.config.get("use_parallel_residual", True) else writers[-1:]
 
+    @property
+    def writing_parts(self) -> tuple[str, ...]:
+        """The parts of a live block whose sum is d, before it is multiplied by `block_scale`."""
+        if self.family.flow.norm:
+            return (self.family.flow.norm,)
+        live = {self.family.mlp: "mlp"}  # Transformers calls every MLP so
+        parts = (writer.split("\\.")[0] for writer in self.writers)
+        return tuple(live.get(part, part) for part in parts)
+
     def embedding_scale(self, dtype: torch.dtype) -> float:
         """What the model multiplies embeddings by, in the dtype that it is run in."""
         flow = self.family.flow

@@ -1,0 +1,256 @@
+"""The fast Scorer of paths: hop lists over shared blocks, and what paths have in common is computed once.
+
+The scores of the folded models but for rounding. A batch goes through all paths in the order of a tree: what leaves
+the last hop that several have in common is kept until the last of them has gone on from it. Where a model runs freely,
+each path is decoded by itself, with a place in the cache for every hop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from olmfast.dataflow.hops import Hop
+from olmfast.dataflow.running import HopBlock, PathCandidate, PathModel
+from olmfast.evaluation import metrics
+from olmfast.evaluation.blocks import Needed
+from olmfast.evaluation.encoding import Dataset, make_batches
+from olmfast.evaluation.memory import CPU_TOKENS, is_out_of_memory
+from olmfast.evaluation.scorer import Candidate, Direction, Scorer, Slopes
+from olmfast.evaluation.scores import Scores, wanted_samples
+from olmfast.evaluation.sequential import SequentialScorer
+from olmfast.evaluation.tasks import Task
+from olmfast.weights.architecture import Unit
+from olmfast.weights.recipe import Recipe
+from olmfast.weights.sources import Expression
+
+
+@dataclass
+class Passed:
+    """How many hops paths have, for each batch, and how many were computed: the others were shared."""
+
+    hops: int = 0
+    computed: int = 0
+
+
+class PathScorer:
+    """Scores paths; what is no path, the scorer that `others` makes. The current model is a path, at first the entry's
+    own blocks."""
+
+    def __init__(
+        self,
+        model: PathModel,
+        datasets: Mapping[str, Dataset],
+        tokenizer: Any,
+        stop_tokens: Sequence[int],
+        batch_tokens: int,
+        others: Callable[[], Scorer],
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.model, self.datasets, self._others, self.progress = model, datasets, others, progress
+        self.sizes = {name: len(dataset.samples) for name, dataset in datasets.items()}
+        on_cpu = model.device.type == "cpu"
+        self.pass_tokens = min(batch_tokens, CPU_TOKENS) if on_cpu else batch_tokens
+        self.free = SequentialScorer(model, datasets, tokenizer, stop_tokens, batch_tokens)
+        n_blocks = model.pool[model.entry].architecture.n_blocks
+        self.current: tuple[Hop, ...] = tuple(Hop(model.entry, block) for block in range(n_blocks))
+        self.passed = Passed()
+        self._scored: dict[str, tuple[Hop, ...]] = {}
+
+    @cached_property
+    def others(self) -> Scorer:
+        """Who scores what is no path; made when it is first asked."""
+        return self._others()
+
+    def score(
+        self,
+        unit: Unit,
+        candidates: Sequence[Candidate],
+        datasets: Sequence[str] | None = None,
+        samples: Mapping[str, Sequence[int]] | None = None,
+    ) -> Scores:
+        """See `Scorer.score`. Samples not asked for are NaN and marked as not evaluated."""
+        wanted = wanted_samples(self.datasets, datasets, samples)
+        scores = Scores.empty(len(candidates), {name: self.datasets[name] for name in wanted}, self.model.dtype)
+        paths: dict[int, PathCandidate] = {}
+        for row, candidate in enumerate(candidates):
+            if candidate.is_current:
+                paths[row] = PathCandidate(candidate.label, hops=self.current)
+            elif isinstance(candidate, PathCandidate):
+                paths[row] = candidate
+            else:
+                scores.put(row, self.others.score(unit, [candidate], list(wanted), wanted))
+        self._scored = {path.label: path.hops for path in paths.values()}
+        tasks = [
+            Task.of(name, index, self.datasets[name], self.model.context)
+            for name, indices in wanted.items()
+            for index in indices
+        ]
+        self._read_along(paths, [task for task in tasks if not task.runs_freely], scores)
+        self._run_freely(unit, paths, [task for task in tasks if task.runs_freely], scores)
+        for path in paths.values():
+            self.progress(path.label)
+        return scores
+
+    def slopes(
+        self,
+        candidate: Candidate,
+        directions: Mapping[str, Sequence[Direction]],
+        samples: Mapping[str, Sequence[int]],
+        weights: Mapping[str, float],
+        teachers: Mapping[str, Candidate],
+    ) -> Slopes:
+        """See `Scorer.slopes`; of a model that is no path."""
+        return self.others.slopes(candidate, directions, samples, weights, teachers)
+
+    def value(self, expression: Expression) -> torch.Tensor:
+        """See `Scorer.value`."""
+        return self.others.value(expression)
+
+    def commit(self, recipe: Recipe, label: str | None = None) -> None:  # noqa: ARG002
+        """See `Scorer.commit`. The live model stays the entry's, whose blocks the paths share."""
+        self.current = self._scored.get(label, self.current) if label is not None else self.current
+
+    @property
+    def state(self) -> Mapping[str, Any]:
+        """The current path."""
+        return {"path": [[hop.donor, hop.block, hop.scale, hop.bias] for hop in self.current]}
+
+    @state.setter
+    def state(self, state: Mapping[str, Any]) -> None:
+        self.current = tuple(Hop(*entry) for entry in state["path"])
+
+    def _run_freely(
+        self, unit: Unit, paths: Mapping[int, PathCandidate], tasks: Sequence[Task], scores: Scores
+    ) -> None:
+        asked: dict[str, list[int]] = {}
+        for task in tasks:
+            asked.setdefault(task.name, []).append(task.index)
+        for row, path in paths.items() if asked else ():
+            one = PathCandidate(path.label, hops=path.hops)
+            found = self.free.score(unit, [one], list(asked), asked)
+            for target, source in zip(scores.parts, found.parts, strict=True):
+                for name, indices in asked.items():
+                    if name in source:
+                        target[name][row, indices] = source[name][0, indices]
+
+    @torch.inference_mode()
+    def _read_along(self, paths: Mapping[int, PathCandidate], tasks: Sequence[Task], scores: Scores) -> None:
+        if not paths or not tasks:
+            return
+        tree = Tree({row: path.hops for row, path in paths.items()}, self.model)
+        for batch in make_batches([len(task.ids) for task in tasks], self.pass_tokens):
+            self._pass(tree, [tasks[index] for index in batch], scores)
+
+    def _pass(self, tree: Tree, tasks: Sequence[Task], scores: Scores) -> None:
+        """One batch through all paths. What does not fit the memory is halved."""
+        try:
+            self._pass_whole(tree, tasks, scores)
+            return
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or len(tasks) == 1:
+                raise
+        self.pass_tokens = max(1, self.pass_tokens // 2)
+        middle = len(tasks) // 2
+        for part in (tasks[:middle], tasks[middle:]):
+            self._pass(tree, part, scores)
+
+    def _pass_whole(self, tree: Tree, tasks: Sequence[Task], scores: Scores) -> None:
+        entry, head = self.model.taken_apart(self.model.entry), self.model.taken_apart(self.model.out).head
+        needed = _needed(tasks, entry.device)
+        entering = entry.enter(entry.pad([task.ids for task in tasks]))
+        labels = torch.tensor([label for task in tasks for label in task.labels], device=entry.device)
+        counts = [len(task.labels) for task in tasks]
+        for row, hidden in tree.walk(entering, self.passed):
+            taken = needed.of(hidden)
+            if any(not task.sample.options for task in tasks):
+                found = head.token_scores(taken, labels)
+                parts = zip(*(torch.split(part.cpu(), counts) for part in found), strict=True)
+                for task, (top, argmax, logsumexp, own) in zip(tasks, parts, strict=True):
+                    if not task.sample.options:
+                        answer = task.teacher_forced(metrics.ResponseLogits(top, own, logsumexp), argmax)
+                        scores.set(row, task.name, task.index, answer)
+            for task, at_labels in zip(tasks, torch.split(taken, counts), strict=True):
+                if task.sample.options:
+                    options = torch.tensor(task.sample.options, device=entry.device)
+                    scores.set(row, task.name, task.index, task.choice(head.logits(at_labels[:1], options)[0].cpu()))
+
+
+class Tree:
+    """Paths (row -> hops) in an order in which those that begin alike follow one another.
+
+    A node of the tree is what has been computed after so many hops: the same blocks, and the same done to what they
+    add, which is the next hop's to say.
+    """
+
+    def __init__(self, paths: Mapping[int, Sequence[Hop]], model: PathModel) -> None:
+        self.model = model
+        numbers: dict[object, int] = {}
+        keys = {
+            row: tuple(numbers.setdefault(edge, len(numbers)) for edge in _edges(hops)) for row, hops in paths.items()
+        }
+        self.rows = sorted(paths, key=lambda row: (keys[row], row))
+        self.hops = paths
+        ordered = [keys[row] for row in self.rows]
+        self.shared = [0, *(_common(a, b) for a, b in pairwise(ordered))]  # with the one before
+        self.blocks: dict[int, HopBlock] = {}
+        self.chains: dict[int, list[HopBlock]] = {}
+        made: dict[tuple[int, ...], HopBlock] = {}
+        for row in self.rows:
+            chain = self.chains[row] = []
+            for place, block in enumerate(model.blocks_of(paths[row])):
+                chain.append(made.setdefault((place, keys[row][place]), block))
+
+    def walk(self, entering: torch.Tensor, passed: Passed) -> Iterator[tuple[int, torch.Tensor]]:
+        """Row and what leaves its last hop, (batch, width, hidden), for each path; `entering` is what enters the
+        first."""
+        kept = {0: entering}
+        width = entering.shape[1]
+        for at, row in enumerate(self.rows):
+            kept = {depth: hidden for depth, hidden in kept.items() if depth <= self.shared[at]}
+            begin, wanted = max(kept), self._wanted(at)
+            hidden = kept[begin]
+            for place in range(begin, len(self.hops[row])):
+                hop = self.hops[row][place]
+                args, kwargs = self.model.taken_apart(hop.donor).arguments(hop.block, width)
+                out = self.chains[row][place](hidden, *args, **kwargs)
+                hidden = out[0] if isinstance(out, tuple) else out
+                if place + 1 in wanted:
+                    kept[place + 1] = hidden
+            passed.hops += len(self.hops[row])
+            passed.computed += len(self.hops[row]) - begin
+            yield row, hidden
+
+    def _wanted(self, at: int) -> set[int]:
+        """The depths at which later paths go on from this one."""
+        found, least = set[int](), len(self.hops[self.rows[at]])
+        for shared in self.shared[at + 1 :]:
+            least = min(least, shared)
+            if least == 0:
+                break
+            found.add(least)
+        return found
+
+
+def _edges(hops: Sequence[Hop]) -> Iterator[object]:
+    """What tells one place of a path from another: the block, and the factors that meet what it adds."""
+    for place, hop in enumerate(hops):
+        behind = hops[place + 1] if place + 1 < len(hops) else None
+        first = (hop.scale, hop.bias) if place == 0 else None
+        yield hop.donor, hop.block, first, (behind.scale, behind.bias) if behind is not None else None
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _needed(tasks: Sequence[Task], device: torch.device) -> Needed:
+    """The positions that predict the tasks' labels, task by task."""
+    rows = [torch.full((len(task.labels),), row) for row, task in enumerate(tasks)]
+    columns = [torch.arange(len(task.labels)) + len(task.sample.prompt) - 1 for task in tasks]
+    return Needed(len(tasks), torch.cat(rows).to(device), torch.cat(columns).to(device))

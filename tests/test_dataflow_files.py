@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections import OrderedDict
 from pathlib import Path
 
@@ -79,6 +80,23 @@ def test_the_documents_example_is_the_path_that_it_says(tmp_path, monkeypatch):
     first, second = "org/first", "org/second"
     assert layers == [*((first, layer) for layer in range(4)), (second, 2), (second, 1), (second, 2), (first, 3)]
     assert [hop.scale for hop in path] == [1, 1, 0.1, 1, 1, 0.8, 1, None]
+
+
+def test_hub_ids_lie_in_a_cache_of_hugging_faces_or_as_folders(models, tmp_path):
+    for name in "ab":
+        cached = tmp_path / "cache" / f"models--org--{name}"
+        shutil.copytree(models / name, cached / "snapshots" / "0123abc")
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text("0123abc")
+        shutil.copytree(models / name, tmp_path / "flat" / f"org_{name}")
+    config = load_dataflow_config(plain(models, model_paths=["org/a", ["org/b", "main"]]))
+    for place in ("cache", "flat"):
+        assert told(hops_of(config, open_donors(config, tmp_path / place)))[:2] == [
+            ("a", 0, 1.0, None),
+            ("a", 1, 0.5, None),
+        ]
+    with pytest.raises(InputError, match=r"org/a: neither at .* nor in Hugging Face's cache"):
+        open_donors(config, tmp_path)
 
 
 def python_tags(data) -> str:

@@ -20,6 +20,7 @@ from olmfast.static.loading import DTYPE_KEYS, check_loads
 from olmfast.static.plan import Plan, check_copied
 from olmfast.weights.architecture import FAMILIES, is_known
 from olmfast.weights.checkpoint import GENERATION_CONFIG, Checkpoint, read_json
+from olmfast.weights.hub import folders_of
 from olmfast.weights.pool import LANGUAGE_MODELS, Pool, vocabulary_differences
 from olmfast.weights.recipe import Recipe
 from olmfast.weights.skeletons import Skeletons
@@ -54,8 +55,7 @@ def _without_revision(name: str, models_dir: Path, folder: Path) -> Path | None:
     path, _, revision = name.rpartition("@")
     if not revision or not path:
         return None
-    found = (place / path for place in (folder, models_dir) if not (place / name).is_dir())
-    return next((place for place in found if place.is_dir()), None)
+    return None if folders_of(name, models_dir, folder) else next(iter(folders_of(path, models_dir, folder)), None)
 
 
 def plan_dataflow(

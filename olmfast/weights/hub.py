@@ -29,7 +29,7 @@ def parts_of(name: str, models_dir: Path, folder: Path) -> list[str]:
     pieces = name.split("+")
     found = []
     while pieces:
-        n = next((n for n in range(len(pieces), 1, -1) if _folders("+".join(pieces[:n]), models_dir, folder)), 1)
+        n = next((n for n in range(len(pieces), 1, -1) if folders_of("+".join(pieces[:n]), models_dir, folder)), 1)
         found.append("+".join(pieces[:n]))
         pieces = pieces[n:]
     return found
@@ -42,7 +42,7 @@ def common_model(names: Sequence[str], models_dir: Path, folder: Path) -> str | 
     return models.pop() if len(models) == 1 and max(map(len, parts)) > 1 else None
 
 
-def _folders(name: str, models_dir: Path, folder: Path) -> list[Path]:
+def folders_of(name: str, models_dir: Path, folder: Path) -> list[Path]:
     """The folders that a name may mean: where a hub id is stored, then paths."""
     places = (models_dir / name.replace("/", "_"), models_dir / name, folder / os.path.expanduser(name))
     return [place for place in dict.fromkeys(places) if os.path.isdir(place)]
@@ -58,7 +58,7 @@ def resolve(name: str, models_dir: Path, folder: Path, download: bool = True, of
     stored = models_dir / name.replace("/", "_")
     if os.path.isdir(stored) and not _unfinished(stored, of):
         return stored
-    for candidate in _folders(name, models_dir, folder):
+    for candidate in folders_of(name, models_dir, folder):
         if candidate != stored:
             return candidate
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@.+)?", name):

@@ -96,7 +96,7 @@ def hop_by_hop(models: Sequence[Any], path: Path_, entry: int = 0, out: int = 0,
             block.get_submodule(name).register_forward_hook(
                 lambda _, __, given, added=added: added.append(given[0] if isinstance(given, tuple) else given)
             )
-            for name in WRITERS[family]
+            for name in (WRITERS[family] if getattr(base.config, "use_parallel_residual", True) else ("mlp",))
         ]
         keys: dict[str, Any] = {"attention_mask": mask_of(models[model].config, layer, length)}
         if family != "gpt2":
@@ -166,9 +166,17 @@ def bias_of(kind: str, seed: int) -> Factor:
     return 0.5 * drawn(seed + 99, D) if kind == "vector" else float(kind)
 
 
+OTHER_KINDS = [
+    ("llama", {"mlp_bias": True}),
+    ("cohere", {"attention_bias": True}),
+    ("gpt_neox", {"use_parallel_residual": False}),
+    ("gpt_neox", {"attention_bias": False}),
+]
+
+
 @pytest.mark.usefixtures("float64_throughout")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_folds_numbers_diagonals_matrices_and_what_biases_it_has(family):
+@pytest.mark.parametrize(("family", "config"), [*((family, {}) for family in FAMILIES), *OTHER_KINDS])
+def test_every_family_folds_numbers_diagonals_matrices_and_what_biases_it_has(family, config):
     mixed = "diagonal" if family == "gemma2" else "matrix"
     path: list[tuple[int, int, Factor, Factor]] = [
         (1, 1, factor("matrix", 1), bias_of("vector", 1)),
@@ -180,7 +188,7 @@ def test_every_family_folds_numbers_diagonals_matrices_and_what_biases_it_has(fa
     ]
     if family in BIASED:
         path = [(*hop[:3], bias_of("vector" if i % 2 else "0.25", i)) for i, hop in enumerate(path)]
-    folders = donors(family)
+    folders = donors(family, **config)
     models = [whole(folder) for folder in folders]
     got = folded(folders, {**file_of(path), "input_layer_model": 0, "output_layer_model": 1})
     torch.testing.assert_close(got, hop_by_hop(models, path, 0, 1), rtol=1e-9, atol=1e-9)
@@ -546,6 +554,15 @@ def test_an_evo_checkpoint_becomes_a_plain_one(olmfast, tmp_path):
     code, _, error = olmfast("dataflow", "--unfold", bad, tmp_path / "none")
     assert code == 2
     assert "expected a list of blocks from 0 to 2, got [0, 3]" in error
+    odd = evo(tmp_path / "named", "mistral", [2, 0], scales=torch.ones(2))
+    config = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps({**config, "model_type": "dfs", "num_hidden_layers": 2}))
+    assert olmfast("dataflow", "--unfold", odd, tmp_path / "named-plain")[0] == 0
+    assert json.loads((tmp_path / "named-plain" / "config.json").read_text())["model_type"] == "mistral"
+    (odd / "config.json").write_text(json.dumps({**config, "model_type": "dfs", "architectures": ["Dfs"]}))
+    code, _, error = olmfast("dataflow", "--unfold", odd, tmp_path / "none")
+    assert code == 2
+    assert "model_type 'dfs' is none of cohere, gemma," in error
     bad = evo(tmp_path / "odd", "mistral", [0, 1], scales=torch.ones(2, 7))
     code, _, error = olmfast("dataflow", "--unfold", bad, tmp_path / "none")
     assert code == 2

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from olmfast.dataflow.hops import Hop, check_shape, simplest, width_of
 from olmfast.dataflow.plan import CLASSIFIER, plan_path
 from olmfast.errors import InputError, show
@@ -62,17 +64,16 @@ class _Walk:
     @classmethod
     def taken_from(cls, donor: Checkpoint) -> _Walk:
         """The walk of a checkpoint, whose tensors are from then on those of a plain model."""
-        name = next((name for name in donor.tensors if name.rpartition(".")[2] == LAYERS), None)
-        prefix = "" if name is None else name.removesuffix(LAYERS)
-        if name is None or prefix + SCALES not in donor.tensors:
+        found = {name.rpartition(".")[2]: name for name in donor.tensors}
+        if LAYERS not in found or SCALES not in found:
             raise InputError(
                 f"{donor.name}: has no tensors {LAYERS} and {SCALES}, which say the path of an evo checkpoint; a "
                 "data-flow file is executed without --unfold"
             )
-        taken = [donor.tensors.pop(prefix + part, None) for part in (LAYERS, SCALES, BIAS)]
-        for part in (LAYERS, SCALES, BIAS):
-            donor.file_names.pop(prefix + part, None)
-        layers, scales, bias = taken
+        names = [found.get(part, "") for part in (LAYERS, SCALES, BIAS)]
+        for name in names:
+            donor.file_names.pop(name, None)
+        layers, scales, bias = (donor.tensors.pop(name, None) for name in names)
         assert layers is not None
         assert scales is not None
         return cls(layers, scales, bias)
@@ -81,7 +82,9 @@ class _Walk:
         """The path. Raises InputError for a block that is not stored, and factors that are not one for each hop."""
         blocks, where = self.layers.read(), str(self.layers.file)
         n_blocks = donor.architecture.n_blocks
-        if blocks.dim() != 1 or not len(blocks) or not all(0 <= int(block) < n_blocks for block in blocks):
+        numbers = blocks.flatten().long()
+        told = blocks.dim() == 1 and len(blocks) and torch.equal(numbers.to(blocks.dtype), blocks)
+        if not told or not 0 <= int(numbers.min()) <= int(numbers.max()) < n_blocks:
             raise InputError(
                 f"{where}: {self.layers.name}: expected a list of blocks from 0 to {n_blocks - 1}, got "
                 f"{show(blocks.tolist())}"
@@ -92,9 +95,9 @@ class _Walk:
                     f"{where}: {factor.name}: expected one for each of {len(blocks)} hops, got {list(factor.shape)}"
                 )
         width = width_of(Pool([donor], alike=False), donor.name)
-        for place, block in enumerate(blocks.tolist()):
+        for place, block in enumerate(numbers.tolist()):
             bias = None if self.bias is None else _factor(self.bias, place, width, 1)
-            yield Hop(donor.name, int(block), _factor(self.scales, place, width, 2), bias, f"[{place}]")
+            yield Hop(donor.name, block, _factor(self.scales, place, width, 2), bias, f"[{place}]")
 
 
 def _factor(tensor: Tensor, place: int, width: int, dims: int) -> float | Expression:
@@ -113,18 +116,19 @@ def _factor(tensor: Tensor, place: int, width: int, dims: int) -> float | Expres
 def _make_plain(donor: Checkpoint) -> None:
     """Give an evo checkpoint the config of the model type that it was made of."""
     config: dict[str, Any] = {key: value for key, value in donor.config.items() if not _OWN_KEYS.fullmatch(key)}
-    kind = re.sub(r"evo|affine|[_-]", "", str(config.get("model_type")).lower())
-    known = {name.replace("_", ""): name for name in FAMILIES}
+    names = [re.sub(r"^Evo|Affine", "", str(name)) for name in config.get("architectures") or ()]
+    spelt = [re.sub(r"evo|affine", "", str(config.get("model_type")).lower()), *(re.split("For", n)[0] for n in names)]
+    known = {re.sub("_", "", name): name for name in FAMILIES}
+    kinds = (known.get(re.sub(r"[_-]", "", name.lower())) for name in spelt)
+    kind = next((kind for kind in kinds if kind), None)
     where = f"{donor.folder / 'config.json'}"
-    if kind not in known:
+    if kind is None:
         raise InputError(
             f"{where}: model_type {show(config.get('model_type'))} is none of {', '.join(sorted(FAMILIES))} with 'evo' "
             "before it"
         )
-    config["model_type"] = known[kind]
-    names = [re.sub(r"^Evo|Affine", "", str(name)) for name in config.get("architectures") or ()]
-    config["architectures"] = names or None
-    family = FAMILIES[known[kind]]
+    config |= {"model_type": kind, "architectures": names or None}
+    family = FAMILIES[kind]
     numbers = (re.match(rf"{re.escape(family.blocks)}\.(\d+)\.", name) for name in donor.tensors)
     n_blocks = max((int(found[1]) + 1 for found in numbers if found), default=0)
     for key in [key for key in N_BLOCKS if key in config] or ["num_hidden_layers"]:

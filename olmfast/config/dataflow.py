@@ -20,8 +20,6 @@ from olmfast.errors import InputError, did_you_mean, show
 from olmfast.weights.affine import Given
 from olmfast.weights.files import read_text
 
-Number = float | Given  # one number, D numbers or D x D of them
-
 
 @dataclass(frozen=True)
 class Placed:
@@ -156,7 +154,7 @@ class DataflowConfig(BaseModel):
         if not self._stops and not self.add_last_layer:
             faults.append("layer_mask: uses no layer, and add_last_layer is off; a path needs at least one")
         if faults:
-            raise ValueError("\n".join(faults))
+            raise ValueError("\n".join(dict.fromkeys(faults)))  # what all share is said once
         return self
 
     def _mask_faults(self) -> Iterator[str]:

@@ -123,10 +123,7 @@ def plan_path(
         config = _config(recipe, entry, dtype)
         notes += check_loads(entry, config, tensors, skeletons)
     texts = {**_generation_text(entry), **texts_without_code(entry, entry, {})}
-    left_out = {name: COMPUTED for name in entry.tensors if entry.architecture.is_ignored(name)}
-    head = entry.architecture.family.head
-    if head in entry.tensors and head not in recipe.tensors and not classification:
-        left_out[head] = TIED
+    left_out = _left_out(recipe, entry, classification)
     content = Content(in_order(tensors), entry, config, entry, texts, left_out, code=False)
     check_copied(content)
     return Plan(
@@ -156,6 +153,15 @@ def _written(recipe: Recipe, pool: Pool, dtype: torch.dtype) -> Iterator[OutputT
     sources = Sources(pool, Path())
     for name, expression in recipe.tensors.items():
         yield OutputTensor(name, dtype, tuple(expression.open(sources).shape), expression)
+
+
+def _left_out(recipe: Recipe, entry: Checkpoint, classification: bool) -> dict[str, str]:
+    """Why the result does not have tensors of the input model, but for those of blocks and of other heads."""
+    left_out = {name: COMPUTED for name in entry.tensors if entry.architecture.is_ignored(name)}
+    head = entry.architecture.family.head
+    if head in entry.tensors and head not in recipe.tensors and not classification:
+        left_out[head] = TIED
+    return left_out
 
 
 def _config(recipe: Recipe, entry: Checkpoint, dtype: str) -> dict[str, Any]:

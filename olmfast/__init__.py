@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from olmfast.config.run import RunConfig, load_config
+    from olmfast.dataflow.check import check
     from olmfast.dataflow.session import run
     from olmfast.errors import InputError, OlmfastError
     from olmfast.runs.scoreboard import evaluate
     from olmfast.runs.session import Result
-    from olmfast.static.check import check
     from olmfast.static.linear import linear
     from olmfast.static.write import merge
 
@@ -20,7 +20,7 @@ _MODULES = {
     "evaluate": "runs.scoreboard",
     "merge": "static.write",
     "linear": "static.linear",
-    "check": "static.check",
+    "check": "dataflow.check",
     "load_config": "config.run",
     "RunConfig": "config.run",
     "Result": "runs.session",

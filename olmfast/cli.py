@@ -304,15 +304,10 @@ def check_command(
     --set, --device, --dtype and --seed are those of a run; the others have no such keys.
     """
     from olmfast.config.run import RunConfig
-    from olmfast.config.tagged import holds_dataflow
-    from olmfast.static.check import check, read_config
+    from olmfast.dataflow.check import check, read_config
     from olmfast.terminal import merges, runs
 
-    overrides = _overrides(set_ or [], device=device, dtype=dtype, seed=seed)
-    if holds_dataflow(config):
-        dataflow.check_file(config, out, overrides, allow_mismatch or (), as_json)
-        return
-    loaded = read_config(config, overrides)
+    loaded = read_config(config, _overrides(set_ or [], device=device, dtype=dtype, seed=seed))
     boundary.quiet_libraries()
     if isinstance(loaded, RunConfig) and loaded.prune is not None:
         pruning.prune_config(loaded, overwrite=True, dry_run=True, as_json=as_json)

@@ -26,7 +26,10 @@ from transformers import (
     pipeline,
 )
 
+import olmfast as package
 from olmfast import dataflow
+from olmfast.config.loading import parse_yaml
+from olmfast.config.tagged import TaggedLoader
 from olmfast.dataflow.execution import execute
 from olmfast.errors import InputError
 from olmfast.testing import FAMILIES, tiny_model, tiny_of, tiny_tokenizer, tree
@@ -252,6 +255,10 @@ def as_the_original_writes(data: dict[str, Any]) -> str:
     return yaml.dump(ordered, sort_keys=False)
 
 
+def yaml_of(text: str) -> dict[str, Any]:
+    return parse_yaml(text, "text", TaggedLoader)  # type: ignore[return-value]
+
+
 def deep(names: Sequence[str], depth: int, used: Sequence[tuple[int, int]], **factors: float) -> dict[str, Any]:
     """Two models and two passes, of which the second is empty, as the original's files are."""
     mask = [[[False] * depth for _ in names] for _ in range(2)]
@@ -276,6 +283,10 @@ def test_two_models_of_32_layers_by_the_command(olmfast, tmp_path, monkeypatch):
         code, printed, _ = olmfast(*command)
         assert code == 0
         assert "32 hops: SakanaAI/EvoLLM-JP-v1-7B 0-31" in printed
+    assert package.check(tmp_path / "flow.yml").n_bytes == package.check(yaml_of(text)).n_bytes > 0
+    code, _, error = olmfast("check", "flow.yml", "--seed", "1")
+    assert code == 2
+    assert "flow.yml: is a data-flow file, whose keys are not overridden here, got seed" in error
     for command in ("merge", "run"):
         code, _, error = olmfast(command, "flow.yml", *(["out"] if command == "merge" else []))
         assert code == 2

@@ -80,7 +80,7 @@ def test_importing_the_kernels_loads_neither_transformers_nor_triton():
 
 def test_run_is_the_function_whatever_was_imported_before():
     import olmfast
-    import olmfast.runs.session
+    import olmfast.dataflow.session
 
     assert callable(olmfast.run)
-    assert olmfast.run is olmfast.runs.session.run
+    assert olmfast.run is olmfast.dataflow.session.run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,17 +66,3 @@ def dataflow_command(
         options = {"overwrite": overwrite, "allow_nonfinite": allow_nonfinite, "observer": observer}
         done = write_path(plan, out, save_only_config=save_only_config, device=device, **options)
     merges.print_written(done, as_json)
-
-
-def check_file(
-    config: Path, out: Path, overrides: Mapping[str, Any], allow_mismatch: Collection[str], as_json: bool
-) -> None:
-    """What `olmfast check` does with a data-flow file: the plan of its folded model, printed."""
-    from olmfast.config.dataflow import load_dataflow_config
-    from olmfast.dataflow.plan import plan_dataflow
-    from olmfast.terminal import merges
-
-    if overrides:
-        raise InputError(f"{config}: is a data-flow file, of which {', '.join(overrides)} cannot be set here")
-    plan = plan_dataflow(load_dataflow_config(config), allow_mismatch=allow_mismatch)
-    merges.print_plan(plan, out, as_json)

@@ -81,10 +81,14 @@ class Cut:
 
 @dataclass(frozen=True)
 class Threshold:
-    """The same for magnitudes: those above `value`, and those equal to it up to flat index `last`."""
+    """The same for magnitudes: those above `value`, and those equal to it up to flat index `last`.
+
+    `below` is the next smaller magnitude, negative where there is none.
+    """
 
     value: float
     last: int
+    below: float
 
     def kept_(self, magnitudes: Tensor, start: int) -> Tensor:
         """1 for what belongs and 0 for the rest, in place, for a chunk that begins at flat index `start`.
@@ -96,16 +100,25 @@ class Threshold:
         magnitudes[n_equal:].gt_(self.value)
         return magnitudes
 
+    def thin_(self, values: Tensor, start: int) -> Tensor:
+        """Set what does not belong to 0, in place, for a chunk that begins at flat index `start`; NaN stays."""
+        n_equal = min(max(self.last + 1 - start, 0), len(values))
+        for part, largest in ((values[:n_equal], self.below), (values[n_equal:], self.value)):
+            if largest >= 0 and len(part):
+                torch.ops.aten.hardshrink.out(part, largest, out=part)
+        return values
+
 
 LAST = torch.iinfo(torch.int64).max
-NOTHING, EVERYTHING = Threshold(float("inf"), -1), Threshold(-1.0, LAST)
+NOTHING, EVERYTHING = Threshold(float("inf"), -1, float("inf")), Threshold(-1.0, LAST, -1.0)
 
 
 def thresholds(magnitudes: Keys, n_kept: Sequence[int], dtype: torch.dtype) -> list[Threshold]:
     """`cuts` for magnitudes of `dtype`, float32 or float64: here `read` gives values, which are changed in place."""
     keys = magnitudes._replace(read=lambda start, stop: magnitude_keys_(magnitudes.read(start, stop)))
     found = cuts(keys, n_kept, 64 if dtype == torch.float64 else 32)
-    return [Threshold(key_magnitude(cut.key, dtype), cut.last) for cut in found]
+    below = [key_magnitude(cut.key - 1, dtype) if cut.key else -1.0 for cut in found]
+    return [Threshold(key_magnitude(cut.key, dtype), cut.last, under) for cut, under in zip(found, below, strict=True)]
 
 
 def cuts(keys: Keys, n_kept: Sequence[int], n_bits: int = 32) -> list[Cut]:

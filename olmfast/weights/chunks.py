@@ -15,16 +15,17 @@ from olmfast.errors import show
 
 Setting = bool | int | float | str | tuple[float, ...]  # of a merge
 
-# Values in a chunk: on a CPU what its caches hold, on a GPU enough to be worth a launch.
-CHUNK, GPU_CHUNK = 1 << 19, 1 << 26
+# Values in a chunk: on a CPU what its caches hold, on a GPU enough to be worth a launch. Task vectors, with their masks
+# and sums, fill a dozen buffers, which a core's own cache holds only if each is smaller.
+CHUNK, TASK_CHUNK, GPU_CHUNK = 1 << 19, 1 << 17, 1 << 26
 
 # The values [start, stop) of a result, flat, in the dtype that is computed in; overwritten by the next call.
 Piece = Callable[[int, int], torch.Tensor]
 
 
-def chunk_size(device: torch.device) -> int:
+def chunk_size(device: torch.device, task_vectors: bool = False) -> int:
     """Values in a chunk on this device."""
-    return CHUNK if device.type == "cpu" else GPU_CHUNK
+    return GPU_CHUNK if device.type != "cpu" else TASK_CHUNK if task_vectors else CHUNK
 
 
 class Readable(Protocol):
@@ -103,7 +104,7 @@ class Streamed:
         """See `Readable`."""
         if self._piece is None:
             self._piece = self._prepare()
-        step = chunk_size(self.operands.device)
+        step = self.operands.step
         for begin in range(0, len(out), step):
             end = min(begin + step, len(out))
             values = self._piece(start + begin, start + end)
@@ -168,6 +169,7 @@ class Operands:
         self.n_values = prod(self.shape)
         self.result_dtype = dtype or common_dtype(every)
         self.dtype = torch.float64 if self.result_dtype == torch.float64 else torch.float32
+        self.step = chunk_size(self.device, task_vectors=base is not None)
         self._memory = memory or Scratch()
 
     def __len__(self) -> int:
@@ -175,7 +177,7 @@ class Operands:
 
     def chunks(self, whole: int = 1) -> Iterator[tuple[int, int]]:
         """(start, stop) of consecutive chunks; none ends within `whole` consecutive values."""
-        step = chunk_size(self.device) // whole * whole or whole
+        step = self.step // whole * whole or whole
         for start in range(0, self.n_values, step):
             yield start, min(start + step, self.n_values)
 

@@ -1,11 +1,11 @@
 """Methods on task vectors: thin out each term's difference from the base, let signs agree or not, add.
 
-    delta_i = term_i - base                                        thinned by a mask, then times w_i
+    delta_i = term_i - base                                        thinned, then times w_i
     signs:  entries whose sign is that of sum_i w_i delta_i        (TIES; + where it is 0)
     result = base + lambda * sum_i w_i delta_i [/ sum of the w_i that count]
 
-A mask is decided by numbers found in passes before (a threshold, a norm) and by the entry's own value and place,
-so results come a chunk at a time.
+What is dropped is decided by numbers found in passes before (a threshold, a norm) and by the entry's own value and
+place, so results come a chunk at a time.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from olmfast.kernels.dare import uniform
 from olmfast.kernels.magnitudes import EVERYTHING, NOTHING, Keys, cuts, key_value, thresholds, value_keys
 from olmfast.weights.chunks import Operands, Piece, Settings
 
-# The factor of each entry of a chunk that begins at the given flat index: 1 kept, 0 dropped; None keeps all.
-Mask = Callable[[torch.Tensor, int], torch.Tensor | None]
+# Sets the entries of a chunk that are dropped to 0, in place; the chunk begins at the given flat index. NaN stays.
+Thin = Callable[[torch.Tensor, int], torch.Tensor]
 
 TINY_WEIGHT, TINY_NORM = 1e-8, 1e-7
 
 
-def keep_all(operands: Operands, i: int, settings: Settings) -> Mask:  # noqa: ARG001
+def keep_all(operands: Operands, i: int, settings: Settings) -> Thin | None:  # noqa: ARG001
     """No entry is dropped."""
-    return lambda _delta, _start: None
+    return None
 
 
-def keep_largest(operands: Operands, i: int, settings: Settings) -> Mask:
+def keep_largest(operands: Operands, i: int, settings: Settings) -> Thin | None:
     """The max(1, int(density * n)) entries of largest magnitude (Yadav et al., arXiv 2306.01708)."""
     density = settings.each("density", i)
     return _between(operands, i, 0, max(1, int(density * operands.n_values)) if density > 0 else 0)
 
 
-def keep_between(operands: Operands, i: int, settings: Settings) -> Mask:
+def keep_between(operands: Operands, i: int, settings: Settings) -> Thin | None:
     """int(density * n) entries, after the int(gamma * n) largest have been left out (arXiv 2312.06795).
 
     Fewer are left out where the density could not be met otherwise.
@@ -51,20 +51,21 @@ def keep_between(operands: Operands, i: int, settings: Settings) -> Mask:
     return _between(operands, i, n - n_smallest - n_kept, n_kept)
 
 
-def keep_random(operands: Operands, i: int, settings: Settings) -> Mask:
+def keep_random(operands: Operands, i: int, settings: Settings) -> Thin | None:
     """Each entry with probability `density` (DARE: Yu et al., arXiv 2311.03099); see `kernels.dare_mask`."""
     density, seed, stream = settings.each("density", i), settings.integer("seed", 0), _stream(settings, i)
     if density >= 1:
         return keep_all(operands, i, settings)
 
-    def mask(delta: torch.Tensor, start: int) -> torch.Tensor:
+    def thin(delta: torch.Tensor, start: int) -> torch.Tensor:
         shape = (len(delta),)
-        return kernels.dare_mask(shape, max(density, 0.0), seed, stream=stream, start=start, device=delta.device)
+        mask = kernels.dare_mask(shape, max(density, 0.0), seed, stream=stream, start=start, device=delta.device)
+        return delta.mul_(mask)  # a product, not a choice: NaN stays visible
 
-    return mask
+    return thin
 
 
-def keep_by_rank(operands: Operands, i: int, settings: Settings) -> Mask:
+def keep_by_rank(operands: Operands, i: int, settings: Settings) -> Thin | None:
     """Each entry with a probability that grows with its rank in its row (DELLA's MAGPRUNE, arXiv 2406.11617).
 
     From density - epsilon for the smallest of a row to density + epsilon for the largest. Raises ValueError where
@@ -77,36 +78,36 @@ def keep_by_rank(operands: Operands, i: int, settings: Settings) -> Mask:
     if density > 0 and not 0 < density - epsilon <= density + epsilon < 1:
         raise ValueError(f"density {density} -/+ epsilon {epsilon}: expected both to lie between 0 and 1")
 
-    def mask(delta: torch.Tensor, start: int) -> torch.Tensor:
+    def thin(delta: torch.Tensor, start: int) -> torch.Tensor:
         if density <= 0:
-            return torch.zeros_like(delta, dtype=torch.bool)
+            return delta.mul_(0)
         order = delta.view(-1, row).abs().argsort(dim=1, stable=True)
         ranks = torch.arange(row, dtype=delta.dtype, device=delta.device).expand_as(order)
         share = torch.empty_like(ranks, memory_format=torch.contiguous_format).scatter_(1, order, ranks)
         share = share / (row - 1) if row > 1 else share + 0.5
         probability = (density - epsilon) + share.view(-1) * (2 * epsilon)
-        return uniform(len(delta), seed, stream, start, delta.device) < probability
+        return delta.mul_(uniform(len(delta), seed, stream, start, delta.device) < probability)
 
-    return mask
+    return thin
 
 
 @dataclass(frozen=True)
 class TaskVectors:
     """One of these methods: how entries are dropped, whether signs must agree, and what the settings default to."""
 
-    mask: Callable[[Operands, int, Settings], Mask]
+    thin: Callable[[Operands, int, Settings], Thin | None]
     signs: bool
     normalize: bool = False
     rescale: bool = False
-    rows: bool = False  # whether a mask is decided over whole rows
+    rows: bool = False  # whether what is dropped is decided over whole rows
 
     def __call__(self, operands: Operands, settings: Settings) -> Piece:
         """Raises ValueError for settings that cannot be used."""
-        masks = [self.mask(operands, i, settings) for i in range(len(operands))]
+        thins = [self.thin(operands, i, settings) for i in range(len(operands))]
         weights = [settings.each("weight", i) for i in range(len(operands))]
         whole = operands.row if self.rows else 1
         rescale = settings.flag("rescale", self.rescale)
-        scales = [_rescaling(operands, i, mask, whole) if rescale else 1.0 for i, mask in enumerate(masks)]
+        scales = [_rescaling(operands, i, thin, whole) if rescale else 1.0 for i, thin in enumerate(thins)]
         normalize, scale = settings.flag("normalize", self.normalize), settings.number("lambda", 1.0)
 
         def piece(start: int, stop: int) -> torch.Tensor:
@@ -114,9 +115,8 @@ class TaskVectors:
             parts = operands.scratch("parts", len(operands) * (stop - start)).view(len(operands), -1)
             for i in range(len(operands)):
                 delta = operands.delta(i, start, stop, base)
-                mask = masks[i](delta, start)
-                # A product, not a choice: NaN stays visible.
-                thinned = delta if mask is None else delta.mul_(mask)
+                thin = thins[i]
+                thinned = delta if thin is None else thin(delta, start)
                 torch.mul(thinned if scales[i] == 1.0 else thinned.mul_(scales[i]), weights[i], out=parts[i])
             return _added(operands, base, parts, weights, self.signs, normalize, scale)
 
@@ -134,19 +134,19 @@ def _added(
 ) -> torch.Tensor:
     """base + scale * sum of `parts`, (n, m) weighted task vectors, into the base's memory; `parts` are used up."""
     merged, divisor = (operands.scratch(name, len(base)) for name in ("merged", "divisor"))
-    _sum(parts, merged)
-    factors = torch.tensor(weights, dtype=parts.dtype, device=parts.device)
+    ones = [1.0] * len(parts)
+    _sum(parts, ones, merged)
     if signs:
         # Times the elected sign, what agrees is positive: a sum of magnitudes, which then gets the sign again. That
         # of a sum of 0 is +, unless all its terms are -0, where it does not matter. NaN stays visible.
         sign = torch.copysign(parts.new_ones(()), merged, out=operands.scratch("sign", len(base)))
         parts.mul_(sign).clamp_min_(0)
-        _sum(parts, merged).mul_(sign)
+        _sum(parts, ones, merged).mul_(sign)
     if normalize:
         if signs:
-            _sum(parts.gt_(0).mul_(factors[:, None]), divisor)
+            _sum(parts.gt_(0), weights, divisor)
         else:
-            divisor.fill_(factors.sum())
+            divisor.fill_(torch.tensor(weights, dtype=parts.dtype).sum())
         few = torch.abs(divisor, out=operands.scratch("few", len(base))).lt_(TINY_WEIGHT)
         merged.div_(divisor.add_(few))  # next to nothing counts as 1
     if scale != 1.0:
@@ -154,11 +154,16 @@ def _added(
     return base.add_(merged)
 
 
-def _sum(parts: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """The rows of `parts` added up one by one, which for a few is twice as fast as a reduction."""
-    out.copy_(parts[0])
-    for part in parts[1:]:
-        out.add_(part)
+def _sum(parts: torch.Tensor, factors: Sequence[float], out: torch.Tensor) -> torch.Tensor:
+    """The rows of `parts` times their factors added up one by one, which for a few is twice as fast as a reduction."""
+    if len(parts) == 1:
+        return torch.mul(parts[0], factors[0], out=out)
+    if factors[0] == 1.0:
+        torch.add(parts[0], parts[1], alpha=factors[1], out=out)
+    else:
+        torch.mul(parts[0], factors[0], out=out).add_(parts[1], alpha=factors[1])
+    for part, factor in zip(parts[2:], factors[2:], strict=True):
+        out.add_(part, alpha=factor)
     return out
 
 
@@ -245,11 +250,11 @@ def arcee_fusion(operands: Operands, settings: Settings) -> Piece:  # noqa: ARG0
     return in_rows(piece, operands, row)
 
 
-def _between(operands: Operands, i: int, n_above: int, n_kept: int) -> Mask:
+def _between(operands: Operands, i: int, n_above: int, n_kept: int) -> Thin | None:
     """The `n_kept` entries that follow the `n_above` largest."""
     n = operands.n_values
     if n_above + n_kept >= n and not n_above:
-        return lambda _delta, _start: None
+        return None
 
     deltas = Keys(lambda start, stop: operands.delta(i, start, stop), list(operands.chunks()))
     wanted = [k for k in (n_above, n_above + n_kept) if 0 < k < n]
@@ -260,25 +265,25 @@ def _between(operands: Operands, i: int, n_above: int, n_kept: int) -> Mask:
     }
     above, within = found[n_above], found[n_above + n_kept]
 
-    def mask(delta: torch.Tensor, start: int) -> torch.Tensor:
-        magnitudes = operands.scratch("magnitudes", len(delta))
-        kept = within.kept_(torch.abs(delta, out=magnitudes), start)
-        return kept.sub_(above.kept_(delta.abs(), start)) if n_above else kept
+    if not n_above:
+        return within.thin_
 
-    return mask
+    def thin(delta: torch.Tensor, start: int) -> torch.Tensor:
+        kept = within.kept_(torch.abs(delta, out=operands.scratch("magnitudes", len(delta))), start)
+        return delta.mul_(kept.sub_(above.kept_(delta.abs(), start)))
+
+    return thin
 
 
-def _rescaling(operands: Operands, i: int, mask: Mask, whole: int) -> float:
-    """sum |delta| before / after the mask, as mergekit rescales; 1 where either is next to nothing."""
+def _rescaling(operands: Operands, i: int, thin: Thin | None, whole: int) -> float:
+    """sum |delta| before / after it is thinned, as mergekit rescales; 1 where either is next to nothing."""
+    if thin is None:
+        return 1.0
     before = after = 0.0
     for start, stop in operands.chunks(whole):
         delta = operands.delta(i, start, stop)
-        factors = mask(delta, start)
-        if factors is None:
-            return 1.0
-        size = delta.abs_()
-        before += float(size.sum(dtype=torch.float64))
-        after += float(size.mul_(factors).sum(dtype=torch.float64))
+        before += float(torch.abs(delta, out=operands.scratch("size", len(delta))).sum(dtype=torch.float64))
+        after += float(thin(delta, start).abs_().sum(dtype=torch.float64))
     return 1.0 if before < TINY_NORM or after < TINY_NORM else before / after
 
 

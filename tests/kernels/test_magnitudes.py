@@ -32,13 +32,22 @@ def test_the_k_largest_are_those_of_a_stable_sort(kind, dtype):
     order = x.abs().sort(descending=True, stable=True).indices
     wanted = [1, 2, 998, 2500, 4999, 5000]
     for k, threshold in zip(wanted, thresholds(keys_of(x), wanted, dtype), strict=True):
-        kept, start = [], 0
+        kept, thinned, start = [], [], 0
         for piece in x.split(613):
             kept.append(threshold.kept_(piece.abs(), start))
+            thinned.append(threshold.thin_(piece.clone(), start))
             start += len(piece)
         expected = torch.zeros_like(x)
         expected[order[:k]] = 1
         assert torch.equal(torch.cat(kept), expected), k
+        assert torch.equal(torch.cat(thinned), x * expected), k
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nan_stays_visible_in_what_is_thinned(dtype):
+    x = torch.tensor([3.0, float("nan"), -1.0, 2.0], dtype=dtype).repeat(300)
+    (threshold,) = thresholds(keys_of(x), [450], dtype)
+    assert torch.equal(threshold.thin_(x.clone(), 0).isnan(), x.isnan())
 
 
 def test_signed_values_are_ordered_as_values():

@@ -297,6 +297,9 @@ def check_command(
     dtype: Dtype = None,
     seed: Seed = None,
     allow_mismatch: AllowMismatch = None,
+    classification: Annotated[
+        bool, typer.Option("--classification", help="Of a data-flow file: its output model is a sequence classifier.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Check a run's config, a merge file or a data-flow file and print the plan, without reading any weights.
@@ -308,13 +311,16 @@ def check_command(
     from olmfast.terminal import merges, runs
 
     loaded = read_config(config, _overrides(set_ or [], device=device, dtype=dtype, seed=seed))
+    if classification and isinstance(loaded, RunConfig):
+        raise InputError(f"--classification: is said of a data-flow file, and {config} is none")
     boundary.quiet_libraries()
     if isinstance(loaded, RunConfig) and loaded.prune is not None:
         pruning.prune_config(loaded, overwrite=True, dry_run=True, as_json=as_json)
     elif isinstance(loaded, RunConfig):
         runs.print_plan(check(loaded), as_json)
     else:
-        merges.print_plan(check(loaded, allow_mismatch=allow_mismatch or ()), out, as_json)
+        plan = check(loaded, allow_mismatch=allow_mismatch or (), classification=classification)
+        merges.print_plan(plan, out, as_json)
 
 
 @app.command("evaluate")

@@ -324,10 +324,12 @@ def task_and_language(tmp_path_factory) -> Path:
 
 
 @pytest.mark.usefixtures("float64_throughout")
-def test_a_classifier_takes_layers_of_a_language_model(task_and_language, tmp_path):
+def test_a_classifier_takes_layers_of_a_language_model(task_and_language, olmfast, tmp_path):
     flow = task_and_language / "flow.yml"
     with pytest.raises(InputError, match=r"org/task: is LlamaForSequenceClassification; use --classification"):
         execute(flow, tmp_path / "out")
+    assert olmfast("check", flow)[0] == 2
+    assert "17 hops: org/task 0-14, org/language 3, org/task 15" in olmfast("check", flow, "--classification")[1]
     assert not list(tmp_path.iterdir())
     model, tokenizer = execute(merge_config=flow, output_path=tmp_path / "out", classification=True)
     assert type(model).__name__ == "LlamaForSequenceClassification"

@@ -164,6 +164,18 @@ def test_factors_are_numbers_diagonals_and_matrices_alike_or_mixed(models):
         torch.testing.assert_close(hop.act(d, SOURCES), wanted, rtol=0, atol=1e-12)
 
 
+def test_one_factor_of_many_layers_may_be_written_once(models, tmp_path):
+    many, one = 20, matrix().tolist()
+    mask = [[[True] * 3, [True] * 2]] * many
+    data = plain(models, num_r=many, layer_mask=mask, scaling_factors=[[[one] * 3, [one] * 2]] * many)
+    text = yaml.safe_dump(data)
+    assert "&id" in text
+    (tmp_path / "flow.yml").write_text(text)
+    path = hops(tmp_path / "flow.yml")
+    assert len(path) == 5 * many + 1
+    assert len({hop.scale for hop in path[:-1]}) == 1
+
+
 SOURCES = Sources(None, Path("/"))  # type: ignore[arg-type]
 
 

@@ -43,6 +43,8 @@ def read_size(value: int | str, where: str) -> int:
 class UniqueKeyLoader(yaml.SafeLoader):
     """Safe YAML that refuses a key given twice, which plain YAML silently overwrites."""
 
+    aliased = ALIASED
+
 
 def _construct_unique(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     loader.flatten_mapping(node)
@@ -98,7 +100,7 @@ def parse_yaml(text: str, where: str | Path, reader: type[UniqueKeyLoader] = Uni
             node = loader.get_single_node()
             if node is None:
                 return None
-            _check_aliases(node)
+            _check_aliases(node, reader.aliased)
             loaded: object = loader.construct_document(node)
         finally:
             loader.dispose()
@@ -114,7 +116,7 @@ def parse_yaml(text: str, where: str | Path, reader: type[UniqueKeyLoader] = Uni
     return loaded
 
 
-def _check_aliases(root: yaml.Node) -> None:
+def _check_aliases(root: yaml.Node, most: int) -> None:
     """Raise MarkedYAMLError for aliases that hold themselves, or stand for far more values than are written."""
     sizes: dict[yaml.Node, int | None] = {}  # None: being counted
     written = 0
@@ -133,7 +135,7 @@ def _check_aliases(root: yaml.Node) -> None:
         sizes[node] = total
         return total
 
-    if size(root) > ALIASED + 10 * written:
+    if size(root) > most + 10 * written:
         raise yaml.MarkedYAMLError(problem="its aliases stand for too many values", problem_mark=root.start_mark)
 
 

@@ -14,7 +14,12 @@ from olmfast.weights.files import read_text
 
 
 class TaggedLoader(UniqueKeyLoader):
-    """Safe YAML that also reads two of Python's tags, as the plain list and the plain mapping that they hold."""
+    """Safe YAML that also reads two of Python's tags, as the plain list and the plain mapping that they hold.
+
+    The factors of many layers may be one list, which PyYAML writes once.
+    """
+
+    aliased = 10_000_000
 
 
 def _construct_tuple(loader: yaml.SafeLoader, node: yaml.Node) -> list[Any]:

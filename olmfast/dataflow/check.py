@@ -26,29 +26,41 @@ Loaded = RunConfig | MergeConfig | DataflowConfig
 def check(config: RunConfig, *, observer: Observer | None = None) -> Estimate: ...
 @overload
 def check(
-    config: MergeConfig | DataflowConfig, *, observer: Observer | None = None, allow_mismatch: Collection[str] = ()
+    config: MergeConfig | DataflowConfig,
+    *,
+    observer: Observer | None = None,
+    allow_mismatch: Collection[str] = (),
+    classification: bool = False,
 ) -> Plan: ...
 @overload
 def check(
-    config: Mapping[str, Any] | str | Path, *, observer: Observer | None = None, allow_mismatch: Collection[str] = ()
+    config: Mapping[str, Any] | str | Path,
+    *,
+    observer: Observer | None = None,
+    allow_mismatch: Collection[str] = (),
+    classification: bool = False,
 ) -> Estimate | Plan: ...
 def check(
     config: Loaded | Mapping[str, Any] | str | Path,
     *,
     observer: Observer | None = None,
     allow_mismatch: Collection[str] = (),
+    classification: bool = False,
 ) -> Estimate | Plan:
     """Check a run, a merge or a path, and say what it would do: an Estimate of the run, or the Plan of the others.
 
     `config` is the path of a run's config, a merge file or a data-flow file, what one of them holds, or one loaded.
     Writes nothing, but for donors of a run that have to be downloaded, and reads no weights (of a path's factors those
-    in use); `observer` is told what is noteworthy. `allow_mismatch` is that of `merge`.
+    in use); `observer` is told what is noteworthy. `allow_mismatch` is that of `merge`, `classification` that of a
+    path whose output model is a sequence classifier.
     Raises InputError that lists everything that does not fit.
     """
     if not isinstance(config, (RunConfig, MergeConfig, DataflowConfig)):
         config = read_config(config)
     if isinstance(config, DataflowConfig):
-        return plan_dataflow(config, allow_mismatch=allow_mismatch)
+        return plan_dataflow(config, allow_mismatch=allow_mismatch, classification=classification)
+    if classification:
+        raise InputError("--classification: is said of a data-flow file, and this is none")
     if isinstance(config, RunConfig):
         return others.check(config, observer=observer)
     return others.check(config, observer=observer, allow_mismatch=allow_mismatch)

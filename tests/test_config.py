@@ -450,7 +450,7 @@ def test_the_documentation_lists_every_key_and_no_other():
     assert sorted(listed) == sorted(RunConfig.model_fields)
     assert sorted(documented("Dataset keys")) == sorted(DatasetConfig.model_fields)
     assert sorted(documented("The numbers of one merge")) == sorted(Evolve.model_fields)
-    assert sorted(documented("Blocks run twice")) == sorted(Dataflow.model_fields)
+    assert sorted(documented("Paths and blocks run twice")) == sorted(Dataflow.model_fields)
     for mode in MODES:
         assert f"| `{mode}` |" in (Path(__file__).parents[1] / "docs" / "config.md").read_text(encoding="utf-8")
 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from olmfast import InputError, load_config, run
+from olmfast.dataflow.gains import Gain, own_spans
 from olmfast.dataflow.picture import heat_map, summary, table
-from olmfast.dataflow.repeats import Gain, own_spans
 from olmfast.errors import Interrupted
 from olmfast.search.ranges import around, coarsest, grid, told
 from olmfast.testing import own_answers, tiny_model

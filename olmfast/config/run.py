@@ -323,7 +323,7 @@ class RunConfig(BaseModel):
         sections = [name for name in ("evolve", "dataflow", "prune") if getattr(self, name) is not None]
         if len(sections) > 1:
             raise ValueError(f"{', '.join(sections)}: each is a search of its own; give one of them")
-        if self.dataflow is not None and len(self.models) > 1:
+        if self.dataflow is not None and self.dataflow.of_one and len(self.models) > 1:
             raise ValueError(f"dataflow.models: is one, and models lists {len(self.models)}; leave one")
         others = ("search", *STAGE_KEYS, "start", *(["ancestor"] if self.dataflow is not None else []))
         if self.section is not None and (keys := [key for key in others if key in given]):

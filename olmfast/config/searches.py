@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from itertools import pairwise
@@ -74,16 +75,57 @@ class Evolve(BaseModel):
         return self.merge_method in ("ties", "dare_ties")
 
 
+REPEATS = ("grid", "keep", "shown", "racing")
+PATHS = ("method", "passes", "max_hops", "factors", "generations", "population")
+
+
 class Dataflow(BaseModel):
-    """Paths through the blocks of models: contiguous ranges of one model's run twice (`repeat`)."""
+    """Paths through the blocks of models, or with `repeat` contiguous ranges of one model's run twice."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    models: Literal["one"] = "one"
-    repeat: Literal[True] = True
+    repeat: bool = False
+    models: Literal["one", "all"] = "all"
+    # With `repeat`
     grid: int = Field(64, ge=1)  # ranges of the first, coarsest round at most
     keep: int = Field(4, ge=1)  # ranges around which each finer round looks
     shown: int = Field(10, ge=1)  # ranges that are scored on held-out questions
     racing: Annotated[Racing | None, BeforeValidator(parse_racing)] = Racing(rungs=[10, 20, 40, 80, 160, 320])
+    # Without
+    method: Literal["catcma", "paper"] = "catcma"
+    passes: int = Field(2, ge=1)  # through all blocks of all models
+    max_hops: int | None = Field(None, ge=1)
+    factors: bool = True
+    generations: int | None = Field(None, ge=1)
+    population: int | None = Field(None, ge=4)
+
+    @model_validator(mode="after")
+    def _check(self) -> Dataflow:
+        given = self.model_fields_set
+        if self.repeat and self.models == "all" and "models" in given:
+            raise ValueError("models: ranges are run twice in one model; give models: one")
+        unfit = [key for key in (PATHS if self.repeat else REPEATS) if key in given]
+        if unfit:
+            raise ValueError(f"{', '.join(unfit)}: not with repeat: {'true' if self.repeat else 'false'}")
+        return self
+
+    @property
+    def of_one(self) -> bool:
+        """Whether all blocks are of one model."""
+        return self.repeat or self.models == "one"
+
+    @property
+    def n_generations(self) -> int:
+        """How many generations there are; the paper has 100."""
+        return self.generations or (100 if self.method == "paper" else 40)
+
+    def population_of(self, n_entries: int) -> int:
+        """Paths of a generation, where each is drawn from so many entries."""
+        n_numbers = n_entries * (1 + self.factors)
+        return self.population or (128 if self.method == "paper" else 4 + math.floor(3 * math.log(n_numbers)))
+
+    def most_hops(self, n_blocks: int) -> int:
+        """The longest path that is run: half as deep again as the model, unless `max_hops` says."""
+        return self.max_hops or math.ceil(1.5 * n_blocks)
 
 
 def lift_genome(data: dict[str, Any], where: str) -> dict[str, Any]:

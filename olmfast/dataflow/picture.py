@@ -1,4 +1,4 @@
-"""A sweep's table in Markdown, and its heat map as an SVG file: plain text, made without a library for pictures."""
+"""The tables of searches for paths, and a sweep's heat map as an SVG file: plain text, made without a library."""
 
 from __future__ import annotations
 
@@ -124,9 +124,7 @@ def _seen(one: Mapping[str, Any], questions: str) -> str:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The section of a model card."""
-    head, *rows = table(report)
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
-    listed = "\n".join(lines)
+    listed = _lines(table(report))
     text = summary(report)
     return (
         f"## Blocks run twice\n\n{text[0].upper()}{text[1:]}.\n\n{listed}\n\nGains are shares of the model's own error "
@@ -134,6 +132,34 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"for all rows together. {report['comparisons']} ranges were compared on other questions to find these.\n\n"
         f"![gains of all ranges]({PICTURE})\n"
     )
+
+
+def front_table(report: Mapping[str, Any]) -> list[list[str]]:
+    """The best path of each depth that is better than all shorter ones, under a row of headings."""
+    names = list(report["scores of the first model"])
+    rows = [["hops", "path", "gain", "95 % interval", "all intervals together", *names]]
+    for one in report["front"]:
+        gain, scores = one.get("gain"), [f"{one['scores'][name]:.4f}" for name in names]
+        intervals = [_interval(one.get(key)) for key in ("interval", "interval of all")]
+        rows.append([str(one["hops"]), one["path"], "" if gain is None else f"{gain:+.3f}", *intervals, *scores])
+    own = [f"{score:.4f}" for score in report["scores of the first model"].values()]
+    return [*rows, ["", f"{report['first model']} as it is", "", "", "", *own]]
+
+
+def front_markdown(report: Mapping[str, Any]) -> str:
+    """The section of a model card."""
+    return (
+        f"## Score against depth\n\n{_lines(front_table(report))}\n\nGains are shares of the first model's own error "
+        f"that are gone, on {report['questions']} questions, with paired intervals over them; the last intervals hold "
+        f"for all rows together. {report['comparisons']} paths were compared on other questions to find these.\n"
+    )
+
+
+def _lines(rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    head, *others = rows
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in others)]
+    return "\n".join(lines)
 
 
 def _interval(pair: Sequence[float | None] | None) -> str:

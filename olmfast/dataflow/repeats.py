@@ -3,9 +3,6 @@
 What people do by hand on a handful of questions, done so that it can be believed. Half of the questions picks: on them
 ranges race, a grid of them first, then those around the best on grids of half the step. The best of all is tested once
 on the other half. Held-out questions then tell what it and the runners-up are worth; they choose nothing.
-
-Gains are shares of the model's own error: (its score - the range's) / (its score - a perfect one), so that 0 is no
-gain and 1 is perfect, whatever a dataset is scored by.
 """
 
 from __future__ import annotations
@@ -13,56 +10,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
 from olmfast.config.searches import Dataflow
+from olmfast.dataflow.gains import Gain, compared, is_better, leads_of
 from olmfast.dataflow.hops import Hop
 from olmfast.dataflow.running import PathCandidate
 from olmfast.evaluation.scorer import Candidate, Scorer
 from olmfast.evaluation.scores import Scores
-from olmfast.runs.verdict import half_width, mean_of_means
+from olmfast.search.acceptance import Scale
 from olmfast.search.halves import Halves
 from olmfast.search.loop import Search, Step
 from olmfast.search.ranges import Range, around, coarsest, grid, told
 from olmfast.search.record import LEDGER
-from olmfast.search.spans import one_sided_p
 from olmfast.weights.skeletons import Skeletons
-
-PERFECT = {"perplexity": 1.0, "bigram": 1.0, "quality": 1.0}  # of modes whose best score is not 0
-
-
-@dataclass(frozen=True)
-class Gain:
-    """By how much better a range is than the model, as a share of the model's error: the mean over datasets, with a
-    paired 95 % interval over the questions; `n` questions of each dataset at least."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
-
-    @classmethod
-    def of(cls, leads: Sequence[torch.Tensor], confidence: float = 0.95) -> Gain:
-        """From the gain on each question (questions,) of each dataset."""
-        if not leads or not all(map(len, leads)):
-            return cls(math.nan, math.nan, math.nan, 0)
-        mean, error, freedom = mean_of_means(leads)
-        half = half_width(error, freedom, confidence)
-        return cls(mean, mean - half, mean + half, min(map(len, leads)))
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {"gain": self.mean, "interval": [self.low, self.high], "questions": self.n}
-
-
-def own_spans(means: Mapping[str, float], modes: Mapping[str, str]) -> dict[str, tuple[float, float]]:
-    """Dataset -> (a perfect score, the model's), where the model is not perfect."""
-    spans = {name: (PERFECT.get(modes[name], 0.0), mean) for name, mean in means.items()}
-    return {name: span for name, span in spans.items() if span[1] - span[0] > 1e-9}
 
 
 class RepeatSweep:
@@ -132,33 +95,24 @@ class RepeatSweep:
             "repeat",
             self.unit,
             propose,
-            accept=partial(self._accept, self.search.config.required_p),
+            accept=self._accept,
             races=False,
             tested=False,
             questions=self.halves.second,
         )
         self.search.take(step)
 
-    def _accept(self, required_p: float | None, scores: Scores, alive: list[int]) -> list[int]:
-        if 1 not in alive:
-            return [0]
-        rows = [{name: values[row] for name, values in scores.samples.items()} for row in (0, 1)]
-        asked = [{name: row[name][own] for name, own in self.halves.second.items()} for row in rows]
-        leads = self._leads(asked[1], asked[0])
-        if len(leads) == 1:
-            passed = float(leads[0].mean()) > 0 and (required_p is None or one_sided_p(leads[0]) < required_p)
-        else:
-            passed = Gain.of(leads, 0.0 if required_p is None else 1 - 2 * required_p).low > 0
-        return [1 if passed else 0]
+    def _accept(self, scores: Scores, alive: list[int]) -> list[int]:
+        """Row 1 if it is better than the model beyond what luck makes of one test."""
+        scale = Scale(self.search.rules.spans, self.search.rules.weights)
+        better = is_better(scores, self.halves.second, scale, self.search.config.required_p, 1)
+        return [1 if 1 in alive and better else 0]
 
     def _leads(self, own: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """Dataset by dataset, the gain on each question that both have a score of."""
-        leads = []
-        for name, (best, worst) in self.search.rules.spans.items():
-            if name in own:
-                lead = (model[name].double() - own[name].double()) / (worst - best)
-                leads.append(lead[lead.isfinite()])
-        return leads
+        spans = {name: span for name, span in self.search.rules.spans.items() if name in own}
+        both = {name: torch.stack([model[name], own[name]]) for name in spans}
+        return leads_of(Scores(both, {}, {}), 1, spans)
 
     def _answers(self, key: str) -> dict[str, dict[str, torch.Tensor]]:
         """Label -> dataset -> the score of each question, NaN where it has none, of a step that was taken."""
@@ -178,20 +132,11 @@ class RepeatSweep:
         shown = self.best[: self.config.shown]
         candidates = [Candidate("as it is", recipe=None), *map(self.candidate, shown)]
         scores = scorer.score(self.unit, candidates)
-        spans = own_spans({name: float(scores.mean(name)[0]) for name in scores.samples}, modes)
-        rows = []
-        for place, one in enumerate(shown, 1):
-            leads = [
-                (values[0].double() - values[place].double()) / (spans[name][1] - spans[name][0])
-                for name, values in scores.samples.items()
-                if name in spans
-            ]
-            told_of = {name: float(scores.mean(name)[place]) for name in scores.samples}
-            entry = {"range": list(one), "hops": self.n_blocks + one[1] - one[0], "picked by": self.gains[one].mean}
-            if leads:
-                every = Gain.of(leads, 1 - 0.05 / len(shown))
-                entry |= Gain.of(leads).to_json() | {"interval of all": [every.low, every.high]}
-            rows.append({**entry, "scores": told_of})
+        rows = [
+            {"range": list(one), "hops": self.n_blocks + one[1] - one[0], "picked by": self.gains[one].mean}
+            for one in shown
+        ]
+        best, own = compared(scores, rows, modes)
         tested = self.search.record.outcome("repeat/test")
         return {
             "model": self.model,
@@ -201,8 +146,8 @@ class RepeatSweep:
                 {"range": list(one), **gain.to_json(), "whole": one in self.whole}
                 for one, gain in sorted(self.gains.items())
             ],
-            "best": rows,
-            "scores of the model": {name: float(scores.mean(name)[0]) for name in scores.samples},
+            "best": best,
+            "scores of the model": own,
             "tested": tested is not None,
             "chosen": list(self.best[0]) if tested is not None and tested.changed else None,
         }

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from olmfast.config.run import RunConfig, load_config
+from olmfast.dataflow import picture
+from olmfast.dataflow.gains import own_spans
 from olmfast.dataflow.kinds import LayerKinds
-from olmfast.dataflow.picture import PICTURE, heat_map, markdown
-from olmfast.dataflow.repeats import RepeatSweep, own_spans
+from olmfast.dataflow.repeats import RepeatSweep
 from olmfast.dataflow.running import PathModel
 from olmfast.dataflow.scoring import PathScorer
+from olmfast.dataflow.searching import PathSearch
 from olmfast.evaluation.open import Questions
-from olmfast.evaluation.scorer import Scorer
+from olmfast.evaluation.scorer import Candidate, Scorer
 from olmfast.observer import Observer
 from olmfast.output.writer import write_text, writing
 from olmfast.runs.session import Result, Session, run_as
+from olmfast.runs.steps import HELD_OUT, SELECTION
+from olmfast.search.acceptance import Scale
+from olmfast.search.halves import Halves
+
+PATH = "path.yml"  # in a run's folder: the path of its result, as a data-flow file
 
 
 def run(
@@ -69,33 +80,70 @@ class PathSession(Session):
     def _search_with_tests(self) -> None:
         search, config = self.search, self.config
         assert config.dataflow is not None
-        modes = {name: entry.mode for name, entry in config.questions.items()}
         means = self.selection.rows[config.base_name]
-        spans = own_spans(means, modes)
-        left_out = [name for name in means if name not in spans]
-        if left_out:
+        spans = own_spans(means, self._modes)
+        if left_out := [name for name in means if name not in spans]:
             self.observer.note(f"the model is perfect on them, so left out: {', '.join(left_out)}")
         search.rules = replace(search.rules, spans=spans)
-        self.sweep = RepeatSweep(search, config.dataflow, self.skeletons)
         if not spans:
             self.observer.note("the model is perfect on all questions: there is nothing to search by")
+        elif config.dataflow.repeat:
+            self.sweep = RepeatSweep(search, config.dataflow, self.skeletons)
+            self.sweep.run()
+        else:
+            models = (config.base_name, *(name for name in self.inputs.donors if name != config.base_name))
+            self.path_search = PathSearch(search, config.dataflow, models, self.skeletons)
+            self.path_search.run()
+
+    @property
+    def _modes(self) -> dict[str, str]:
+        return {name: entry.mode for name, entry in self.config.questions.items()}
+
+    def _validate(self) -> None:
+        """Choose among the paths that were current once by questions that no step has used."""
+        questions, snapshots = self.inputs.validation, self.record.snapshots
+        if len(snapshots) < 2 or not questions.datasets:
             return
-        self.sweep.run()
+        candidates = [Candidate(label, recipe=recipe) for label, recipe in snapshots.items()]
+        scores = self.evaluation.scorer(questions).score(self.path_search.unit, candidates)
+        rows = [{name: float(scores.mean(name)[row]) for name in questions.datasets} for row in range(len(candidates))]
+        scale = Scale(own_spans(rows[0], self._modes), self.search.rules.weights)
+        skills = {label: scale.skill(row) for label, row in zip(snapshots, rows, strict=True)}
+        result = max(skills, key=lambda label: skills[label] if math.isfinite(skills[label]) else -math.inf)
+        self.record.update(validation={"skill": skills, "result": result})
+        if result == next(iter(snapshots)):
+            self.observer.note("on the validation questions no path is better than the first model: it is the result")
 
     def _closing(self) -> list[str]:
-        """Score the best ranges on held-out questions; the table is recorded, and the picture written."""
-        if not hasattr(self, "sweep"):
-            return []  # the budget ended the run before it
-        if "repeats" not in self.record.values:
+        """Score the best on held-out questions, which is recorded, and write tables, picture and file."""
+        sections, folder = [], self.record.folder
+        if hasattr(self, "sweep"):
+            report = self._told("repeats", self.sweep.report, self.sweep.halves)
+            sections.append(picture.markdown(report))
+            with writing(folder, "--resume"):
+                write_text(folder / picture.PICTURE, picture.heat_map(report))
+        if hasattr(self, "path_search"):
+            found = self.path_search
+            sections.append(picture.front_markdown(self._told("paths", found.report, found.halves)))
+            chosen = self.record.values.get("validation", {}).get("result") or [*self.record.snapshots][-1]
+            output, pool = self.config.output_dir, self.inputs.pool
+            places = [os.path.relpath(pool[name].folder, output) for name in found.space.models]
+            data = found.space.file(found.kept[chosen], places)
+            with writing(folder, "--resume"):
+                write_text(folder / PATH, yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120))
+        return sections
+
+    def _told(
+        self, key: str, report: Callable[[Scorer, dict[str, str]], dict[str, Any]], halves: Halves
+    ) -> dict[str, Any]:
+        """A search's report on held-out questions, or where there are none on those that did not pick; made once."""
+        if key not in self.record.values:
             held = self.inputs.holdout
-            kind = "held-out" if held.datasets else "selection"
-            questions = held if held.datasets else self.inputs.selection.part(self.sweep.halves.second)
-            self.observer.step(kind, "ranges", 1 + min(len(self.sweep.best), self.sweep.config.shown))
-            modes = {name: entry.mode for name, entry in self.config.questions.items()}
-            report = self.sweep.report(self._scorer(questions), modes)
+            kind = HELD_OUT if held.datasets else SELECTION
+            questions = held if held.datasets else self.inputs.selection.part(halves.second)
+            self.observer.step(kind, key, 1)
             n = sum(len(dataset.samples) for dataset in questions.datasets.values())
-            self.record.update(repeats=report | {"questions": f"{n} {kind}"})
-        report = self.record.values["repeats"]
-        with writing(self.record.folder, "--resume"):
-            write_text(self.record.folder / PICTURE, heat_map(report))
-        return [markdown(report)]
+            found = report(self._scorer(questions), self._modes)
+            self.record.update(None, **{key: found | {"questions": f"{n} {kind}"}})
+        told: dict[str, Any] = self.record.values[key]
+        return told

@@ -351,7 +351,7 @@ class Session:
         spans = {name: (span[0], span[1]) for name, span in outcome.spans.items()}
         search.set_scale(spans if self.config.is_tested else self.selection.spans, self.selection.rows[outcome.winner])
         resumed = self.config.is_tested and len(self.record.steps) > 1  # its merges have the config's base
-        if outcome.winner != search.recipe.base and not resumed:
+        if outcome.winner != search.recipe.base and not resumed and self.config.dataflow is None:
             search.rebase(whole(outcome.winner, pool.tensors))
         if self.config.max_models is not None:
             search.donors = [outcome.winner, *outcome.order, *pool.blocks_only][: self.config.max_models]

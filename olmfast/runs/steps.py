@@ -159,7 +159,11 @@ def _decisions(config: RunConfig, pool: Pool) -> Iterator[tuple[str, Unit, int]]
             yield stage, unit, count
     if config.evolve is not None:
         yield from evolve_steps(config.evolve, config.models, architecture, tensors)
-    if config.dataflow is not None:
+    if config.dataflow is not None and not config.dataflow.repeat:
+        n_entries = config.dataflow.passes * n_donors * architecture.n_blocks
+        for _ in range(config.dataflow.n_generations):  # each on half of the questions
+            yield "paths", architecture.model_unit(tensors), config.dataflow.population_of(n_entries) // 2
+    elif config.dataflow is not None:
         for stage, count in repeat_steps(architecture.n_blocks, config.dataflow):
             yield stage, architecture.model_unit(tensors), count
     for index, scale in enumerate(config.walk):

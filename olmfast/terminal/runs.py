@@ -17,7 +17,6 @@ from rich.table import Table
 
 from olmfast.config.run import Budget
 from olmfast.dataflow import picture
-from olmfast.dataflow.picture import PICTURE
 from olmfast.evaluation.metrics import BOUNDED, standard_error
 from olmfast.runs.estimate import Estimate
 from olmfast.runs.scoreboard import Scoreboard
@@ -27,7 +26,7 @@ from olmfast.search.log import strict
 
 # Steps that are told only where they change something.
 KINDS = {"selection": SELECTION, "holdout": HELD_OUT}  # the questions of a run, as they are told
-QUIET = ("tensors", "svd_es", "norm_es", "gradient", "evolution", "moves", "evolve", "repeat")
+QUIET = ("tensors", "svd_es", "norm_es", "gradient", "evolution", "moves", "evolve", "repeat", "paths")
 
 
 def print_plan(plan: Estimate, as_json: bool) -> None:
@@ -131,6 +130,8 @@ def print_result(result: Result, as_json: bool) -> None:
         make_console().print(table)
     if report := result.record.values.get("repeats"):
         _print_repeats(report)
+    if report := result.record.values.get("paths"):
+        _print_front(report)
     boards = {"Selection": result.selection, "Held-out": result.holdout}
     for title, board in boards.items():
         if board.rows or title == "Selection":
@@ -144,13 +145,24 @@ def print_result(result: Result, as_json: bool) -> None:
 
 def _print_repeats(report: Mapping[str, Any]) -> None:
     """The best ranges of blocks run twice, with intervals."""
-    head, *rows = picture.table(report)
     title = f"Blocks run twice, on {report['questions']} questions (gain: share of the model's error that is gone)"
+    _print_rows(picture.table(report), title)
+    print(f"{picture.summary(report)}; all ranges are in {picture.PICTURE}")
+
+
+def _print_front(report: Mapping[str, Any]) -> None:
+    """The best path of each depth, with intervals."""
+    asked = f"on {report['questions']} questions (gain: share of the first model's error that is gone)"
+    _print_rows(picture.front_table(report), f"Score against depth, {asked}")
+    print(f"{report['comparisons']} paths of at most {report['max_hops']} hops were compared on other questions")
+
+
+def _print_rows(rows: list[list[str]], title: str) -> None:
+    head, *others = rows
     table = Table(*head, title=title, title_justify="left")
-    for row in rows:
+    for row in others:
         table.add_row(*row)
     make_console().print(table)
-    print(f"{picture.summary(report)}; all ranges are in {PICTURE}")
 
 
 def print_scoreboard(board: Scoreboard, title: str, as_json: bool, model: str | None = None) -> None:

@@ -397,6 +397,20 @@ def test_what_is_a_number_or_a_diagonal_goes_where_only_these_can():
         assert torch.equal(folded(folders, file_of(path)), folded(folders, file_of(simple)))
 
 
+@pytest.mark.usefixtures("float64_throughout")
+@pytest.mark.parametrize("entry", [0, 1])
+def test_a_folded_model_with_biases_is_a_donor_beside_those_without(entry):
+    plain, first = donors("llama"), [(0, 0, 0.5, None), (1, 1, None, bias_of("vector", 3)), (0, 2, -1.0, 0.5)]
+    with tempfile.TemporaryDirectory(dir=MODELS.name) as folder:
+        out = Path(folder) / "folded"
+        execute({**file_of(first), "model_paths": plain}, out, dtype="float64")
+        path = [(0, 0, 2.0, None), (1, 0, factor("diagonal", 1), None), (1, 2, None, 1.0), (0, 1, None, None)]
+        both = [plain[0], str(out)]
+        got = folded(both, {**file_of(path), "input_layer_model": entry})
+        want = hop_by_hop([whole(plain[0]), loaded(out, attn_implementation="eager")], path, entry)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
 def test_in_float32_the_logits_are_those_of_the_path_but_for_rounding(family):
     path = [(0, 0, factor("matrix", 1), bias_of("vector", 1)), (1, 1, -0.7, 0.25), (0, 2, factor("diagonal", 2), None)]

@@ -71,7 +71,11 @@ def unlike_blocks(hops: Sequence[Hop], pool: Pool, input_model: str) -> Iterator
 
 
 def _shapes(pool: Pool, hop: Hop) -> dict[str, tuple[int, ...]]:
-    return {inner: pool[hop.donor].tensors[name].shape for inner, name in _inside(pool, hop).items()}
+    """The shapes of a block's tensors, but for biases that a key of the config gives: left out, these are 0."""
+    donor = pool[hop.donor]
+    given = {f"{module}.bias" for module in donor.architecture.family.flow.biased}
+    inside = _inside(pool, hop).items()
+    return {inner: donor.tensors[name].shape for inner, name in inside if inner not in given}
 
 
 def _width(shapes: Mapping[str, tuple[int, ...]], architecture: Architecture) -> int | None:
@@ -207,23 +211,22 @@ class _Folding:
         return len(factor.open(Sources(self.pool, Path())).shape) == 2
 
     def _needs_biases(self) -> bool:
-        """Whether a hop behind the first adds a bias, and the family's modules get one by a key of the config.
+        """Whether the family's modules get a bias by a key of the config: some blocks have one, or a hop behind the
+        first adds one.
 
-        Where the blocks have none, and there is no such key, that is a fault.
+        A hop that adds one where there is neither a place nor a key for it is a fault.
         """
+        inside = {name for hop in self.hops for name in _inside(self.pool, hop)}
         adding = [hop for hop in self.hops[1:] if _adds(hop.bias)]
-        patterns = self.architecture.writers
-        has_bias = any(
-            _is_of(name, p) for name in _inside(self.pool, self.hops[0]) for p in patterns if name.endswith("bias")
-        )
-        if not adding or has_bias or self.flow.norm:
-            return False
         if self.flow.bias_key:
-            return True
-        kind = self.architecture.model_type
-        self.faults += [
-            f"bias_factors{hop.where}: {kind} has no bias in what writes d that it could go into" for hop in adding
-        ]
+            some = any(f"{module}.bias" in inside for module in self.flow.biased)
+            return some or bool(adding or self.entry.config.get(self.flow.bias_key))
+        places = (name for name in inside if name.endswith(".bias"))
+        if not self.flow.norm and not any(_is_of(name, p) for name in places for p in self.architecture.writers):
+            kind = self.architecture.model_type
+            self.faults += [
+                f"bias_factors{hop.where}: {kind} has no bias in what writes d that it could go into" for hop in adding
+            ]
         return False
 
     def _affine(self, tensor: Expression, scale: Factor, bias: Factor, axis: int) -> Expression:

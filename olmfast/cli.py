@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,12 +12,12 @@ import typer
 from typer.core import TyperGroup
 
 from olmfast import __version__
-from olmfast.errors import InputError, Interrupted, cut
+from olmfast.errors import InputError, cut
 from olmfast.terminal import boundary, dataflow, pruning
 from olmfast.terminal.options import AllowMismatch, Device, Dtype, NoRemoteCodeFiles, Overrides, Seed
 
 if TYPE_CHECKING:
-    from olmfast.runs.watchers import Watcher
+    pass
 
 
 class _Commands(TyperGroup):
@@ -95,7 +92,7 @@ def run_command(
         raise InputError(f"{chosen}: no such file in this folder; name the run's config: olmfast run CONFIG")
     loaded = load_config(chosen, _overrides(set_ or [], device=device, dtype=dtype, seed=seed))
     if loaded.prune is not None:
-        pruning.prune_config(loaded, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
+        pruning.prune_config(loaded, resume=resume, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
         return
     from olmfast.terminal.progress import make_observer
     from olmfast.terminal.runs import print_plan, print_result
@@ -108,7 +105,7 @@ def run_command(
     if dry_run:
         print_plan(check(loaded, observer=observer), as_json)
         return
-    with _graceful_stop(observer) as stop_requested, observer:
+    with boundary.graceful_stop(observer) as stop_requested, observer:
         flags: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "report": load}
         result = run(loaded, **flags, observer=observer, stop_requested=stop_requested)
     print_result(result, as_json)
@@ -315,7 +312,7 @@ def check_command(
         raise InputError(f"--classification: is said of a data-flow file, and {config} is none")
     boundary.quiet_libraries()
     if isinstance(loaded, RunConfig) and loaded.prune is not None:
-        pruning.prune_config(loaded, overwrite=True, dry_run=True, as_json=as_json)
+        pruning.prune_config(loaded, resume=False, overwrite=True, dry_run=True, as_json=as_json)
     elif isinstance(loaded, RunConfig):
         runs.print_plan(check(loaded), as_json)
     else:
@@ -440,31 +437,6 @@ def _overrides(entries: list[str], **options: str | int | None) -> dict[str, Any
         except InputError as error:
             raise InputError(f"--set {cut(entry)}: the value is not valid YAML") from error
     return overrides | {key: value for key, value in options.items() if value is not None}
-
-
-@contextmanager
-def _graceful_stop(observer: Watcher) -> Iterator[Callable[[], bool]]:
-    """Once the search has begun, the first Ctrl-C asks it to stop after the current step; any other stops at once."""
-    asked = False
-
-    def handler(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked or not observer.begun:
-            signal.default_int_handler(number, frame)
-        asked = True
-        print("\nolmfast: finishing the current step; Ctrl-C again stops at once", file=sys.stderr)
-
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield lambda: asked
-    except KeyboardInterrupt as error:
-        if observer.begun:
-            told = "stopped at once; everything decided so far is saved, continue with --resume"
-        else:
-            told = "stopped before the first step; --resume begins it"
-        raise Interrupted(told) from error
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

@@ -290,7 +290,7 @@ def test_generative_modes_score_the_greedy_text_up_to_the_end_token(mode, formul
 
 
 def test_every_mode_is_a_metric_and_every_metric_a_mode():
-    tables = [metrics.TEACHER_FORCED, metrics.GENERATIVE, {"exact_match", "choice"}]
+    tables = [metrics.TEACHER_FORCED, metrics.GENERATIVE, metrics.CHOICES, {"exact_match"}]
     assert sorted(get_args(Mode)) == sorted(name for table in tables for name in table)
 
 
@@ -313,7 +313,7 @@ def test_a_metric_is_one_function_and_its_name(donor, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("mode", get_args(Mode))
 def test_a_model_whose_logits_are_no_numbers_has_no_score_in_any_mode(mode, donor, tmp_path):
-    keys = {"question": "No. 1", "choices": ["a", "b"], "answer": 0} if mode == "choice" else None
+    keys = {"question": "No. 1", "choices": ["a", "b"], "answer": 0} if mode in metrics.CHOICES else None
     dataset = encode(tmp_path, PAIRS, mode=mode if keys is None else "exact", max_new_tokens=4, strict=True)
     if keys:
         (tmp_path / "set.json").write_text(json.dumps([keys]))

@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Method = Literal["file", "similarity", "uniform", "drop"]
+from olmfast.errors import show
+
+Method = Literal["file", "similarity", "uniform", "drop", "bayes", "cma", "gradient"]
+SEARCHES = ("bayes", "cma", "gradient")
+PER_SUBJECT = 10  # questions of each subject of MMLU, that a search decides by or holds out
 SHOTS = 5  # worked examples before each question of MMLU, as many as a subject has
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of an objective on MMLU: its weight, the mode of the questions' datasets, and which subjects (None: all);
+    `of_question`: what is scored is the question's text, and not the answer."""
+
+    name: str
+    weight: float
+    mode: str
+    subjects: tuple[str, ...] | None = None
+    of_question: bool = False
+
+
+# What objectives are called where that is not their mode's name. Perplexities are followed by their logarithm.
+_OBJECTIVES = {"accuracy": ("choice", False), "perplexity": ("exact", True), "exact": ("exact", False)}
+_PLAIN = ("likelihood", "exact_match", "bigram_loss", "bigram", "choice")
+
+
+def _term(text: str) -> Term:
+    found = re.fullmatch(r"(?:(\d+(?:\.\d+)?)\s*\*\s*)?([a-z_]+(?:\s*,\s*[a-z_]+)*)", text)
+    if found is None or (found[1] is not None and float(found[1]) == 0):
+        wanted = "such as likelihood, accuracy + 0.1 * perplexity, or subjects: anatomy,virology"
+        raise ValueError(f"objective: expected {wanted}, got {show(text)}")
+    weight, name = float(found[1] or 1), found[2]
+    if name in _OBJECTIVES:
+        mode, of_question = _OBJECTIVES[name]
+        return Term(name, weight, mode, of_question=of_question)
+    if name in _PLAIN:
+        return Term(name, weight, name)
+    return Term(name, weight, "likelihood", tuple(part.strip() for part in name.split(",")))
 
 
 class Pruning(BaseModel):
@@ -27,6 +64,8 @@ class Pruning(BaseModel):
     ntrain: int = Field(SHOTS, ge=0)
     num_tasks: int | None = Field(None, ge=1)
     num_samples: int | None = Field(None, ge=1)
+    objective: str | None = None
+    holdout: float = Field(0.5, ge=0, lt=1)
 
     @property
     def way(self) -> str:
@@ -34,9 +73,19 @@ class Pruning(BaseModel):
         return self.method or ("similarity" if self.alphas_file is None else "file")
 
     @property
+    def is_search(self) -> bool:
+        """Whether alphas are searched."""
+        return self.way in SEARCHES
+
+    @property
     def is_evaluated(self) -> bool:
         """Whether the model or its result is run."""
-        return self.way == "similarity" or self.data_dir is not None
+        return self.way == "similarity" or self.is_search or self.data_dir is not None
+
+    @property
+    def terms(self) -> list[Term]:
+        """What a search on MMLU goes by. Raises ValueError for an objective that is none."""
+        return [_term(part.strip()) for part in (self.objective or "likelihood").split("+")]
 
     @model_validator(mode="after")
     def _check(self) -> Pruning:
@@ -51,6 +100,7 @@ class Pruning(BaseModel):
             )
         if self.num_layer is None and self.count is None and self.alphas_file is None:
             raise ValueError("num_layer: say how many layers go (or count: how many become one)")
+        _ = self.terms
         return self
 
     def steps(self, n_entries: int | None) -> int:

@@ -33,7 +33,9 @@ from olmfast.config.searches import Dataflow, Evolve, Racing, Windows, lift_geno
 from olmfast.config.tagged import refuse_dataflow
 from olmfast.errors import InputError, did_you_mean, show
 
-Mode = Literal["exact_match", "bigram_loss", "diversity", "exact", "bigram", "quality", "perplexity", "choice"]
+Mode = Literal[
+    "exact_match", "bigram_loss", "diversity", "exact", "bigram", "quality", "likelihood", "perplexity", "choice"
+]
 Template = Literal["auto", "tokenizer", "chatml", "raw"]
 Wanted = Literal["prompt", "response", "system", "choices", "answer"]  # of an item of a dataset
 Scale = Literal["model", "depth", "kind", "boundary", "block", "tensor"]
@@ -112,6 +114,14 @@ class DatasetConfig(BaseModel):
     template: Template = "auto"
     max_new_tokens: int = Field(default=1024, ge=1)
     samples: int = Field(default=200, ge=1)
+    file: str | None = None
+    subjects: list[str] | None = Field(default=None, min_length=1)
+    shots: int = Field(default=5, ge=0)
+    of_question: bool = False
+
+    def path(self, folder: Path, name: str) -> Path:
+        """Where the dataset `name` of a folder is: its name is that of its file, unless it says another."""
+        return folder / (self.file or name)
 
 
 # Dataset keys that may be given at the top level, as the default of every dataset.
@@ -250,6 +260,11 @@ class RunConfig(BaseModel):
     def races(self) -> Racing | None:
         """The racing of the candidates that are scored on all questions of a step."""
         return self.dataflow.racing if self.dataflow is not None else self.racing
+
+    @property
+    def counts_questions(self) -> bool:
+        """Whether an evaluation is that of all questions once, however many candidates share them."""
+        return self.is_tested or self.prune is not None
 
     @property
     def required_p(self) -> float | None:

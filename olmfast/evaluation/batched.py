@@ -5,7 +5,7 @@ The same scores as the sequential Scorer's, but for the rounding of sums taken i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from olmfast.evaluation.prefix import Prefix
 from olmfast.evaluation.scorer import Candidate, Direction, Slopes
 from olmfast.evaluation.scores import Scores, wanted_samples
 from olmfast.evaluation.sequential import SequentialScorer
-from olmfast.evaluation.slopes import logits_blockwise, slopes_blockwise
+from olmfast.evaluation.slopes import Known, logits_blockwise, lowest_block, slopes_blockwise
 from olmfast.evaluation.trajectories import Trajectories
 from olmfast.weights.architecture import Architecture, Unit
 from olmfast.weights.recipe import Recipe
@@ -107,13 +107,39 @@ class BatchedScorer:
             n_tokens = self.shares.pass_tokens
             try:
                 questions = self.lessons.of(samples, weights, teachers)
+                known = None if teachers else self._entering(candidate, directions, samples)
+                blockwise = self._differentiable()
                 with self.model.trial(candidate):
-                    return slopes_blockwise(self.model, self._differentiable(), questions, directions, n_tokens)
+                    return slopes_blockwise(self.model, blockwise, questions, directions, n_tokens, known)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or n_tokens == 1:
                     raise
             self.statistics.splits += 1
             self.shares.halve_passes()
+
+    def _entering(
+        self, candidate: Candidate, tensors: Collection[str], samples: Mapping[str, Sequence[int]]
+    ) -> Known | None:
+        """What enters the lowest block of these tensors for each question, as it is kept for scores; None where it
+        cannot be: the block is the first, the candidate differs below it, or what is scored is the model's own text."""
+        first = lowest_block(self._architecture, tensors)
+        lowest = lowest_block(self._architecture, candidate.values) if candidate.values else first
+        numbers = self.trajectories.numbers_of(samples)
+        tasks = [self.trajectories.tasks[number] for number in numbers]
+        if not first or lowest is None or lowest < first or candidate.recipe is not None:
+            return None
+        if any(task.runs_freely for task in tasks):
+            return None
+        if self.blockwise.module is not self.model.module:
+            self.forget()
+        with torch.inference_mode():
+            self._bring_to(first, numbers)
+
+        def known(index: int) -> torch.Tensor:
+            batch, row = self.trajectories.place_of(numbers[index])
+            return batch.hidden[first][row, : len(tasks[index].ids)].clone()
+
+        return known
 
     def _differentiable(self) -> BlockwiseModel:
         """The model taken apart outside of inference mode, whose tensors no gradient can pass."""

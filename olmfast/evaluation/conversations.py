@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from olmfast.config.run import Wanted
+from olmfast.config.run import DatasetConfig, Wanted
 from olmfast.errors import InputError, show, told
 from olmfast.evaluation.items import NO_ANSWER, Conversation, Item
-from olmfast.evaluation.metrics import GENERATIVE
-from olmfast.evaluation.mmlu import LETTERS, Subject, csv_rows, read_questions, worked_examples
+from olmfast.evaluation.metrics import CHOICES, GENERATIVE
+from olmfast.evaluation.mmlu import LETTERS, Subject, csv_rows, read_mmlu, read_questions, worked_examples
 from olmfast.weights.files import read_text
 
 
@@ -22,6 +22,28 @@ class Conversations(NamedTuple):
 
     usable: list[Conversation]
     left_out: Counter[str]
+
+
+def conversations_of(path: Path, entry: DatasetConfig) -> Conversations:
+    """What a dataset's entry says of a file, or of a folder of MMLU. Raises what `load_conversations` raises."""
+    if not path.is_dir():
+        return load_conversations(path, entry.mode, entry.samples, entry.fields)
+    found = []
+    for subject in subjects_of(path, entry):
+        before = "" if entry.of_question else subject.before(entry.shots)
+        for question in subject.questions:
+            asked = ({"role": "user", "content": before + question.text},)
+            if entry.of_question:
+                found.append(Conversation((), question.text))
+            else:
+                options = tuple(LETTERS) if entry.mode in CHOICES else ()
+                found.append(Conversation(asked, question.answer, options))
+    return Conversations(found, Counter())
+
+
+def subjects_of(path: Path, entry: DatasetConfig) -> list[Subject]:
+    """The subjects of a folder of MMLU that an entry asks for, with as many questions of each."""
+    return read_mmlu(path, entry.subjects, 0 if entry.of_question else entry.shots, entry.samples)
 
 
 def load_conversations(path: Path, mode: str, limit: int, fields: Mapping[Wanted, str] | None = None) -> Conversations:

@@ -11,7 +11,7 @@ import xxhash
 
 from olmfast.config.run import DatasetConfig
 from olmfast.errors import InputError, show, told
-from olmfast.evaluation.conversations import load_conversations
+from olmfast.evaluation.conversations import conversations_of, subjects_of
 from olmfast.evaluation.items import Conversation
 from olmfast.evaluation.metrics import GENERATIVE
 from olmfast.evaluation.mmlu import worked_examples
@@ -58,19 +58,23 @@ def load_datasets(
 
     Raises InputError naming the dataset when a file is unusable or no sample fits the context.
     """
-    return {name: _load(folder / name, name, entry, tokenizer, context) for name, entry in entries.items()}
+    return {name: _load(entry.path(folder, name), name, entry, tokenizer, context) for name, entry in entries.items()}
 
 
 def _load(path: Path, name: str, config: DatasetConfig, tokenizer: Any, context: int) -> Dataset:
-    conversations, reasons = load_conversations(path, config.mode, config.samples, config.fields)
-    is_mmlu = path.suffix == ".csv" and not config.fields
+    conversations, reasons = conversations_of(path, config)
+    is_folder = path.is_dir()
+    is_mmlu = is_folder or (path.suffix == ".csv" and not config.fields)
     encode = Encoder(tokenizer, config, raw_by_default=is_mmlu, where=str(path))
     encoded = encode.all(conversations)
     generates = config.mode in GENERATIVE
     fitting = [s for s in encoded if len(s.prompt) + (1 if generates else len(s.response)) <= context]
     if not fitting:
         raise InputError(f"{path}: every sample is longer than the model's context of {context} tokens")
-    files = (path, *(worked_examples(path) if is_mmlu else []))
+    if is_folder:
+        files = [file for subject in subjects_of(path, config) for file in subject.files]
+    else:
+        files = [path, *(worked_examples(path) if is_mmlu else [])]
     digest = xxhash.xxh3_128(b"".join(file.read_bytes() for file in files)).hexdigest()
     if len(fitting) < len(encoded):
         reasons[f"longer than {context} tokens"] = len(encoded) - len(fitting)
@@ -101,6 +105,9 @@ class Encoder:
     def _sample(self, conversation: Conversation, texts: tuple[str, str, str]) -> Sample:
         """Prompt and response ids; the response is the answer's text, tokenised as it stands in the whole."""
         prompt, answer, end = texts
+        if not conversation.messages:  # the text itself, all but its first token
+            whole = self._ids(answer)
+            return Sample(whole[:1], whole[1:])
         if not self.config.think:
             # Templates of some reasoning models open the thinking block themselves.
             opened = prompt.rstrip().endswith(THINK)

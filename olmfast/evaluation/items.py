@@ -8,6 +8,7 @@ from typing import Any
 
 from olmfast.config.run import Wanted
 from olmfast.errors import InputError, show
+from olmfast.evaluation.metrics import CHOICES
 
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -62,7 +63,7 @@ class Item:
         if not messages or (not response.strip() and messages[-1]["role"] != "user"):
             raise InputError(f"{self.where}: no question: expected a message before the expected answer")
         found = Conversation(tuple(messages), response if response.strip() else "")
-        return self._with_options(found) if mode == "choice" else found
+        return self._with_options(found, mode) if mode in CHOICES else found
 
     def _turns(self, mode: str) -> list[Any]:
         """The messages as the item has them."""
@@ -75,7 +76,7 @@ class Item:
             return turns
         question = next((key for key in QUESTIONS if key in data), None)
         has_options = any(key in data for key in OPTIONS)
-        if turns is None and question is not None and (mode == "choice" or question != "question" or not has_options):
+        if turns is None and question is not None and (mode in CHOICES or question != "question" or not has_options):
             answer = next((data[key] for key in ANSWERS if key in data), None)
             if isinstance(answer, str) and FINAL in answer and question == "question":
                 answer = answer.rpartition(FINAL)[2].strip()
@@ -84,11 +85,11 @@ class Item:
             if isinstance(asked, str):
                 asked = "\n\n".join([asked, *more])
             system = next((data[key] for key in SYSTEM if key in data), None)
-            return [*_system(system), *_asked(asked), *([] if mode == "choice" else _answered(answer))]
+            return [*_system(system), *_asked(asked), *([] if mode in CHOICES else _answered(answer))]
         keys = ", ".join(map(str, data)) or "none"
         raise InputError(
             f"{self.where}: expected 'conversation', 'conversations', 'messages' or 'prompt' and 'response'"
-            f"{', or question and choices' if mode == 'choice' else ''}, got {show(keys)}; other keys are named by "
+            f"{', or question and choices' if mode in CHOICES else ''}, got {show(keys)}; other keys are named by "
             "fields: {prompt: ..., response: ...}"
         )
 
@@ -101,14 +102,14 @@ class Item:
             )
         return None if key is None else self.data[key]
 
-    def _with_options(self, conversation: Conversation) -> Conversation | str:
+    def _with_options(self, conversation: Conversation, mode: str) -> Conversation | str:
         """The question with its options listed, as a multiple choice asks it."""
         data, labels = self.data, None
         choices: Any = self._field("choices") or next((data[key] for key in OPTIONS if key in data), None)
         if isinstance(choices, dict):  # ARC
             choices, labels = choices.get("text"), choices.get("label")
         if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
-            raise InputError(f"{self.where}: mode 'choice' needs 'choices', a list of 2 to {len(LETTERS)} options")
+            raise InputError(f"{self.where}: mode {mode!r} needs 'choices', a list of 2 to {len(LETTERS)} options")
         right = self._field("answer") if "answer" in self.fields else _first(data, RIGHT)
         if right == "":
             return NO_ANSWER

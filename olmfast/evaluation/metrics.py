@@ -88,6 +88,12 @@ def choice(option_logits: torch.Tensor, answer: int) -> torch.Tensor:
     return torch.tensor(score, dtype=torch.promote_types(option_logits.dtype, torch.float32))
 
 
+def likelihood(option_logits: torch.Tensor, answer: int) -> torch.Tensor:
+    """-log of the right option's share among the letters: what `choice` counts, without its steps."""
+    logits = option_logits.to(torch.promote_types(option_logits.dtype, torch.float32))
+    return logits.logsumexp(dim=0) - logits[answer]
+
+
 def diversity(text: str, forbid: str | None) -> float:
     """4096 / unique whitespace-separated words (at least 1); 4096 if `forbid` (a pattern) is found."""
     if forbid is not None and re.search(forbid, text):
@@ -108,11 +114,14 @@ def _pair_sums(values: torch.Tensor) -> torch.Tensor:
 
 
 # What is asked of the model, said here alone. Beside these there are `exact_match` (its own tokens are held against
-# the response's) and `choice` (it picks an option).
+# the response's).
 # The response is read along:
 TEACHER_FORCED = {"bigram_loss": bigram_loss, "exact": exact, "perplexity": perplexity, "bigram": bigram}
 # A text is written, and the response is not looked at:
 GENERATIVE = {"diversity": diversity, "quality": quality}
+
+# An option is picked:
+CHOICES = {"choice": choice, "likelihood": likelihood}
 
 # Modes whose scores lie in a fixed range, of which a question's take up about half: see `standard_error`.
 BOUNDED = frozenset({"exact_match", "bigram_loss", "choice"})

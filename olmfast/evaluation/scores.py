@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from olmfast.evaluation import metrics
-from olmfast.evaluation.encoding import Dataset
+from olmfast.evaluation.encoding import Dataset, Sample
 
 
 class Answer(NamedTuple):
@@ -19,6 +19,13 @@ class Answer(NamedTuple):
     score: torch.Tensor | float
     right: bool = False
     truncated: bool = False
+
+
+def picked(mode: str, option_logits: torch.Tensor, sample: Sample) -> Answer:
+    """The answer to a multiple choice, by a mode of `metrics.CHOICES`, from the logits of its options (options,)."""
+    right = sample.options.index(sample.response[0])
+    score = metrics.CHOICES[mode](option_logits, right)
+    return Answer(score, int(option_logits.argmax()) == right)
 
 
 @dataclass(frozen=True)

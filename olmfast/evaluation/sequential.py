@@ -14,7 +14,7 @@ from olmfast.evaluation.generation import generate
 from olmfast.evaluation.lessons import Lessons
 from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.scorer import Candidate, Direction, Slopes
-from olmfast.evaluation.scores import Answer, Scores, wanted_samples
+from olmfast.evaluation.scores import Answer, Scores, picked, wanted_samples
 from olmfast.evaluation.slopes import logits_plain, slopes_plain
 from olmfast.weights.architecture import Unit
 from olmfast.weights.recipe import Recipe
@@ -143,9 +143,8 @@ class SequentialScorer:
 
 
 def _score_response(mode: str, logits: torch.Tensor, sample: Sample) -> Answer:
-    if mode == "choice":
+    if mode in metrics.CHOICES:
         options = torch.tensor(sample.options, device=logits.device)
-        wrong = metrics.choice(logits[0, options], sample.options.index(sample.response[0]))
-        return Answer(wrong, not bool(wrong))
+        return picked(mode, logits[0, options], sample)
     found = metrics.response_logits(logits, torch.tensor(sample.response, device=logits.device))
     return Answer(metrics.TEACHER_FORCED[mode](found), bool(found.is_top.all()))

@@ -8,7 +8,7 @@ again on the way back (Chen et al., arXiv 1604.06174).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,12 +20,14 @@ from olmfast.evaluation.encoding import Sample, make_batches
 from olmfast.evaluation.lessons import Lesson, n_predicted
 from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.scorer import Direction, Slopes
+from olmfast.weights.architecture import Architecture
 
 DETERMINISTIC: Any = torch.utils.deterministic  # its attributes are unknown to type checkers
 HEAD_ROWS = 256  # predicted tokens whose logits exist at a time
 
 
 Questions = Sequence[tuple[str, Lesson, float]]  # dataset, what is taught, its share in the loss
+Known = Callable[[int], torch.Tensor]  # a question's number -> what enters a block, (tokens, hidden)
 
 
 def logits_blockwise(
@@ -63,9 +65,14 @@ def slopes_blockwise(
     questions: Questions,
     directions: Mapping[str, Sequence[Direction]],
     batch_tokens: int,
+    known: Known | None = None,
 ) -> Slopes:
-    """The slopes of the live model along directions of its tensors, in batches of `batch_tokens`."""
+    """The slopes of the live model along directions of its tensors, in batches of `batch_tokens`.
+
+    Nothing below the lowest block with a direction is gone back through; `known` says what enters that block.
+    """
     found = _Collected(model, directions, questions)
+    lowest = lowest_block(model.architecture, directions)
     inputs = [lesson.sample.prompt + lesson.sample.response[:-1] for _, lesson, _ in questions]
     with found.open(), _repeatable():
         for batch in make_batches([len(ids) for ids in inputs], batch_tokens):
@@ -73,22 +80,33 @@ def slopes_blockwise(
             entering = []
             with torch.no_grad():
                 blockwise.calls(ids.shape[1])
-                hidden = blockwise.enter(ids)
-                for block in range(len(blockwise.blocks)):
+                if known is None:
+                    hidden = blockwise.run(blockwise.enter(ids), 0, lowest or 0)
+                else:
+                    hidden = blockwise.pad_hidden([known(index) for index in batch])
+                for block in range(lowest or 0, len(blockwise.blocks)):
                     entering.append(hidden)
                     hidden = blockwise.run(hidden, block, block + 1)
             gradient = _through_head(blockwise, hidden, [questions[index] for index in batch], found)
             if not directions:
                 continue  # the losses alone were asked for
-            for block in reversed(range(len(blockwise.blocks))):
+            for block in reversed(range(lowest or 0, len(blockwise.blocks))):
                 hidden = entering.pop().detach().requires_grad_()
                 gradient = _backward(blockwise.run(hidden, block, block + 1), gradient, hidden)
                 found.take()
+            if lowest is not None:
+                continue
             entered = blockwise.enter(ids)
             if entered.requires_grad:
                 _backward(entered, gradient)
                 found.take()
     return found.result()
+
+
+def lowest_block(architecture: Architecture, tensors: Iterable[str]) -> int | None:
+    """The lowest block that any of these tensors lies in; None where one lies in none, or there are none."""
+    blocks = [architecture.block_of(name) for name in tensors]
+    return min((block for block in blocks if block is not None), default=None) if None not in blocks else None
 
 
 def slopes_plain(model: WorkingModel, questions: Questions, directions: Mapping[str, Sequence[Direction]]) -> Slopes:

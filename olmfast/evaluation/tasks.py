@@ -15,7 +15,7 @@ import torch
 
 from olmfast.evaluation import metrics
 from olmfast.evaluation.encoding import Dataset, Sample
-from olmfast.evaluation.scores import Answer
+from olmfast.evaluation.scores import Answer, picked
 
 NO_LABEL = -100
 
@@ -93,8 +93,7 @@ class Task:
 
     def choice(self, option_logits: torch.Tensor) -> Answer:
         """The answer to a multiple choice from the logits of its options (options,)."""
-        wrong = metrics.choice(option_logits, self.sample.options.index(self.sample.response[0]))
-        return Answer(wrong, not bool(wrong))
+        return picked(self.mode, option_logits, self.sample)
 
     def follow(self, argmax: torch.Tensor, max_prob: torch.Tensor) -> OwnTokens:
         """The candidate's own tokens up to where it first leaves the trajectory; both are (labels,)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,11 +27,13 @@ from olmfast.static.write import Written, check_output, read_options, write_merg
 from olmfast.weights.recipe import Recipe
 
 if TYPE_CHECKING:
-    from olmfast.evaluation.open import Settings
+    from olmfast.evaluation.open import Questions, Settings
+    from olmfast.pruning.session import Searched
     from olmfast.runs.mmlu import Board
 
 RESULTS = "mmlu_results.json"
 QUESTIONS = 1  # of each subject, that similarity asks
+MOST_ASKED = 200  # of a search's questions, at most
 
 
 @dataclass(frozen=True)
@@ -54,29 +56,58 @@ class Pruned:
 def prune(
     config: RunConfig | Mapping[str, Any] | str | Path,
     *,
+    resume: bool = False,
     overwrite: bool = False,
     command: str = "",
     observer: Observer | None = None,
-) -> Pruned:
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Pruned | Searched:
     """Prune a model as the section `prune` of a run's config says, and write it to `output_dir`.
 
-    `config` is what `load_config` returned or takes; `command` what the model card says of how it was made.
-    Raises InputError, before anything is written, for what does not fit: see docs/pruning.md.
+    `config` is what `load_config` returned or takes; `command` what the model card says of how it was made. A search
+    is resumed with `resume`, and asks `stop_requested` between two rounds.
+    Raises InputError, before anything is written, for what does not fit: see docs/pruning.md; a search also what `run`
+    raises.
     """
     config = config if isinstance(config, RunConfig) else load_config(config)
+    pruning, observer = _pruning(config), observer or Observer()
+    command = command or f"prune: {pruning.model_dump(mode='json', exclude_unset=True)}"
+    if pruning.is_search:
+        from olmfast.pruning.questions import with_objective
+        from olmfast.pruning.session import search_alphas
+
+        config = with_objective(config)
+        target, subjects = Target.open(config, evaluated=True), mmlu_of(pruning)
+        return search_alphas(
+            config,
+            target,
+            subjects,
+            lambda questions: _by_similarity(config, target, questions),
+            resume=resume,
+            overwrite=overwrite,
+            command=command,
+            observer=observer,
+            stop_requested=stop_requested,
+        )
+    if resume:
+        raise InputError(f"--resume: method {pruning.way} is done in one go; the same command starts it again")
+    return _prune(config, overwrite, command, observer)
+
+
+def _prune(config: RunConfig, overwrite: bool, command: str, observer: Observer) -> Pruned:
+    """Prune without a search."""
     pruning = _pruning(config)
-    observer = observer or Observer()
-    target = Target.open(config, evaluated=_pruning(config).is_evaluated)
-    plan = plan_of(target, _known(target) or [0.5] * target.n_steps, command)
+    target = Target.open(config, evaluated=pruning.is_evaluated)
+    alphas = _known(target)
+    plan = plan_of(target, alphas or [0.5] * target.n_steps, command)
     read_options(config.device)
     check_output(plan, OutputFolder(config.output_dir, overwrite=overwrite), config.max_ram)
     subjects = mmlu_of(pruning)
     told: dict[str, Any] = {"method": pruning.way}
-    alphas = _known(target)
     if alphas is None:
         from olmfast.pruning.similarity import alphas_by
 
-        similarity = _similarities(config, target)
+        similarity = _similarities(config, target, _calibration(target))
         alphas = alphas_by(similarity, target.steps)
         told["similarity"] = similarity.mean(axis=1).tolist()
     plan, recipe = plan_of(target, alphas, command), _recipe(target, alphas)
@@ -96,14 +127,33 @@ def prune(
 
 def plan_pruning(config: RunConfig, command: str = "") -> Plan:
     """What pruning would write, decided before any weight is read; alphas that are still to be found are 0.5."""
-    target = Target.open(config, evaluated=_pruning(config).is_evaluated)
+    pruning = _pruning(config)
+    target = Target.open(config, evaluated=pruning.is_evaluated)
     known = _known(target)
     plan = plan_of(target, known or [0.5] * target.n_steps, command)
-    if known is None:
+    if pruning.is_search:
+        plan = replace(plan, notes=_plan_of_search(config, target))
+    elif known is None:
         last = target.first + target.n_steps
         note = f"Layers {target.first} to {last} become one; {_pruning(config).way} decides by which alphas"
         plan = replace(plan, notes=[note])
     return plan
+
+
+def _plan_of_search(config: RunConfig, target: Target) -> list[str]:
+    """What a search would go by, in lines; its questions are read."""
+    from olmfast.pruning.questions import Divided, with_objective
+    from olmfast.pruning.session import DEFAULT_BUDGET
+
+    config = with_objective(config)
+    sizes = Divided.load(config, target.base).sizes()
+    budget = config.budget or DEFAULT_BUDGET
+    limit = f"{budget.evaluations} evaluations" if budget.evaluations else f"{budget.seconds:g} s"
+    last = target.first + target.n_steps
+    return [
+        f"Layers {target.first} to {last} become one; {target.pruning.way} searches their alphas within {limit}",
+        *(f"{name}: {decide} questions decide, {held} are held out" for name, (decide, held) in sizes.items()),
+    ]
 
 
 def plan_of(target: Target, alphas: Sequence[float], command: str) -> Plan:
@@ -122,7 +172,7 @@ def plan_of(target: Target, alphas: Sequence[float], command: str) -> Plan:
         f"pruned by {pruning.way}",
         target.pool,
         target.content(_recipe(target, alphas)),
-        command or f"prune: {pruning.model_dump(mode='json', exclude_unset=True)}",
+        command,
         notes=notes,
         warnings=target.notes,
         read=read,
@@ -171,20 +221,40 @@ def _known(target: Target) -> list[float] | None:
     return {"uniform": files.alphas_of([1 / (n + 1)] * (n + 1)), "drop": [1.0] * n}.get(target.pruning.way)
 
 
-def _similarities(config: RunConfig, target: Target) -> np.ndarray:
-    """NPIB of each two layers, on a few questions of MMLU without worked examples."""
-    from olmfast.evaluation.blocks import BlockwiseModel
-    from olmfast.evaluation.open import Evaluation, load_tokenizer
-    from olmfast.pruning.similarity import entering, similarities
-
+def _calibration(target: Target) -> list[str]:
+    """A few questions of MMLU without worked examples, that similarity asks."""
     pruning = target.pruning
     if pruning.data_dir is None:
         raise InputError("similarity: data_dir, the folder of MMLU, is missing: its questions tell layers apart")
     subjects = read_mmlu(pruning.data_dir, limit=pruning.num_samples or QUESTIONS)[: pruning.num_tasks]
+    return [subject.before(0) + question.text for subject in subjects for question in subject.questions]
+
+
+def _similarities(config: RunConfig, target: Target, texts: Sequence[str]) -> np.ndarray:
+    """NPIB of each two layers, on these texts."""
+    from olmfast.evaluation.open import load_tokenizer
+
     tokenizer, _ = load_tokenizer(target.base)
-    texts = [subject.before(0) + question.text for subject in subjects for question in subject.questions]
-    inputs = [tuple(tokenizer(text)["input_ids"])[-target.base.architecture.context :] for text in texts]
+    return _npib(config, target, [tuple(tokenizer(text)["input_ids"]) for text in texts])
+
+
+def _npib(config: RunConfig, target: Target, inputs: Sequence[tuple[int, ...]]) -> np.ndarray:
+    from olmfast.evaluation.blocks import BlockwiseModel
+    from olmfast.evaluation.open import Evaluation
+    from olmfast.pruning.similarity import entering, similarities
+
     model = Evaluation(target.whole, target.pool, _settings(config)).model
     with torch.inference_mode():
         blockwise = BlockwiseModel(model.module, model.architecture)
-        return similarities(entering(blockwise, inputs, config.batch_tokens))
+        return similarities(entering(blockwise, [own[-model.context :] for own in inputs], config.batch_tokens))
+
+
+def _by_similarity(config: RunConfig, target: Target, questions: Questions) -> tuple[float, ...] | None:
+    """The alphas of similarity on the prompts of some questions; None where these are too few."""
+    from olmfast.pruning.similarity import OF_ENTROPY, alphas_by
+
+    prompts = {sample.prompt: None for dataset in questions.datasets.values() for sample in dataset.samples}
+    inputs = [prompt for prompt in prompts if len(prompt) > 1][:MOST_ASKED]
+    if len(inputs) <= OF_ENTROPY:
+        return None
+    return tuple(alphas_by(_npib(config, target, inputs), target.steps))

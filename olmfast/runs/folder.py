@@ -8,7 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from olmfast.errors import InputError, OlmfastError
+import torch
+
+from olmfast.errors import FileChanged, InputError, OlmfastError
 from olmfast.output.folder import OutputFolder
 from olmfast.output.ownership import Claim
 from olmfast.output.writer import copy_file
@@ -157,6 +159,25 @@ class RunFolder(OutputFolder):
         recipe, outcomes = choices.recipe(pool)
         decided = recipe.base if choices.donors else None
         return Record.create(self.partial, {**header, "imported_base": decided}, outcomes, recipe)
+
+
+@contextmanager
+def told_failures(partial: Path) -> Iterator[None]:
+    """Turn what can fail while a run goes on, in `OUT.partial`, into the user's error, which says how to continue."""
+    try:
+        yield
+    except FileChanged as error:
+        raise error.with_advice("--resume") from error
+    except torch.OutOfMemoryError as error:
+        raise OlmfastError(
+            f"out of memory: {str(error).splitlines()[0]}; everything decided so far is saved; use --resume with "
+            "a smaller batch_tokens"
+        ) from error
+    except OSError as error:
+        raise OlmfastError(
+            f"{error.filename or partial}: {error.strerror}; everything decided so far is saved; "
+            "fix this and use --resume"
+        ) from error
 
 
 PARTS = (

@@ -17,7 +17,7 @@ from olmfast import __version__
 from olmfast.config.originals import BOUNDARY
 from olmfast.config.run import RunConfig
 from olmfast.errors import InputError, show
-from olmfast.evaluation.conversations import load_conversations
+from olmfast.evaluation.conversations import conversations_of
 from olmfast.evaluation.open import Questions, Settings, order_of_tensors
 from olmfast.observer import Observer
 from olmfast.output.folder import OutputFolder, check_space
@@ -64,7 +64,7 @@ class Inputs:
         if pool is None:  # what can be checked of the datasets without a tokenizer
             for name, entry in entries.items():
                 with _noted(faults):
-                    load_conversations(config.dataset_dir / name, entry.mode, entry.samples, entry.fields)
+                    conversations_of(entry.path(config.dataset_dir, name), entry)
             raise InputError("\n".join(faults))
         for warning in pool.warnings:
             observer.note(warning)
@@ -164,7 +164,7 @@ def ancestor_of(config: RunConfig) -> str | None:
 def check_apart(config: RunConfig, pool: Pool) -> None:
     """Raise InputError when the output folder holds what the run reads: replacing it would delete that."""
     read = {f"the donor {donor.name}": donor.paths for donor in pool}
-    read |= {f"the dataset {name}": [config.dataset_dir / name] for name in config.questions}
+    read |= {f"the dataset {name}": [entry.path(config.dataset_dir, name)] for name, entry in config.questions.items()}
     read["the config"] = [config.config_dir, *([config.file] if config.file else [])]
     OutputFolder(config.output_dir, overwrite=False).check_apart(read)
 

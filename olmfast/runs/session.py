@@ -13,14 +13,14 @@ import torch
 from olmfast import __version__
 from olmfast.config.run import RunConfig
 from olmfast.config.run import Scale as Units
-from olmfast.errors import FileChanged, OlmfastError
+from olmfast.errors import OlmfastError
 from olmfast.evaluation.open import Evaluation, Questions
 from olmfast.evaluation.scorer import Candidate, Scorer
 from olmfast.observer import Observer
 from olmfast.output.folder import partial_of
 from olmfast.output.writer import content_of, faults_of, write_folder, write_text, writing
 from olmfast.runs.card import write_card
-from olmfast.runs.folder import RunFolder
+from olmfast.runs.folder import RunFolder, told_failures
 from olmfast.runs.inputs import Inputs
 from olmfast.runs.rebuild import restore
 from olmfast.runs.scoreboard import AVERAGE, RESULT, START, Scoreboard, plain_average
@@ -103,31 +103,18 @@ def _run(
     for note in config.notes:
         observer.note(note)
     inputs = Inputs.open(config, observer)
-    try:
-        with folder.locked(inputs.header(), inputs.pool) as record:
-            if record.status != "finished":
-                log.begin(record.folder)
-                log.note(f"olmfast {__version__} {'continues' if record.steps else 'begins'}: {config.output_dir}")
-                session = kind(config, inputs, record, observer, stop_requested)
-                status = session.search_all()
-                observer.note(session.write())
-                record.update(status=status)
-                log.note(f"{status}: {config.output_dir}")
-            else:
-                _restore(config, inputs, record, folder, observer)
-            folder.publish(record)
-    except FileChanged as error:
-        raise error.with_advice("--resume") from error
-    except torch.OutOfMemoryError as error:
-        raise OlmfastError(
-            f"out of memory: {str(error).splitlines()[0]}; everything decided so far is saved; use --resume with "
-            "a smaller batch_tokens"
-        ) from error
-    except OSError as error:
-        raise OlmfastError(
-            f"{error.filename or folder.partial}: {error.strerror}; everything decided so far is saved; "
-            "fix this and use --resume"
-        ) from error
+    with told_failures(folder.partial), folder.locked(inputs.header(), inputs.pool) as record:
+        if record.status != "finished":
+            log.begin(record.folder)
+            log.note(f"olmfast {__version__} {'continues' if record.steps else 'begins'}: {config.output_dir}")
+            session = kind(config, inputs, record, observer, stop_requested)
+            status = session.search_all()
+            observer.note(session.write())
+            record.update(status=status)
+            log.note(f"{status}: {config.output_dir}")
+        else:
+            _restore(config, inputs, record, folder, observer)
+        folder.publish(record)
 
 
 class Session:

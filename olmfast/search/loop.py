@@ -215,13 +215,19 @@ class Search:
         directions: Mapping[str, Sequence[Direction]],
         questions: Indices,
         teachers: Mapping[str, Candidate],
+        weights: Mapping[str, float] | None = None,
     ) -> Slopes:
         """The slopes of the loss on some questions with tensors of the current model changed: each dataset counts by
-        its weight on the scale."""
-        assert self.crossfit is not None
-        weights = {name: self.crossfit.scale.weight(name) for name in questions}
+        `weights`, or by its weight on the scale."""
+        if weights is None:
+            assert self.crossfit is not None
+            weights = {name: self.crossfit.scale.weight(name) for name in questions}
         self._scored += GRADIENT * sum(map(len, questions.values()))
         return self.scorer.slopes(Candidate("slopes", values), directions, questions, weights, teachers)
+
+    def count_gradient(self, n_questions: int) -> None:
+        """The step that is being taken has gone back through so many questions, before the run was killed."""
+        self._scored += GRADIENT * n_questions
 
     def count_lessons(self, datasets: Iterable[str]) -> None:
         """The step that is being taken has every question of these datasets put to a teacher."""
@@ -237,7 +243,7 @@ class Search:
         By stages each candidate counts as one. In a joint search, where a candidate may be scored on a part of the
         questions, it is the questions that count: one evaluation is all of them, once.
         """
-        if not self.config.is_tested:
+        if not self.config.counts_questions:
             return n_candidates
         return round(self._scored / sum(self.scorer.sizes.values()), 3)
 

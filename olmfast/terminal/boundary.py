@@ -9,10 +9,15 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from olmfast.errors import InputError, Interrupted, OlmfastError, told
+
+if TYPE_CHECKING:
+    from olmfast.runs.watchers import Watcher
 
 BUG, STOPPED = 1, Interrupted.exit_code
 
@@ -156,3 +161,28 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+@contextmanager
+def graceful_stop(observer: Watcher) -> Iterator[Callable[[], bool]]:
+    """Once the search has begun, the first Ctrl-C asks it to stop after the current step; any other stops at once."""
+    asked = False
+
+    def handler(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked or not observer.begun:
+            signal.default_int_handler(number, frame)
+        asked = True
+        print("\nolmfast: finishing the current step; Ctrl-C again stops at once", file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: asked
+    except KeyboardInterrupt as error:
+        if observer.begun:
+            told = "stopped at once; everything decided so far is saved, continue with --resume"
+        else:
+            told = "stopped before the first step; --resume begins it"
+        raise Interrupted(told) from error
+    finally:
+        signal.signal(signal.SIGINT, before)

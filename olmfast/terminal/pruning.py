@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from olmfast.errors import InputError
 from olmfast.terminal import boundary
 from olmfast.terminal.options import Device, Dtype, Seed
 
@@ -44,16 +47,32 @@ def prune_command(
     ngpu: Annotated[int | None, typer.Option("--ngpu", "-g", help="Ignored; see --device.")] = None,
     method: Annotated[
         str | None,
-        typer.Option("--method", help="file, similarity, uniform or drop; default: file with --alphas_file."),
+        typer.Option("--method", help="file, similarity, uniform, drop, cma, bayes or gradient."),
     ] = None,
     merge: Annotated[
         str, typer.Option("--merge", help="What is merged of a layer: projections, or all of it.")
     ] = "projections",
     start: Annotated[int | None, typer.Option("--start", help="The first layer of the run that is merged.")] = None,
     count: Annotated[int | None, typer.Option("--count", help="How many layers, from it on, become one.")] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option("--objective", help="What a search goes by, on MMLU: likelihood, accuracy, anatomy,virology, ..."),
+    ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE:MODE[,KEY=VALUE...]", help="A dataset that a search goes by; several may be given."),
+    ] = None,
+    holdout: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SHARE or FILE:MODE", help="The share of questions that is held out (0.5), or datasets."),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="Evaluations of a search (100), or a time such as 2h.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     seed: Seed = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished search.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -76,36 +95,64 @@ def prune_command(
         "ntrain": ntrain,
         "num_tasks": num_tasks,
         "num_samples": num_samples,
+        "objective": objective,
     }
     section = {key: value for key, value in given.items() if value is not None}
-    options = {"device": device, "dtype": dtype, "seed": seed}
+    shares = [text for text in holdout or [] if re.fullmatch(r"[0-9.]+", text)]
+    if len(shares) == len(holdout or []) == 1:
+        section["holdout"], holdout = shares[0], []
+    elif shares:
+        raise InputError(f"--holdout {shares[0]}: expected a share alone, or datasets FILE:MODE")
+    options = {"device": device, "dtype": dtype, "seed": seed, "budget": budget}
     loaded = parse_config(
         {
             "models": [model_path],
             "models_dir": ".",
             "output_dir": output_dir or default_output(model_path, section),
             "prune": section,
+            "dataset": _entries(dataset or [], "--dataset"),
+            "holdout": _entries(holdout or [], "--holdout"),
             **{key: value for key, value in options.items() if value is not None},
         },
         "prune",
         Path.cwd(),
     )
-    prune_config(loaded, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
+    prune_config(loaded, resume=resume, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
 
 
-def prune_config(config: RunConfig, *, overwrite: bool, dry_run: bool, as_json: bool) -> None:
+def _entries(options: list[str], what: str) -> dict[str, dict[str, Any]]:
+    """Datasets as a config has them."""
+    from olmfast.config.run import read_dataset_option
+
+    found: dict[str, dict[str, Any]] = {}
+    for option in options:
+        file, entry = read_dataset_option(option)
+        if file in found:
+            raise InputError(f"{what} {option}: {file} is given twice")
+        found[file] = entry
+    return found
+
+
+def prune_config(config: RunConfig, *, resume: bool, overwrite: bool, dry_run: bool, as_json: bool) -> None:
     """What `olmfast prune` does, and `olmfast run` with a config that prunes."""
-    from olmfast.pruning.prune import plan_pruning, prune
+    from olmfast.pruning.prune import Pruned, plan_pruning, prune
     from olmfast.terminal import merges
 
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite: one continues a search, the other starts anew; give one of them")
     command = " ".join(["olmfast", *sys.argv[1:]])
-    if config.prune is not None and config.prune.is_evaluated:
+    pruning = config.prune
+    if pruning is not None and pruning.is_evaluated:
         boundary.quiet_libraries()
     if dry_run:
         merges.print_plan(plan_pruning(config, command), config.output_dir, as_json)
         return
+    if pruning is not None and pruning.is_search:
+        _search(config, resume=resume, overwrite=overwrite, command=command, as_json=as_json)
+        return
     with merges.Watcher(as_json) as observer:
-        done = prune(config, overwrite=overwrite, command=command, observer=observer)
+        done = prune(config, resume=resume, overwrite=overwrite, command=command, observer=observer)
+    assert isinstance(done, Pruned)
     if as_json:
         print(json.dumps(done.to_json(), indent=2))
         return
@@ -114,3 +161,27 @@ def prune_config(config: RunConfig, *, overwrite: bool, dry_run: bool, as_json: 
 
         print_board(done.mmlu, [], False)
     merges.print_written(done.written, as_json)
+
+
+def _search(config: RunConfig, *, as_json: bool, **options: Any) -> None:
+    from olmfast.pruning.prune import prune
+    from olmfast.pruning.session import Searched
+    from olmfast.search.costs import Schedule
+    from olmfast.terminal.progress import make_observer
+
+    observer = make_observer(quiet=as_json, verbose=False)
+    with boundary.graceful_stop(observer) as stop_requested, observer:
+        observer.planned(Schedule(()))
+        done = prune(config, **options, observer=observer, stop_requested=stop_requested)
+    assert isinstance(done, Searched)
+    if as_json:
+        print(json.dumps(done.to_json(), indent=2))
+        return
+    from olmfast.terminal.runs import print_comparison
+
+    for title, board in (("Questions that decided", done.selection), ("Held-out questions", done.holdout)):
+        if board.rows:
+            print_comparison(board, title)
+    print("alphas " + ", ".join(f"{alpha:.4f}" for alpha in done.alphas))
+    left = "" if done.status == "finished" else "; the budget is spent, --resume with a larger one continues"
+    print(f"{os.path.relpath(done.output_dir)}: {done.status}{left}")

@@ -176,6 +176,24 @@ def print_scoreboard(board: Scoreboard, title: str, as_json: bool, model: str | 
     )
 
 
+def print_comparison(board: Scoreboard, title: str) -> None:
+    """A row per model: its mean score per dataset within its 95 % interval, and the share of right answers."""
+    datasets = _short(board.datasets)
+    table = Table("model", *(board.heading(name, shown) for name, shown in datasets.items()), title=title)
+    table.title_justify = "left"
+    for label in board.rows:
+        table.add_row(label, *(_within(board, label, name) for name in board.datasets))
+    make_console().print(table)
+
+
+def _within(board: Scoreboard, label: str, dataset: str) -> str:
+    scores = board.scores_of([label], dataset)[0]
+    margin = 1.96 * float(scores.std()) / math.sqrt(len(scores)) if len(scores) > 1 else math.nan
+    right = board.accuracy.get(label, {}).get(dataset)
+    told = "" if right is None else f", {right:.1%} right"
+    return f"{board.rows[label][dataset]:.4f} ± {margin:.4f}{told}"
+
+
 def print_scoreboards(boards: Mapping[str, Scoreboard], as_json: bool, model: str) -> None:
     """The boards of a run's questions, selection and held-out, and how the row `model` compares on each."""
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import prod
@@ -176,6 +176,16 @@ class Merge(Expression):
         """See `Expression.value`. What is wanted again soon is kept."""
         return sources.kept(self, lambda: self._compute(sources))
 
+    @classmethod
+    def stack(cls, several: Sequence[Expression], sources: Sources) -> torch.Tensor | None:
+        """See `Expression.stack`: sums of the same tensors, each of which is then read once."""
+        alike = [one for one in several if isinstance(one, Merge) and one.method == "linear" and one.base is None]
+        terms = alike[0].terms if alike else ()
+        if len(alike) < len(several) or any(one.terms != terms or "dtype" in dict(one.settings) for one in alike):
+            return None
+        values = _promoted([term.value(sources) for term in terms])
+        return torch.stack([METHODS["linear"](values, None, dict(one.settings)) for one in alike])
+
     def operand(self, sources: Sources) -> Readable:
         """See `Expression.operand`."""
         return Held(self.value(sources))
@@ -188,11 +198,15 @@ class Merge(Expression):
     def _compute(self, sources: Sources) -> torch.Tensor:
         if "dtype" in dict(self.settings):
             return super().value(sources)
-        values = [part.value(sources) for part in self.parts]
-        dtype = reduce(torch.promote_types, (value.dtype for value in values))
-        values = [value.to(dtype) for value in values]
+        values = _promoted([part.value(sources) for part in self.parts])
         base = values.pop() if self.base is not None else None
         return METHODS[self.method](values, base, dict(self.settings))
+
+
+def _promoted(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The values in the one dtype that holds them all."""
+    dtype = reduce(torch.promote_types, (value.dtype for value in values))
+    return [value.to(dtype) for value in values]
 
 
 @dataclass(frozen=True)

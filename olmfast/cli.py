@@ -205,7 +205,7 @@ def linear_command(
         str | None,
         typer.Option(
             "--sensitivity",
-            metavar="FILE:MODE",
+            metavar="FILE:MODE[,KEY=VALUE...]",
             help="Merge the layers whose merge improves the score on this dataset most.",
         ),
     ] = None,

@@ -202,10 +202,11 @@ def test_other_methods_name_their_folder_and_lie_at_a_where_alpha_is_one(here, l
     assert not torch.equal(mixed["model.layers.0.mlp.up_proj.weight"], a["model.layers.0.mlp.up_proj.weight"])
 
 
-def test_sensitivity_merges_the_layers_that_score_best_when_merged_alone(here, linear, olmfast):
+@pytest.mark.parametrize("dataset", ["sums.json:perplexity", "sums.json:perplexity,samples=3,template=raw"])
+def test_sensitivity_merges_the_layers_that_score_best_when_merged_alone(here, linear, olmfast, dataset):
     make(here, "a", "b", n_layers=3)
     write_dataset(here / "sums.json", sums(8))
-    wanted = "--sensitivity sums.json:perplexity --top 1 --output_dir out"
+    wanted = f"--sensitivity {dataset} --top 1 --output_dir out"
     code, said, error = linear(f"--model_a a --model_b b --alpha 0.5 {wanted}")
     assert (code, error) == (0, "")
     rows = [text.split() for text in said.splitlines() if text.split()[0] in "012"]
@@ -215,7 +216,7 @@ def test_sensitivity_merges_the_layers_that_score_best_when_merged_alone(here, l
     moved = {name.split(".")[2] for name in a if not torch.equal(a[name], out[name])}
     assert moved == {str(best)}
     # The folder, scored by another command, has the score that the ranking said.
-    code, said, _ = olmfast("evaluate", "out", "--dataset", "sums.json:perplexity", "--json", "--device", "cpu")
+    code, said, _ = olmfast("evaluate", "out", "--dataset", dataset, "--json", "--device", "cpu")
     assert code == 0
     assert float(rows[0][1]) == pytest.approx(json.loads(said)["rows"]["out"]["sums.json"], rel=1e-3)
 
@@ -268,6 +269,9 @@ def test_check_linear_with_sensitivity_ranks_nothing_and_checks_the_dataset(here
     assert code == 2
     for part in ("smus.json: no such file", "did you mean 'perplexity'?", "--top 4: expected at most 3"):
         assert part in error
+    code, _, error = olmfast("check", "linear", *shlex.split(line.format("sums.json:perplexity,sampels=2", 1)))
+    assert code == 2
+    assert "did you mean 'samples'?" in error
 
 
 def test_a_merge_file_called_linear_is_checked_by_its_path(here, olmfast):

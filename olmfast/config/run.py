@@ -387,27 +387,27 @@ def parse_datasets(entries: Mapping[str, Mapping[str, Any]], where: str) -> dict
         raise explain(where, error.errors(), _known_keys) from error
 
 
-def read_dataset_option(text: str) -> tuple[str, dict[str, Any]]:
+def read_dataset_option(text: str, option: str = "--dataset") -> tuple[str, dict[str, Any]]:
     """A dataset as a command line gives it, `FILE:MODE[,KEY=VALUE...]`: the file, and its entry's keys, unchecked.
 
-    Values are YAML; `fields.prompt=KEY` is a key of `fields`. Raises InputError for another form.
+    Values are YAML; `fields.prompt=KEY` is a key of `fields`. Raises InputError, naming the option, for another form.
     """
     found = re.fullmatch(r"(?P<file>.+?):(?P<mode>[a-z_]+)(?P<more>(,.*)?)", text)
     if found is None:
         raise InputError(
-            f"--dataset {text}: expected FILE:MODE[,KEY=VALUE...], such as math.json:exact_match,think=false"
+            f"{option} {text}: expected FILE:MODE[,KEY=VALUE...], such as math.json:exact_match,think=false"
         )
     entry: dict[str, Any] = {"mode": found["mode"]}
     for part in found["more"].split(",")[1:]:
         key, separator, value = part.partition("=")
         if not separator:
-            raise InputError(f"--dataset {text}: expected KEY=VALUE after a comma, got {show(part)}")
+            raise InputError(f"{option} {text}: expected KEY=VALUE after a comma, got {show(part)}")
         if key.startswith("fields."):
             entry.setdefault("fields", {})
         try:
             set_key(entry, key.strip(), yaml.safe_load(value))
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise InputError(f"--dataset {text}: {key}: the value is not valid YAML") from error
+            raise InputError(f"{option} {text}: {key}: the value is not valid YAML") from error
     return found["file"], entry
 
 

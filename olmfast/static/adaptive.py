@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from olmfast.config.loading import read_any_yaml
-from olmfast.config.run import DatasetConfig, parse_datasets
+from olmfast.config.run import DatasetConfig, parse_datasets, read_dataset_option
 from olmfast.errors import InputError, did_you_mean, show
 from olmfast.output.writer import Content, OutputTensor, in_order
 from olmfast.static.differences import find_differences
@@ -33,7 +34,7 @@ METHODS = ("linear", "slerp", "ties", "dare")
 QKV = re.compile(
     r"\.(q_proj|k_proj|v_proj|qkv_proj|c_attn|query|key|value|query_key_value|qkv|W_?pack|wqkv|wq|wk|wv)\.(weight|bias)$"
 )
-RANKED_ON = 200  # conversations of the dataset that ranks layers, at most
+RANKED_ON = 200  # conversations of the dataset that ranks layers, unless it says how many
 MOST_LISTED = 10  # more layers than this are counted in the name of the output folder, not listed
 
 
@@ -58,7 +59,7 @@ class LinearMerge:
     density: float = 0.5
     seed: int = 0
     command: str = ""
-    sensitivity: tuple[Path, str] | None = None
+    sensitivity: tuple[Path, Mapping[str, Any]] | None = None
     top: int | None = None
     allow_mismatch: tuple[str, ...] = ()
     alphas_file: Path | None = None
@@ -136,12 +137,10 @@ def _refuse(faults: Iterable[str]) -> None:
         raise InputError("\n".join(listed))
 
 
-def read_sensitivity(text: str) -> tuple[Path, str]:
-    """The dataset and the mode of `FILE:MODE`. Raises InputError for anything else."""
-    file, separator, mode = text.rpartition(":")
-    if not separator:
-        raise InputError(f"--sensitivity {text}: expected FILE:MODE")
-    return Path(file).absolute(), mode
+def read_sensitivity(text: str) -> tuple[Path, dict[str, Any]]:
+    """The dataset of `FILE:MODE[,KEY=VALUE...]` and its entry. Raises InputError for anything else."""
+    file, entry = read_dataset_option(text, "--sensitivity")
+    return Path(file).absolute(), entry
 
 
 def read_layer_alphas(source: Mapping[int, float] | Sequence[float] | str | Path) -> dict[int, float]:
@@ -233,9 +232,9 @@ def _ranking_faults(wanted: LinearMerge, n_blocks: int) -> Iterator[str]:
 
 
 def ranking_dataset(wanted: LinearMerge) -> dict[str, DatasetConfig]:
-    """The dataset that ranks the layers and how it is scored. Raises InputError for an unknown mode."""
-    path, mode = wanted.sensitivity or (Path(), "")
-    return parse_datasets({str(path): {"mode": mode, "samples": RANKED_ON}}, where="--sensitivity")
+    """The dataset that ranks the layers and how it is scored. Raises InputError for keys or values that are none."""
+    path, entry = wanted.sensitivity or (Path(), {})
+    return parse_datasets({str(path): {"samples": RANKED_ON, **entry}}, where="--sensitivity")
 
 
 def is_selected(wanted: LinearMerge, tensor: str, block: int | None) -> bool:

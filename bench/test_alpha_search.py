@@ -120,6 +120,6 @@ def test_cpu_seconds_per_alpha_vector(benchmark: Any, report: Callable[..., None
     assert whole_scores == pytest.approx(found[0][:N_PLAIN], rel=1e-4)
     title = f"alpha vector, {N_STEPS} of {N_BLOCKS} blocks merged, {N_QUESTIONS} questions"
     report(title, f"{ours:.3f} s", f"{plain:.2f} s", plain / ours, first_round=f"{first / N_VECTORS:.3f} s")
-    report("  the whole model, in place", f"{ours:.3f} s", f"{in_place:.2f} s", in_place / ours)
+    report("alpha vector, the whole model in place", f"{ours:.3f} s", f"{in_place:.2f} s", in_place / ours)
     if N_BLOCKS > 4:
         assert plain / ours >= 10

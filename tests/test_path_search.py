@@ -154,6 +154,16 @@ def test_a_search_finds_a_path_that_is_better_and_writes_it_as_a_model_and_as_a_
     assert "## Score against depth" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_path_is_rebuilt_from_its_report_alone(tmp_path):
+    run(searched(tmp_path, dataflow={"generations": 5, "population": 12, "max_hops": 5}, significance=False))
+    config = yaml.safe_load((tmp_path / "out" / "path.yml").read_text())
+    assert config["layer_mask"] != [[[True] * N, [False] * N], [[False] * N, [False] * N]]
+    command = [sys.executable, "-m", "olmfast.cli", "rebuild", str(tmp_path / "out"), str(tmp_path / "again")]
+    subprocess.run(command, check=True, capture_output=True)  # a process of its own, which has imported nothing yet
+    made, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again"))
+    assert made == again
+
+
 def test_what_is_empty_or_too_deep_or_known_is_not_scored(tmp_path):
     dataflow = {"generations": 4, "population": 16, "max_hops": 3, "factors": False}
     result = run(searched(tmp_path, dataflow=dataflow))

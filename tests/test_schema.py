@@ -12,7 +12,7 @@ import yaml
 
 from olmfast.config.candidates import BLENDS
 from olmfast.config.originals import IGNORED, RENAMED
-from olmfast.config.run import PLACES, DatasetConfig, RunConfig, parse_config
+from olmfast.config.run import PLACES, DatasetConfig, RunConfig, load_config, parse_config
 from olmfast.config.schema import BLEND_BOUNDS, run_schema
 from olmfast.errors import InputError
 
@@ -46,6 +46,12 @@ def test_it_has_every_key_and_every_default():
     assert parse_config({**defaults, **LEAST}, "cfg", Path("/data")) == loaded
     assert SCHEMA.is_valid({**defaults, **LEAST})
     assert len(defaults) == len(RunConfig.model_fields) - len(schema["required"]) - len(PLACES)  # which depend
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples/demo").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configs_of_the_demo_load_and_are_valid(path):
+    assert SCHEMA.is_valid(yaml.safe_load(path.read_text()))
+    load_config(path)
 
 
 @pytest.mark.parametrize(

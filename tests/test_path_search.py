@@ -152,16 +152,10 @@ def test_a_search_finds_a_path_that_is_better_and_writes_it_as_a_model_and_as_a_
     assert found.keys() == again.keys()
     assert all((found[name] == again[name]).all() for name in found)
     assert "## Score against depth" in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_a_path_is_rebuilt_from_its_report_alone(tmp_path):
-    run(searched(tmp_path, dataflow={"generations": 5, "population": 12, "max_hops": 5}, significance=False))
-    config = yaml.safe_load((tmp_path / "out" / "path.yml").read_text())
-    assert config["layer_mask"] != [[[True] * N, [False] * N], [[False] * N, [False] * N]]
-    command = [sys.executable, "-m", "olmfast.cli", "rebuild", str(tmp_path / "out"), str(tmp_path / "again")]
+    command = [sys.executable, "-m", "olmfast.cli", "rebuild", str(tmp_path / "out"), str(tmp_path / "rebuilt")]
     subprocess.run(command, check=True, capture_output=True)  # a process of its own, which has imported nothing yet
-    made, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again"))
-    assert made == again
+    made, rebuilt = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "rebuilt"))
+    assert made == rebuilt
 
 
 def test_what_is_empty_or_too_deep_or_known_is_not_scored(tmp_path):
@@ -202,6 +196,35 @@ def test_the_papers_method_runs_too(tmp_path):
     report = run(searched(tmp_path, holdout={}, dataflow=dataflow)).record.values["paths"]
     assert 1 < report["comparisons"] <= 17
     assert report["questions"].endswith("selection")
+
+
+@pytest.mark.usefixtures("float64_throughout")
+def test_the_sequential_scorer_scores_the_same_and_decides_the_same(tmp_path):
+    config = searched(tmp_path, dtype="float64", dataflow={"generations": 5, "population": 4, "factors": False})
+    found = []
+    for scorer in ("batched", "sequential"):
+        result = run(load_config(config, {"scorer": scorer, "output_dir": str(tmp_path / scorer)}))
+        found.append({key: (one.winner, one.metrics) for key, one in result.record.steps.items()})
+    assert found[0].keys() == found[1].keys()
+    for key, (winner, metrics) in found[0].items():
+        assert winner == found[1][key][0]
+        for dataset, by in metrics.items():
+            assert by == pytest.approx(found[1][key][1][dataset], abs=1e-9)
+
+
+def test_the_blocks_of_all_models_have_to_fit_the_memory(tmp_path, monkeypatch):
+    asked = []
+
+    def memory(*limits):
+        asked.append(limits[-1])
+        raise InputError("max_ram: too little")
+
+    monkeypatch.setattr("olmfast.dataflow.session.Memory", memory)
+    with pytest.raises(InputError, match="max_ram: too little"):
+        run(searched(tmp_path))
+    blocks = [t for name, t in load_file(material() / "models/b/model.safetensors").items() if ".layers." in name]
+    assert asked == [sum(4 * t.numel() for t in blocks)]  # of the one beside the first
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_blocks_of_one_model_alone(tmp_path):

@@ -13,7 +13,7 @@ from olmfast.config.run import DatasetConfig
 from olmfast.dataflow.hops import Hop
 from olmfast.dataflow.kinds import LayerKinds
 from olmfast.dataflow.running import PathCandidate, PathModel
-from olmfast.dataflow.scoring import PathScorer
+from olmfast.dataflow.scoring import PathScorer, Tree
 from olmfast.evaluation.encoding import load_datasets
 from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.scorer import Candidate
@@ -123,6 +123,32 @@ def test_paths_that_begin_alike_share_what_they_begin_with(tmp_path):
     for row in range(len(made)):
         torch.testing.assert_close(again.samples["exact.json"][row, 1::2], found.samples["exact.json"][row, 1::2])
     assert again.samples["exact.json"][:, ::2].isnan().all()
+
+
+def test_prompts_of_free_runs_are_shared_too_and_what_does_not_fit_the_memory_is_halved(tmp_path, monkeypatch):
+    pool = pool_of("llama", torch.float32)
+    fast, plain = scorers(pool, tmp_path, ("exact", "exact_match", "diversity"), dtype=torch.float32)
+    own = [Hop("a", 0), Hop("a", 1), Hop("a", 2)]
+    made = candidates(pool, {"as it is": own, "twice": [*own, Hop("a", 2)], "shorter": own[:2]})
+    unit = pool.architecture.model_unit(pool.tensors)
+    expected = plain.score(unit, made)
+    walk, refused = Tree.walk, []
+
+    def small(tree, entering, *args, **kwargs):
+        if len(entering) > 1:
+            refused.append(len(entering))
+            raise MemoryError
+        return walk(tree, entering, *args, **kwargs)
+
+    for patched in (False, True):
+        if patched:
+            monkeypatch.setattr(Tree, "walk", small)
+        found = fast.score(unit, made)
+        for name, values in expected.samples.items():
+            torch.testing.assert_close(found.samples[name], values, rtol=1e-3, atol=1e-3, equal_nan=True)
+            assert torch.equal(found.truncated[name], expected.truncated[name])
+    assert refused
+    assert fast.passed.computed < fast.passed.hops / 2
 
 
 def test_a_factor_keeps_apart_what_it_changes(tmp_path):

@@ -162,24 +162,29 @@ def test_where_nothing_helps_the_model_stays_as_it_is(tmp_path):
     assert "nothing is changed" in summary(result.record.values["repeats"])
 
 
-@pytest.mark.parametrize("keys", [{"grid": 6, "keep": 2}, {"grid": 3, "keep": 1, "racing": False}])
-def test_coarse_to_fine_tries_a_part_of_the_ranges_and_is_resumed_where_it_was_stopped(keys, tmp_path):
-    dataflow = {"repeat": True, "models": "one", "shown": 3, **keys}
+def test_coarse_to_fine_tries_a_part_of_the_ranges_and_is_resumed_where_it_was_stopped(tmp_path):
+    dataflow = {"repeat": True, "models": "one", "shown": 3, "grid": 6, "keep": 2}
     config = twice(tmp_path, 8, 2, 4, dataflow=dataflow)
     whole = run(load_config(config, {"output_dir": str(tmp_path / "whole")}))
     report = whole.record.values["repeats"]
     assert report["comparisons"] < 8 * 9 // 2
     assert len(report["best"]) == 3
     assert {key.split("/")[1] for key in whole.record.steps if key.startswith("repeat/")} >= {"4", "2", "1"}
-    for after in (2, 2):
-        asked = iter(range(after))
-        with pytest.raises(Interrupted):
-            run(config, stop_requested=lambda asked=asked: next(asked, None) is None, resume=True)
+    asked = iter(range(3))
+    with pytest.raises(Interrupted):
+        run(config, stop_requested=lambda: next(asked, None) is None, resume=True)
     resumed = run(config, resume=True)
     assert resumed.record.steps == whole.record.steps
     assert resumed.record.values["repeats"] == report
     for name in ("model.safetensors", "repeats.svg"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_larger_budget_goes_on_and_tells_of_all(tmp_path):
+    config = twice(tmp_path, 8, 2, 4, dataflow={"repeat": True, "grid": 6, "keep": 2, "racing": False})
+    counted = [run(load_config(config, {"budget": n}), resume=True).record.values["repeats"] for n in (4, 60)]
+    assert 0 < counted[0]["comparisons"] < counted[1]["comparisons"]
+    assert all(one["questions"] == 30 for one in counted[1]["ranges"])
 
 
 def test_ranges_race_and_those_left_behind_keep_what_is_known_of_them(tmp_path):

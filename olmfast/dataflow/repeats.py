@@ -61,10 +61,11 @@ class RepeatSweep:
 
     def candidate(self, one: Range) -> PathCandidate:
         """A range as a path: up to its end, and again from its beginning."""
-        blocks = [*range(one[1]), *range(one[0], self.n_blocks)]
-        hops = [Hop(self.model, block) for block in blocks]
-        ends = (self.model, self.model)
-        made: PathCandidate = PathCandidate.of_hops(told(one), hops, self.search.sources.pool, ends, self.skeletons)
+        return self._path(told(one), [*range(one[1]), *range(one[0], self.n_blocks)])
+
+    def _path(self, label: str, blocks: Sequence[int]) -> PathCandidate:
+        hops, ends = [Hop(self.model, block) for block in blocks], (self.model, self.model)
+        made: PathCandidate = PathCandidate.of_hops(label, hops, self.search.sources.pool, ends, self.skeletons)
         return made
 
     def _take(self, key: str, ranges: Sequence[Range]) -> None:
@@ -130,7 +131,7 @@ class RepeatSweep:
         `scorer` has the held-out questions; without any, it has those of the half that did not pick.
         """
         shown = self.best[: self.config.shown]
-        candidates = [Candidate("as it is", recipe=None), *map(self.candidate, shown)]
+        candidates = [self._path("as it is", range(self.n_blocks)), *map(self.candidate, shown)]
         scores = scorer.score(self.unit, candidates)
         rows = [
             {"range": list(one), "hops": self.n_blocks + one[1] - one[0], "picked by": self.gains[one].mean}

@@ -8,8 +8,7 @@ result is that of the folded model but for rounding: here factors meet activatio
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,16 +73,17 @@ class HopBlock(torch.nn.Module):
                 module.layer_idx = index
 
 
-class PathModel(WorkingModel):
-    """A working model that also tries paths: from the embedding of `entry`, whose model it is, to the head of `out`.
+class PathModel:
+    """What runs paths: from the embedding of `entry`, whose working model `model` is, to the head of `out`.
 
-    The blocks of each donor are read once, when a path first uses one of them.
+    The blocks of each donor are read once, when a path first uses one of them. Those of the entry are the working
+    model's own, so that this must have the entry's values while a path runs.
     """
 
     def __init__(self, model: WorkingModel, entry: str, out: str, skeletons: Skeletons) -> None:
         self.sources, self.device, self.dtype = model.sources, model.device, model.dtype
-        self.module, self.recipe, self._slots, self._uploader = model.module, model.recipe, model._slots, None
-        self.entry, self.out, self.skeletons, self.whole = entry, out, skeletons, model.module
+        self.whole, self.tensors, self.architecture = model.module, tuple(model.recipe.tensors), model.architecture
+        self.entry, self.out, self.skeletons = entry, out, skeletons
         self._stacks: dict[str, BlockwiseModel] = {}
         self._shells: dict[str, Any] = {}
 
@@ -91,20 +91,6 @@ class PathModel(WorkingModel):
     def pool(self) -> Pool:
         """The donors."""
         return self.sources.pool
-
-    @contextmanager
-    def trial(self, candidate: Candidate) -> Iterator[None]:
-        """See `WorkingModel.trial`; a path gets a module of shared blocks."""
-        if not isinstance(candidate, PathCandidate):
-            with super().trial(candidate):
-                yield
-            return
-        kept = self.module
-        try:
-            self.module = self.module_of(candidate.hops)
-            yield
-        finally:
-            self.module = kept
 
     def taken_apart(self, donor: str) -> BlockwiseModel:
         """A donor's blocks, as the entry's config has them, each of the kind that it is in the donor."""
@@ -160,7 +146,7 @@ class PathModel(WorkingModel):
         layers = [[(donor, index)] for index in range(self.pool[donor].architecture.n_blocks)]
         config, base = self._config(layers), self.pool[self.entry].config
         edits = {key: value for key, value in config.items() if base.get(key) != value}
-        tensors = {name: Copy(donor, name) for name in self.recipe.tensors}
+        tensors = {name: Copy(donor, name) for name in self.tensors}
         module = WorkingModel(Recipe(self.entry, tensors, edits), self.sources, self.device, self.dtype).module
         if donor != self.out:
             module.set_input_embeddings(self.whole.get_input_embeddings())

@@ -2,14 +2,14 @@
 
 The scores of the folded models but for rounding. A batch goes through all paths in the order of a tree: what leaves
 the last hop that several have in common is kept until the last of them has gone on from it. Where a model runs freely,
-each path is decoded by itself, with a place in the cache for every hop.
+this is so of its prompts; then each path is decoded by itself, with a place in the cache for every hop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,13 +18,14 @@ import torch
 from olmfast.dataflow.hops import Hop
 from olmfast.dataflow.running import HopBlock, PathCandidate, PathModel
 from olmfast.evaluation import metrics
-from olmfast.evaluation.blocks import Needed
+from olmfast.evaluation.blocks import Needed, Recorder, State
+from olmfast.evaluation.cache import Kept
 from olmfast.evaluation.encoding import Dataset, make_batches
+from olmfast.evaluation.generation import Rollout, resume
 from olmfast.evaluation.memory import CPU_TOKENS, is_out_of_memory
 from olmfast.evaluation.scorer import Candidate, Direction, Scorer, Slopes
 from olmfast.evaluation.scores import Scores, wanted_samples
-from olmfast.evaluation.sequential import SequentialScorer
-from olmfast.evaluation.tasks import Task
+from olmfast.evaluation.tasks import OwnTokens, Task
 from olmfast.weights.architecture import Unit
 from olmfast.weights.recipe import Recipe
 from olmfast.weights.sources import Expression
@@ -56,7 +57,7 @@ class PathScorer:
         self.sizes = {name: len(dataset.samples) for name, dataset in datasets.items()}
         on_cpu = model.device.type == "cpu"
         self.pass_tokens = min(batch_tokens, CPU_TOKENS) if on_cpu else batch_tokens
-        self.free = SequentialScorer(model, datasets, tokenizer, stop_tokens, batch_tokens)
+        self.tokenizer, self.stop_tokens, self.batch_tokens = tokenizer, tuple(stop_tokens), batch_tokens
         n_blocks = model.pool[model.entry].architecture.n_blocks
         self.current: tuple[Hop, ...] = tuple(Hop(model.entry, block) for block in range(n_blocks))
         self.passed = Passed()
@@ -87,12 +88,17 @@ class PathScorer:
                 scores.put(row, self.others.score(unit, [candidate], list(wanted), wanted))
         self._scored = {path.label: path.hops for path in paths.values()}
         tasks = [
-            Task.of(name, index, self.datasets[name], self.model.context)
+            Task.of(name, index, self.datasets[name], self.model.architecture.context)
             for name, indices in wanted.items()
             for index in indices
         ]
-        self._read_along(paths, [task for task in tasks if not task.runs_freely], scores)
-        self._run_freely(unit, paths, [task for task in tasks if task.runs_freely], scores)
+        tree = Tree({row: path.hops for row, path in paths.items()}, self.model)
+        along = [task for task in tasks if not task.runs_freely]
+        self._in_batches(along, [len(task.ids) for task in along], self.pass_tokens, partial(self._read, tree, scores))
+        for generates in (False, True):  # stop tokens end a generation, and nothing else
+            free = [task for task in tasks if task.runs_freely and task.generates == generates]
+            lengths = [len(task.sample.prompt) + task.limit for task in free]
+            self._in_batches(free, lengths, self.batch_tokens, partial(self._run_freely, tree, scores))
         for path in paths.values():
             self.progress(path.label)
         return scores
@@ -125,60 +131,73 @@ class PathScorer:
     def state(self, state: Mapping[str, Any]) -> None:
         self.current = tuple(Hop(*entry) for entry in state["path"])
 
-    def _run_freely(
-        self, unit: Unit, paths: Mapping[int, PathCandidate], tasks: Sequence[Task], scores: Scores
-    ) -> None:
-        asked: dict[str, list[int]] = {}
-        for task in tasks:
-            asked.setdefault(task.name, []).append(task.index)
-        for row, path in paths.items() if asked else ():
-            one = PathCandidate(path.label, hops=path.hops)
-            found = self.free.score(unit, [one], list(asked), asked)
-            for target, source in zip(scores.parts, found.parts, strict=True):
-                for name, indices in asked.items():
-                    if name in source:
-                        target[name][row, indices] = source[name][0, indices]
-
     @torch.inference_mode()
-    def _read_along(self, paths: Mapping[int, PathCandidate], tasks: Sequence[Task], scores: Scores) -> None:
-        if not paths or not tasks:
-            return
-        tree = Tree({row: path.hops for row, path in paths.items()}, self.model)
-        for batch in make_batches([len(task.ids) for task in tasks], self.pass_tokens):
-            self._pass(tree, [tasks[index] for index in batch], scores)
+    def _in_batches(
+        self, tasks: Sequence[Task], lengths: Sequence[int], n_tokens: int, work: Callable[[Sequence[Task]], None]
+    ) -> None:
+        """Do something with all tasks, in batches of `n_tokens` at most. What does not fit the memory is halved."""
+        for batch in make_batches(lengths, n_tokens):
+            try:
+                work([tasks[index] for index in batch])
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or len(batch) == 1:
+                    raise
+            chosen = [lengths[index] for index in batch]
+            self._in_batches([tasks[index] for index in batch], chosen, max(chosen) * len(batch) // 2, work)
 
-    def _pass(self, tree: Tree, tasks: Sequence[Task], scores: Scores) -> None:
-        """One batch through all paths. What does not fit the memory is halved."""
-        try:
-            self._pass_whole(tree, tasks, scores)
-            return
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or len(tasks) == 1:
-                raise
-        self.pass_tokens = max(1, self.pass_tokens // 2)
-        middle = len(tasks) // 2
-        for part in (tasks[:middle], tasks[middle:]):
-            self._pass(tree, part, scores)
-
-    def _pass_whole(self, tree: Tree, tasks: Sequence[Task], scores: Scores) -> None:
+    def _read(self, tree: Tree, scores: Scores, tasks: Sequence[Task]) -> None:
+        """Score a batch of tasks that are read along, for all paths."""
         entry, head = self.model.taken_apart(self.model.entry), self.model.taken_apart(self.model.out).head
         needed = _needed(tasks, entry.device)
         entering = entry.enter(entry.pad([task.ids for task in tasks]))
-        labels = torch.tensor([label for task in tasks for label in task.labels], device=entry.device)
         counts = [len(task.labels) for task in tasks]
-        for row, hidden in tree.walk(entering, self.passed):
+        for row, hidden, _ in tree.walk(entering, self.passed):
             taken = needed.of(hidden)
             if any(not task.sample.options for task in tasks):
-                found = head.token_scores(taken, labels)
-                parts = zip(*(torch.split(part.cpu(), counts) for part in found), strict=True)
-                for task, (top, argmax, logsumexp, own) in zip(tasks, parts, strict=True):
+                for task, logits, argmax in self._logits(taken, tasks):
                     if not task.sample.options:
-                        answer = task.teacher_forced(metrics.ResponseLogits(top, own, logsumexp), argmax)
-                        scores.set(row, task.name, task.index, answer)
+                        scores.set(row, task.name, task.index, task.teacher_forced(logits, argmax))
             for task, at_labels in zip(tasks, torch.split(taken, counts), strict=True):
                 if task.sample.options:
                     options = torch.tensor(task.sample.options, device=entry.device)
                     scores.set(row, task.name, task.index, task.choice(head.logits(at_labels[:1], options)[0].cpu()))
+
+    def _logits(
+        self, taken: torch.Tensor, tasks: Sequence[Task]
+    ) -> Iterator[tuple[Task, metrics.ResponseLogits, torch.Tensor]]:
+        """Per task its logits and the argmax at its labels, (labels,) on the CPU; `taken` is (all labels, hidden)."""
+        labels = torch.tensor([label for task in tasks for label in task.labels], device=taken.device)
+        found = self.model.taken_apart(self.model.out).head.token_scores(taken, labels)
+        counts = [len(task.labels) for task in tasks]
+        parts = zip(*(torch.split(part.cpu(), counts) for part in found), strict=True)
+        for task, (top, argmax, logsumexp, own) in zip(tasks, parts, strict=True):
+            yield task, metrics.ResponseLogits(top, own, logsumexp), argmax
+
+    def _run_freely(self, tree: Tree, scores: Scores, tasks: Sequence[Task]) -> None:
+        """Score a batch of free runs, for all paths: their prompts are read together, then each is decoded."""
+        entry = self.model.taken_apart(self.model.entry)
+        needed = _needed(tasks, entry.device)
+        entering = entry.enter(entry.pad([task.sample.prompt for task in tasks]))
+        stop = self.stop_tokens if tasks[0].generates else ()
+        for row, hidden, states in tree.walk(entering, self.passed, recorded=True):
+            begun = [
+                task.follow(argmax, logits.max_prob) for task, logits, argmax in self._logits(needed.of(hidden), tasks)
+            ]
+            left = [at for at, task in enumerate(tasks) if not task.is_over(begun[at], stop)]
+            if left:
+                rollouts = [self._rollout(at, tasks[at], begun[at], states) for at in left]
+                module = self.model.module_of(tree.hops[row])
+                for at, more in zip(left, resume(module, rollouts, (), entry.context, stop), strict=True):
+                    probabilities = torch.cat([begun[at].max_prob, more.max_prob])
+                    begun[at] = OwnTokens([*begun[at].tokens, *more.tokens], probabilities)
+            for task, own in zip(tasks, begun, strict=True):
+                scores.set(row, task.name, task.index, task.free_run(own, self.tokenizer, stop))
+
+    def _rollout(self, at: int, task: Task, own: OwnTokens, states: Sequence[State]) -> Rollout:
+        """What is left to be decoded of the task in row `at` of a batch, whose prompts left these keys and values."""
+        kept = [Kept(keys, values, at) for keys, values in states]
+        return Rollout(0, at, own, kept, len(task.sample.prompt), task.limit - len(own.tokens))
 
 
 class Tree:
@@ -206,25 +225,31 @@ class Tree:
             for place, block in enumerate(model.blocks_of(paths[row])):
                 chain.append(made.setdefault((place, keys[row][place]), block))
 
-    def walk(self, entering: torch.Tensor, passed: Passed) -> Iterator[tuple[int, torch.Tensor]]:
-        """Row and what leaves its last hop, (batch, width, hidden), for each path; `entering` is what enters the
-        first."""
+    def walk(
+        self, entering: torch.Tensor, passed: Passed, recorded: bool = False
+    ) -> Iterator[tuple[int, torch.Tensor, list[State]]]:
+        """Row, what leaves its last hop, (batch, width, hidden), and if they are `recorded` each hop's keys and values,
+        for each path; `entering` is what enters the first."""
         kept = {0: entering}
+        states: list[State] = []
         width = entering.shape[1]
         for at, row in enumerate(self.rows):
             kept = {depth: hidden for depth, hidden in kept.items() if depth <= self.shared[at]}
             begin, wanted = max(kept), self._wanted(at)
-            hidden = kept[begin]
+            hidden, states = kept[begin], states[:begin]
             for place in range(begin, len(self.hops[row])):
                 hop = self.hops[row][place]
-                args, kwargs = self.model.taken_apart(hop.donor).arguments(hop.block, width)
+                recorder = Recorder() if recorded else None
+                args, kwargs = self.model.taken_apart(hop.donor).arguments(hop.block, width, recorder)
                 out = self.chains[row][place](hidden, *args, **kwargs)
                 hidden = out[0] if isinstance(out, tuple) else out
+                if recorder is not None:
+                    states.append(recorder.states[place])
                 if place + 1 in wanted:
                     kept[place + 1] = hidden
             passed.hops += len(self.hops[row])
             passed.computed += len(self.hops[row]) - begin
-            yield row, hidden
+            yield row, hidden, states
 
     def _wanted(self, at: int) -> set[int]:
         """The depths at which later paths go on from this one."""
@@ -241,8 +266,13 @@ def _edges(hops: Sequence[Hop]) -> Iterator[object]:
     """What tells one place of a path from another: the block, and the factors that meet what it adds."""
     for place, hop in enumerate(hops):
         behind = hops[place + 1] if place + 1 < len(hops) else None
-        first = (hop.scale, hop.bias) if place == 0 else None
-        yield hop.donor, hop.block, first, (behind.scale, behind.bias) if behind is not None else None
+        first = (hop.scale, hop.bias) if place == 0 and hop.changes else None
+        yield (
+            hop.donor,
+            hop.block,
+            first,
+            (behind.scale, behind.bias) if behind is not None and behind.changes else None,
+        )
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

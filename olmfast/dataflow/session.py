@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from olmfast.dataflow.repeats import RepeatSweep
 from olmfast.dataflow.running import PathModel
 from olmfast.dataflow.scoring import PathScorer
 from olmfast.dataflow.searching import PathSearch
+from olmfast.evaluation.memory import Memory
 from olmfast.evaluation.open import Questions
 from olmfast.evaluation.scorer import Candidate, Scorer
 from olmfast.observer import Observer
@@ -68,14 +69,29 @@ class PathSession(Session):
     """A run that searches paths: candidates run over shared blocks, and nothing of them is written."""
 
     def _scorer(self, questions: Questions, note: Callable[[str], None] = lambda _: None) -> Scorer:
-        """A scorer of paths; what is no path is scored as in every run."""
+        """A scorer of paths; what is no path is scored as in every run. The plain reference builds each path anew."""
+        others = partial(super()._scorer, questions, note)
+        if self.config.scorer == "sequential":
+            return others()
         if not hasattr(self, "paths"):
+            self._check_memory()
             base = self.config.base_name
-            self.skeletons = LayerKinds()
             self.paths = PathModel(self.evaluation.model, base, base, self.skeletons)
         told = (questions.datasets, questions.tokenizer, questions.stop_tokens, self.config.batch_tokens)
-        others = partial(super()._scorer, questions, note)
         return PathScorer(self.paths, *told, others, self.observer.candidate)
+
+    @cached_property
+    def skeletons(self) -> LayerKinds:
+        """What Transformers makes of the layers of paths."""
+        return LayerKinds()
+
+    def _check_memory(self) -> None:
+        """Raise InputError where the blocks of the other models do not fit beside the first."""
+        pool, settings, base = self.inputs.pool, self.inputs.settings, self.inputs.pool[self.config.base_name]
+        names = [name for name in base.tensors if pool.architecture.block_of(name) is not None]
+        n_values = sum(math.prod(base.tensors[name].shape) for name in names)
+        needed = (len(self.inputs.donors) - 1) * n_values * settings.dtype.itemsize
+        Memory(settings.device, settings.max_ram, settings.max_vram, needed)
 
     def _search_with_tests(self) -> None:
         search, config = self.search, self.config
@@ -136,14 +152,13 @@ class PathSession(Session):
     def _told(
         self, key: str, report: Callable[[Scorer, dict[str, str]], dict[str, Any]], halves: Halves
     ) -> dict[str, Any]:
-        """A search's report on held-out questions, or where there are none on those that did not pick; made once."""
-        if key not in self.record.values:
-            held = self.inputs.holdout
-            kind = HELD_OUT if held.datasets else SELECTION
-            questions = held if held.datasets else self.inputs.selection.part(halves.second)
-            self.observer.step(kind, key, 1)
-            n = sum(len(dataset.samples) for dataset in questions.datasets.values())
-            found = report(self._scorer(questions), self._modes)
-            self.record.update(None, **{key: found | {"questions": f"{n} {kind}"}})
+        """A search's report on held-out questions, or where there are none on those that did not pick; recorded."""
+        held = self.inputs.holdout
+        kind = HELD_OUT if held.datasets else SELECTION
+        questions = held if held.datasets else self.inputs.selection.part(halves.second)
+        self.observer.step(kind, key, 1)
+        n = sum(len(dataset.samples) for dataset in questions.datasets.values())
+        found = report(self._scorer(questions), self._modes)
+        self.record.update(None, **{key: found | {"questions": f"{n} {kind}"}})
         told: dict[str, Any] = self.record.values[key]
         return told

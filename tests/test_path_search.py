@@ -23,7 +23,7 @@ from olmfast.dataflow import execute
 from olmfast.dataflow.drawing import FACTORS, Space, distribution
 from olmfast.dataflow.hops import Hop
 from olmfast.errors import Interrupted
-from olmfast.testing import own_answers, tiny_model
+from olmfast.testing import own_answers, tiny_adapter, tiny_model
 
 N = 3
 SPACE = Space(("a", "b"), N, 2, True)
@@ -225,6 +225,18 @@ def test_the_blocks_of_all_models_have_to_fit_the_memory(tmp_path, monkeypatch):
     blocks = [t for name, t in load_file(material() / "models/b/model.safetensors").items() if ".layers." in name]
     assert asked == [sum(4 * t.numel() for t in blocks)]  # of the one beside the first
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_model_with_an_adapter_gives_its_blocks_and_is_named_with_it(tmp_path):
+    tiny_adapter(tmp_path / "lora", material() / "models/a", 3, spread=0.3, target_modules=["down_proj", "q_proj"])
+    dataflow = {"generations": 1, "population": 12, "passes": 1, "max_hops": 4}
+    models = ["a", f"a+{tmp_path / 'lora'}"]
+    run(searched(tmp_path, models=models, dataflow=dataflow, significance=False, validation=0.0))
+    file = tmp_path / "out" / "path.yml"
+    assert yaml.safe_load(file.read_text())["model_paths"][1][0].endswith("models/a+../lora")
+    execute(merge_config=str(file), output_path=str(tmp_path / "again"), dtype="float32")
+    made, again = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
+    assert all((made[name] == again[name]).all() for name in made)
 
 
 def test_blocks_of_one_model_alone(tmp_path):

@@ -142,12 +142,15 @@ class PathSession(Session):
             found = self.path_search
             sections.append(picture.front_markdown(self._told("paths", found.report, found.halves)))
             chosen = self.record.values.get("validation", {}).get("result") or [*self.record.snapshots][-1]
-            output, pool = self.config.output_dir, self.inputs.pool
-            places = [os.path.relpath(pool[name].folder, output) for name in found.space.models]
-            data = found.space.file(found.kept[chosen], places)
+            data = found.space.file(found.kept[chosen], [self._place(name) for name in found.space.models])
             with writing(folder, "--resume"):
                 write_text(folder / PATH, yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120))
         return sections
+
+    def _place(self, name: str) -> str:
+        """Where a model lies, and after a `+` each of its adapters, from the result's folder."""
+        folders = self.inputs.pool[name].folders
+        return "+".join(os.path.relpath(folder, self.config.output_dir) for folder in folders)
 
     def _told(
         self, key: str, report: Callable[[Scorer, dict[str, str]], dict[str, Any]], halves: Halves

@@ -202,7 +202,8 @@ def product_rate(pool: Pool, device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _least_memory(config: RunConfig, pool: Pool, stages: Mapping[str, Stage], n_entering: int) -> int:
-    """Values that must be held at once: the model, and for stacks one candidate of a unit and what enters its block."""
+    """Values that must be held at once: the model, the blocks of others where paths use them, and for stacks one
+    candidate of a unit and what enters its block."""
     shapes = {name: info.shape for name, info in pool[config.base_name].tensors.items()}
 
     def size(names: Iterable[str]) -> int:
@@ -210,7 +211,9 @@ def _least_memory(config: RunConfig, pool: Pool, stages: Mapping[str, Stage], n_
 
     stacked = [size(unit.tensors) for stage in stages.values() for unit in stage.units if len(unit.blocks) == 1]
     batched = config.scorer == "batched" and bool(stacked)
-    return size(pool.tensors) + (max(stacked) + n_entering if batched else 0)
+    in_blocks = size(name for name in pool.tensors if pool.architecture.block_of(name) is not None)
+    others = len(config.models) - 1 if config.dataflow is not None else 0  # whose blocks paths use too
+    return size(pool.tensors) + others * in_blocks + (max(stacked) + n_entering if batched else 0)
 
 
 def _stays(config: RunConfig, pool: Pool, stages: Mapping[str, Stage]) -> dict[str, int]:

@@ -118,6 +118,9 @@ def rebuild_command(
     models_dir: Annotated[
         Path | None, typer.Option("--models-dir", help="Where the donors are; default: where the run had them.")
     ] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="Of a joint pruning: the best model found of so many layers.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -126,7 +129,7 @@ def rebuild_command(
     from olmfast.terminal import merges
 
     with merges.Watcher(as_json) as observer:
-        done = rebuild(report, out, models_dir=models_dir, overwrite=overwrite, observer=observer)
+        done = rebuild(report, out, layers=layers, models_dir=models_dir, overwrite=overwrite, observer=observer)
     print(json.dumps(done.to_json(), indent=2) if as_json else done.account)
 
 

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from olmfast.errors import show
 
-Method = Literal["file", "similarity", "uniform", "drop", "bayes", "cma", "gradient"]
-SEARCHES = ("bayes", "cma", "gradient")
+Method = Literal["file", "similarity", "uniform", "drop", "bayes", "cma", "gradient", "joint"]
+SEARCHES = ("bayes", "cma", "gradient", "joint")
 PER_SUBJECT = 10  # questions of each subject of MMLU, that a search decides by or holds out
 SHOTS = 5  # worked examples before each question of MMLU, as many as a subject has
 
@@ -100,6 +100,8 @@ class Pruning(BaseModel):
             )
         if self.num_layer is None and self.count is None and self.alphas_file is None:
             raise ValueError("num_layer: say how many layers go (or count: how many become one)")
+        if self.way == "joint" and (self.alphas_file is not None or self.start is not None or self.count is not None):
+            raise ValueError("method joint: chooses the layers itself; leave alphas_file, start and count out")
         _ = self.terms
         return self
 

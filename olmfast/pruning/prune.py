@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,10 @@ from olmfast.static.write import Written, check_output, read_options, write_merg
 from olmfast.weights.recipe import Recipe
 
 if TYPE_CHECKING:
+    from olmfast.evaluation.blocks import BlockwiseModel
     from olmfast.evaluation.open import Questions, Settings
-    from olmfast.pruning.session import Searched
+    from olmfast.pruning.depths import Depths
+    from olmfast.pruning.session import Measured, Searched
     from olmfast.runs.mmlu import Board
 
 RESULTS = "mmlu_results.json"
@@ -74,15 +77,15 @@ def prune(
     command = command or f"prune: {pruning.model_dump(mode='json', exclude_unset=True)}"
     if pruning.is_search:
         from olmfast.pruning.questions import with_objective
-        from olmfast.pruning.session import search_alphas
+        from olmfast.pruning.session import search
 
         config = with_objective(config)
-        target, subjects = Target.open(config, evaluated=True), mmlu_of(pruning)
-        return search_alphas(
+        models, subjects = _open(config), mmlu_of(pruning)
+        return search(
             config,
-            target,
+            models,
             subjects,
-            lambda questions: _by_similarity(config, target, questions),
+            lambda questions: _measure(config, models, questions),
             resume=resume,
             overwrite=overwrite,
             command=command,
@@ -128,30 +131,43 @@ def _prune(config: RunConfig, overwrite: bool, command: str, observer: Observer)
 def plan_pruning(config: RunConfig, command: str = "") -> Plan:
     """What pruning would write, decided before any weight is read; alphas that are still to be found are 0.5."""
     pruning = _pruning(config)
+    if pruning.is_search:
+        models = _open(config)
+        notes, warnings = _plan_of_search(config, models), models.notes
+        content = models.content(models.example)
+        return Plan(f"pruned by {pruning.way}", models.pool, content, command, notes=notes, warnings=warnings)
     target = Target.open(config, evaluated=pruning.is_evaluated)
     known = _known(target)
     plan = plan_of(target, known or [0.5] * target.n_steps, command)
-    if pruning.is_search:
-        plan = replace(plan, notes=_plan_of_search(config, target))
-    elif known is None:
+    if known is None:
         last = target.first + target.n_steps
         note = f"Layers {target.first} to {last} become one; {_pruning(config).way} decides by which alphas"
         plan = replace(plan, notes=[note])
     return plan
 
 
-def _plan_of_search(config: RunConfig, target: Target) -> list[str]:
+def _open(config: RunConfig) -> Target | Depths:
+    from olmfast.pruning.depths import Depths
+
+    return Depths.open(config) if _pruning(config).way == "joint" else Target.open(config, evaluated=True)
+
+
+def _plan_of_search(config: RunConfig, models: Target | Depths) -> list[str]:
     """What a search would go by, in lines; its questions are read."""
     from olmfast.pruning.questions import Divided, with_objective
     from olmfast.pruning.session import DEFAULT_BUDGET
 
     config = with_objective(config)
-    sizes = Divided.load(config, target.base).sizes()
+    sizes = Divided.load(config, models.base).sizes()
     budget = config.budget or DEFAULT_BUDGET
     limit = f"{budget.evaluations} evaluations" if budget.evaluations else f"{budget.seconds:g} s"
-    last = target.first + target.n_steps
+    if isinstance(models, Target):
+        last, way = models.first + models.n_steps, models.pruning.way
+        what = f"Layers {models.first} to {last} become one; {way} searches their alphas within {limit}"
+    else:
+        what = f"{models.n_steps} of {models.n_blocks} layers go; which, and into what, is searched within {limit}"
     return [
-        f"Layers {target.first} to {last} become one; {target.pruning.way} searches their alphas within {limit}",
+        what,
         *(f"{name}: {decide} questions decide, {held} are held out" for name, (decide, held) in sizes.items()),
     ]
 
@@ -233,28 +249,40 @@ def _calibration(target: Target) -> list[str]:
 def _similarities(config: RunConfig, target: Target, texts: Sequence[str]) -> np.ndarray:
     """NPIB of each two layers, on these texts."""
     from olmfast.evaluation.open import load_tokenizer
-
-    tokenizer, _ = load_tokenizer(target.base)
-    return _npib(config, target, [tuple(tokenizer(text)["input_ids"]) for text in texts])
-
-
-def _npib(config: RunConfig, target: Target, inputs: Sequence[tuple[int, ...]]) -> np.ndarray:
-    from olmfast.evaluation.blocks import BlockwiseModel
-    from olmfast.evaluation.open import Evaluation
     from olmfast.pruning.similarity import entering, similarities
 
-    model = Evaluation(target.whole, target.pool, _settings(config)).model
-    with torch.inference_mode():
-        blockwise = BlockwiseModel(model.module, model.architecture)
-        return similarities(entering(blockwise, [own[-model.context :] for own in inputs], config.batch_tokens))
+    tokenizer, _ = load_tokenizer(target.base)
+    inputs = [tuple(tokenizer(text)["input_ids"]) for text in texts]
+    with _taken_apart(config, target) as blockwise:
+        return similarities(entering(blockwise, _fitting(blockwise, inputs), config.batch_tokens))
 
 
-def _by_similarity(config: RunConfig, target: Target, questions: Questions) -> tuple[float, ...] | None:
-    """The alphas of similarity on the prompts of some questions; None where these are too few."""
-    from olmfast.pruning.similarity import OF_ENTROPY, alphas_by
+def _measure(config: RunConfig, models: Target | Depths, questions: Questions) -> Measured:
+    """The alphas of similarity on some questions' prompts, unless these are too few, and the layers' influence."""
+    from olmfast.pruning.session import Measured
+    from olmfast.pruning.similarity import OF_ENTROPY, alphas_by, entering, influences, similarities
 
     prompts = {sample.prompt: None for dataset in questions.datasets.values() for sample in dataset.samples}
-    inputs = [prompt for prompt in prompts if len(prompt) > 1][:MOST_ASKED]
-    if len(inputs) <= OF_ENTROPY:
-        return None
-    return tuple(alphas_by(_npib(config, target, inputs), target.steps))
+    alphas, n, n_steps = None, models.base.architecture.n_blocks, models.n_steps
+    steps = models.steps if isinstance(models, Target) else files.steps_of(n - n_steps - 1, n_steps)
+    with _taken_apart(config, models) as blockwise:
+        inputs = _fitting(blockwise, [prompt for prompt in prompts if len(prompt) > 1][:MOST_ASKED])
+        if len(inputs) > OF_ENTROPY:
+            alphas = alphas_by(similarities(entering(blockwise, inputs, config.batch_tokens)), steps)
+        influence = influences(blockwise, inputs or list(prompts), config.batch_tokens)
+    return Measured(alphas, influence)
+
+
+def _fitting(blockwise: BlockwiseModel, inputs: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    return [ids[-blockwise.context :] for ids in inputs]
+
+
+@contextmanager
+def _taken_apart(config: RunConfig, models: Target | Depths) -> Iterator[BlockwiseModel]:
+    """The whole model, block by block; no gradients."""
+    from olmfast.evaluation.blocks import BlockwiseModel
+    from olmfast.evaluation.open import Evaluation
+
+    model = Evaluation(models.whole, models.pool, _settings(config)).model
+    with torch.inference_mode():
+        yield BlockwiseModel(model.module, model.architecture)

@@ -38,6 +38,21 @@ def entering(blockwise: BlockwiseModel, inputs: Sequence[Sequence[int]], batch_t
     return found
 
 
+def influences(blockwise: BlockwiseModel, inputs: Sequence[Sequence[int]], batch_tokens: int) -> list[float]:
+    """How much each layer changes: 1 - the cosine of what enters and leaves it, a mean over all tokens (ShortGPT, Men
+    et al., arXiv 2403.03853)."""
+    totals, n_tokens = [0.0] * len(blockwise.blocks), sum(map(len, inputs))
+    for batch in make_batches([len(ids) for ids in inputs], batch_tokens):
+        hidden = blockwise.enter(blockwise.pad([inputs[index] for index in batch]))
+        for block in range(len(blockwise.blocks)):
+            leaving = blockwise.run(hidden, block, block + 1)
+            cosines = torch.nn.functional.cosine_similarity(hidden.double(), leaving.double(), dim=2)
+            for row, index in enumerate(batch):
+                totals[block] += float((1 - cosines[row, : len(inputs[index])]).sum())
+            hidden = leaving
+    return [total / n_tokens for total in totals]
+
+
 def similarities(states: torch.Tensor) -> np.ndarray:
     """(layers, layers) float64, NPIB of each two layers, from what enters them (layers, points, hidden).
 

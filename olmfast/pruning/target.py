@@ -68,7 +68,7 @@ class Target:
             layers = one_of_run(name, base.architecture.n_blocks, first, tried)
             edits = config_edits(base, pool, layers, skeletons)
             found = cls(pruning, pool, first, n_steps, edits, given, ())
-            content = found.content(found.recipe(weights_of((0.5,) * n_steps)))
+            content = found.content(found.example)
             notes = check_loads(base, content.config, content.tensors, skeletons)
         return cls(pruning, pool, first, n_steps, edits, given, (*pool.warnings, *notes))
 
@@ -86,6 +86,11 @@ class Target:
     def whole(self) -> Recipe:
         """The model as it is."""
         return whole(self.base.name, self.pool.tensors)
+
+    @property
+    def example(self) -> Recipe:
+        """A result: every alpha a half."""
+        return self.recipe(weights_of((0.5,) * self.n_steps))
 
     @property
     def unit(self) -> Unit:

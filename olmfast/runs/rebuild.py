@@ -53,15 +53,18 @@ class _Report:
     choices: Choices | None
 
     @classmethod
-    def read(cls, path: Path) -> _Report:
-        """A report, or the folder of one. Where a run's log lies beside it, the log is read: it is never behind.
+    def read(cls, path: Path, layers: int | None = None) -> _Report:
+        """A report, or the folder of one; `layers`: of the model of so many layers on the front of a joint pruning.
 
-        Raises InputError for what is no report, or for one that says nothing of a model yet.
+        Where a run's log lies beside it, the log is read: it is never behind.
+
+               Raises InputError for what is no report, or for one that says nothing of a model yet.
         """
         path = path / REPORT if path.is_dir() else path
         if path.name == REPORT and (path.parent / STEPS).is_file():
             record = Record.load(path.parent)
-            return cls._ours(path, record.header, record.validated or record.recipe)
+            found = record.validated or record.recipe
+            return cls._ours(path, record.header, found if layers is None else _on_front(path, record.values, layers))
         data = read_report(path)
         if "olmfast" not in data:
             choices = Choices.read(data)
@@ -71,6 +74,8 @@ class _Report:
             return cls(path, dict.fromkeys(names), {}, SHARD_SIZE, None, choices)
         own = data["olmfast"]
         try:
+            if layers is not None:
+                return cls._ours(path, own, _on_front(path, own, layers))
             chosen = own.get("validation", {}).get("result")
             recipe = own.get("recipe") if chosen is None else own[SNAPSHOT + chosen]
             return cls._ours(path, own, None if recipe is None else Recipe.from_json(recipe))
@@ -108,10 +113,20 @@ class _Report:
         return pool
 
 
+def _on_front(path: Path, values: Mapping[str, Any], layers: int) -> Recipe:
+    """The model of so many layers that a joint pruning found. Raises InputError where it found none."""
+    front = values.get("pruned", {}).get("front", {})
+    if str(layers) not in front:
+        told = f"it has {', '.join(front)}" if front else "it is not that of a joint pruning"
+        raise InputError(f"{path}: no model of {layers} layers is on its front; {told}")
+    return Recipe.from_json(front[str(layers)]["recipe"])
+
+
 def rebuild(
     report: str | Path,
     output: str | Path,
     *,
+    layers: int | None = None,
     models_dir: str | Path | None = None,
     overwrite: bool = False,
     observer: Observer | None = None,
@@ -125,7 +140,7 @@ def rebuild(
     Raises InputError, before anything is written, for a report that says nothing of a model, a donor that is missing
     or has changed, a refined tensor that is missing, or an output that is there (unless `overwrite`).
     """
-    found = _Report.read(Path(report))
+    found = _Report.read(Path(report), layers)
     pool = found.pool(Path(models_dir) if models_dir is not None else None)
     recipe = found.recipe or (found.choices.recipe(pool)[0] if found.choices is not None else None)
     assert recipe is not None

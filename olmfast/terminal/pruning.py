@@ -47,7 +47,11 @@ def prune_command(
     ngpu: Annotated[int | None, typer.Option("--ngpu", "-g", help="Ignored; see --device.")] = None,
     method: Annotated[
         str | None,
-        typer.Option("--method", help="file, similarity, uniform, drop, cma, bayes or gradient."),
+        typer.Option("--method", help="file, similarity, uniform, drop, cma, bayes, gradient or joint."),
+    ] = None,
+    pool: Annotated[
+        list[str] | None,
+        typer.Option("--pool", metavar="MODEL", help="A donor of layers, for joint; several may be given."),
     ] = None,
     merge: Annotated[
         str, typer.Option("--merge", help="What is merged of a layer: projections, or all of it.")
@@ -106,7 +110,7 @@ def prune_command(
     options = {"device": device, "dtype": dtype, "seed": seed, "budget": budget}
     loaded = parse_config(
         {
-            "models": [model_path],
+            "models": [model_path, *(pool or [])],
             "models_dir": ".",
             "output_dir": output_dir or default_output(model_path, section),
             "prune": section,
@@ -182,6 +186,9 @@ def _search(config: RunConfig, *, as_json: bool, **options: Any) -> None:
     for title, board in (("Questions that decided", done.selection), ("Held-out questions", done.holdout)):
         if board.rows:
             print_comparison(board, title)
-    print("alphas " + ", ".join(f"{alpha:.4f}" for alpha in done.alphas))
+    if done.alphas:
+        print("alphas " + ", ".join(f"{alpha:.4f}" for alpha in done.alphas))
+    for layers, found in done.front.items():
+        print(f"{layers} layers: {found['objective']:.4f}, without {', '.join(map(str, found['gone']))}")
     left = "" if done.status == "finished" else "; the budget is spent, --resume with a larger one continues"
     print(f"{os.path.relpath(done.output_dir)}: {done.status}{left}")

@@ -23,10 +23,11 @@ from olmfast.search.acceptance import Gain, Scale, passes
 from olmfast.search.crossfit import CrossFit
 from olmfast.search.halves import Halves, set_aside
 from olmfast.testing import own_answers, skilled_run, tiny_model, tiny_run
+from olmfast.weights.by_row import by_row
 from olmfast.weights.coefficients import task_vectors
 from olmfast.weights.expressions import Copy, merge, whole
 from olmfast.weights.pool import Pool
-from olmfast.weights.sources import Sources
+from olmfast.weights.sources import Sources, expression_from_json
 
 SCALE = Scale({"a": (0.2, 1.0), "b": (0.0, 0.5)})
 
@@ -156,6 +157,46 @@ def test_coefficients_are_read_back_from_the_expressions_they_make(names, family
     step = vectors.moved(recipe.with_values({name: other}), halves)
     wanted = sources.value(other).double() + sum(0.5 * (values[donor] - anchor) for donor in vectors.donors)
     torch.testing.assert_close(sources.value(step[name]).double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("names", [("base", "tune1", "tune2"), ("tune1", "tune2", "tune3")])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_rows_move_by_coefficients_of_their_own(names, axis, family, monkeypatch):
+    monkeypatch.setattr("olmfast.weights.chunks.TASK_CHUNK", 100)  # chunks end within the tensor
+    pool = Pool.open(list(names), family, family)
+    vectors = task_vectors(pool, names, None, names[0], pool.architecture.is_ignored)
+    sources, recipe = Sources(pool, family), whole(names[1], pool.tensors)
+    name = "model.layers.1.mlp.up_proj.weight"
+    n = pool[names[0]].tensors[name].shape[axis]
+    rows = {name: (n, axis)}
+    n_columns = len(vectors.tensors) - 1 + n
+    begin = vectors.tensors.index(name)
+    offsets = torch.randn(len(vectors.donors), n_columns, generator=torch.Generator().manual_seed(1)).double()
+    moved = vectors.moved(recipe, offsets, rows)
+    assert moved.keys() == set(vectors.tensors)
+    again = vectors.moved(recipe.with_values(moved), 0.5 * offsets, rows)
+    values = {donor: pool[donor].read(name).double() for donor in names}
+    anchor = values[vectors.anchor] if vectors.anchor else sum(values.values()) / len(values)
+    own = offsets[:, begin : begin + n]
+    for made, factor in ((moved, 1.0), (again, 1.5)):
+        expected = values[names[1]] + sum(
+            factor * x.unsqueeze(1 - axis) * (values[donor] - anchor)
+            for donor, x in zip(vectors.donors, own, strict=True)
+        )
+        torch.testing.assert_close(sources.value(made[name]).double(), expected, rtol=1e-5, atol=1e-6)
+        told = json.loads(json.dumps(made[name].to_json()))
+        assert expression_from_json(told) == made[name]
+    other = "model.norm.weight" if "model.norm.weight" in moved else vectors.tensors[0]
+    alone = vectors.moved(recipe, torch.cat([offsets[:, :begin], own[:, :1], offsets[:, begin + n :]], dim=1))
+    assert moved[other] == alone[other]  # what has no rows of its own moves as ever
+
+
+def test_coefficients_of_other_rows_than_a_tensor_has_are_refused(family):
+    pool = Pool.open(["base", "tune1"], family, family)
+    name = "model.layers.1.mlp.up_proj.weight"
+    wrong = by_row(Copy("base", name), [Copy("tune1", name)], None, torch.zeros(1, 5), 0)
+    with pytest.raises(ValueError, match="coefficients of 5 rows for a tensor of shape"):
+        wrong.open(Sources(pool, family))
 
 
 def test_distances_are_those_of_the_task_vectors(family):
@@ -319,7 +360,7 @@ def test_an_ancestor_in_a_search_by_stages_is_an_error(tmp_path):
 def test_stages_that_are_switched_on_as_well_are_tested_too_and_a_generation_offers_its_sum(tmp_path):
     keys = {"search": "joint", "es_norm": True, "es_norm_generations": 1, "es_norm_sigma": 0.2}
     keys["units"] = ["model.layers.1.mlp.down_proj"]
-    steps = run(skilled_run(tmp_path, n=20, budget=250, **keys)).record.steps
+    steps = run(skilled_run(tmp_path, n=20, budget=600, **keys)).record.steps
     generation = {key: one for key, one in steps.items() if "/norm_es/0" in key}
     assert any(key.endswith("/sum") for key in generation) or any(one.changed for one in generation.values())
     assert all(one.tested or not one.changed for one in generation.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,6 +78,27 @@ def test_slopes_block_by_block_are_those_through_the_whole_module(family, tmp_pa
     for name, values in plain.along.items():
         torch.testing.assert_close(fast.along[name], values, rtol=1e-7, atol=1e-9 * size)
     assert size > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_slopes_along_rows_are_shares_of_those_along_their_tensor(family, tmp_path):
+    world = World(tmp_path, family)
+    axes = {
+        name: world.pool.architecture.row_axis(name)
+        for name in world.directions
+        if len(world.pool["d0"].tensors[name].shape) == 2 and world.pool.architecture.block_of(name) is not None
+    }
+    by_row = {name: [replace(one, axis=axes.get(name)) for one in own] for name, own in world.directions.items()}
+    more = (world.samples, world.weights, world.teachers)
+    whole = world.fast.slopes(world.moved(0.3, 0.2), world.directions, *more).along
+    plain, fast = (one.slopes(world.moved(0.3, 0.2), by_row, *more).along for one in (world.plain, world.fast))
+    size = max(float(values.abs().max()) for values in whole.values())
+    assert len(axes) >= 8
+    for name in by_row:
+        expected = (2, world.pool["d0"].tensors[name].shape[axes[name]]) if name in axes else (2,)
+        assert tuple(fast[name].shape) == expected
+        torch.testing.assert_close(fast[name], plain[name], rtol=1e-7, atol=1e-9 * size)
+        torch.testing.assert_close(fast[name].view(2, -1).sum(dim=1), whole[name], rtol=1e-7, atol=1e-9 * size)
 
 
 def test_a_slope_is_what_a_small_step_changes_the_loss_by(tmp_path):

@@ -42,15 +42,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Direction:
-    """From one value of a tensor to another: `end` - `begin`."""
+    """From one value of a tensor to another: `end` - `begin`; with an `axis`, each row along it is a direction."""
 
     begin: Expression
     end: Expression
+    axis: int | None = None
 
 
 @dataclass(frozen=True)
 class Slopes:
-    """`losses` maps a dataset to its questions' mean loss; `along` a tensor to its slopes (directions,), float64."""
+    """`losses` maps a dataset to its questions' mean loss; `along` a tensor to its slopes, float64:
+    (directions,), or (directions, rows) where these have an axis."""
 
     losses: dict[str, float]
     along: dict[str, torch.Tensor]

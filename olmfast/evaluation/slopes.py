@@ -2,8 +2,8 @@
 
 The loss of a question is the mean cross-entropy of its lesson's tokens (`lessons.py`), whatever its dataset's mode:
 every mode that has an expected answer falls as that does. The slope along a direction D of a weight W is <dL/dW, D>
-(Frobenius). Weights' gradients exist a block at a time: what enters each block is kept, and each block is computed
-again on the way back (Chen et al., arXiv 1604.06174).
+(Frobenius); along a row of it, that row's share of this. Weights' gradients exist a block at a time: what enters each
+block is kept, and each block is computed again on the way back (Chen et al., arXiv 1604.06174).
 """
 
 from __future__ import annotations
@@ -129,7 +129,9 @@ class _Collected:
         self, model: WorkingModel, directions: Mapping[str, Sequence[Direction]], questions: Questions
     ) -> None:
         self.model, self.directions = model, directions
-        self.along = {name: torch.zeros(len(own), dtype=torch.float64) for name, own in directions.items()}
+        self.along = {
+            name: torch.zeros(len(own), *self._rows(name, own), dtype=torch.float64) for name, own in directions.items()
+        }
         self.losses: dict[str, list[float]] = {name: [] for name, _, _ in questions}
         self._named = model.parameters_of(directions)
 
@@ -157,8 +159,14 @@ class _Collected:
                 wide = torch.promote_types(gradient.dtype, torch.float32)
                 for i, direction in enumerate(self.directions[name]):
                     difference = self.model.difference(direction.begin, direction.end, wide)
-                    self.along[name][i] += float((gradient.to(wide) * difference).sum(dtype=torch.float64))
+                    product = gradient.to(wide) * difference
+                    others = [d for d in range(product.dim()) if direction.axis is not None and d != direction.axis]
+                    self.along[name][i] += product.sum(others or None, dtype=torch.float64).cpu()
             parameter.grad = None
+
+    def _rows(self, name: str, directions: Sequence[Direction]) -> tuple[int, ...]:
+        axes = {direction.axis for direction in directions}
+        return tuple(self.model.live(name).shape[axis] for axis in axes if axis is not None)
 
     def add_loss(self, dataset: str, loss: float) -> None:
         """Enter the loss of a question."""

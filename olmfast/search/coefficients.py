@@ -1,6 +1,7 @@
 """Moves of the donors' coefficients: along the gradient, by CMA-ES, and of one donor in one block at a time.
 
-Offsets from the current coefficients are (donors, groups), where the tensors of a group move together.
+Offsets from the current coefficients are (donors, columns), a column for each tensor, or for each row of a block's
+matrices; the columns of a group move together.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from olmfast.search.halves import Indices
 from olmfast.search.loop import GRADIENT, Search, Step, Trained
 from olmfast.search.sampling import Point, Sampler
 from olmfast.weights.architecture import Architecture, Unit
-from olmfast.weights.coefficients import TaskVectors
+from olmfast.weights.coefficients import NONE, ByRows, TaskVectors
 from olmfast.weights.draws import normal
 from olmfast.weights.expressions import Copy, whole
 from olmfast.weights.sources import Expression
 
-# Grain -> gradient steps: each third of the depth, its attention and its MLP apart; each tensor.
-GRAINS = {"part": 16, "tensor": 60}
-RATE = 0.1  # how far a coefficient moves in a step of a steady gradient
+# Grain -> gradient steps: each third of the depth, its attention and its MLP apart; each row of a matrix; each tensor.
+GRAINS = {"part": 16, "row": 100, "tensor": 60}
+# How far a coefficient moves in a step of a steady gradient: what few questions say of a row is mostly luck.
+RATES = {"part": 0.1, "row": 0.05, "tensor": 0.1}
 BATCH = 6  # questions of each dataset in a gradient step
 DECAYS = 0.9, 0.99  # of the gradient's means, Adam (arXiv 1412.6980)
 SIGMA = 0.15  # of CMA-ES at first
@@ -71,40 +73,52 @@ class Coefficients:
         def propose() -> list[Candidate]:
             if is_first:
                 self.search.count_lessons(self.teachers)
-            return self._trained(
-                [self._follow(half, name, grain, number) for half, name in zip(halves, "12", strict=True)]
-            )
+            found = [self._follow(half, name, grain, number) for half, name in zip(halves, "12", strict=True)]
+            return self._trained(found, self._rows(grain))
 
         key = f"gradient/{grain}/{number}"
         return self._take_trained(key, "gradient", grain, cost + is_first, propose)
 
     def _follow(self, half: Indices, name: str, grain: str, number: int) -> torch.Tensor:
-        """Offsets (donors, tensors) after a descent on a half's questions: the mean over its second half of steps."""
-        groups, steps = self._groups(grain), GRAINS[grain]
+        """Offsets (donors, columns) after a descent on a half's questions: the mean over its second half of steps."""
+        groups, steps, rate, rows = self._groups(grain), GRAINS[grain], RATES[grain], self._rows(grain)
         batches = self._batches(self._counting(half), steps, f"{name}/{grain}/{number}")
         offsets = torch.zeros(len(self.vectors.donors), int(groups.max()) + 1, dtype=torch.float64)
         first, second, total = torch.zeros_like(offsets), torch.zeros_like(offsets), torch.zeros_like(offsets)
         for step, questions in enumerate(batches, 1):
-            slopes = self._slopes(offsets[:, groups], questions)
+            slopes = self._slopes(offsets[:, groups], questions, rows)
             # Slopes that overflowed say nothing of where to go.
             gradient = torch.zeros_like(offsets).index_add_(1, groups, slopes.nan_to_num(0.0, 0.0, 0.0))
             first = DECAYS[0] * first + (1 - DECAYS[0]) * gradient
             second = DECAYS[1] * second + (1 - DECAYS[1]) * gradient.square()
             size = (second / (1 - DECAYS[1] ** step)).sqrt()
-            offsets = offsets - RATE * first / (1 - DECAYS[0] ** step) / (size + 1e-12)
+            offsets = offsets - rate * first / (1 - DECAYS[0] ** step) / (size + 1e-12)
             if step > steps // 2:
                 total += offsets
         return (total / (steps - steps // 2))[:, groups]
 
-    def _slopes(self, offsets: torch.Tensor, questions: Indices) -> torch.Tensor:
-        """The loss's slopes by the coefficients, (donors, tensors) float64."""
-        vectors, reference = self.vectors, self.vectors.reference
+    def _slopes(self, offsets: torch.Tensor, questions: Indices, rows: ByRows) -> torch.Tensor:
+        """The loss's slopes by the coefficients, (donors, columns) float64."""
+        vectors, reference, n = self.vectors, self.vectors.reference, len(self.vectors.donors)
+        axes = {name: rows[name][1] if name in rows else None for name in vectors.tensors}
         directions = {
-            name: [Direction(Copy(reference, name), Copy(donor, name)) for donor in vectors.donors]
-            for name in vectors.tensors
+            name: [Direction(Copy(reference, name), Copy(donor, name), axis) for donor in vectors.donors]
+            for name, axis in axes.items()
         }
-        found = self.search.slopes(vectors.moved(self.search.recipe, offsets), directions, questions, self.teachers)
-        return vectors.from_reference(torch.stack([found.along[name] for name in vectors.tensors], dim=1))
+        values = vectors.moved(self.search.recipe, offsets, rows)
+        found = self.search.slopes(values, directions, questions, self.teachers)
+        return vectors.from_reference(torch.cat([found.along[name].view(n, -1) for name in vectors.tensors], dim=1))
+
+    def _rows(self, grain: str) -> ByRows:
+        """The matrices whose rows move apart: those of the blocks. Words that no question has say nothing of theirs."""
+        if grain != "row":
+            return NONE
+        search, found = self.search, {}
+        for name in self.vectors.tensors:
+            if search.is_matrix(name) and search.architecture.block_of(name) is not None:
+                axis = search.architecture.row_axis(name)
+                found[name] = search.sources.pool[self.vectors.reference].tensors[name].shape[axis], axis
+        return found
 
     def _batches(self, questions: Indices, n: int, address: str) -> Iterator[Indices]:
         """n batches of `BATCH` questions of each dataset, all of which come round before one comes again."""
@@ -127,7 +141,7 @@ class Coefficients:
         means = []
         for half, name in zip(self.crossfit.halves, "12", strict=True):
             means.append(self._sample(half, f"{key}/{name}", grain, n_donors, n_groups)[:, groups])
-        return self._take_trained(key, "evolution", grain, 0.0, lambda: self._trained(means))
+        return self._take_trained(key, "evolution", grain, 0.0, lambda: self._trained(means, NONE))
 
     def _sample(self, half: Indices, key: str, grain: str, n_donors: int, n_groups: int) -> torch.Tensor:
         groups = self._groups(grain)
@@ -175,18 +189,19 @@ class Coefficients:
         unit = Unit(grain, "model", self.unit.tensors, self.unit.blocks)
         return self.search.take(Step(key, stage, unit, propose, trained=Trained(cost))).changed
 
-    def _trained(self, offsets: Sequence[torch.Tensor]) -> list[Candidate]:
+    def _trained(self, offsets: Sequence[torch.Tensor], rows: ByRows) -> list[Candidate]:
         """The incumbent, what each half led to, and the mean of both."""
         recipe, labels = self.search.recipe, ("by the first half", "by the second half", "mean of both")
         every = [*offsets, torch.stack(list(offsets)).mean(dim=0)]
-        moved: list[dict[str, Expression]] = [self.vectors.moved(recipe, own) for own in every]
+        moved: list[dict[str, Expression]] = [self.vectors.moved(recipe, own, rows) for own in every]
         return [Candidate("current"), *(Candidate(label, own) for label, own in zip(labels, moved, strict=True))]
 
     def _groups(self, grain: str) -> torch.Tensor:
-        """The group that each tensor belongs to, (tensors,)."""
+        """The group that each column belongs to, (columns,)."""
         tensors = self.vectors.tensors
-        if grain == "tensor":
-            return torch.arange(len(tensors))
+        if grain in ("tensor", "row"):
+            rows = self._rows(grain)
+            return torch.arange(sum(rows[name][0] if name in rows else 1 for name in tensors))
         if grain == "model":
             return torch.zeros(len(tensors), dtype=torch.long)
         architecture = self.search.architecture

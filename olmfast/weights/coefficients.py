@@ -14,12 +14,16 @@ from functools import cached_property
 
 import torch
 
+from olmfast.weights.by_row import ByRow, by_row
 from olmfast.weights.chunks import Operands
 from olmfast.weights.expressions import Copy, Merge, merge
 from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Recipe
 from olmfast.weights.sources import Expression
 
+# Tensors whose rows have coefficients of their own -> how many rows, and the axis along which they are counted.
+ByRows = Mapping[str, tuple[int, int]]
+NONE: ByRows = {}
 NEARER = 0.85  # an ancestor's distance to its fine-tunes, as a share of their distances from each other: 0.71 in theory
 
 
@@ -65,13 +69,29 @@ class TaskVectors:
             return merge("linear", terms, weight=tuple(weight + rest for weight in weights), normalize=False)
         return merge("task_arithmetic", terms, self.anchor_of(tensor), weight=weights)
 
-    def moved(self, recipe: Recipe, offsets: torch.Tensor) -> dict[str, Expression]:
-        """The recipe's tensors with offsets (donors, tensors) added to their coefficients; those at 0 are left out."""
-        return {
-            name: self._moved(recipe.tensors[name], name, own)
-            for name, own in self._columns(offsets)
-            if any(x != 0 for x in own)
-        }
+    def moved(self, recipe: Recipe, offsets: torch.Tensor, rows: ByRows = NONE) -> dict[str, Expression]:
+        """The recipe's tensors with offsets added to their coefficients; those at 0 are left out.
+
+        `offsets` are (donors, columns): a column for each tensor, in their order, or one for each of its `rows`.
+        """
+        found: dict[str, Expression] = {}
+        widths = [rows[name][0] if name in rows else 1 for name in self.tensors]
+        for name, own in zip(self.tensors, offsets.split(widths, dim=1), strict=True):
+            if bool(own.any()):
+                current = recipe.tensors[name]
+                if name in rows:
+                    found[name] = self._moved_by_row(current, name, own, rows[name][1])
+                else:
+                    found[name] = self._moved(current, name, own[:, 0].tolist())
+        return found
+
+    def _moved_by_row(self, current: Expression, tensor: str, offsets: torch.Tensor, axis: int) -> Expression:
+        terms = tuple(Copy(donor, tensor) for donor in self.donors)
+        base = None if self.anchor is None else self.anchor_of(tensor)
+        numbers = self.from_reference(offsets)
+        if isinstance(current, ByRow) and (current.terms, current.base, current.axis) == (terms, base, axis):
+            return current.plus(numbers)
+        return by_row(current, terms, base, numbers, axis)
 
     def _moved(self, current: Expression, tensor: str, offsets: Sequence[float]) -> Expression:
         known = self.coefficients_of(current, tensor)

@@ -47,9 +47,7 @@ class ByRow(Expression):
         """See `Expression.from_json`."""
         base = expression_from_json(entry["base"]) if "base" in entry else None
         terms = tuple(map(expression_from_json, entry["terms"]))
-        return cls(
-            expression_from_json(entry["by_row"]), terms, base, b64decode(entry["coefficients"]), entry["axis"]
-        )
+        return cls(expression_from_json(entry["by_row"]), terms, base, b64decode(entry["coefficients"]), entry["axis"])
 
     @property
     def numbers(self) -> torch.Tensor:

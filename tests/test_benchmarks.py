@@ -125,6 +125,14 @@ def test_a_foreign_script_merges_with_the_kernels(example):
     ]  # fmt: skip
 
 
+def test_the_ways_to_prune_are_compared(example, tmp_path):
+    example(EXAMPLES / "pruning" / "pool.py", "--steps", 1, "--questions", 40, "--out", tmp_path)
+    printed = example(EXAMPLES / "pruning" / "ways.py", tmp_path, "--budget", 4, "--samples", 20)
+    labels = [line.split(" |")[0].strip("| ") for line in printed.splitlines() if line.startswith("| ")]
+    assert labels == ["model", "original", "drop", "uniform", "similarity", "searched", "joint"]
+    assert re.search(r"^joint against searched: [-+]\d+\.\d+ ± \d+\.\d+ lower$", printed, re.MULTILINE)
+
+
 def test_no_example_is_forgotten():
-    known = {"foreign_merge.py", "compare.py", "fresh.py", "skills.py", "train.py"}
+    known = {"foreign_merge.py", "compare.py", "fresh.py", "skills.py", "train.py", "pool.py", "ways.py"}
     assert {path.name for path in EXAMPLES.rglob("*.py")} == known

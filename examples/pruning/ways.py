@@ -27,14 +27,14 @@ SKILLS = ("arithmetic", "sorting", "grammar")
 Z = 1.96  # standard errors on each side of a 95 % interval
 
 
-def pruned(folder: Path, method: str, remove: int, budget: int, **section: Any) -> Path:
+def pruned(folder: Path, method: str, remove: int, budget: int, samples: int, **section: Any) -> Path:
     """Prune by a method, unless that was done before; the result's folder."""
     out = folder / "pruned" / method
     if not (out / "config.json").is_file():
         names = ["base", *(["arithmetic", "sorting"] if method == "joint" else [])]
         data: dict[str, Any] = {"models": names, "models_dir": "models", "output_dir": str(out), "device": "cpu"}
         if method in ("cma", "joint"):
-            data["dataset"] = {f"data/{skill}.json": {"mode": "exact"} for skill in SKILLS}
+            data["dataset"] = {f"data/{skill}.json": {"mode": "exact", "samples": samples} for skill in SKILLS}
             data["budget"] = budget
             section["holdout"] = 0
         data["prune"] = {"method": method, "num_layer": remove, **section}
@@ -80,13 +80,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--remove", type=int, default=4, help="layers that go")
     parser.add_argument("--budget", type=int, default=200, help="evaluations of each search")
+    parser.add_argument("--samples", type=int, default=160, help="questions of each skill at most")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     folder, remove = arguments.folder.absolute(), arguments.remove
     models = {"original": folder / "models" / "base"}
     for method, label in (("drop", "drop"), ("uniform", "uniform"), ("cma", "searched"), ("joint", "joint")):
         began = time.process_time()
-        models[label] = pruned(folder, method, remove, arguments.budget)
+        models[label] = pruned(folder, method, remove, arguments.budget, arguments.samples)
         print(f"{label}: {time.process_time() - began:.0f} CPU s", flush=True)
     measured = json.loads((models["searched"] / "merge_report.json").read_text())["olmfast"]["measured"]
     last = 12 - 1
@@ -95,10 +96,13 @@ def main() -> None:
         for k, alpha in enumerate(measured["alphas"])
     ]
     (folder / "similarity.json").write_text(json.dumps(entries, indent=2))
-    similar = pruned(folder, "file", remove, 0, alphas_file=str(folder / "similarity.json"))
+    similar = pruned(folder, "file", remove, 0, 0, alphas_file=str(folder / "similarity.json"))
     models = {**models, "similarity": similar}
     order = ("original", "drop", "uniform", "similarity", "searched", "joint")
-    files = {str(folder / "data" / f"{skill}_holdout.json"): {"mode": "exact"} for skill in SKILLS}
+    files = {
+        str(folder / "data" / f"{skill}_holdout.json"): {"mode": "exact", "samples": arguments.samples}
+        for skill in SKILLS
+    }
     board = Scoreboard([])
     for label in order:
         own = evaluate(models[label], files, device="cpu", dtype="float32")
@@ -106,14 +110,16 @@ def main() -> None:
         board.rows[label], board.accuracy[label] = own.rows[name], own.accuracy[name]
         board.samples[label] = own.samples[name]
     texts = {skill: json.loads((folder / "data" / f"{skill}_holdout.json").read_text()) for skill in SKILLS}
-    asked = [item["conversation"][0]["value"] for items in texts.values() for item in items[:60]]
+    asked = [item["conversation"][0]["value"] for items in texts.values() for item in items[: arguments.samples // 3]]
     heads = ("model", "cross-entropy of answers", "arithmetic right", "all right", "perplexity: answers, questions")
     print(f"| {' | '.join(heads)} | parameters | tokens/s |")
     print("|---|---|---|---|---|---|---|")
     for label in order:
         losses = list(board.rows[label].values())
         mean, right = math.fsum(losses) / len(losses), list(board.accuracy[label].values())
-        spread = sum(float(board.scores_of([label], name)[0].var()) / 160 for name in board.datasets)
+        spread = sum(
+            float(board.scores_of([label], name)[0].var()) / len(board.samples[label][name]) for name in board.datasets
+        )
         n, rate = speed(models[label])
         ppl = math.exp(text_loss(models[label], asked))
         print(

@@ -76,7 +76,7 @@ class TaskVectors:
         """
         found: dict[str, Expression] = {}
         widths = [rows[name][0] if name in rows else 1 for name in self.tensors]
-        for name, own in zip(self.tensors, offsets.split(widths, dim=1), strict=True):
+        for name, own in zip(self.tensors, torch.split(offsets, widths, dim=1), strict=True):
             if bool(own.any()):
                 current = recipe.tensors[name]
                 if name in rows:

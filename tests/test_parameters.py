@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +147,7 @@ def demo_run(folder: Path, **keys: Any) -> Path:
 
 
 def test_on_the_demos_pool_it_beats_the_first_model_on_held_out_questions(tmp_path):
-    result = run(demo_run(tmp_path, samples=60, evolve={"merge_method": "linear", "generations": 3}))
+    result = run(demo_run(tmp_path, samples=60, evolve={"merge_method": "linear", "generations": 2}))
     assert result.verdict is not None
     against = {one.rival: one for one in result.verdict.comparisons}
     assert against["arithmetic"].low > 0
@@ -159,22 +155,16 @@ def test_on_the_demos_pool_it_beats_the_first_model_on_held_out_questions(tmp_pa
     assert all(isinstance(own, Merge) and own.method == "linear" for own in result.recipe.tensors.values())
 
 
-def test_a_search_killed_and_stopped_is_resumed_to_the_same_bytes(tmp_path):
+def test_a_search_that_is_stopped_is_resumed_to_the_same_bytes(tmp_path):
     evolve = {"merge_method": "dare_ties", "generations": 6, "population": 4, "layer_granularity": 1}
     config = skilled_run(tmp_path, mode="exact", n_donors=2, validation=0.0, evolve=evolve)
     whole_run = run(load_config(config, {"output_dir": str(tmp_path / "whole")}))
     assert "evolve/6" in whole_run.record.steps
-    log = tmp_path / "out.partial" / "steps.jsonl"
-    command = [sys.executable, "-m", "olmfast.cli", "run", str(config), "-q"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < 6):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "out").exists()
-    asked = iter(range(3))
-    with pytest.raises(Interrupted):
-        run(config, stop_requested=lambda: next(asked, None) is None, resume=True)
+    for after in (3, 6):
+        asked = iter(range(after))
+        with pytest.raises(Interrupted):
+            run(config, stop_requested=lambda asked=asked: next(asked, None) is None, resume=True)
+        assert not (tmp_path / "out").exists()
     resumed = run(config, resume=True)
     assert resumed.recipe == whole_run.recipe
     assert resumed.record.steps == whole_run.record.steps

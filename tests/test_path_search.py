@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 import signal
 import subprocess
@@ -116,6 +117,17 @@ def test_a_search_begins_at_the_first_model_and_moves_to_what_is_good(method):
     assert means[-1] < means[0] - 1
 
 
+def test_factors_of_blocks_that_no_path_uses_are_not_searched():
+    draws = distribution(Dataflow(population=8), Space(("a", "b"), 20, 2, True), 1)
+    for _ in range(15):
+        drawn = draws.draw()
+        before, used = draws.optimizer._mean.copy(), np.any([one.raw.c[:, 1] for one in drawn], axis=0)
+        draws.tell(drawn, [sum(hop.scale or 1.0 for hop in one.hops) for one in drawn])
+        assert (draws.optimizer._mean[~used] == before[~used]).all()
+        assert (draws.optimizer._mean[used] != before[used]).any()
+    assert (~used).any()
+
+
 def test_the_defaults_are_those_of_the_paper_where_it_is_asked_for():
     paper = Dataflow(method="paper")
     assert (paper.n_generations, paper.population_of(64)) == (100, 128)
@@ -158,13 +170,18 @@ def test_a_search_finds_a_path_that_is_better_and_writes_it_as_a_model_and_as_a_
     assert made == rebuilt
 
 
-def test_what_is_empty_or_too_deep_or_known_is_not_scored(tmp_path):
-    dataflow = {"generations": 4, "population": 16, "max_hops": 3, "factors": False}
-    result = run(searched(tmp_path, dataflow=dataflow))
+def test_what_is_empty_or_too_deep_or_known_is_not_scored(tmp_path, olmfast):
+    config = searched(tmp_path, dataflow={"generations": 4, "population": 16, "max_hops": 3, "factors": False})
+    code, out, _ = olmfast("check", config)
+    assert (code, "paths" in out) == (0, True)
+    code, out, _ = olmfast("run", config, "-q")
+    assert code == 0
+    assert "Score against depth, on 60 held-out questions" in out
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())["olmfast"]["paths"]
     lines = (tmp_path / "out" / "evaluations.jsonl").read_text().splitlines()
     scored = [line for line in lines if '"step": "paths/' in line and "test" not in line]
-    assert len(scored) == result.record.values["paths"]["comparisons"] < 1 + 4 * 16
-    assert all(0 < one["hops"] <= 3 for one in result.record.values["paths"]["front"])
+    assert len(scored) == report["comparisons"] < 1 + 4 * 16
+    assert all(0 < one["hops"] <= 3 for one in report["front"])
 
 
 def test_a_search_killed_and_stopped_is_resumed_to_the_same_bytes(tmp_path):
@@ -191,11 +208,12 @@ def test_a_search_killed_and_stopped_is_resumed_to_the_same_bytes(tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_the_papers_method_runs_too(tmp_path):
-    dataflow = {"method": "paper", "generations": 2, "population": 8, "max_hops": 5}
-    report = run(searched(tmp_path, holdout={}, dataflow=dataflow)).record.values["paths"]
+def test_the_papers_method_on_blocks_of_one_model(tmp_path):
+    dataflow = {"method": "paper", "models": "one", "generations": 2, "population": 8, "max_hops": 5}
+    report = run(searched(tmp_path, models=["a"], holdout={}, dataflow=dataflow)).record.values["paths"]
     assert 1 < report["comparisons"] <= 17
     assert report["questions"].endswith("selection")
+    assert {one["path"].split()[0] for one in report["front"]} == {"a"}
 
 
 @pytest.mark.usefixtures("float64_throughout")
@@ -239,12 +257,6 @@ def test_a_model_with_an_adapter_gives_its_blocks_and_is_named_with_it(tmp_path)
     assert all((made[name] == again[name]).all() for name in made)
 
 
-def test_blocks_of_one_model_alone(tmp_path):
-    dataflow = {"models": "one", "generations": 2, "population": 6}
-    result = run(searched(tmp_path, models=["a"], dataflow=dataflow))
-    assert {one["path"].split()[0] for one in result.record.values["paths"]["front"]} == {"a"}
-
-
 @pytest.mark.parametrize(
     ("dataflow", "said"),
     [
@@ -260,13 +272,3 @@ def test_what_does_not_fit_is_named(dataflow, said, tmp_path):
     with pytest.raises(InputError, match=said):
         run(searched(tmp_path, dataflow=dataflow))
     assert not (tmp_path / "out.partial").exists()
-
-
-def test_the_plan_counts_the_generations_and_the_table_is_printed(tmp_path, olmfast):
-    config = searched(tmp_path, dataflow={"generations": 1, "population": 4})
-    code, out, _ = olmfast("check", config)
-    assert code == 0
-    assert "paths" in out
-    code, out, _ = olmfast("run", config, "-q")
-    assert code == 0
-    assert "Score against depth, on 60 held-out questions" in out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 import tempfile
 import xml.etree.ElementTree as ET
@@ -18,11 +17,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from olmfast import InputError, load_config, run
+from olmfast import InputError, Result, load_config, run
 from olmfast.dataflow.gains import Gain, own_spans
 from olmfast.dataflow.picture import heat_map, summary, table
 from olmfast.errors import Interrupted
 from olmfast.search.ranges import around, coarsest, grid, told
+from olmfast.terminal.runs import print_result
 from olmfast.testing import own_answers, tiny_model
 
 N = 4
@@ -121,8 +121,15 @@ def test_an_interval_holds_the_truth_nineteen_times_of_twenty():
 # Runs
 
 
-def test_the_range_that_helps_is_found_and_the_result_runs_it_twice_as_a_plain_model(tmp_path):
-    result = run(twice(tmp_path))
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> tuple[Path, Result]:
+    """A sweep that finds what it looks for: where, and its result."""
+    folder = tmp_path_factory.mktemp("found")
+    return folder, run(twice(folder))
+
+
+def test_the_range_that_helps_is_found_and_the_result_runs_it_twice_as_a_plain_model(found):
+    folder, result = found
     report = result.record.values["repeats"]
     assert report["chosen"] == [1, 3]
     assert report["comparisons"] == len(report["ranges"]) == N * (N + 1) // 2
@@ -132,24 +139,38 @@ def test_the_range_that_helps_is_found_and_the_result_runs_it_twice_as_a_plain_m
     assert best["interval of all"][0] <= best["interval"][0]
     assert report["questions"] == "60 held-out"
     made, wanted = (
-        AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "out", material(N, 1, 3) / "models/long")
+        AutoModelForCausalLM.from_pretrained(path) for path in (folder / "out", material(N, 1, 3) / "models/long")
     )
     ids = torch.arange(5, 20)[None]
     torch.testing.assert_close(made(ids).logits, wanted(ids).logits)
     assert result.holdout.rows["merged"]["held.json"] < result.holdout.rows["one"]["held.json"]
-    picture = ET.fromstring((tmp_path / "out" / "repeats.svg").read_text())
-    assert len(picture.findall(".//{http://www.w3.org/2000/svg}title")) == report["comparisons"]
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (folder / "out" / "README.md").read_text()
     assert "## Blocks run twice" in card
     assert f"{report['comparisons']} ranges" in card
 
 
-def test_held_out_questions_choose_nothing(tmp_path):
+def test_the_table_and_the_picture_say_what_was_found(found, capsys):
+    folder, result = found
+    report = result.record.values["repeats"]
+    picture = ET.fromstring((folder / "out" / "repeats.svg").read_text())
+    assert len(picture.findall(".//{http://www.w3.org/2000/svg}title")) == report["comparisons"]
+    print_result(result, as_json=False)
+    printed = capsys.readouterr().out
+    assert "Blocks run twice, on 60 held-out questions" in printed
+    assert "10 ranges compared with the model" in printed
+    head, *rows = table(report)
+    assert head[:4] == ["blocks run twice", "hops", "gain", "95 % interval"]
+    assert rows[0][:2] == ["1-2", "6"]
+    assert rows[-1][:2] == ["none", "4"]
+    ET.fromstring(heat_map({**report, "model": "a<b & c"}))
+
+
+def test_held_out_questions_choose_nothing(found, tmp_path):
+    _, result = found
     config = twice(tmp_path)
-    steps = run(load_config(config, {"output_dir": str(tmp_path / "with")})).record.steps
     own_answers(tmp_path / "held.json", material(N, 1, 3) / "models/one", 20, 7)
-    other = run(load_config(config, {"output_dir": str(tmp_path / "other")})).record
-    assert other.steps == steps
+    other = run(config).record
+    assert other.steps == result.record.steps
     assert other.values["repeats"]["best"][0]["gain"] < 0
 
 
@@ -181,8 +202,8 @@ def test_coarse_to_fine_tries_a_part_of_the_ranges_and_is_resumed_where_it_was_s
 
 
 def test_a_larger_budget_goes_on_and_tells_of_all(tmp_path):
-    config = twice(tmp_path, 8, 2, 4, dataflow={"repeat": True, "grid": 6, "keep": 2, "racing": False})
-    counted = [run(load_config(config, {"budget": n}), resume=True).record.values["repeats"] for n in (4, 60)]
+    config = twice(tmp_path, holdout={}, dataflow={"repeat": True, "grid": 3, "keep": 2, "racing": False})
+    counted = [run(load_config(config, {"budget": n}), resume=True).record.values["repeats"] for n in (3, 60)]
     assert 0 < counted[0]["comparisons"] < counted[1]["comparisons"]
     assert all(one["questions"] == 30 for one in counted[1]["ranges"])
 
@@ -195,20 +216,6 @@ def test_ranges_race_and_those_left_behind_keep_what_is_known_of_them(tmp_path):
     assert asked & {6, 12}
     assert all(one["whole"] == (one["questions"] == 30) for one in report["ranges"])
     assert report["chosen"] == [1, 3]
-
-
-def test_the_table_and_the_picture_say_what_was_found(tmp_path, olmfast):
-    config = twice(tmp_path, holdout={})
-    code, out, _ = olmfast("run", config, "-q")
-    assert code == 0
-    assert "Blocks run twice, on 30 selection questions" in out
-    assert "10 ranges compared with the model" in out
-    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())["olmfast"]["repeats"]
-    head, *rows = table(report)
-    assert head[:4] == ["blocks run twice", "hops", "gain", "95 % interval"]
-    assert rows[0][:2] == ["1-2", "6"]
-    assert rows[-1][:2] == ["none", "4"]
-    ET.fromstring(heat_map({**report, "model": "a<b & c"}))
 
 
 def test_the_plan_counts_the_ranges(tmp_path, olmfast):

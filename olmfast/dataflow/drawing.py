@@ -116,8 +116,12 @@ class Categories:
         return [Drawn(self.space.path(one.c[:, 1], one.z if self.space.factors else None), one) for one in solutions]
 
     def tell(self, drawn: Sequence[Drawn], values: Sequence[float]) -> None:
-        """See `Distribution.tell`."""
+        """See `Distribution.tell`. Factors that no path had say nothing of where to go, and stay."""
+        idle = ~np.any([one.raw.c[:, 1] for one in drawn], axis=0)
+        before = self.optimizer._mean.copy() if self.space.factors else None
         self.optimizer.tell([(one.raw, value) for one, value in zip(drawn, values, strict=True)])
+        if before is not None:
+            self.optimizer._mean[idle] = before[idle]
 
 
 class Relaxed:

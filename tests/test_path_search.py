@@ -184,6 +184,14 @@ def test_what_is_empty_or_too_deep_or_known_is_not_scored(tmp_path, olmfast):
     assert all(0 < one["hops"] <= 3 for one in report["front"])
 
 
+def test_paths_may_have_to_be_shallower_than_the_first_model(tmp_path):
+    dataflow = {"generations": 3, "population": 16, "max_hops": 2}
+    result = run(searched(tmp_path, dataflow=dataflow))
+    depths = {one["hops"] for one in result.record.values["paths"]["front"]}
+    assert depths <= {1, 2, N}
+    assert depths & {1, 2}
+
+
 def test_a_search_killed_and_stopped_is_resumed_to_the_same_bytes(tmp_path):
     config = searched(tmp_path, dataflow={"generations": 6, "population": 8, "max_hops": 5})
     whole = run(load_config(config, {"output_dir": str(tmp_path / "whole")}))

@@ -96,7 +96,8 @@ class PathSearch:
             self.skills[path] = self.scale.skill(known) if len(known) == len(means) else -math.inf
 
     def _runs(self, path: Hops) -> bool:
-        return 0 < len(path) <= self.max_hops
+        """Whether a path is scored: the first model always is, however deep."""
+        return path == self.kept["start"] or 0 < len(path) <= self.max_hops
 
     def _value(self, path: Hops) -> float:
         """What the distribution is told, lower being better: paths that do not run are worse than all that do."""

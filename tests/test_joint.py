@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from olmfast import InputError, load_config, run
 from olmfast.evaluation.scores import Scores
+from olmfast.search import coefficients
 from olmfast.search.acceptance import Gain, Scale, passes
 from olmfast.search.crossfit import CrossFit
 from olmfast.search.halves import Halves, set_aside
@@ -210,6 +211,12 @@ def test_distances_are_those_of_the_task_vectors(family):
 # Whole runs
 
 
+@pytest.fixture
+def few_steps(monkeypatch):
+    """A descent by row of a tenth of its steps, which tiny models need no more of."""
+    monkeypatch.setitem(coefficients.GRAINS, "row", 10)
+
+
 def test_a_config_of_models_and_questions_gets_the_joint_search(tmp_path):
     config = skilled_run(tmp_path, n=20, budget=60)
     assert load_config(config).is_joint
@@ -262,6 +269,7 @@ def scattered_run(folder: Path, **keys) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_the_search_finds_which_donor_has_what_where_the_usual_merges_do_not(tmp_path):
     result = run(scattered_run(tmp_path, budget=150))
     board = result.holdout
@@ -357,10 +365,11 @@ def test_an_ancestor_in_a_search_by_stages_is_an_error(tmp_path):
         load_config(tiny_run(tmp_path, 2, layer_swap=True, ancestor="donor0"))
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_stages_that_are_switched_on_as_well_are_tested_too_and_a_generation_offers_its_sum(tmp_path):
     keys = {"search": "joint", "es_norm": True, "es_norm_generations": 1, "es_norm_sigma": 0.2}
     keys["units"] = ["model.layers.1.mlp.down_proj"]
-    steps = run(skilled_run(tmp_path, n=20, budget=600, **keys)).record.steps
+    steps = run(skilled_run(tmp_path, n=20, budget=300, **keys)).record.steps
     generation = {key: one for key, one in steps.items() if "/norm_es/0" in key}
     assert any(key.endswith("/sum") for key in generation) or any(one.changed for one in generation.values())
     assert all(one.tested or not one.changed for one in generation.values())
@@ -378,6 +387,7 @@ def test_a_dataset_of_one_question_and_validation_of_its_own_are_no_obstacle(tmp
     assert any(key.startswith("gradient") for key in result.record.steps)
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_a_larger_budget_continues_from_where_the_smaller_one_ended(tmp_path):
     config = scattered_run(tmp_path)
     whole_run = run(load_config(config, {"output_dir": str(tmp_path / "whole"), "budget": 110}))

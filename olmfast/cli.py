@@ -363,6 +363,12 @@ def evaluate_command(
     from olmfast.runs.scoreboard import evaluate, evaluate_like
     from olmfast.terminal.runs import print_scoreboard, print_scoreboards
 
+    asked = {"--subjects": subjects, "--compare": compare}
+    unfit = [name for name, value in asked.items() if value and mmlu is None]
+    others = {"--dataset": dataset, "--config": config, "--against": against, "--samples": samples}
+    unfit += [name for name, value in others.items() if value and mmlu is not None]
+    if unfit:
+        raise InputError(f"{unfit[0]}: {'is of --mmlu alone' if mmlu is None else '--mmlu has no use for it'}")
     if mmlu is not None:
         from olmfast.terminal.mmlu import evaluate_mmlu
 

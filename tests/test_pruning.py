@@ -203,6 +203,7 @@ def test_a_file_that_does_not_fit_is_refused_by_the_entry(tmp_path, damage, keys
         ({"method": "uniform", "num_layer": 2, "count": 2}, "count 2 and num_layer 2 differ"),
         ({"method": "file", "num_layer": 2}, "method file: alphas_file is missing"),
         ({"method": "drop", "num_layer": 2, "alphas_file": "parthiv-alphas.json"}, "method drop makes its own alphas"),
+        ({"method": "drop", "num_layer": 2, "objective": "accuracy"}, "objective: method drop searches nothing"),
         ({"method": "unifrom", "num_layer": 2}, "did you mean 'uniform'?"),
         ({"method": "similarity", "num_layer": 2}, "similarity: data_dir, the folder of MMLU, is missing"),
         ({"method": "uniform", "num_layers": 2}, "num_layers: unknown key; did you mean 'num_layer'?"),
@@ -214,6 +215,20 @@ def test_what_does_not_fit_is_named(tmp_path, keys, message):
     with pytest.raises(Exception, match=re.escape(message)):
         prune(section(tmp_path, **keys))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"dataset": {"a.json": {"mode": "exact"}}}, "dataset: method drop searches nothing; leave it out"),
+        ({"budget": 3}, "budget: method drop searches nothing; leave it out"),
+        ({"models": ["m", "n"]}, "models: method drop prunes one model, got 2; joint takes a pool"),
+    ],
+)
+def test_keys_that_a_method_has_no_use_for_are_refused(tmp_path, keys, message):
+    given = {"models": ["m"], "output_dir": "out", "prune": {"method": "drop", "num_layer": 1}, **keys}
+    with pytest.raises(Exception, match=re.escape(message)):
+        parse_config(given, "cfg", tmp_path)
 
 
 def test_layers_of_different_kinds_are_refused_naming_both(tmp_path):

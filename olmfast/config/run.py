@@ -305,6 +305,8 @@ class RunConfig(BaseModel):
             raise ValueError(f"models: {show(twice)} is listed twice")
         if not self.dataset and self.prune is None:
             raise ValueError("dataset: expected 1 or more entries, got {}")
+        if self.prune is not None:
+            self._check_pruning(self.prune)
         used = [*dict.fromkeys(entry.mode for entry in self.dataset.values()), *self.dataset]
         _check_word(
             "improve_all", self.improve_all, "'all', 'base', a mode in use or a dataset", ["all", "base", *used]
@@ -349,6 +351,16 @@ class RunConfig(BaseModel):
             raise ValueError("start: only a joint search has one; add search: joint")
         if self.is_joint and (self.improve_all or self.racing):
             raise ValueError("improve_all, racing: a search by stages has them; leave them out, or add search: stages")
+
+    def _check_pruning(self, pruning: Pruning) -> None:
+        """Raise ValueError for keys that this way of pruning has no use for."""
+        unused = [key for key in ("dataset", "holdout", "budget") if getattr(self, key)]
+        if unused and not pruning.is_search:
+            raise ValueError(f"{unused[0]}: method {pruning.way} searches nothing; leave it out")
+        if len(self.models) > 1 and pruning.way != "joint":
+            raise ValueError(
+                f"models: method {pruning.way} prunes one model, got {len(self.models)}; joint takes a pool"
+            )
 
     def decisive(self) -> dict[str, Any]:
         """The keys that a resumed run must not change, as plain JSON values."""

@@ -126,9 +126,10 @@ def main() -> None:
             f"| {label} | {mean:.3f} ± {Z * math.sqrt(spread) / len(losses):.3f} | {right[0]:.1%} | "
             f"{sum(right) / len(right):.1%} | {math.exp(mean):.2f}, {ppl:.3g} | {n:,} | {rate:,.0f} |"
         )
-    for worse, better in (*pairwise(("drop", "uniform", "similarity", "searched", "joint")), ("uniform", "searched")):
+    pairs = [*pairwise(order[1:]), ("uniform", "searched"), ("drop", "searched")]
+    for worse, better in pairs:
         gain, margin = difference(board, better, worse)
-        print(f"{better} against {worse}: {gain:+.3f} ± {margin:.3f} lower")
+        print(f"{better} against {worse}: {gain:+.4f} ± {margin:.4f} lower")
 
 
 if __name__ == "__main__":

@@ -46,9 +46,22 @@ def config(world, tmp_path, monkeypatch):
         section = {"method": method, "num_layer": 3, "data_dir": "data", "ntrain": 1, **keys}
         section = {key: value for key, value in section.items() if value is not None}
         data = {"models": ["m"], "models_dir": ".", "output_dir": str(tmp_path / "out"), "prune": section}
-        return parse_config({**data, "device": "cpu", "budget": 36, **(top or {})}, "cfg", world)
+        return parse_config({**data, "device": "cpu", "budget": 26, **(top or {})}, "cfg", world)
 
     return make
+
+
+@pytest.fixture
+def finished(config, world):
+    """The files of a search that nothing stopped; each method's is made once."""
+
+    def of(method):
+        folder = world / "whole" / method
+        if not folder.exists():
+            prune(config(method, top={"output_dir": str(folder)}))
+        return tree(folder)
+
+    return of
 
 
 def ledger(folder):
@@ -108,12 +121,9 @@ def test_held_out_questions_are_used_for_no_choice(config, tmp_path):
     assert [s.prompt for s in first.samples] == [s.prompt for s in second.samples]  # scored in two ways, set aside once
 
 
-@pytest.mark.parametrize(("method", "after"), [("cma", 1), ("cma", 3), ("bayes", 2), ("gradient", 3)])
-def test_killed_and_resumed_it_gives_the_same_bytes(config, tmp_path, method, after):
-    prune(config(method))
-    whole = tree(tmp_path / "out")
-    (tmp_path / "out").rename(tmp_path / "whole")
-    asked = 0
+@pytest.mark.parametrize(("method", "after"), [("cma", 2), ("bayes", 2), ("gradient", 3)])
+def test_killed_and_resumed_it_gives_the_same_bytes(config, finished, tmp_path, method, after):
+    whole, asked = finished(method), 0
 
     def stop():
         nonlocal asked
@@ -130,13 +140,10 @@ def test_killed_and_resumed_it_gives_the_same_bytes(config, tmp_path, method, af
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_kill_while_a_round_is_scored_loses_that_round_alone(config, tmp_path, method, monkeypatch):
+def test_a_kill_while_a_round_is_scored_loses_that_round_alone(config, finished, tmp_path, method, monkeypatch):
     from olmfast.search.record import Record
 
-    prune(config(method))
-    whole = tree(tmp_path / "out")
-    (tmp_path / "out").rename(tmp_path / "whole")
-    add, seen = Record.add, []
+    whole, add, seen = finished(method), Record.add, []
 
     def die(self, key, *rest):
         seen.append(key)
@@ -154,12 +161,10 @@ def test_a_kill_while_a_round_is_scored_loses_that_round_alone(config, tmp_path,
         assert again[name] == whole[name], name
 
 
-def test_a_larger_budget_goes_on_from_where_a_smaller_one_ended(config, tmp_path):
-    prune(config("cma", top={"budget": 24}))
-    whole = tree(tmp_path / "out")
-    (tmp_path / "out").rename(tmp_path / "whole")
+def test_a_larger_budget_goes_on_from_where_a_smaller_one_ended(config, finished, tmp_path):
+    whole = finished("cma")
     assert prune(config("cma", top={"budget": 12})).status == "stopped"
-    prune(config("cma", top={"budget": 24}), resume=True)
+    prune(config("cma"), resume=True)
     again = tree(tmp_path / "out")
     assert again["model.safetensors"] == whole["model.safetensors"]
     assert again["evaluations.jsonl"] == whole["evaluations.jsonl"]
@@ -229,7 +234,7 @@ def test_objectives(text, expected):
     assert [(t.mode, t.weight, t.subjects, t.of_question) for t in terms] == expected
 
 
-@pytest.mark.parametrize("objective", ["accuracy", "addition", "exact_match", "likelihood + 0.5 * perplexity"])
+@pytest.mark.parametrize("objective", ["addition", "exact_match", "accuracy + 0.5 * perplexity"])
 def test_every_objective_searches(config, objective):
     done = prune(config("cma", objective=objective, top={"budget": 4}))
     assert all(math.isfinite(score) for score in done.holdout.rows["searched"].values())

@@ -132,7 +132,7 @@ class Scratch:
         """(n_values,) that keeps its place from call to call; its values are whatever was left in it."""
         key = name, dtype, str(device)
         buffer = self._buffers.get(key)
-        if buffer is None or len(buffer) < n_values:
+        if buffer is None or buffer.numel() < n_values:  # len() of a tensor is ten times as slow
             self._buffers.pop(key, None)  # given back before more is taken
             self._buffers[key] = buffer = torch.empty(n_values, dtype=dtype, device=device)
         return buffer[:n_values]

@@ -70,7 +70,7 @@ def resident_bytes() -> int:
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """Memory a call adds at its peak; on a CPU resident memory, looked at every millisecond."""
+    """Memory a call adds at its peak; on a CPU resident memory, read every millisecond."""
     gc.collect()
     if GPU:
         torch.cuda.synchronize()

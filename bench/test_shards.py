@@ -125,7 +125,7 @@ def anonymous_bytes() -> int:
 
 
 def growth_while(call: Callable[[], object]) -> int:
-    """How much anonymous memory grows at most while `call` runs, looked at every few milliseconds."""
+    """How much anonymous memory grows at most while `call` runs, read every few milliseconds."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what earlier tests freed must not hide what this one takes
     before = peak = anonymous_bytes()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 DIGIT_BITS = 16
 DIGITS = 1 << DIGIT_BITS
-# Up to so many keys are all looked at; no more than so many are collected.
+# The bracket of so few keys holds them all; no more than so many are collected.
 FEW, COLLECTED = 1 << 17, 1 << 23
 # The sample: a run of so many neighbours from each of so many keys, at least and at most so many runs.
 RUN, SPARSE, FEWEST_RUNS, MOST_RUNS = 1024, 1 << 18, 8, 512

@@ -137,7 +137,7 @@ def _scores_fold(
     if HAS_SCALE:
         logits *= scale
     if HAS_CAP:
-        # Looked at before the cap, which would hide an infinity.
+        # Checked before the cap, which would hide an infinity.
         finite = tl.abs(logits) < float("inf")
         bad |= tl.max((mask_n[None, :] & (finite == 0)).to(tl.int32), axis=1)
         # tanh by way of exp(-2 |x|), which cannot overflow.

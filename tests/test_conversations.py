@@ -156,7 +156,7 @@ def test_roles_have_the_names_of_both_worlds(tmp_path):
 
 
 def test_only_the_first_conversations_are_read(tmp_path):
-    items = [{"prompt": str(n), "response": "x"} for n in range(5)] + ["beyond the limit, so never looked at"]
+    items = [{"prompt": str(n), "response": "x"} for n in range(5)] + ["beyond the limit, so never read"]
     path = save(tmp_path, items)
     assert [c.messages[0]["content"] for c in load_conversations(path, "exact", 3).usable] == ["0", "1", "2"]
 

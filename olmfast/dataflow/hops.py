@@ -57,7 +57,7 @@ class Hop:
 def hops_of(config: DataflowConfig, pool: Pool) -> list[Hop]:
     """The path of a data-flow file through the models it names, which are those of `pool`.
 
-    Factors that lie in files are looked at, not kept. Raises InputError with everything that does not fit the models.
+    Factors that lie in files are checked, not kept. Raises InputError with everything that does not fit the models.
     """
     where = str(config.file or "config")
     hops, files = list[Hop](), _Files(width_of(pool, config.input_model), config.factor_files)

@@ -34,7 +34,7 @@ from olmfast.weights.sources import Expression
 class BatchedScorer:
     """Scores candidates together where their values can be stacked, and one after another where not.
 
-    Its parts are there to be looked at: `trajectories` (the tasks, and the tokens they are followed along), `blockwise`
+    Its parts are public: `trajectories` (the tasks, and the tokens they are followed along), `blockwise`
     (the model taken apart), `prefix` and `passes` (what enters a unit's block, and the passes from there on), `shares`
     (of the memory) and `statistics`. `forget` takes the model apart anew.
     """

@@ -35,7 +35,7 @@ _CACHE = object()
 
 
 class Needed(NamedTuple):
-    """The positions of a batch that are looked at after the last block: rows and columns, (positions,) each."""
+    """The positions of a batch that matter after the last block: rows and columns, (positions,) each."""
 
     batch: int
     rows: torch.Tensor

@@ -14,7 +14,7 @@ import torch
 from olmfast import kernels
 from olmfast.evaluation.forwards import replaced
 
-COMPARED = (2, 4)  # inputs and tokens of the batch that a head is looked at with
+COMPARED = (2, 4)  # inputs and tokens of the batch that a head is tried with
 # The largest difference that is rounding: root mean square, as a share of the logits' own.
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 LOGIT_BYTES = 64 << 20  # of logits in float32 that a module's own head gives at a time

@@ -117,7 +117,7 @@ def _pair_sums(values: torch.Tensor) -> torch.Tensor:
 # the response's).
 # The response is read along:
 TEACHER_FORCED = {"bigram_loss": bigram_loss, "exact": exact, "perplexity": perplexity, "bigram": bigram}
-# A text is written, and the response is not looked at:
+# A text is written, and the response is ignored:
 GENERATIVE = {"diversity": diversity, "quality": quality}
 
 # An option is picked:

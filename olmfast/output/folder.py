@@ -384,7 +384,7 @@ def _unused(path: Path) -> Path:
 
 
 def parent_of(output: Path) -> Path:
-    """The innermost existing folder around `output`. Raises InputError if it is a file, or cannot be looked at."""
+    """The innermost existing folder around `output`. Raises InputError if it is a file, or cannot be read."""
     try:
         place = next(place for place in output.absolute().parents if os.path.lexists(place))
         if not place.is_dir():

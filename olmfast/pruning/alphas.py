@@ -53,7 +53,7 @@ def to_json(first: int, alphas: Sequence[float]) -> str:
 
 
 def read_alphas(path: Path) -> list[Mapping[str, Any]]:
-    """The entries of an alpha file, each with the keys that it must have; `step` is not looked at.
+    """The entries of an alpha file, each with the keys that it must have; `step` is ignored.
 
     Raises InputError naming the file and the entry.
     """

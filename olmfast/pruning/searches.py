@@ -86,7 +86,7 @@ class AlphaSearch:
         from cmaes import CMA
 
         n = len(self.best)
-        size = max(2, n)  # the package wants two numbers: the second of one is looked at by nobody
+        size = max(2, n)  # the package wants two numbers: the second of one is ignored
         bounds = np.array([[0.0, 1.0]] * size)
         mean = np.resize(np.array(self.best), size)
         optimizer = CMA(mean=mean, sigma=SIGMA, bounds=bounds, seed=self._seed("cma"))

@@ -55,7 +55,7 @@ def check(
 def check_result(plan: Plan) -> None:
     """Raise InputError with everything in which the result's config.json does not fit its weights.
 
-    Of model types that the table of families knows; of others only the tensors are looked at.
+    Of model types that the table of families knows; of others only the tensors are checked.
     """
     content = plan.content
     if not is_known(content.config):

@@ -14,7 +14,7 @@ from olmfast.weights.checkpoint import Checkpoint
 from olmfast.weights.pool import Pool, vocabulary_differences
 from olmfast.weights.skeletons import Skeletons
 
-# Say nothing of what weights mean (training, bookkeeping), or are looked at elsewhere (sizes, vocabulary, ties).
+# Say nothing of what weights mean (training, bookkeeping), or are compared elsewhere (sizes, vocabulary, ties).
 IGNORED = re.compile(
     r"_?name_or_path|transformers_version|(torch_)?dtype|architectures|auto_map|use_cache|.*drop(out)?(_\w+)?|\w*pdrop"
     r"|initializer_\w+|init_\w+|output_\w+|return_dict\w*|gradient_checkpointing|router_aux_loss_coef|pretraining_tp"
@@ -46,7 +46,7 @@ def find_differences(
     """A line for each difference from the base's config that changes what weights mean: what to tell, what to refuse.
 
     Refused is what makes a merge mean nothing; `allowed` are keys that may differ nevertheless. With `blocks_only`, the
-    others give blocks alone, and what rows of their embeddings and heads mean is not looked at.
+    others give blocks alone, and what rows of their embeddings and heads mean is not compared.
     """
     notes, faults, seen = [], [], set[str]()
     for other, key, ours, theirs in _differences(pool, base, skeletons):

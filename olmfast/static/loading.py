@@ -21,7 +21,7 @@ def check_loads(
 ) -> list[str]:
     """Hold the names and shapes of a result against the module of its config.json; returns what could not be checked.
 
-    A result with the base's own config, names and shapes is the base to Transformers and is not looked at. Tensors that
+    A result with the base's own config, names and shapes is the base to Transformers and is not checked. Tensors that
     fill nothing in the base either are kept and told. Raises InputError for any other tensor that fills nothing, a
     parameter that nothing fills, or a shape that does not fit.
     """

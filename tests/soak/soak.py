@@ -288,7 +288,8 @@ class Soak:
         return int(self.place.errors.with_name("calls").read_text())
 
     def change(self, command: Command) -> None:
-        """Change a file of a model while the command is at work: it ends with an error, or as if nothing had been."""
+        """Change a file of a model while the command is at work: it ends with an error, or as if nothing had been, or,
+        where it had not begun to read, as if the file had always been so."""
         place = self.place
         place.begin(command)
         files = ["model.safetensors", "tokenizer.json", "config.json"]
@@ -310,19 +311,24 @@ class Soak:
                 file.seek(len(held) * 2 // 3)
                 file.write(b"\x3f" * 16)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        message = place.told()
+        message, early = place.told(), False
+        found = self.expected[command.name] if code else place.result(place.out)
+        other = found != self.expected[command.name]
+        if other:
+            place.begin(command)
+            early = place.finish(command.begin) == 0 and place.result(place.out) == found
         path.write_bytes(held)
         path.chmod(times.st_mode & 0o7777)
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-        faults = list(self.faults(command))
-        if code == 0 and place.result(place.out) != self.expected[command.name]:
+        faults = [] if other else list(self.faults(command))
+        if other and not early:
             faults.append("it ended well, with another result")
         if code not in (0, 1, 2) or "Traceback" in message or "this is a bug" in message:
             faults.append(f"exit code {code}: {message[-300:]}")
         if code and not any(str(name) in message for name in (path, path.parent, f"donor {path.parent.name}")):
             faults.append(f"the message does not name it: {message[-300:]}")
         self.enter("changed models", f"{command.name}, {path.name} {how} after {moment:.3f} s", faults)
-        self.counts["changed models"].notes["noticed" if code else "too late to matter"] += 1
+        self.counts["changed models"].notes["noticed" if code else "too early" if early else "too late to matter"] += 1
 
     def told(self) -> str:
         lines = [f"{'':16}{'tried':>8}{'equal':>8}{'wrong':>8}"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -437,3 +439,17 @@ def test_a_run_that_goes_on_after_its_budget_says_that_it_is_running(tmp_path):
         run(load_config(config), resume=True, stop_requested=lambda: True)
     assert report(tmp_path / "out")["olmfast"]["status"] == "stopped"
     assert report(tmp_path / "out.partial")["olmfast"]["status"] == "running"
+
+
+def test_whoever_reads_a_record_knows_every_kind_of_expression():
+    """In a process that has imported nothing else: rebuilding and resuming read recipes of every kind."""
+    code = """
+import importlib, pkgutil
+import olmfast.search.record, olmfast.weights
+from olmfast.weights.sources import Expression
+known = set(Expression.kinds)
+for module in pkgutil.iter_modules(olmfast.weights.__path__, "olmfast.weights."):
+    importlib.import_module(module.name)
+assert known == set(Expression.kinds), set(Expression.kinds) - known
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

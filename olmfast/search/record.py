@@ -40,7 +40,7 @@ from olmfast.search.log import (
     sealed,
     strict,
 )
-from olmfast.weights import affine  # noqa: F401 (a kind of expression that recipes of paths hold)
+from olmfast.weights import affine, by_row, offspring  # noqa: F401 (kinds of expressions that recipes hold)
 from olmfast.weights.digests import digest_tensor
 from olmfast.weights.expressions import Stored
 from olmfast.weights.recipe import Recipe

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from olmfast.config.pruning import Pruning
 from olmfast.config.run import parse_config
@@ -18,8 +19,10 @@ from olmfast.pruning.alphas import weights_of
 from olmfast.pruning.prune import prune
 from olmfast.pruning.questions import Divided, with_objective
 from olmfast.pruning.searches import AlphaSearch
+from olmfast.pruning.session import Searched
 from olmfast.pruning.target import Target
 from olmfast.runs.scoreboard import evaluate
+from olmfast.search.record import Record
 from olmfast.testing import sums, tiny_model, tree, write_dataset, write_mmlu
 
 METHODS = ("cma", "bayes", "gradient")
@@ -87,7 +90,7 @@ def test_the_best_of_what_was_tried_is_written_and_scores_what_it_scored(config,
     exact = sum(w * a[name.replace(".2.", f".{2 + k}.")].double() for k, w in enumerate(weights_of(done.alphas)))
     torch.testing.assert_close(out[name].double(), exact, rtol=1e-6, atol=1e-6)
     assert done.selection.rows["searched"]["MMLU likelihood"] == pytest.approx(best, rel=1e-5)
-    assert list(done.selection.rows) == ["original", "uniform", "drop", "searched"]
+    assert list(done.selection.rows) == ["original", "drop", "uniform", "searched"]
     assert best <= min(done.selection.rows[name]["MMLU likelihood"] for name in ("uniform", "drop")) + 1e-6
 
 
@@ -107,6 +110,49 @@ def test_candidates_score_what_their_folders_score(config, world, tmp_path):
         assert recorded["start", label] == pytest.approx(score, rel=1e-4)
 
 
+def test_the_closing_table_has_what_is_kept_and_what_it_costs(world, tmp_path, olmfast, monkeypatch):
+    """Of held-out questions: those figures that each folder has when it is evaluated by itself."""
+    monkeypatch.chdir(world)
+    entries = [
+        {"step": k, "layer_to_merge_into": 4 - k, "layer_to_remove": 5 - k, "ratio_i_alpha": alpha}
+        for k, alpha in enumerate((0.9, 0.8, 0.7))
+    ]
+    (tmp_path / "start.json").write_text(json.dumps(entries))
+    line = ["prune", "--model_path", "m", "-i", 3, "--method", "cma", "--alphas_file", tmp_path / "start.json"]
+    line += ["--dataset", "sums.json:exact", "--holdout", "more.json:exact", "--budget", 4, "--device", "cpu"]
+    code, shown, _ = olmfast(*line, "--output_dir", tmp_path / "out")
+    assert code == 0
+    assert "What is kept and what it costs, held-out questions" in shown
+    closing = Searched.of(Record.load(tmp_path / "out"), tmp_path / "out").closing
+    head, *rows = closing.table()
+    assert [row[0] for row in rows] == ["original", "drop", "uniform", "file", "searched"]
+    assert head[2:] == [
+        *("searched is lower by", "generated right", "perplexity of answers", "of questions"),
+        *("parameters", "tokens/s"),
+    ]
+    out, file = str(tmp_path / "out"), world / "more.json"
+    read, generated = (
+        evaluate(out, {file: {"mode": mode}}, device="cpu", dtype="float32") for mode in ("exact", "exact_match")
+    )
+    (loss,), (right,) = read.rows[out].values(), generated.accuracy[out].values()
+    assert rows[-1][1].startswith(f"{loss:.4f} ± ")
+    assert closing.perplexity("answers", "searched") == pytest.approx(math.exp(loss), rel=1e-4)
+    assert rows[-1][3].startswith(f"{right:.1%} ± ")
+    for label, folder in (("original", world / "m"), ("searched", tmp_path / "out")):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        losses = []
+        for item in json.loads((world / "more.json").read_text()):
+            ids = torch.tensor([tokenizer(item["conversation"][0]["value"])["input_ids"]])
+            losses.append(model(ids, labels=ids).loss.item())
+        assert closing.perplexity("questions", label) == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+        assert closing.parameters[label] == sum(one.numel() for one in model.parameters())
+        assert closing.tokens_per_s[label] > 0
+    gain, margin = closing.gain("searched", "drop")
+    leads = closing.board.scores_of(["drop", "searched"], "more.json").diff(dim=0)[0]
+    assert gain == pytest.approx(-float(leads.mean()))
+    assert margin == pytest.approx(1.96 * float(leads.std()) / len(leads) ** 0.5, rel=1e-3)
+
+
 def test_held_out_questions_are_used_for_no_choice(config, tmp_path):
     done = prune(config("cma"))
     assert {len(one["samples"]) for one in ledger(tmp_path / "out")} == {8}  # of 16
@@ -116,6 +162,9 @@ def test_held_out_questions_are_used_for_no_choice(config, tmp_path):
     divided = Divided.load(with_objective(config("cma")), base)
     both = [part.datasets["MMLU likelihood"].samples for part in (divided.selection, divided.holdout)]
     assert not {sample.prompt for sample in both[0]} & {sample.prompt for sample in both[1]}
+    closing = done.closing.kept  # each question once, whichever way it is scored, and those that decided not at all
+    wanted = [f"{part}: MMLU likelihood" for part in ("generated", "answers", "questions")]
+    assert {name: closing.n_questions(name) for name in closing.datasets} == dict.fromkeys(wanted, 8)
     both = Divided.load(with_objective(config("cma", objective="accuracy + 2 * likelihood")), base)
     first, second = both.selection.datasets.values()
     assert [s.prompt for s in first.samples] == [s.prompt for s in second.samples]  # scored in two ways, set aside once

@@ -79,6 +79,28 @@ def test_what_an_instruction_is_about_follows_it_and_a_system_prompt_comes_first
 
 
 @pytest.mark.parametrize(
+    ("data", "mode", "texts"),
+    [
+        ([{"prompt": "2+2=", "response": "4"}, {"prompt": "?"}, {"system": "Add.", "prompt": "1+1="}], "exact", None),
+        ([{"question": "2+2=", "choices": ["3", "4"], "answer": 1}], "choice", ["2+2=\nA. 3\nB. 4\nAnswer:"]),
+    ],
+)
+def test_the_questions_of_any_file_are_texts_too(tmp_path, data, mode, texts):
+    texts = texts or ["2+2=", "?", "Add.\n\n1+1="]
+    found = load_conversations(save(tmp_path, data), mode, 200, of_question=True).usable
+    assert found == [Conversation((), text) for text in texts]
+    with pytest.raises(ValueError, match="of_question: mode diversity is of answers"):
+        DatasetConfig(mode="diversity", of_question=True)
+    entry = DatasetConfig(mode="exact").model_copy(update={"mode": mode, "of_question": True})
+    dataset = load_datasets(tmp_path, {"data.json": entry}, tiny_tokenizer(), 99)["data.json"]
+    long = [text for text in texts if len(text) > 1]
+    assert len(dataset.samples) == len(long)
+    assert dataset.reasons.get("of one token", 0) == len(texts) - len(long)
+    tokens = tiny_tokenizer()(long[0])["input_ids"]
+    assert [*dataset.samples[0].prompt, *dataset.samples[0].response] == tokens
+
+
+@pytest.mark.parametrize(
     "options",
     [
         {"choices": {"text": ["3", "4"], "label": ["A", "B"]}, "answerKey": "B"},
@@ -221,6 +243,11 @@ def test_mmlu_letters_are_scored_as_the_prompt_asks_for_them(mmlu):
         assert prompt.endswith("Answer: ")  # this tokenizer makes the space before the letter a token of its own
         assert tokenizer.decode(sample.options) == "ABCD"
         assert tokenizer.decode(sample.response) == letter
+    read = {"test/college_physics_test.csv": DatasetConfig(mode="exact")}  # the letter is read, no option is picked
+    (others,) = load_datasets(mmlu.parent.parent, read, tokenizer, 4096).values()
+    assert [(own.prompt, own.response, own.options) for own in others.samples] == [
+        (own.prompt, own.response, ()) for own in dataset.samples
+    ]
 
 
 def test_a_change_of_mmlus_worked_examples_is_a_change_of_the_dataset(mmlu):

@@ -109,6 +109,24 @@ def test_killed_and_resumed_it_gives_the_same_bytes(config, tmp_path, after):
         assert again[name] == whole[name], name
 
 
+def test_an_alpha_file_is_a_start_of_its_own(config, tmp_path):
+    entries = [
+        {"step": k, "layer_to_merge_into": 3 - k, "layer_to_remove": 4 - k, "ratio_i_alpha": alpha}
+        for k, alpha in enumerate((0.9, 0.8))
+    ]
+    (tmp_path / "start.json").write_text(json.dumps(entries))
+    done = prune(config(budget=8, alphas_file=str(tmp_path / "start.json"), num_layer=None))
+    labels = [row[0] for row in done.closing.table()[1:]]
+    assert labels[:5] == ["original", "drop", "uniform", "file", "similarity"]
+    assert labels[-1] == "joint"
+    report = json.loads((tmp_path / "out/merge_report.json").read_text())["olmfast"]
+    current = report["steps"]["start"]["metrics"]["sums.json"]["current"]  # the search began there
+    assert done.selection.rows["file"]["sums.json"] == pytest.approx(current, rel=1e-5)
+    (tmp_path / "start.json").write_text(json.dumps(entries[1:]))
+    with pytest.raises(InputError, match="entry 0: merges layer 3 into 2, expected 4 into 3"):
+        prune(config(alphas_file=str(tmp_path / "start.json"), num_layer=1))
+
+
 def test_without_donors_a_layer_is_blended_with_those_it_replaces(config, tmp_path):
     done = prune(config(models=["m"], budget=20))
     told = json.loads((tmp_path / "out/merge_report.json").read_text())["olmfast"]["pruned"]

@@ -100,8 +100,8 @@ class Pruning(BaseModel):
             )
         if self.num_layer is None and self.count is None and self.alphas_file is None:
             raise ValueError("num_layer: say how many layers go (or count: how many become one)")
-        if self.way == "joint" and (self.alphas_file is not None or self.start is not None or self.count is not None):
-            raise ValueError("method joint: chooses the layers itself; leave alphas_file, start and count out")
+        if self.way == "joint" and (self.start is not None or self.count is not None):
+            raise ValueError("method joint: chooses the layers itself; leave start and count out")
         if self.objective is not None and not self.is_search:
             raise ValueError(f"objective: method {self.way} searches nothing; use cma, bayes, gradient or joint")
         _ = self.terms

@@ -123,6 +123,12 @@ class DatasetConfig(BaseModel):
         """Where the dataset `name` of a folder is: its name is that of its file, unless it says another."""
         return folder / (self.file or name)
 
+    @model_validator(mode="after")
+    def _check(self) -> DatasetConfig:
+        if self.of_question and self.mode in ("likelihood", "choice", "diversity", "quality"):
+            raise ValueError(f"of_question: mode {self.mode} is of answers; use exact or perplexity")
+        return self
+
 
 # Dataset keys that may be given at the top level, as the default of every dataset.
 DATASET_DEFAULTS = ("forbid", "template", "max_new_tokens", "samples")

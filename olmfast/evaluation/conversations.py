@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,17 +28,15 @@ class Conversations(NamedTuple):
 def conversations_of(path: Path, entry: DatasetConfig) -> Conversations:
     """What a dataset's entry says of a file, or of a folder of MMLU. Raises what `load_conversations` raises."""
     if not path.is_dir():
-        return load_conversations(path, entry.mode, entry.samples, entry.fields)
-    found = []
+        return load_conversations(path, entry.mode, entry.samples, entry.fields, of_question=entry.of_question)
+    found: list[Conversation] = []
     for subject in subjects_of(path, entry):
         before = "" if entry.of_question else subject.before(entry.shots)
         for question in subject.questions:
             asked = ({"role": "user", "content": before + question.text},)
-            if entry.of_question:
-                found.append(Conversation((), question.text))
-            else:
-                options = tuple(LETTERS) if entry.mode in CHOICES else ()
-                found.append(Conversation(asked, question.answer, options))
+            options = tuple(LETTERS) if entry.mode in CHOICES else ()
+            own = Conversation(asked, question.answer, options, len(found))
+            found.append(own.question if entry.of_question else own)
     return Conversations(found, Counter())
 
 
@@ -46,15 +45,17 @@ def subjects_of(path: Path, entry: DatasetConfig) -> list[Subject]:
     return read_mmlu(path, entry.subjects, 0 if entry.of_question else entry.shots, entry.samples)
 
 
-def load_conversations(path: Path, mode: str, limit: int, fields: Mapping[Wanted, str] | None = None) -> Conversations:
+def load_conversations(
+    path: Path, mode: str, limit: int, fields: Mapping[Wanted, str] | None = None, *, of_question: bool = False
+) -> Conversations:
     """The first `limit` conversations of a file: JSON, JSON Lines, an MMLU .csv, or with `fields` a .csv with a header.
 
     `fields` maps prompt, response, system, choices and answer to the keys of the items. Items without the expected
-    answer that the mode needs, and those with tool calls, are left out.
+    answer that the mode needs, and those with tool calls, are left out. `of_question`: the questions' texts alone.
     Raises InputError naming the file and the item that no mode can use, or saying that no item is left.
     """
     if path.suffix == ".csv" and not fields:
-        return Conversations(_mmlu(path, limit), Counter())
+        return Conversations(_mmlu(path, limit, of_question), Counter())
     usable, left_out = [], Counter[str]()
     items = _table(path) if path.suffix == ".csv" else _items(path)
     for number, data in enumerate(items[:limit]):
@@ -62,12 +63,12 @@ def load_conversations(path: Path, mode: str, limit: int, fields: Mapping[Wanted
         if not isinstance(data, dict):
             raise InputError(f"{where}: expected an object, got {type(data).__name__}")
         found = Item(where, data, fields or {}).conversation(mode)
-        if isinstance(found, Conversation) and not found.response and mode not in GENERATIVE:
+        if isinstance(found, Conversation) and not found.response and mode not in GENERATIVE and not of_question:
             found = NO_ANSWER
         if isinstance(found, str):
             left_out[found] += 1
         else:
-            usable.append(found)
+            usable.append(replace(found.question if of_question else found, number=number))
     if not usable:
         counted = ", ".join(f"{n} {why}" for why, n in left_out.items())
         raise InputError(f"{path}: no item can be scored by mode {mode}: {counted}")
@@ -111,7 +112,7 @@ def _json_lines(path: Path, text: str, error: Exception) -> list[Any]:
     return lines
 
 
-def _mmlu(path: Path, limit: int) -> list[Conversation]:
+def _mmlu(path: Path, limit: int, of_question: bool) -> list[Conversation]:
     """MMLU's own prompt: five worked examples of the subject's dev file, then the question.
 
     `<folder>/test/<subject>_test.csv` takes its examples from `<folder>/dev/<subject>_dev.csv`
@@ -122,8 +123,9 @@ def _mmlu(path: Path, limit: int) -> list[Conversation]:
     if not questions:
         raise InputError(f"{path}: holds no questions")
     subject = Subject(path.stem.rpartition("_")[0], tuple(examples), questions, (path,))
-    before = subject.before(len(examples))
-    return [
-        Conversation(({"role": "user", "content": before + question.text},), question.answer, tuple(LETTERS))
-        for question in questions
+    before = "" if of_question else subject.before(len(examples))
+    found = [
+        Conversation(({"role": "user", "content": before + question.text},), question.answer, tuple(LETTERS), number)
+        for number, question in enumerate(questions)
     ]
+    return [own.question for own in found] if of_question else found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from olmfast.config.run import DatasetConfig
 from olmfast.errors import InputError, show, told
 from olmfast.evaluation.conversations import conversations_of, subjects_of
 from olmfast.evaluation.items import Conversation
-from olmfast.evaluation.metrics import GENERATIVE
+from olmfast.evaluation.metrics import CHOICES, GENERATIVE
 from olmfast.evaluation.mmlu import worked_examples
 from olmfast.evaluation.rendering import rendered, silenced
 
@@ -28,11 +28,12 @@ NO_THINKING = f"{THINK}\n\n</think>\n\n"
 @dataclass(frozen=True)
 class Sample:
     """One question as token ids. `response` is empty where no answer is expected; `options` holds one token id per
-    letter of a multiple choice."""
+    letter of a multiple choice; `number` says which item of its file it was."""
 
     prompt: tuple[int, ...]
     response: tuple[int, ...]
     options: tuple[int, ...] = ()
+    number: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,11 @@ def _load(path: Path, name: str, config: DatasetConfig, tokenizer: Any, context:
     digest = xxhash.xxh3_128(b"".join(file.read_bytes() for file in files)).hexdigest()
     if len(fitting) < len(encoded):
         reasons[f"longer than {context} tokens"] = len(encoded) - len(fitting)
+    if config.of_question and (short := sum(not sample.response for sample in fitting)):
+        reasons["of one token"] = short
+        fitting = [sample for sample in fitting if sample.response]
+        if not fitting:
+            raise InputError(f"{path}: every question is of one token, of which none is predicted")
     return Dataset(name, config, tuple(fitting), reasons, digest)
 
 
@@ -87,7 +93,9 @@ class Encoder:
     def __init__(self, tokenizer: Any, config: DatasetConfig, raw_by_default: bool, where: str) -> None:
         self.tokenizer, self.config, self.where = tokenizer, config, where
         self.template = config.template
-        if self.template == "auto":
+        if config.of_question:  # a text as it stands
+            self.template = "raw"
+        elif self.template == "auto":
             has_template = bool(getattr(tokenizer, "chat_template", None))
             self.template = "raw" if raw_by_default else ("tokenizer" if has_template else "chatml")
         elif self.template == "tokenizer" and not getattr(tokenizer, "chat_template", None):
@@ -100,7 +108,10 @@ class Encoder:
         else:
             texts = [self._render(conversation) for conversation in conversations]
         with silenced():
-            return [self._sample(*pair) for pair in zip(conversations, texts, strict=True)]
+            return [
+                replace(self._sample(asked, parts), number=asked.number)
+                for asked, parts in zip(conversations, texts, strict=True)
+            ]
 
     def _sample(self, conversation: Conversation, texts: tuple[str, str, str]) -> Sample:
         """Prompt and response ids; the response is the answer's text, tokenised as it stands in the whole."""
@@ -139,7 +150,8 @@ class Encoder:
         options = tuple(ids[0] for ids in spelt)
         if len(set(options)) < len(options):
             raise InputError(f"{self.where}: the tokenizer gives two option letters the same first token")
-        return Sample(prompt_ids, (options[letters.index(conversation.response)],), options)
+        right = (options[letters.index(conversation.response)],)
+        return Sample(prompt_ids, right, options if self.config.mode in CHOICES else ())
 
     def _render(self, conversation: Conversation) -> tuple[str, str, str]:
         """Prompt text, answer text as the template puts it, and the end-of-turn text that follows it."""

@@ -36,11 +36,17 @@ NO_ANSWER, TOOL_CALLS = "without an expected answer", "with tool calls"
 @dataclass(frozen=True)
 class Conversation:
     """Messages up to the question, and the expected response, empty if there is none; `options` are the letters of a
-    choice."""
+    choice. Without messages it is a text, the response. `number` says which item of its file it was."""
 
     messages: tuple[dict[str, str], ...]
     response: str
     options: tuple[str, ...] = field(default=())
+    number: int = field(default=0, compare=False)
+
+    @property
+    def question(self) -> Conversation:
+        """The question's own text."""
+        return Conversation((), "\n\n".join(message["content"] for message in self.messages), (), self.number)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 from olmfast.config.run import RunConfig
 from olmfast.errors import InputError
 from olmfast.output.writer import Content, content_of
+from olmfast.pruning.alphas import alphas_in, read_alphas
 from olmfast.pruning.layers import Layer, config_edits, recipe_of
 from olmfast.static.loading import check_loads
 from olmfast.weights.checkpoint import Checkpoint
@@ -63,27 +64,34 @@ class Point:
 
 @dataclass(frozen=True)
 class Depths:
-    """The model and its donors, and the config of every depth. `notes` are what could not be checked."""
+    """The model and its donors, and the config of every depth. `given` are the alphas of the file, if there is one;
+    `notes` what could not be checked."""
 
     pool: Pool
     everything: bool
     edits: Mapping[int, dict[str, Any]]  # layers that go -> the keys of config.json that differ
+    given: tuple[float, ...] | None
     notes: tuple[str, ...]
 
     @classmethod
     def open(cls, config: RunConfig) -> Depths:
         """Open the models and check that any of the layers can be merged; reads no weights.
 
-        Raises InputError for models that do not fit together, layers of different kinds, or more to go than there are.
+        Raises InputError for models that do not fit together, layers of different kinds, more to go than there are, or
+        an alpha file that does not fit.
         """
         pruning = config.prune
         assert pruning is not None
         pool = Pool.open(config.models, config.models_dir, config.config_dir, download=False)
-        base, n_steps = pool[config.models[0]], pruning.steps(None)
+        entries = None if pruning.alphas_file is None else read_alphas(pruning.alphas_file)
+        base, n_steps = pool[config.models[0]], pruning.steps(None if entries is None else len(entries))
         n_blocks = base.architecture.n_blocks
         if n_steps >= n_blocks:
             most = f"of which at most {n_blocks - 1} can go"
             raise InputError(f"{base.name}: num_layer {n_steps}: the model has {n_blocks} layers, {most}")
+        given = None
+        if entries is not None and pruning.alphas_file is not None:
+            given = tuple(alphas_in(pruning.alphas_file, entries, n_blocks - n_steps - 1, n_steps))
         every = Point(tuple(range(1, n_blocks)), dict.fromkeys(range(1, n_blocks), 0.5), {})
         edits: dict[int, dict[str, Any]] = {}
         with Skeletons() as skeletons:
@@ -91,10 +99,10 @@ class Depths:
             for n in range(1, n_steps + 1):
                 layers = Point(tuple(range(n_blocks - n, n_blocks)), {}, {}).layers(base.name, n_blocks)
                 edits[n] = config_edits(base, pool, layers, skeletons)
-            found = cls(pool, pruning.merge == "all", edits, ())
+            found = cls(pool, pruning.merge == "all", edits, given, ())
             content = found.content(found.example)
             notes = check_loads(base, content.config, content.tensors, skeletons)
-        return cls(pool, found.everything, edits, (*pool.warnings, *notes))
+        return cls(pool, found.everything, edits, given, (*pool.warnings, *notes))
 
     @property
     def base(self) -> Checkpoint:

@@ -18,6 +18,7 @@ from olmfast.output.card import merge_card
 from olmfast.output.folder import check_space
 from olmfast.output.writer import Content, write_folder, write_text, writing
 from olmfast.pruning import alphas as files
+from olmfast.pruning.closing import Asked, Closing
 from olmfast.pruning.depths import Depths
 from olmfast.pruning.joint import JointSearch
 from olmfast.pruning.questions import Divided
@@ -36,13 +37,15 @@ from olmfast.weights.recipe import Recipe
 DEFAULT_BUDGET = Budget(evaluations=100)
 FLAT = 0.6225  # every alpha at the start, where no file gives them: what similarity makes of equal layers
 WHOLE, RESULT, JOINT = "original", "searched", "joint"
+ORDER = (WHOLE, "drop", "uniform", "file", "similarity")  # of the closing table; what was searched comes last
 
 
 @dataclass(frozen=True)
 class Searched:
     """A finished (or, with a budget, stopped) search: where its result is, its alphas, and how models compare.
 
-    `front` maps a number of layers to the best model of a joint search that has so many.
+    `front` maps a number of layers to the best model of a joint search that has so many. `closing` is None in a report
+    that an older version wrote.
     """
 
     output_dir: Path
@@ -52,6 +55,7 @@ class Searched:
     holdout: Scoreboard
     mmlu: Mapping[str, Any] | None
     front: Mapping[str, Any]
+    closing: Closing | None
 
     @classmethod
     def of(cls, record: Record, output: Path) -> Searched:
@@ -59,12 +63,15 @@ class Searched:
         values = record.values
         selection, holdout = (Scoreboard.from_json(values[name]) for name in ("selection", "holdout"))
         pruned = values["pruned"]
-        rest = (values.get("mmlu"), pruned.get("front", {}))
+        told = values.get("closing")
+        closing = told and Closing.from_json(told, holdout if told["held_out"] else selection)
+        rest = (values.get("mmlu"), pruned.get("front", {}), closing)
         return cls(output, record.status, tuple(pruned["alphas"]), selection, holdout, *rest)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        told = {"output_dir": str(self.output_dir), "status": self.status, "alphas": list(self.alphas)}
+        told: dict[str, Any] = {"output_dir": str(self.output_dir), "status": self.status, "alphas": list(self.alphas)}
+        told |= {} if self.closing is None else {"closing": self.closing.to_json()}
         boards = {"selection": self.selection.to_json(), "holdout": self.holdout.to_json()}
         return strict({**told, **boards, **({} if self.mmlu is None else {"mmlu": self.mmlu})})  # type: ignore[no-any-return]
 
@@ -190,19 +197,20 @@ class _Session(ABC):
 
     def write(self, subjects: Sequence[Subject] | None, command: str) -> None:
         """Score the result beside models that need no search, and write it."""
-        models, record = self.models, self.record
-        rows: dict[str, Recipe | None] = {WHOLE: models.whole, **self.rows}
-        recipe = list(self.rows.values())[-1]
+        models, record, divided = self.models, self.record, self.watched.divided
+        known = {WHOLE: models.whole, **self.rows}
+        recipe = list(known.values())[-1]
+        rows: dict[str, Recipe | None] = {name: known[name] for name in sorted(known, key=_place)}
         boards = {}
-        for part, questions in (
-            ("selection", self.watched.divided.selection),
-            ("holdout", self.watched.divided.holdout),
-        ):
+        for part, questions in (("selection", divided.selection), ("holdout", divided.holdout)):
             boards[part] = Scoreboard([WHOLE])
             if questions.datasets:
                 self.observer.step(part, "result", len(rows))
                 scorer = self.evaluation.scorer(questions, self.observer.candidate)
                 boards[part].score(scorer, rows, list(questions.datasets), models.pool)
+        held_out = bool(divided.holdout.datasets)
+        asked = Asked.load(self.config, models.base, divided.holdout if held_out else divided.selection, held_out)
+        closing = Closing.score(boards["holdout" if held_out else "selection"], asked, self.evaluation, rows)
         content, mmlu, texts = models.content(recipe), {}, self.texts()
         if subjects is not None:
             board = self._mmlu(recipe, subjects)
@@ -211,7 +219,7 @@ class _Session(ABC):
         self._write_folder(replace(content, texts=texts), command)
         account = content.account()
         told = {"pruned": self.told, "account": account, **{part: own.to_json() for part, own in boards.items()}}
-        record.update(recipe, **told, **mmlu)
+        record.update(recipe, **told, **mmlu, closing=closing.to_json())
 
     def _mmlu(self, recipe: Recipe, subjects: Sequence[Subject]) -> Board:
         self.evaluation.model.set_recipe(recipe)
@@ -291,12 +299,16 @@ class _JointSession(_Session):
     def run(self, measured: Measured) -> None:
         """See `_Session.run`."""
         depths, n = self.depths, self.depths.n_steps
-        alphas = measured.alphas or (FLAT,) * n
-        start = depths.run(files.weights_of(alphas))
+        given = {
+            "similarity": depths.run(files.weights_of(measured.alphas or (FLAT,) * n)),
+            "uniform": depths.run([1 / (n + 1)] * (n + 1)),
+            "drop": depths.run([1.0, *[0.0] * n]),
+        }
+        if depths.given is not None:
+            given["file"] = depths.run(files.weights_of(depths.given))
+        start = given.get("file", given["similarity"])
         search = self.begin(depths.recipe(start))
         self.found = JointSearch(search, depths, measured.influence, start)
-        uniform, drop = depths.run([1 / (n + 1)] * (n + 1)), depths.run([1.0, *[0.0] * n])
-        given = {"similarity": start, "uniform": uniform, "drop": drop}
         self.starts = self.found.starts(given)
         self.found.run({name: point for name, point in given.items() if point != start})
 
@@ -324,6 +336,10 @@ class _JointSession(_Session):
         """See `_Session.note`."""
         gone = ", ".join(map(str, self.found.best.gone))
         return f"Layers {gone} of {self.depths.n_blocks} went into those below them"
+
+
+def _place(name: str) -> int:
+    return {**{name: place for place, name in enumerate(ORDER)}, RESULT: 9, JOINT: 9}.get(name, len(ORDER))
 
 
 def _header(inputs: Inputs, divided: Divided) -> dict[str, Any]:

@@ -181,11 +181,14 @@ def _search(config: RunConfig, *, as_json: bool, **options: Any) -> None:
     if as_json:
         print(json.dumps(done.to_json(), indent=2))
         return
-    from olmfast.terminal.runs import print_comparison
+    from olmfast.terminal.runs import print_comparison, print_rows
 
     for title, board in (("Questions that decided", done.selection), ("Held-out questions", done.holdout)):
         if board.rows:
             print_comparison(board, title)
+    if done.closing is not None:
+        asked = "held-out questions" if done.closing.held_out else "questions that decided"
+        print_rows(done.closing.table(), f"What is kept and what it costs, {asked} (mean over datasets)")
     if done.alphas:
         print("alphas " + ", ".join(f"{alpha:.4f}" for alpha in done.alphas))
     for layers, found in done.front.items():

@@ -146,18 +146,19 @@ def print_result(result: Result, as_json: bool) -> None:
 def _print_repeats(report: Mapping[str, Any]) -> None:
     """The best ranges of blocks run twice, with intervals."""
     title = f"Blocks run twice, on {report['questions']} questions (gain: share of the model's error that is gone)"
-    _print_rows(picture.table(report), title)
+    print_rows(picture.table(report), title)
     print(f"{picture.summary(report)}; all ranges are in {picture.PICTURE}")
 
 
 def _print_front(report: Mapping[str, Any]) -> None:
     """The best path of each depth, with intervals."""
     asked = f"on {report['questions']} questions (gain: share of the first model's error that is gone)"
-    _print_rows(picture.front_table(report), f"Score against depth, {asked}")
+    print_rows(picture.front_table(report), f"Score against depth, {asked}")
     print(f"{report['comparisons']} paths of at most {report['max_hops']} hops were compared on other questions")
 
 
-def _print_rows(rows: list[list[str]], title: str) -> None:
+def print_rows(rows: list[list[str]], title: str) -> None:
+    """A table whose first row is its head."""
     head, *others = rows
     table = Table(*head, title=title, title_justify="left")
     for row in others:

@@ -364,6 +364,61 @@ def test_overrides_win_over_the_file_and_reach_names_with_dots(tmp_path):
     assert config.output_dir == tmp_path / "elsewhere"
 
 
+@pytest.mark.parametrize(
+    ("given", "dotted", "found"),
+    [
+        ({}, {"evolve.merge_method": "ties", "evolve.layer_granularity": 2}, ("evolve", "layer_granularity", 2)),
+        ({}, {"dataflow.repeat": True, "dataflow.models": "one"}, ("dataflow", "repeat", True)),
+        (
+            {"dataflow": {"repeat": True}},
+            {"dataflow.racing.confidence": 0.9},
+            ("dataflow", "racing", "confidence", 0.9),
+        ),
+        ({}, {"budget.evaluations": 5}, ("budget", "evaluations", 5)),
+        ({"budget": "2h"}, {"budget.evaluations": 5}, ("budget", "seconds", None)),
+        ({"racing": True}, {"racing.confidence": 0.9}, ("racing", "confidence", 0.9)),
+        ({"racing": None}, {"racing.rungs": [5, 9]}, ("racing", "rungs", [5, 9])),
+        ({"markov": 1}, {"markov.slide": False}, ("markov", "window", 1)),
+        ({}, {"prune.method": "cma", "prune.num_layer": 1}, ("prune", "method", "cma")),
+        ({}, {"holdout.more.v2.json.mode": "exact"}, ("holdout", "more.v2.json", "mode", "exact")),
+        (
+            {},
+            {"holdout.a.json.mode": "exact", "holdout.a.json.fields.prompt": "q"},
+            ("holdout", "a.json", "fields", {"prompt": "q"}),
+        ),
+        ({}, {"holdout.a.json": {"mode": "exact"}}, ("holdout", "a.json", "mode", "exact")),
+        (
+            {"evolve": {"merge_method": "ties"}},
+            {"validation.v.json.mode": "exact"},
+            ("validation", "v.json", "mode", "exact"),
+        ),
+        ({}, {"dataset.sums.json.fields.prompt": "q"}, ("dataset", "sums.json", "fields", {"prompt": "q"})),
+    ],
+)
+def test_an_override_makes_the_sections_that_are_missing(tmp_path, given, dotted, found):
+    *path, wanted = found
+    data = plain(**given, **({"models": ["a"]} if "dataflow" in found or "prune" in found else {}))
+    config: Any = load_config(write(tmp_path, yaml.safe_dump(data)), dotted)
+    for key in path:
+        config = config[key] if isinstance(config, dict) else getattr(config, key)
+    assert config == wanted
+
+
+@pytest.mark.parametrize(
+    ("dotted", "message"),
+    [
+        ({"evolv.sigma": 1}, "evolv.sigma: unknown key"),
+        ({"evolve.merge_method": "ties", "evolve.sigm": 1}, "evolve.sigm: unknown key; did you mean 'sigma'?"),
+        ({"seed.x": 1}, "seed.x: unknown key"),
+        ({"dataset.more.json.md": "exact"}, "dataset.more.json.md"),
+    ],
+)
+def test_an_override_of_a_key_that_does_not_exist_is_named(tmp_path, dotted, message):
+    with pytest.raises(InputError) as caught:
+        load_config(write(tmp_path, yaml.safe_dump(plain())), dotted)
+    assert message in str(caught.value)
+
+
 def test_an_override_can_set_a_value_that_holds_an_equals_sign():
     assert cli._overrides(["forbid=a=b"]) == {"forbid": "a=b"}
 
@@ -380,7 +435,7 @@ def test_an_override_that_is_no_key_and_value_is_refused(entry):
         ("smaples", "smaples: unknown key; did you mean 'samples'?"),
         ("dataset.gpqa.json.wieght", "dataset.gpqa.json.wieght: unknown key; did you mean 'weight'?"),
         ("dataset.absent.json.mode", "dataset.absent.json.mode: expected"),
-        ("holdout.absent.json.mode", "holdout.absent.json.mode: unknown key"),
+        ("holdout.absent.json.mode", "holdout.absent.json.mode: expected"),
     ],
 )
 def test_an_override_of_a_key_that_is_not_there_is_refused(tmp_path, dotted, message):
@@ -396,9 +451,7 @@ def test_an_override_copes_with_keys_that_are_no_text(tmp_path):
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
 VALUES = st.recursive(
     SCALARS | st.sampled_from(["exact", "2h", "1e-5", "forward", "alpha"]),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6) | st.integers(), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6) | st.integers(), inner, max_size=3),
     max_leaves=6,
 )
 KEYS = st.sampled_from(sorted(RunConfig.model_fields)) | st.text(max_size=8)

@@ -150,16 +150,6 @@ def absolute(folder: Path, path: str | Path, where: str) -> Path:
         raise InputError(f"{where}: {show(str(path))} is not a usable path: {error}") from error
 
 
-def set_key(data: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set `a.b=value`. File names hold dots, so the longest existing key wins at each level."""
-    nested = [key for key, value in data.items() if isinstance(key, str) and isinstance(value, dict)]
-    for key in sorted(nested, key=len, reverse=True):
-        if dotted.startswith(f"{key}."):
-            set_key(data[key], dotted[len(key) + 1 :], value)
-            return
-    data[dotted] = value
-
-
 def explain(where: str, faults: Iterable[Mapping[str, Any]], known: Callable[[Location], Iterable[str]]) -> InputError:
     """What pydantic found, a line for each fault: where, which key, what was expected and what was given.
 

@@ -26,8 +26,9 @@ from pydantic import (
 )
 
 from olmfast.config.candidates import CandidateKind, parse_candidates
-from olmfast.config.loading import Location, absolute, explain, parse_size, read_yaml, set_key
+from olmfast.config.loading import Location, absolute, explain, parse_size, read_yaml
 from olmfast.config.originals import DATASETS, STAGE_KEYS, read_original
+from olmfast.config.overriding import override
 from olmfast.config.pruning import Pruning
 from olmfast.config.searches import Dataflow, Evolve, Racing, Windows, lift_genome, parse_racing, parse_windows
 from olmfast.config.tagged import refuse_dataflow
@@ -420,10 +421,8 @@ def read_dataset_option(text: str, option: str = "--dataset") -> tuple[str, dict
         key, separator, value = part.partition("=")
         if not separator:
             raise InputError(f"{option} {text}: expected KEY=VALUE after a comma, got {show(part)}")
-        if key.startswith("fields."):
-            entry.setdefault("fields", {})
         try:
-            set_key(entry, key.strip(), yaml.safe_load(value))
+            override(entry, key.strip(), yaml.safe_load(value), DatasetConfig)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise InputError(f"{option} {text}: {key}: the value is not valid YAML") from error
     return found["file"], entry
@@ -441,7 +440,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     if "merge_method" in data:
         raise InputError(f"{path}: is a merge file, not a run's configuration; use: olmfast merge {path} OUT")
     for dotted, value in (overrides or {}).items():
-        set_key(data, dotted, value)
+        override(data, dotted, value, RunConfig)
     config = parse_config(data, where=str(path), folder=path.parent.absolute())
     if not isinstance(source, Mapping):
         config._file = path.absolute()

@@ -18,7 +18,7 @@ import torch
 from olmfast.dataflow.hops import Hop
 from olmfast.dataflow.running import HopBlock, PathCandidate, PathModel
 from olmfast.evaluation import metrics
-from olmfast.evaluation.blocks import Needed, Recorder, State
+from olmfast.evaluation.blocks import Needed, Recorder, State, mlp_only_for
 from olmfast.evaluation.cache import Kept
 from olmfast.evaluation.encoding import Dataset, make_batches
 from olmfast.evaluation.generation import Rollout, resume
@@ -152,7 +152,7 @@ class PathScorer:
         needed = _needed(tasks, entry.device)
         entering = entry.enter(entry.pad([task.ids for task in tasks]))
         counts = [len(task.labels) for task in tasks]
-        for row, hidden, _ in tree.walk(entering, self.passed):
+        for row, hidden, _ in tree.walk(entering, needed, self.passed):
             taken = needed.of(hidden)
             if any(not task.sample.options for task in tasks):
                 for task, logits, argmax in self._logits(taken, tasks):
@@ -180,7 +180,7 @@ class PathScorer:
         needed = _needed(tasks, entry.device)
         entering = entry.enter(entry.pad([task.sample.prompt for task in tasks]))
         stop = self.stop_tokens if tasks[0].generates else ()
-        for row, hidden, states in tree.walk(entering, self.passed, recorded=True):
+        for row, hidden, states in tree.walk(entering, needed, self.passed, recorded=True):
             begun = [
                 task.follow(argmax, logits.max_prob) for task, logits, argmax in self._logits(needed.of(hidden), tasks)
             ]
@@ -216,7 +216,8 @@ class Tree:
         self.rows = sorted(paths, key=lambda row: (keys[row], row))
         self.hops = paths
         ordered = [keys[row] for row in self.rows]
-        self.shared = [0, *(_common(a, b) for a, b in pairwise(ordered))]  # with the one before
+        # With the one before. The last hop is always computed: see `walk`.
+        self.shared = [0, *(min(_common(a, b), len(b) - 1) for a, b in pairwise(ordered))]
         self.blocks: dict[int, HopBlock] = {}
         self.chains: dict[int, list[HopBlock]] = {}
         made: dict[tuple[int, ...], HopBlock] = {}
@@ -226,10 +227,14 @@ class Tree:
                 chain.append(made.setdefault((place, keys[row][place]), block))
 
     def walk(
-        self, entering: torch.Tensor, passed: Passed, recorded: bool = False
+        self, entering: torch.Tensor, needed: Needed, passed: Passed, recorded: bool = False
     ) -> Iterator[tuple[int, torch.Tensor, list[State]]]:
         """Row, what leaves its last hop, (batch, width, hidden), and if they are `recorded` each hop's keys and values,
-        for each path; `entering` is what enters the first."""
+        for each path; `entering` is what enters the first. Other positions than those needed are void.
+
+        A last hop's MLP computes nothing for these; of a hop that other paths go on from it is computed for all again,
+        so that a path's scores do not depend on those beside it.
+        """
         kept = {0: entering}
         states: list[State] = []
         width = entering.shape[1]
@@ -241,11 +246,15 @@ class Tree:
                 hop = self.hops[row][place]
                 recorder = Recorder() if recorded else None
                 args, kwargs = self.model.taken_apart(hop.donor).arguments(hop.block, width, recorder)
-                out = self.chains[row][place](hidden, *args, **kwargs)
-                hidden = out[0] if isinstance(out, tuple) else out
+                block, is_last = self.chains[row][place], place + 1 == len(self.hops[row])
+                if is_last and place + 1 in wanted:
+                    again = self.model.taken_apart(hop.donor).arguments(hop.block, width)
+                    kept[place + 1] = _hidden_of(block(hidden, *again.args, **again.kwargs))
+                with mlp_only_for(block.block, needed if is_last else None):
+                    hidden = _hidden_of(block(hidden, *args, **kwargs))
                 if recorder is not None:
                     states.append(recorder.states[place])
-                if place + 1 in wanted:
+                if not is_last and place + 1 in wanted:
                     kept[place + 1] = hidden
             passed.hops += len(self.hops[row])
             passed.computed += len(self.hops[row]) - begin
@@ -260,6 +269,12 @@ class Tree:
                 break
             found.add(least)
         return found
+
+
+def _hidden_of(out: Any) -> torch.Tensor:
+    """What a block gave, without what it may give beside."""
+    hidden: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return hidden
 
 
 def _edges(hops: Sequence[Hop]) -> Iterator[object]:

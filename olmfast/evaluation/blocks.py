@@ -16,7 +16,7 @@ from olmfast.evaluation.forwards import replaced
 from olmfast.evaluation.head import head_of
 from olmfast.weights.architecture import Architecture
 
-WIDTH_STEP = 8  # widths are multiples of it, so that few are recorded
+WIDTH_STEP = 8  # widths are multiples of it, so that few are recorded; of less, where that were an eighth or more
 State = tuple[torch.Tensor, torch.Tensor]  # one block's keys and values
 
 
@@ -101,7 +101,8 @@ class BlockwiseModel:
 
     def _width(self, lengths: Sequence[int]) -> int:
         longest = max(lengths)
-        return max(longest, min(-(-longest // WIDTH_STEP) * WIDTH_STEP, self.context))
+        step = min(WIDTH_STEP, 1 << max(longest // 8, 1).bit_length() - 1)
+        return max(longest, min(-(-longest // step) * step, self.context))
 
     def enter(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids (batch, width) -> what enters the first block, (batch, width, hidden)."""
@@ -133,28 +134,10 @@ class BlockwiseModel:
         """
         for index in range(first, last):
             args, kwargs = self.arguments(index, hidden.shape[1], recorder)
-            with self._mlp_only_for(needed if index == len(self.blocks) - 1 else None):
+            with mlp_only_for(self.blocks[index], needed if index == len(self.blocks) - 1 else None):
                 out = self.blocks[index](hidden, *args, **kwargs)
             hidden = out[0] if isinstance(out, tuple) else out
         return hidden
-
-    @contextmanager
-    def _mlp_only_for(self, needed: Needed | None) -> Iterator[None]:
-        """An MLP mixes no positions, so that in the last block it can leave out those that nobody looks at."""
-        mlp = getattr(self.blocks[-1], "mlp", None)
-        if needed is None or mlp is None:
-            yield
-            return
-        compute = mlp.forward
-
-        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            out = compute(needed.of(x)[:, None], *args, **kwargs)
-            if isinstance(out, tuple):
-                return needed.spread(out[0][:, 0], x), *out[1:]
-            return needed.spread(out[:, 0], x)
-
-        with replaced({mlp: forward}):
-            yield
 
     def arguments(self, index: int, width: int, cache: Any = None) -> _Call:
         """What block `index` is called with for inputs of this width, `cache` in the cache's place."""
@@ -189,6 +172,25 @@ class BlockwiseModel:
             self._calls[width] = calls
             self.state_bytes = 2 * sum(layer.keys.nbytes // layer.keys.shape[2] for layer in cache.layers)
         return self._calls[width]
+
+
+@contextmanager
+def mlp_only_for(block: Any, needed: Needed | None) -> Iterator[None]:
+    """An MLP mixes no positions, so that in the last block it can leave out those that nobody looks at."""
+    mlp = getattr(block, "mlp", None)
+    if needed is None or mlp is None:
+        yield
+        return
+    compute = mlp.forward
+
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = compute(needed.of(x)[:, None], *args, **kwargs)
+        if isinstance(out, tuple):
+            return needed.spread(out[0][:, 0], x), *out[1:]
+        return needed.spread(out[:, 0], x)
+
+    with replaced({mlp: forward}):
+        yield
 
 
 def take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:

@@ -125,6 +125,27 @@ def test_paths_that_begin_alike_share_what_they_begin_with(tmp_path):
     assert again.samples["exact.json"][:, ::2].isnan().all()
 
 
+def test_a_paths_scores_do_not_depend_on_those_beside_it(tmp_path):
+    """Also of a path that others go on from, or that stands there twice: its last hop is computed for it alone."""
+    pool = pool_of("llama", torch.float32)
+    fast, _ = scorers(pool, tmp_path, ("exact", "exact_match"), dtype=torch.float32)
+    begun = [Hop("a", 0), Hop("b", 1)]
+    paths = {"begun": begun, "longer": [*begun, Hop("a", 2)], "again": begun, "other": [Hop("a", 0), Hop("a", 2)]}
+    unit = pool.architecture.model_unit(pool.tensors)
+    made = candidates(pool, paths)
+    together = fast.score(unit, made)
+    seen: list[int] = []
+    mlp = fast.model.taken_apart("b").blocks[1].mlp
+    hook = mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0] * args[0].shape[1]))
+    alone = [fast.score(unit, [one]) for one in made]
+    hook.remove()
+    for name, values in together.samples.items():
+        for row, own in enumerate(alone):
+            assert torch.equal(values[row], own.samples[name][0])
+    n_labels = sum(len(sample.response) for sample in fast.datasets["exact.json"].samples)
+    assert min(seen) <= n_labels  # of all positions those that somebody looks at
+
+
 def test_prompts_of_free_runs_are_shared_too_and_what_does_not_fit_the_memory_is_halved(tmp_path, monkeypatch):
     pool = pool_of("llama", torch.float32)
     fast, plain = scorers(pool, tmp_path, ("exact", "exact_match", "diversity"), dtype=torch.float32)

@@ -4,7 +4,7 @@
 
 Each point is the CPU time of swapping the middle block of the pool of `search_case.py`: every other donor's block
 scored, activations up to it included. One size changes at a time, the others stay as they are. The plot, of the large
-cases alone, needs matplotlib (`pip install 'olmfast[bench]'`).
+cases alone, is drawn then.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def test_growth(
             limit=f"{growth * less / more:.0%} of proportion",
         )  # fmt: skip
     if ALL:
-        plot(lines, figures)
+        plot(lines)
 
 
 def decision_seconds(folder: Path, blocks: int, donors: int, questions: int) -> float:
@@ -75,13 +75,10 @@ def decision_seconds(folder: Path, blocks: int, donors: int, questions: int) -> 
         return cpu(lambda: scorer.score(unit, others))
 
 
-def plot(lines: Lines, figures: Figures) -> None:
+def plot(lines: Lines) -> None:
     """One panel for each size, both axes from 0: a straight line through the origin is growth in proportion."""
-    try:
-        import matplotlib
-    except ImportError:
-        figures.say("  no plot: matplotlib is not installed")
-        return
+    import matplotlib
+
     matplotlib.use("svg")
     matplotlib.rcParams.update({"svg.hashsalt": "olmfast", "svg.fonttype": "none", "font.size": 9})
     from matplotlib import pyplot

@@ -133,6 +133,17 @@ def rebuild_command(
     print(json.dumps(done.to_json(), indent=2) if as_json else done.account)
 
 
+@app.command("report")
+def report_command(
+    run: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a run, or its OUT.partial.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The file to write; default: report.html in OUT.")] = None,
+) -> None:
+    """Tell a run on one HTML page, from its record alone: what came of it, how, and of what."""
+    from olmfast.report.write import report
+
+    print(report(run, out))
+
+
 @app.command("merge")
 def merge_command(
     config: Annotated[Path, typer.Argument(help="A mergekit merge file; docs/mergekit.md lists its keys.")],

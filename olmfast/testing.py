@@ -344,6 +344,45 @@ def skilled_run(
     return config
 
 
+def long_record(folder: Path, n_steps: int, n_blocks: int = 24, n_candidates: int = 8) -> Path:
+    """Write the record of a search by modules that took n steps, every third of which changed something."""
+    from olmfast.search.log import STEPS, Change, Entry, Outcome, RunEntry, StepEntry, ValuesEntry, json_line, sealed
+    from olmfast.weights.expressions import Copy, whole
+    from olmfast.weights.recipe import Recipe
+
+    donors, datasets = [f"donor{i}" for i in range(n_candidates)], [f"skill{i}.json" for i in range(4)]
+    modules = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm")
+    tensors = [f"model.layers.{block}.{module}.weight" for block in range(n_blocks) for module in modules]
+    noise = torch.rand(n_steps + 1, len(datasets), n_candidates, generator=torch.Generator().manual_seed(0)).tolist()
+
+    def outcome(step: int) -> Outcome:
+        metrics = {name: dict(zip(donors, own, strict=True)) for name, own in zip(datasets, noise[step], strict=True)}
+        unit, changed = tensors[step % len(tensors)].removesuffix(".weight"), step % 3 == 0
+        if not step:
+            return Outcome("base", "model", donors[0], True, metrics)
+        return Outcome("tensors", unit, donors[step % n_candidates], changed, metrics, gain=0.001 if changed else 0.0)
+
+    def change(step: int) -> Change:
+        if not step:
+            return Change(whole(donors[0], tensors))
+        name = tensors[step % len(tensors)]
+        part = {name: Copy(donors[step % n_candidates], name)}
+        return Change(None, Recipe(donors[0], part) if step % 3 == 0 else None)
+
+    entries: list[Entry] = [RunEntry({"version": 1, "config": {"models": donors}, "donors": dict.fromkeys(donors, "")})]
+    for step in range(n_steps):
+        key = f"tensors/{step}" if step else "base"
+        entries.append(StepEntry(key, outcome(step), (step + 1) * n_candidates, float(step), 0, change(step)))
+    entries.append(ValuesEntry({"status": "finished"}))
+    lines, seal = [], ""
+    for entry in entries:
+        line, seal = sealed(json_line(entry.to_json()), seal)
+        lines.append(line)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STEPS).write_bytes(b"".join(lines))
+    return folder
+
+
 def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
     """All that is under a folder, links not followed: path -> mode, and the bytes of a file or the target of a link."""
 

@@ -44,6 +44,7 @@ def wheel(source) -> zipfile.ZipFile:
 def test_the_wheel_that_the_source_distribution_builds_holds_every_module(wheel):
     held = set(wheel.namelist())
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "olmfast").rglob("*.py")}
+    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "olmfast").rglob("*.jinja")}
     expected |= {f"olmfast/kernels/{path.relative_to(ROOT / 'kernels')}" for path in (ROOT / "kernels").rglob("*.py")}
     assert expected <= held
     assert any(name.startswith("olmfast/_shards.") and name.endswith(".so") for name in held)

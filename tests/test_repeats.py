@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import html
 import shutil
 import tempfile
 import xml.etree.ElementTree as ET
@@ -19,8 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from olmfast import InputError, Result, load_config, run
 from olmfast.dataflow.gains import Gain, own_spans
-from olmfast.dataflow.picture import heat_map, summary, table
 from olmfast.errors import Interrupted
+from olmfast.report.paths import heat_map, summary, table
 from olmfast.search.ranges import around, coarsest, grid, told
 from olmfast.terminal.runs import print_result
 from olmfast.testing import own_answers, tiny_model
@@ -152,6 +153,7 @@ def test_the_range_that_helps_is_found_and_the_result_runs_it_twice_as_a_plain_m
 def test_the_table_and_the_picture_say_what_was_found(found, capsys):
     folder, result = found
     report = result.record.values["repeats"]
+    assert summary(report) in html.unescape((folder / "out" / "report.html").read_text())
     picture = ET.fromstring((folder / "out" / "repeats.svg").read_text())
     assert len(picture.findall(".//{http://www.w3.org/2000/svg}title")) == report["comparisons"]
     print_result(result, as_json=False)

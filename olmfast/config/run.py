@@ -53,6 +53,7 @@ FREE_TO_CHANGE = {
     "max_ram",
     "max_vram",
     "batch_tokens",  # running out of memory must not be the end of a run
+    "answers",
 }
 
 
@@ -199,6 +200,7 @@ class RunConfig(BaseModel):
     max_new_tokens: int = Field(1024, ge=1)
     budget: Annotated[Budget | None, BeforeValidator(_parse_budget)] = None
     shard_size: Annotated[PositiveInt, BeforeValidator(parse_size)] = 5_000_000_000
+    answers: int = Field(5, ge=0, le=100)
     _config_dir: Path = PrivateAttr(Path())
     _notes: tuple[str, ...] = PrivateAttr(())
     _file: Path | None = PrivateAttr(None)

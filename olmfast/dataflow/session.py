@@ -13,7 +13,6 @@ from typing import Any
 import yaml
 
 from olmfast.config.run import RunConfig, load_config
-from olmfast.dataflow import picture
 from olmfast.dataflow.gains import own_spans
 from olmfast.dataflow.kinds import LayerKinds
 from olmfast.dataflow.repeats import RepeatSweep
@@ -25,6 +24,8 @@ from olmfast.evaluation.open import Questions
 from olmfast.evaluation.scorer import Candidate, Scorer
 from olmfast.observer import Observer
 from olmfast.output.writer import write_text, writing
+from olmfast.report import paths as picture
+from olmfast.report.write import write_report
 from olmfast.runs.session import Result, Session, run_as
 from olmfast.runs.steps import HELD_OUT, SELECTION
 from olmfast.search.acceptance import Scale
@@ -62,6 +63,7 @@ def run(
         report=report,
         observer=observer,
         stop_requested=stop_requested,
+        at_end=write_report,
     )
 
 

@@ -33,7 +33,8 @@ REPLACING = ".replacing"
 PARTS: tuple[str, ...] = (
     *(LOCK, REPLACING, STEPS, LEDGER, REPORT, DIGESTS, f"{STEPS}.tmp", f"{REPORT}.tmp"),
     *WEIGHTS,
-    *("run.log", "config.json", "README.md", "mergekit_config.yml", GENERATION_CONFIG, *TOKENIZER_FILES),
+    *("run.log", "report.html", "report.html.tmp", "path.yml", "repeats.svg"),
+    *("config.json", "README.md", "mergekit_config.yml", GENERATION_CONFIG, *TOKENIZER_FILES),
     *(*PROCESSOR, CODE),
     *("adapter_config.json", "adapter_model.safetensors", "alphas.json", "mmlu_results.json"),
 )

@@ -24,10 +24,13 @@ from olmfast.pruning.joint import JointSearch
 from olmfast.pruning.questions import Divided
 from olmfast.pruning.searches import Alphas, AlphaSearch, load_optuna
 from olmfast.pruning.target import Target
+from olmfast.report.write import write_report
+from olmfast.runs.answers import answered
 from olmfast.runs.folder import RunFolder, told_failures
 from olmfast.runs.inputs import Inputs
 from olmfast.runs.mmlu import RESULTS, Board, score_mmlu
 from olmfast.runs.scoreboard import Scoreboard
+from olmfast.runs.verdict import HELD_OUT, SELECTION
 from olmfast.search.log import strict
 from olmfast.search.loop import BudgetSpent, Search
 from olmfast.search.ranking import Rules
@@ -130,6 +133,8 @@ def search(
             status = session.search(measure)
             session.write(subjects, command)
             record.update(status=status)
+        if record.folder != folder.output:
+            write_report(record, observer)
         folder.publish(record)
     return Searched.of(Record.load(config.output_dir), config.output_dir)
 
@@ -211,6 +216,7 @@ class _Session(ABC):
         held_out = bool(divided.holdout.datasets)
         asked = Asked.load(self.config, models.base, divided.holdout if held_out else divided.selection, held_out)
         closing = Closing.score(boards["holdout" if held_out else "selection"], asked, self.evaluation, rows)
+        answers = self._answers(boards, recipe)
         content, mmlu, texts = models.content(recipe), {}, self.texts()
         if subjects is not None:
             board = self._mmlu(recipe, subjects)
@@ -219,7 +225,17 @@ class _Session(ABC):
         self._write_folder(replace(content, texts=texts), command)
         account = content.account()
         told = {"pruned": self.told, "account": account, **{part: own.to_json() for part, own in boards.items()}}
-        record.update(recipe, **told, **mmlu, closing=closing.to_json())
+        told |= {"answers": answers, "closing": closing.to_json()}
+        record.update(recipe, **told, **mmlu)
+
+    def _answers(self, boards: Mapping[str, Scoreboard], recipe: Recipe) -> dict[str, Any]:
+        """What the whole model and the result answer to a few questions: held-out ones, if there are any."""
+        divided = self.watched.divided
+        kind, board, questions = HELD_OUT, boards["holdout"], divided.holdout
+        if not board.rows:
+            kind, board, questions = SELECTION, boards["selection"], divided.selection
+        models = {WHOLE: self.models.whole, list(self.rows)[-1]: recipe}
+        return answered(self.evaluation, questions, kind, board, models, self.config.answers)
 
     def _mmlu(self, recipe: Recipe, subjects: Sequence[Subject]) -> Board:
         self.evaluation.model.set_recipe(recipe)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from olmfast.evaluation.scorer import Candidate, Scorer
 from olmfast.observer import Observer
 from olmfast.output.folder import partial_of
 from olmfast.output.writer import content_of, faults_of, write_folder, write_text, writing
+from olmfast.runs.answers import answered
 from olmfast.runs.card import write_card
 from olmfast.runs.folder import RunFolder, told_failures
 from olmfast.runs.inputs import Inputs
@@ -71,8 +73,9 @@ def run_as(
     report: str | Path | None = None,
     observer: Observer | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
+    at_end: Callable[[Record, Observer], None],
 ) -> Result:
-    """Run a config with sessions of a kind; see `olmfast.run`."""
+    """Run a config with sessions of a kind; see `olmfast.run`. `at_end` adds to a result before it gets its name."""
     log = RunLog()
     watched = Both([observer or Observer(), log])
     report = None if report is None else Path(report).absolute()
@@ -83,7 +86,7 @@ def run_as(
     if report is not None:
         folder.check_apart({"the report": [report]})
     try:
-        _run(kind, config, folder, watched, log, stop_requested)
+        _run(kind, config, folder, watched, log, stop_requested, at_end)
     except OlmfastError as error:
         log.note(str(error))
         raise
@@ -99,6 +102,7 @@ def _run(
     observer: Observer,
     log: RunLog,
     stop_requested: Callable[[], bool],
+    at_end: Callable[[Record, Observer], None],
 ) -> None:
     for note in config.notes:
         observer.note(note)
@@ -114,6 +118,8 @@ def _run(
             log.note(f"{status}: {config.output_dir}")
         else:
             _restore(config, inputs, record, folder, observer)
+        if record.folder != folder.output:
+            at_end(record, observer)
         folder.publish(record)
 
 
@@ -284,6 +290,7 @@ class Session:
                 unknown = {name: whole(name, pool.tensors) for name in board.rows if name not in board.samples}
                 self.observer.step(stage, CLOSING, len(rows) + len(unknown))
                 board.score(self._scorer(questions), {**unknown, **rows}, list(questions.datasets), pool)
+        answers = self._answers(recipe)
         content = content_of(recipe, sources, pool[self.config.base_name])
         with writing(self.record.folder, "--resume"):
             write_folder(content, sources, self.record.folder, self.config.shard_size)
@@ -293,11 +300,19 @@ class Session:
         verdict = of_run(self.selection, self.holdout)
         told = {"recipe_digest": recipe.digest(), "account": account, "verdict": verdict and verdict.to_json()}
         boarded = {"selection": self.selection.to_json(), "holdout": self.holdout.to_json()}
-        self.record.update(self.search.recipe, **boarded, **told)
+        self.record.update(self.search.recipe, **boarded, **told, answers=answers)
         card = write_card(self.config, self.record, recipe, boards, verdict, account, pool, self._closing())
         with writing(self.record.folder, "--resume"):
             write_text(self.record.folder / "README.md", card)
         return account
+
+    def _answers(self, result: Recipe) -> dict[str, Any]:
+        """What donors and result answer to a few questions: held-out ones, if there are any."""
+        kind, board, questions = HELD_OUT, self.holdout, self.inputs.holdout
+        if not board.rows:
+            kind, board, questions = SELECTION, self.selection, self.inputs.selection
+        models = {name: whole(name, self.inputs.pool.tensors) for name in board.donors}
+        return answered(self.evaluation, questions, kind, board, {**models, RESULT: result}, self.config.answers)
 
     def _closing(self) -> list[str]:
         """What a kind of run adds at its end: sections of the model card."""

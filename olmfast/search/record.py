@@ -65,6 +65,7 @@ class Record:
         self.steps: dict[str, Outcome] = {}
         self.standing = Standing()
         self.evaluations: float = 0
+        self.spent: dict[str, float] = {}  # step -> evaluations, it included
         self.elapsed_s, self.ledger_bytes = 0.0, 0
         self.values: dict[str, Any] = {}
         self._snapshots: dict[str, Recipe] = {}
@@ -208,6 +209,7 @@ class Record:
         if isinstance(entry, StepEntry):
             self.steps[entry.key] = entry.outcome
             self.evaluations, self.elapsed_s = entry.evaluations, entry.elapsed_s
+            self.spent[entry.key] = entry.evaluations
             self.ledger_bytes = entry.ledger_bytes
         else:
             self.values |= entry.values

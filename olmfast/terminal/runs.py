@@ -16,8 +16,8 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from olmfast.config.run import Budget
-from olmfast.dataflow import picture
 from olmfast.evaluation.metrics import BOUNDED, standard_error
+from olmfast.report import paths as picture
 from olmfast.runs.estimate import Estimate
 from olmfast.runs.scoreboard import Scoreboard
 from olmfast.runs.session import Result

@@ -91,6 +91,9 @@ def test_the_best_of_what_was_tried_is_written_and_scores_what_it_scored(config,
     torch.testing.assert_close(out[name].double(), exact, rtol=1e-6, atol=1e-6)
     assert done.selection.rows["searched"]["MMLU likelihood"] == pytest.approx(best, rel=1e-5)
     assert list(done.selection.rows) == ["original", "drop", "uniform", "searched"]
+    page = (tmp_path / "out/report.html").read_text()
+    assert "Layers 2 to 5 became layer 2; alphas" in page
+    assert "What it says" in page
     assert best <= min(done.selection.rows[name]["MMLU likelihood"] for name in ("uniform", "drop")) + 1e-6
 
 

@@ -214,9 +214,12 @@ class _Session(ABC):
                 scorer = self.evaluation.scorer(questions, self.observer.candidate)
                 boards[part].score(scorer, rows, list(questions.datasets), models.pool)
         held_out = bool(divided.holdout.datasets)
-        asked = Asked.load(self.config, models.base, divided.holdout if held_out else divided.selection, held_out)
-        closing = Closing.score(boards["holdout" if held_out else "selection"], asked, self.evaluation, rows)
-        answers = self._answers(boards, recipe)
+        told_by = boards["holdout" if held_out else "selection"]
+        questions = divided.holdout if held_out else divided.selection
+        asked = Asked.load(self.config, models.base, questions, held_out)
+        closing = Closing.score(told_by, asked, self.evaluation, rows)
+        compared, kind = {WHOLE: models.whole, list(known)[-1]: recipe}, HELD_OUT if held_out else SELECTION
+        answers = answered(self.evaluation, questions, kind, told_by, compared, self.config.answers)
         content, mmlu, texts = models.content(recipe), {}, self.texts()
         if subjects is not None:
             board = self._mmlu(recipe, subjects)
@@ -227,15 +230,6 @@ class _Session(ABC):
         told = {"pruned": self.told, "account": account, **{part: own.to_json() for part, own in boards.items()}}
         told |= {"answers": answers, "closing": closing.to_json()}
         record.update(recipe, **told, **mmlu)
-
-    def _answers(self, boards: Mapping[str, Scoreboard], recipe: Recipe) -> dict[str, Any]:
-        """What the whole model and the result answer to a few questions: held-out ones, if there are any."""
-        divided = self.watched.divided
-        kind, board, questions = HELD_OUT, boards["holdout"], divided.holdout
-        if not board.rows:
-            kind, board, questions = SELECTION, boards["selection"], divided.selection
-        models = {WHOLE: self.models.whole, list(self.rows)[-1]: recipe}
-        return answered(self.evaluation, questions, kind, board, models, self.config.answers)
 
     def _mmlu(self, recipe: Recipe, subjects: Sequence[Subject]) -> Board:
         self.evaluation.model.set_recipe(recipe)

@@ -76,8 +76,8 @@ def skills(rows: Mapping[str, Mapping[str, Interval]], result: str, shown: Mappi
         for edge in (0, 1):
             axes.axvline(edge, color=FAINT, linewidth=0.8)
         for row, name in enumerate(rows):
-            place = {"transform": axes.get_yaxis_transform(), "va": "center", "weight": "bold"}
-            axes.text(0.0, row - 0.36, _short(shown.get(name, name), 56), **place)
+            bold = {"transform": axes.get_yaxis_transform(), "va": "center", "weight": "bold"}
+            axes.text(0.0, row - 0.36, _short(shown.get(name, name), 48), **bold)
         axes.set_yticks([])
         axes.set_ylim(len(rows) - 0.45, -0.5)
         axes.set_xlabel("skill retained: 0 the worst donor, 1 the best")

@@ -119,7 +119,8 @@ def _chosen(steps: Sequence[Taken]) -> list[int]:
     changed = [number for number, taken in enumerate(steps) if taken.outcome.changed]
     changed = [*changed[: MOST_STEPS // 3], *changed[MOST_STEPS // 3 :][::-1]]
     others = [number for number, taken in enumerate(steps) if not taken.outcome.changed]
-    found, rows = [], 0
+    found: list[int] = []
+    rows = 0
     for number in [*changed, *others]:
         rows += min(MOST_CANDIDATES, len(_labels(steps[number])))
         if len(found) == MOST_STEPS or (rows > MOST_ROWS and found):

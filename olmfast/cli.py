@@ -144,6 +144,28 @@ def report_command(
     print(report(run, out))
 
 
+@app.command("push")
+def push_command(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a result.")],
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository on the Hub; it is made if missing.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    with_report: Annotated[
+        bool,
+        typer.Option("--with-report", help="Also report.html and merge_report.json, which hold questions and answers."),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would go; upload nothing.")] = False,
+) -> None:
+    """Upload a result to the Hub: the model, its card and its scores."""
+    from olmfast.output.push import plan_upload, push
+
+    upload = plan_upload(out, repo, with_report)
+    for name, path in upload.files.items():
+        print(f"{path.stat().st_size:>14,}  {name}")
+    print(f"{upload.n_bytes:>14,}  bytes {'would go' if dry_run else 'go'} to {upload.repo}", flush=True)
+    if not dry_run:
+        print(push(upload, private))
+
+
 @app.command("merge")
 def merge_command(
     config: Annotated[Path, typer.Argument(help="A mergekit merge file; docs/mergekit.md lists its keys.")],

@@ -392,3 +392,74 @@ def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
         return path.read_bytes() if path.is_file() else b""
 
     return {str(path.relative_to(folder)): (path.lstat().st_mode, held(path)) for path in sorted(folder.rglob("*"))}
+
+
+# Pages as a browser shows them
+
+_MEASURE = """<pre id="measured"></pre><script>
+document.querySelectorAll("details").forEach(one => one.open = true);
+const width = document.documentElement.clientWidth, cut = [];
+const scrolls = e => e && (["auto", "scroll"].includes(getComputedStyle(e).overflowX) || scrolls(e.parentElement));
+const told = e => e.tagName + "." + (e.getAttribute("class") || "") + ": " + e.textContent.trim().slice(0, 60);
+document.querySelectorAll("main *").forEach(e => {
+  const box = e.getBoundingClientRect(), frame = e.closest("svg");
+  if (box.width === 0 || scrolls(e.parentElement)) return;
+  if (box.left < -1 || box.right > width + 1) cut.push("beside the page: " + told(e));
+  if (frame && e.tagName === "text") {
+    const room = frame.getBoundingClientRect();
+    const inside = box.left > room.left - 2 && box.right < room.right + 2;
+    if (!inside || box.top < room.top - 2 || box.bottom > room.bottom + 2)
+      cut.push("beside its picture: " + told(e));
+  }
+  if (["TH", "TD", "SUMMARY", "H1", "H2", "P"].includes(e.tagName) && e.scrollWidth > e.clientWidth + 1)
+    cut.push("wider than its place: " + told(e));
+});
+if (document.documentElement.scrollWidth > width) cut.push("the page scrolls sideways");
+const found = {cut, width, height: document.documentElement.scrollHeight};
+document.getElementById("measured").textContent = JSON.stringify(found);
+</script>"""
+
+
+def find_chromium() -> str | None:
+    """A Chromium: the environment variable OLMFAST_CHROMIUM, or what is installed; None where there is none."""
+    import shutil
+
+    names = ("chromium", "chromium-browser", "chromium-headless-shell", "google-chrome")
+    return os.environ.get("OLMFAST_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+
+
+def opened(chromium: str, page: Path, width: int) -> dict[str, Any]:
+    """A page opened so many pixels wide, everything unfolded: what of it is `cut`, its `width` and its `height`."""
+    import html
+    import re
+    import tempfile
+
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "page.html"
+        copy.write_text(text.replace("</body>", f"{_MEASURE}</body>"), encoding="utf-8")
+        shown = _chromium(chromium, folder, "--dump-dom", f"--window-size={width},1000", copy.as_uri())
+    measured = re.search(r'<pre id="measured">(.*?)</pre>', shown, re.DOTALL)
+    assert measured is not None, shown[-2000:]
+    return dict(json.loads(html.unescape(measured[1])))
+
+
+def photograph(chromium: str, page: Path, out: Path, width: int, height: int, dark: bool) -> None:
+    """A PNG of the top of a page, in few colours: small enough to keep."""
+    import tempfile
+
+    from PIL import Image
+
+    scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
+    with tempfile.TemporaryDirectory() as folder:
+        size = f"--window-size={width},{height}"
+        _chromium(chromium, folder, scheme, size, f"--screenshot={folder}/page.png", page.absolute().as_uri())
+        Image.open(f"{folder}/page.png").convert("RGB").quantize(96).save(out, optimize=True)
+
+
+def _chromium(chromium: str, folder: str, *options: str) -> str:
+    import subprocess
+
+    quiet = ("--headless", "--disable-gpu", "--hide-scrollbars", "--no-sandbox", f"--user-data-dir={folder}/profile")
+    done = subprocess.run([chromium, *quiet, *options], capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout

@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from olmfast.config.benchmarks import Benchmark
 from olmfast.config.candidates import CandidateKind, parse_candidates
 from olmfast.config.loading import Location, absolute, explain, parse_size, read_yaml
 from olmfast.config.originals import DATASETS, STAGE_KEYS, read_original
@@ -53,7 +54,7 @@ FREE_TO_CHANGE = {
     "max_ram",
     "max_vram",
     "batch_tokens",  # running out of memory must not be the end of a run
-    "answers",
+    *("answers", "benchmarks", "track"),  # what is told of it, and to whom
 }
 
 
@@ -201,6 +202,8 @@ class RunConfig(BaseModel):
     budget: Annotated[Budget | None, BeforeValidator(_parse_budget)] = None
     shard_size: Annotated[PositiveInt, BeforeValidator(parse_size)] = 5_000_000_000
     answers: int = Field(5, ge=0, le=100)
+    benchmarks: dict[str, Benchmark] = {}
+    track: Literal["trackio", "wandb", "mlflow", "tensorboard"] | None = None
     _config_dir: Path = PrivateAttr(Path())
     _notes: tuple[str, ...] = PrivateAttr(())
     _file: Path | None = PrivateAttr(None)
@@ -336,6 +339,9 @@ class RunConfig(BaseModel):
         both = set(self.validation_sets) & {*self.dataset, *self.holdout}
         if both:
             raise ValueError(f"validation: {show(sorted(both)[0])} is used for something else too")
+        stray = next((name for name in self.benchmarks if name not in self.holdout), None)
+        if stray is not None:
+            raise ValueError(f"benchmarks: {show(stray)} is not in holdout; what chose the result tells too much of it")
         self._check_searches()
         if self.racing and self.selection == "average_rank":
             raise ValueError("racing: who has the lowest average rank depends on all; use selection: copeland or mean")
@@ -527,6 +533,6 @@ def _join_base(data: dict[str, Any]) -> Iterator[str]:
 def _known_keys(location: Location) -> Iterable[str]:
     nested: dict[str, type[BaseModel]] = dict.fromkeys(("dataset", "holdout", "validation"), DatasetConfig)
     nested |= {"budget": Budget, "racing": Racing, "markov": Windows, "prune": Pruning}
-    nested |= {"evolve": Evolve, "dataflow": Dataflow}
+    nested |= {"evolve": Evolve, "dataflow": Dataflow, "benchmarks": Benchmark}
     model: type[BaseModel] = nested[str(location[0])] if len(location) > 1 else RunConfig
     return model.model_fields

@@ -41,6 +41,7 @@ PARTS: tuple[str, ...] = (
 # The same of the folders in it: chat templates, and parts of sentence-transformers (1_Pooling).
 FOLDERS: dict[str, tuple[str, ...]] = {
     REFINED: ("*.safetensors", "*.safetensors.tmp"),
+    ".eval_results": ("*.yaml",),
     "additional_chat_templates": ("*.jinja",),
     "[0-9]*_*": ("*.json", "*.safetensors", "*.txt", "*.model"),
 }

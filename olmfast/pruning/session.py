@@ -26,10 +26,13 @@ from olmfast.pruning.searches import Alphas, AlphaSearch, load_optuna
 from olmfast.pruning.target import Target
 from olmfast.report.write import write_report
 from olmfast.runs.answers import answered
+from olmfast.runs.benchmarks import write_results
 from olmfast.runs.folder import RunFolder, told_failures
 from olmfast.runs.inputs import Inputs
 from olmfast.runs.mmlu import RESULTS, Board, score_mmlu
 from olmfast.runs.scoreboard import Scoreboard
+from olmfast.runs.trackers import load_tracker
+from olmfast.runs.tracking import tracked
 from olmfast.runs.verdict import HELD_OUT, SELECTION
 from olmfast.search.log import strict
 from olmfast.search.loop import BudgetSpent, Search
@@ -111,6 +114,7 @@ def search(
     """
     if config.prune is not None and config.prune.way == "bayes":
         load_optuna()
+    load_tracker(config.track)
     config = config if config.budget is not None else config.model_copy(update={"budget": DEFAULT_BUDGET})
     limits = {key: getattr(config, key) for key in ("batch_tokens", "max_ram", "max_vram", "scorer")}
     settings = Settings.of(config.device, config.dtype, **limits)
@@ -128,10 +132,13 @@ def search(
     header = _header(Inputs(config, models.pool, every, settings, order), divided)
     with told_failures(folder.partial), folder.locked(header, models.pool) as record:
         if record.status != "finished":
-            watched = _Watched(config, divided, settings, order, record, observer, stop_requested)
-            session = _AlphaSession(watched, models) if isinstance(models, Target) else _JointSession(watched, models)
-            status = session.search(measure)
-            session.write(subjects, command)
+            with tracked(config, record, observer) as told:
+                watched = _Watched(config, divided, settings, order, record, told, stop_requested)
+                session = (
+                    _AlphaSession(watched, models) if isinstance(models, Target) else _JointSession(watched, models)
+                )
+                status = session.search(measure)
+                session.write(subjects, command)
             record.update(status=status)
         if record.folder != folder.output:
             write_report(record, observer)
@@ -226,6 +233,7 @@ class _Session(ABC):
             texts[RESULTS] = json.dumps(strict(board.results()), indent=2) + "\n"
             mmlu = {"mmlu": board.to_json()}
         self._write_folder(replace(content, texts=texts), command)
+        write_results(record.folder, self.config.benchmarks, self.config.holdout, boards["holdout"], list(known)[-1])
         account = content.account()
         told = {"pruned": self.told, "account": account, **{part: own.to_json() for part, own in boards.items()}}
         told |= {"answers": answers, "closing": closing.to_json()}

@@ -21,6 +21,7 @@ from olmfast.evaluation.conversations import conversations_of
 from olmfast.evaluation.open import Questions, Settings, order_of_tensors
 from olmfast.observer import Observer
 from olmfast.output.folder import OutputFolder, check_space
+from olmfast.runs.trackers import load_tracker
 from olmfast.search.halves import Indices, set_aside
 from olmfast.weights.digests import DIGESTS, DigestCache
 from olmfast.weights.expressions import whole
@@ -90,6 +91,8 @@ class Inputs:
                 check(config, pool)
         with _noted(faults):
             check_searches(config)
+        with _noted(faults):
+            load_tracker(config.track)
         with _noted(faults):
             check_space(config.output_dir, max(donor.n_bytes for donor in pool))
         if faults or settings is None:

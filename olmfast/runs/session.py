@@ -21,12 +21,14 @@ from olmfast.observer import Observer
 from olmfast.output.folder import partial_of
 from olmfast.output.writer import content_of, faults_of, write_folder, write_text, writing
 from olmfast.runs.answers import answered
+from olmfast.runs.benchmarks import write_results
 from olmfast.runs.card import write_card
 from olmfast.runs.folder import RunFolder, told_failures
 from olmfast.runs.inputs import Inputs
 from olmfast.runs.rebuild import restore
 from olmfast.runs.scoreboard import AVERAGE, RESULT, START, Scoreboard, plain_average
 from olmfast.runs.steps import CLOSING, HELD_OUT, SELECTION, schedule
+from olmfast.runs.tracking import tracked
 from olmfast.runs.verdict import Verdict, of_run
 from olmfast.runs.watchers import Both, RunLog
 from olmfast.search.acceptance import Scale
@@ -111,9 +113,10 @@ def _run(
         if record.status != "finished":
             log.begin(record.folder)
             log.note(f"olmfast {__version__} {'continues' if record.steps else 'begins'}: {config.output_dir}")
-            session = kind(config, inputs, record, observer, stop_requested)
-            status = session.search_all()
-            observer.note(session.write())
+            with tracked(config, record, observer) as told:
+                session = kind(config, inputs, record, told, stop_requested)
+                status = session.search_all()
+                observer.note(session.write())
             record.update(status=status)
             log.note(f"{status}: {config.output_dir}")
         else:
@@ -304,6 +307,8 @@ class Session:
         card = write_card(self.config, self.record, recipe, boards, verdict, account, pool, self._closing())
         with writing(self.record.folder, "--resume"):
             write_text(self.record.folder / "README.md", card)
+            entries = self.config.benchmarks
+            write_results(self.record.folder, entries, self.config.holdout, self.holdout, RESULT)
         return account
 
     def _answers(self, result: Recipe) -> dict[str, Any]:

@@ -383,6 +383,15 @@ def evaluate_command(
         list[str] | None,
         typer.Option(metavar="FILE", help="An mmlu_results.json to compare with; several may be given."),
     ] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option("--lm-eval", metavar="TASKS", help="Score on tasks of lm-evaluation-harness: a,b.")
+    ] = None,
+    limit: Annotated[
+        float | None, typer.Option(help="The first N documents of each of these tasks, or a share below 1.")
+    ] = None,
+    lm_eval_path: Annotated[
+        Path | None, typer.Option("--lm-eval-path", metavar="DIR", help="A folder of files of tasks.")
+    ] = None,
     more_results: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     samples: Annotated[int | None, typer.Option(help="The first N conversations of each dataset.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest generation.")] = None,
@@ -392,16 +401,29 @@ def evaluate_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores, of each sample too, as JSON.")] = False,
 ) -> None:
     """Score a model on datasets, alone or next to the donors it was merged from."""
+    from olmfast.config.entries import by_name
     from olmfast.config.run import load_config, read_dataset_option
     from olmfast.runs.scoreboard import evaluate, evaluate_like
     from olmfast.terminal.runs import print_scoreboard, print_scoreboards
 
-    asked = {"--subjects": subjects, "--compare": compare}
-    unfit = [name for name, value in asked.items() if value and mmlu is None]
-    others = {"--dataset": dataset, "--config": config, "--against": against, "--samples": samples}
-    unfit += [name for name, value in others.items() if value and mmlu is not None]
-    if unfit:
-        raise InputError(f"{unfit[0]}: {'is of --mmlu alone' if mmlu is None else '--mmlu has no use for it'}")
+    own = {"--mmlu": {"--subjects": subjects, "--compare": compare}}
+    own["--lm-eval"] = {"--limit": limit, "--lm-eval-path": lm_eval_path}
+    ways = [way for way, value in (("--mmlu", mmlu), ("--lm-eval", lm_eval)) if value is not None]
+    others = {"--dataset": dataset, "--config": config, "--samples": samples}
+    others |= {"--against": against} if mmlu is not None else {}
+    for way, options in own.items():
+        if (unfit := [name for name, value in options.items() if value]) and way not in ways:
+            raise InputError(f"{unfit[0]}: is of {way} alone")
+        unfit = [*(name for name, value in others.items() if value), *(name for name in ways if name != way)]
+        if way in ways and unfit:
+            raise InputError(f"{unfit[0]}: {way} has no use for it")
+    if lm_eval is not None:
+        from olmfast.terminal.harness import evaluate_lm_eval
+
+        boundary.quiet_libraries()
+        how = {"device": device or "auto", "dtype": dtype or "auto", "models_dir": models_dir or Path("models")}
+        evaluate_lm_eval(model, lm_eval, as_json, against=against or [], include=lm_eval_path, limit=limit, **how)
+        return
     if mmlu is not None:
         from olmfast.terminal.mmlu import evaluate_mmlu
 
@@ -422,7 +444,9 @@ def evaluate_command(
     if more_results:
         raise InputError(f"{cut(more_results[0])}: not expected here")
     if bool(dataset) == (config is not None):
-        raise InputError("evaluate: expected either --dataset FILE:MODE or --config CFG, or --mmlu DIR")
+        raise InputError(
+            "evaluate: expected either --dataset FILE:MODE or --config CFG, or --mmlu DIR, or --lm-eval TASKS"
+        )
     boundary.quiet_libraries()
     given = {"samples": samples, "max_new_tokens": max_new_tokens}
     common = {key: value for key, value in given.items() if value is not None}
@@ -432,12 +456,10 @@ def evaluate_command(
         boards = evaluate_like(loaded, model, against or [], lambda text: print(text, file=sys.stderr))
         print_scoreboards(boards, as_json, model)
         return
-    entries: dict[str, dict[str, Any]] = {}
-    for option in dataset or []:
-        file, entry = read_dataset_option(option)
-        if file in entries:
-            raise InputError(f"--dataset {option}: {file} is given twice")
-        entries[file] = {**common, **entry}
+    entries = {
+        name: {**common, **entry}
+        for name, entry in by_name(map(read_dataset_option, dataset or []), "--dataset").items()
+    }
     place, device, dtype = models_dir or Path("models"), device or "auto", dtype or "auto"
     board = evaluate(model, entries, against or [], models_dir=place, device=device, dtype=dtype)
     print_scoreboard(board, "Scores", as_json, model)

@@ -10,7 +10,8 @@ import pytest
 from olmfast import load_config, run
 from olmfast.config.run import read_dataset_option
 from olmfast.errors import InputError
-from olmfast.runs.scoreboard import Scoreboard, evaluate_like
+from olmfast.runs.scoreboard import Scoreboard, evaluate, evaluate_like
+from olmfast.search.halves import Halves, set_aside
 from olmfast.testing import tiny_model, tiny_run, write_choices
 
 DATASETS = {
@@ -110,7 +111,10 @@ def test_a_dataset_option_says_all_that_an_entry_can(text, file, entry):
     [
         (("--dataset", "a.json:exact,think"), "a.json:exact,think: expected KEY=VALUE after a comma, got 'think'"),
         (("--dataset", "a.json:exact,thinks=no"), "dataset.a.json.thinks: unknown key; did you mean 'think'?"),
-        (("--dataset", "a.json:exact", "--dataset", "a.json:choice"), "a.json:choice: a.json is given twice"),
+        (("--dataset", "a.json:exact", "--dataset", "a.json:exact"), "--dataset a.json:exact: is given twice"),
+        (("--limit", "3"), "--limit: is of --lm-eval alone"),
+        (("--lm-eval", "x", "--samples", "3"), "--samples: --lm-eval has no use for it"),
+        (("--lm-eval", "x", "--mmlu", "m"), "--lm-eval: --mmlu has no use for it"),
         ((), "evaluate: expected either --dataset FILE:MODE or --config CFG"),
         (("--dataset", "a.json:exact", "--config", "cfg.yaml"), "expected either --dataset FILE:MODE or --config CFG"),
     ],
@@ -120,6 +124,36 @@ def test_what_cannot_be_scored_is_named(finished, olmfast, monkeypatch, argument
     code, _, error = olmfast("evaluate", "out", *arguments)
     assert code == 2
     assert message in error
+
+
+def test_one_file_is_scored_in_several_modes(finished, olmfast, monkeypatch):
+    monkeypatch.chdir(finished)
+    options = [f"--dataset=sums.json:{mode}" for mode in ("exact", "perplexity", "exact_match,strict=true")]
+    code, shown, error = olmfast("evaluate", "out", *options, "--device", "cpu", "--json")
+    assert code == 0, error
+    names = ["sums.json:exact", "sums.json:perplexity", "sums.json:exact_match"]
+    rows = json.loads(shown)["rows"]["out"]
+    assert list(rows) == names
+    for option, name in zip(options, names, strict=True):
+        alone = json.loads(olmfast("evaluate", "out", option, "--device", "cpu", "--json")[1])["rows"]["out"]
+        assert rows[name] == pytest.approx(alone["sums.json"], rel=1e-6)
+    board = evaluate("out", {"sums.json": {"mode": ["exact", "perplexity"]}}, device="cpu")
+    assert board.rows["out"] == pytest.approx({name: rows[name] for name in names[:2]}, rel=1e-6)
+
+
+def test_the_modes_of_one_file_have_the_same_questions_set_aside_and_in_each_half(finished):
+    data = load_config(finished / "cfg.yaml").model_dump(mode="json", include={"models", "models_dir", "dataset_dir"})
+    twice, once = {"mode": ["exact", "perplexity"]}, {"mode": "exact"}
+    config = load_config({**data, "dataset": {"sums.json": twice, "b.json": once}})
+    assert list(config.dataset) == ["sums.json:exact", "sums.json:perplexity", "b.json"]
+    sizes = dict.fromkeys(config.dataset, 20)
+    kept, aside = set_aside(sizes, 0.2, config.seed, config.sources)
+    first, second = Halves.of(sizes, config.seed, config.sources)
+    for part in (kept, aside, first, second):
+        assert part["sums.json:exact"] == part["sums.json:perplexity"]
+    assert first["b.json"] != first["sums.json:exact"]
+    alone = Halves.of({"sums.json": 20}, config.seed, {})  # as those of the file in one mode are
+    assert first["sums.json:exact"] == alone.first["sums.json"]
 
 
 def test_a_config_without_its_datasets_is_refused(finished, tmp_path):

@@ -27,11 +27,22 @@ from pydantic import (
 
 from olmfast.config.benchmarks import Benchmark
 from olmfast.config.candidates import CandidateKind, parse_candidates
+from olmfast.config.entries import written_out
 from olmfast.config.loading import Location, absolute, explain, parse_size, read_yaml
 from olmfast.config.originals import DATASETS, STAGE_KEYS, read_original
 from olmfast.config.overriding import override
 from olmfast.config.pruning import Pruning
-from olmfast.config.searches import Dataflow, Evolve, Racing, Windows, lift_genome, parse_racing, parse_windows
+from olmfast.config.searches import (
+    Dataflow,
+    Evolve,
+    FinalEval,
+    Racing,
+    Windows,
+    lift_genome,
+    parse_final_eval,
+    parse_racing,
+    parse_windows,
+)
 from olmfast.config.tagged import refuse_dataflow
 from olmfast.errors import InputError, did_you_mean, show
 
@@ -104,9 +115,14 @@ def _parse_significance(value: object) -> object:
 
 
 class DatasetConfig(BaseModel):
-    """How one dataset file is read and scored."""
+    """How one dataset file, or a task of lm-evaluation-harness, is read and scored."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        json_schema_extra={"required": [], "anyOf": [{"required": ["mode"]}, {"required": ["lm_eval"]}]},
+    )
     mode: Mode
     fields: dict[Wanted, str] | None = None
     think: bool = True
@@ -121,20 +137,40 @@ class DatasetConfig(BaseModel):
     subjects: list[str] | None = Field(default=None, min_length=1)
     shots: int = Field(default=5, ge=0)
     of_question: bool = False
+    lm_eval: str | None = None
+    lm_eval_path: str | None = None
+    split: Literal["train", "validation", "test"] | None = None
 
     def path(self, folder: Path, name: str) -> Path:
-        """Where the dataset `name` of a folder is: its name is that of its file, unless it says another."""
-        return folder / (self.file or name)
+        """Where the dataset `name` of a folder is: its name is that of its file, unless it says another.
+
+        Of a task it is where its files are, if that is said.
+        """
+        return folder / ((self.lm_eval_path or self.lm_eval) if self.lm_eval else self.file or name)
+
+    def source(self, name: str) -> str:
+        """What tells the questions of the dataset `name` from those of others."""
+        return f"{self.lm_eval} {self.split}" if self.lm_eval else self.file or name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_mode(cls, data: Any) -> Any:
+        return {"mode": "exact", **data} if isinstance(data, dict) and data.get("lm_eval") else data
 
     @model_validator(mode="after")
     def _check(self) -> DatasetConfig:
         if self.of_question and self.mode in ("likelihood", "choice", "diversity", "quality"):
             raise ValueError(f"of_question: mode {self.mode} is of answers; use exact or perplexity")
+        if self.lm_eval is None and (self.split or self.lm_eval_path):
+            raise ValueError("split, lm_eval_path: are of a task; add lm_eval: TASK")
+        if self.lm_eval and (self.file or self.fields or self.subjects):
+            raise ValueError("lm_eval: a task has its own documents; leave file, fields and subjects out")
         return self
 
 
 # Dataset keys that may be given at the top level, as the default of every dataset.
 DATASET_DEFAULTS = ("forbid", "template", "max_new_tokens", "samples")
+LM_EVAL_PATH = "lm_eval_path"  # the default of those that are tasks
 
 
 # Where things are, unless the config says otherwise.
@@ -152,6 +188,8 @@ class RunConfig(BaseModel):
     models: list[str] = Field(min_length=1)
     dataset: dict[str, DatasetConfig] = Field(json_schema_extra={"minProperties": 1})  # none to prune
     holdout: dict[str, DatasetConfig] = {}
+    final_eval: Annotated[FinalEval | None, BeforeValidator(parse_final_eval)] = None
+    lm_eval_path: str | None = None
     validation: Annotated[float, Field(ge=0, le=0.5)] | dict[str, DatasetConfig] = 0.2
     base_model_name: str | None = None
     ancestor: str | None = None
@@ -301,6 +339,16 @@ class RunConfig(BaseModel):
         return {**self.dataset, **self.holdout, **self.validation_sets}
 
     @property
+    def sources(self) -> dict[str, str]:
+        """Dataset -> what tells its questions from others': several modes of one file have the same."""
+        return {name: entry.source(name) for name, entry in self.questions.items()}
+
+    @property
+    def task_folder(self) -> Path | None:
+        """Where files of lm-evaluation-harness' tasks are, beside its own."""
+        return None if self.lm_eval_path is None else self.dataset_dir / self.lm_eval_path
+
+    @property
     def walk(self) -> list[Scale]:
         """The scales whose units are walked, in order: those listed, then those that only a switch asks for."""
         switches: dict[Scale, bool] = {
@@ -336,6 +384,12 @@ class RunConfig(BaseModel):
         both = set(self.dataset) & set(self.holdout)
         if both:
             raise ValueError(f"holdout: {show(sorted(both)[0])} is used for selection too, so it is not held out")
+        scored = [name for name, entry in {**self.dataset, **self.validation_sets}.items() if entry.split == "test"]
+        if scored:
+            raise ValueError(
+                f"dataset {show(scored[0])}: split: test is what a task is scored by; search by train or validation, "
+                "and give test as holdout"
+            )
         both = set(self.validation_sets) & {*self.dataset, *self.holdout}
         if both:
             raise ValueError(f"validation: {show(sorted(both)[0])} is used for something else too")
@@ -369,6 +423,8 @@ class RunConfig(BaseModel):
 
     def _check_pruning(self, pruning: Pruning) -> None:
         """Raise ValueError for keys that this way of pruning has no use for."""
+        if self.final_eval is not None:
+            raise ValueError("final_eval: is of runs that merge; use olmfast evaluate OUT --lm-eval TASKS")
         unused = [key for key in ("dataset", "holdout", "budget") if getattr(self, key)]
         if unused and not pruning.is_search:
             raise ValueError(f"{unused[0]}: method {pruning.way} searches nothing; leave it out")
@@ -409,7 +465,7 @@ class _Datasets(BaseModel):
 def parse_datasets(entries: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, DatasetConfig]:
     """Check plain data as dataset entries: file name -> how it is scored. Raises InputError with all faults."""
     try:
-        return _Datasets.model_validate({"dataset": entries}).dataset
+        return _Datasets.model_validate({"dataset": written_out(dict(entries), "dataset")}).dataset
     except ValidationError as error:
         raise explain(where, error.errors(), _known_keys) from error
 
@@ -473,6 +529,7 @@ def parse_config(data: dict[str, Any], where: str, folder: Path) -> RunConfig:
     inherited = set()
     for key in DATASETS:
         if isinstance(data.get(key), dict):
+            data[key] = _with_tasks(written_out(data[key], key), data.get(LM_EVAL_PATH))
             inherited |= {
                 (key, name, default)
                 for name, entry in data[key].items()
@@ -490,6 +547,16 @@ def parse_config(data: dict[str, Any], where: str, folder: Path) -> RunConfig:
         raise explain(where, faults, _known_keys) from error
     config._config_dir, config._notes = folder, tuple(notes)
     return config
+
+
+def _with_tasks(entries: Any, place: Any) -> Any:
+    """Datasets, of which those that are tasks of lm-evaluation-harness have its default place."""
+    if not isinstance(entries, dict) or place is None:
+        return entries
+    return {
+        name: {LM_EVAL_PATH: place, **entry} if isinstance(entry, dict) and entry.get("lm_eval") else entry
+        for name, entry in entries.items()
+    }
 
 
 def _with_places(section: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
@@ -533,6 +600,6 @@ def _join_base(data: dict[str, Any]) -> Iterator[str]:
 def _known_keys(location: Location) -> Iterable[str]:
     nested: dict[str, type[BaseModel]] = dict.fromkeys(("dataset", "holdout", "validation"), DatasetConfig)
     nested |= {"budget": Budget, "racing": Racing, "markov": Windows, "prune": Pruning}
-    nested |= {"evolve": Evolve, "dataflow": Dataflow, "benchmarks": Benchmark}
+    nested |= {"evolve": Evolve, "dataflow": Dataflow, "benchmarks": Benchmark, "final_eval": FinalEval}
     model: type[BaseModel] = nested[str(location[0])] if len(location) > 1 else RunConfig
     return model.model_fields

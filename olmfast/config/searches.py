@@ -75,6 +75,21 @@ class Evolve(BaseModel):
         return self.merge_method in ("ties", "dare_ties")
 
 
+class FinalEval(BaseModel):
+    """Tasks of lm-evaluation-harness that the result and its donors are scored on at the end."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    tasks: list[str] = Field(min_length=1)
+    limit: float | None = Field(None, gt=0)
+
+
+def parse_final_eval(value: object) -> object:
+    """Names of tasks, a text or a list, stand for all of their documents."""
+    if isinstance(value, str):
+        return {"tasks": [name.strip() for name in value.split(",") if name.strip()]}
+    return {"tasks": value} if isinstance(value, list) else value
+
+
 REPEATS = ("grid", "keep", "shown", "racing")
 PATHS = ("method", "passes", "max_hops", "factors", "generations", "population")
 

@@ -34,7 +34,7 @@ class RepeatSweep:
     def __init__(self, search: Search, config: Dataflow, skeletons: Skeletons) -> None:
         self.search, self.config, self.skeletons = search, config, skeletons
         self.model, self.n_blocks = search.recipe.base, search.architecture.n_blocks
-        self.halves = Halves.of(search.scorer.sizes, search.config.seed)
+        self.halves = Halves.of(search.scorer.sizes, search.config.seed, search.config.sources)
         self.unit = search.architecture.model_unit(search.tensors)
         self.gains: dict[Range, Gain] = {}  # on the questions that pick, as many as it was scored on
         self.whole: set[Range] = set()  # the ranges scored on all of those

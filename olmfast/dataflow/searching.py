@@ -38,7 +38,7 @@ class PathSearch:
         n_blocks = search.architecture.n_blocks
         self.space = Space(models, n_blocks, config.passes, config.factors)
         self.max_hops = config.most_hops(n_blocks)
-        self.halves = Halves.of(search.scorer.sizes, search.config.seed)
+        self.halves = Halves.of(search.scorer.sizes, search.config.seed, search.config.sources)
         self.scale = Scale(search.rules.spans, search.rules.weights)
         self.unit = search.architecture.model_unit(search.tensors)
         self.current: Hops = self.space.path(self.space.first, None)

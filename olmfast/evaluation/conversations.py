@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from olmfast.config.run import DatasetConfig, Wanted
 from olmfast.errors import InputError, show, told
+from olmfast.evaluation import harness
 from olmfast.evaluation.items import NO_ANSWER, Conversation, Item
 from olmfast.evaluation.metrics import CHOICES, GENERATIVE
 from olmfast.evaluation.mmlu import LETTERS, Subject, csv_rows, read_mmlu, read_questions, worked_examples
@@ -26,7 +27,10 @@ class Conversations(NamedTuple):
 
 
 def conversations_of(path: Path, entry: DatasetConfig) -> Conversations:
-    """What a dataset's entry says of a file, or of a folder of MMLU. Raises what `load_conversations` raises."""
+    """What a dataset's entry says of a file, a folder of MMLU, or a task. Raises what `load_conversations` raises, and
+    what `harness.conversations` does."""
+    if entry.lm_eval is not None:
+        return Conversations(*harness.conversations(entry, path if entry.lm_eval_path else None))
     if not path.is_dir():
         return load_conversations(path, entry.mode, entry.samples, entry.fields, of_question=entry.of_question)
     found: list[Conversation] = []

@@ -64,19 +64,25 @@ def load_datasets(
 
 def _load(path: Path, name: str, config: DatasetConfig, tokenizer: Any, context: int) -> Dataset:
     conversations, reasons = conversations_of(path, config)
-    is_folder = path.is_dir()
-    is_mmlu = is_folder or (path.suffix == ".csv" and not config.fields)
-    encode = Encoder(tokenizer, config, raw_by_default=is_mmlu, where=str(path))
+    is_task = config.lm_eval is not None
+    is_folder = path.is_dir() and not is_task
+    is_mmlu = not is_task and (is_folder or (path.suffix == ".csv" and not config.fields))
+    where = f"lm_eval: {config.lm_eval}" if is_task else str(path)
+    encode = Encoder(tokenizer, config, raw_by_default=is_mmlu or is_task, where=where)
     encoded = encode.all(conversations)
     generates = config.mode in GENERATIVE
     fitting = [s for s in encoded if len(s.prompt) + (1 if generates else len(s.response)) <= context]
     if not fitting:
-        raise InputError(f"{path}: every sample is longer than the model's context of {context} tokens")
-    if is_folder:
+        raise InputError(f"{where}: every sample is longer than the model's context of {context} tokens")
+    if is_task:
+        files = []
+    elif is_folder:
         files = [file for subject in subjects_of(path, config) for file in subject.files]
     else:
         files = [path, *(worked_examples(path) if is_mmlu else [])]
-    digest = xxhash.xxh3_128(b"".join(file.read_bytes() for file in files)).hexdigest()
+    # What a task asks is made by its code and by the package: the questions themselves tell.
+    asked = repr([(c.messages, c.response, c.options) for c in conversations]).encode() if is_task else b""
+    digest = xxhash.xxh3_128(b"".join([asked, *(file.read_bytes() for file in files)])).hexdigest()
     if len(fitting) < len(encoded):
         reasons[f"longer than {context} tokens"] = len(encoded) - len(fitting)
     if config.of_question and (short := sum(not sample.response for sample in fitting)):

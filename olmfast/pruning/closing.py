@@ -148,7 +148,7 @@ def _once(folder: Path, entries: Mapping[str, DatasetConfig]) -> Iterator[tuple[
     """The datasets, of those that are the same questions scored in several ways the first."""
     seen: list[Any] = []
     for name, entry in entries.items():
-        same = (entry.path(folder, name), entry.subjects, entry.samples, entry.fields)
+        same = (entry.path(folder, name), entry.lm_eval, entry.split, entry.subjects, entry.samples, entry.fields)
         if same not in seen:
             seen.append(same)
             yield name, entry

@@ -79,7 +79,10 @@ class Divided:
 def _set_aside(config: RunConfig, share: float, questions: Questions) -> tuple[Indices, Indices]:
     """The questions that decide, and those held out: the same ones of a file that is scored in two ways."""
     sizes: dict[str, int] = {}
-    files = {name: str(entry.path(config.dataset_dir, name)) for name, entry in config.dataset.items()}
+    files = {
+        name: entry.source(name) if entry.lm_eval else str(entry.path(config.dataset_dir, name))
+        for name, entry in config.dataset.items()
+    }
     for name, dataset in questions.datasets.items():
         n = len(dataset.samples)
         if sizes.setdefault(files[name], n) != n:
@@ -87,7 +90,7 @@ def _set_aside(config: RunConfig, share: float, questions: Questions) -> tuple[I
                 f"{name}: has {n} questions of {files[name]}, of which another part of the objective has "
                 f"{sizes[files[name]]}: which of them to hold out cannot be told; name --holdout FILE:MODE"
             )
-    kept, aside = set_aside(sizes, share, config.seed)
+    kept, aside = set_aside(sizes, share, config.seed, {})
     return _by_name(kept, files), _by_name(aside, files)
 
 

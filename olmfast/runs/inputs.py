@@ -21,6 +21,7 @@ from olmfast.evaluation.conversations import conversations_of
 from olmfast.evaluation.open import Questions, Settings, order_of_tensors
 from olmfast.observer import Observer
 from olmfast.output.folder import OutputFolder, check_space
+from olmfast.runs.harness import check_tasks
 from olmfast.runs.trackers import load_tracker
 from olmfast.search.halves import Indices, set_aside
 from olmfast.weights.digests import DIGESTS, DigestCache
@@ -91,6 +92,9 @@ class Inputs:
                 check(config, pool)
         with _noted(faults):
             check_searches(config)
+        if config.final_eval is not None:
+            with _noted(faults):
+                check_tasks(config.final_eval.tasks, config.task_folder, config.final_eval.limit)
         with _noted(faults):
             load_tracker(config.track)
         with _noted(faults):
@@ -120,7 +124,7 @@ class Inputs:
     def _divided(self) -> tuple[Indices, Indices]:
         datasets = self.questions.only(self.config.dataset).datasets
         sizes = {name: len(dataset.samples) for name, dataset in datasets.items()}
-        return set_aside(sizes, self.config.validation_share, self.config.seed)
+        return set_aside(sizes, self.config.validation_share, self.config.seed, self.config.sources)
 
     @property
     def selection(self) -> Questions:

@@ -14,6 +14,7 @@ import torch
 from olmfast import __version__
 from olmfast.config.run import RunConfig
 from olmfast.config.run import Scale as Units
+from olmfast.config.searches import FinalEval
 from olmfast.errors import OlmfastError
 from olmfast.evaluation.open import Evaluation, Questions
 from olmfast.evaluation.scorer import Candidate, Scorer
@@ -24,6 +25,7 @@ from olmfast.runs.answers import answered
 from olmfast.runs.benchmarks import write_results
 from olmfast.runs.card import write_card
 from olmfast.runs.folder import RunFolder, told_failures
+from olmfast.runs.harness import HarnessBoard
 from olmfast.runs.inputs import Inputs
 from olmfast.runs.rebuild import restore
 from olmfast.runs.scoreboard import AVERAGE, RESULT, START, Scoreboard, plain_average
@@ -59,6 +61,12 @@ class Result:
     record: Record
     selection: Scoreboard
     holdout: Scoreboard
+
+    @property
+    def final_eval(self) -> HarnessBoard | None:
+        """What lm-evaluation-harness says, where the config asks it."""
+        told = self.record.values.get("final_eval")
+        return told and HarnessBoard.from_json(told)
 
     @property
     def verdict(self) -> Verdict | None:
@@ -188,7 +196,8 @@ class Session:
         says of the numbers of one merge."""
         config, pool, search = self.config, self.inputs.pool, self.search
         scale = Scale(search.rules.spans, search.rules.weights, self._noise())
-        search.begin_tests(CrossFit(Halves.of(search.scorer.sizes, config.seed), scale, config.required_p))
+        halves = Halves.of(search.scorer.sizes, config.seed, config.sources)
+        search.begin_tests(CrossFit(halves, scale, config.required_p))
         left_out = [name for name in config.dataset if name not in scale.spans]
         if left_out:
             self.observer.note(f"no donor is better than another beyond noise, so left out: {', '.join(left_out)}")
@@ -303,6 +312,8 @@ class Session:
         verdict = of_run(self.selection, self.holdout)
         told = {"recipe_digest": recipe.digest(), "account": account, "verdict": verdict and verdict.to_json()}
         boarded = {"selection": self.selection.to_json(), "holdout": self.holdout.to_json()}
+        if (final := self.config.final_eval) is not None:
+            told["final_eval"] = self._final_eval(final, recipe).to_json()
         self.record.update(self.search.recipe, **boarded, **told, answers=answers)
         card = write_card(self.config, self.record, recipe, boards, verdict, account, pool, self._closing())
         with writing(self.record.folder, "--resume"):
@@ -318,6 +329,14 @@ class Session:
             kind, board, questions = SELECTION, self.selection, self.inputs.selection
         models = {name: whole(name, self.inputs.pool.tensors) for name in board.donors}
         return answered(self.evaluation, questions, kind, board, {**models, RESULT: result}, self.config.answers)
+
+    def _final_eval(self, final: FinalEval, recipe: Recipe) -> HarnessBoard:
+        """The result and its donors, as lm-evaluation-harness scores them."""
+        recipes = {name: whole(name, self.inputs.pool.tensors) for name in self.inputs.models} | {RESULT: recipe}
+        self.observer.step("final_eval", ", ".join(final.tasks), len(recipes))
+        board = HarnessBoard(final.limit)
+        board.score(self.evaluation, recipes, final.tasks, self.config.task_folder, self.observer.candidate)
+        return board
 
     def _closing(self) -> list[str]:
         """What a kind of run adds at its end: sections of the model card."""

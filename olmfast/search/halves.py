@@ -21,9 +21,12 @@ class Halves:
     second: Indices
 
     @classmethod
-    def of(cls, sizes: Mapping[str, int], seed: int) -> Halves:
-        """Divide datasets of these numbers of questions, at random but always alike for a seed."""
-        order = {name: _shuffled(n, seed, "halves", name) for name, n in sizes.items()}
+    def of(cls, sizes: Mapping[str, int], seed: int, sources: Mapping[str, str]) -> Halves:
+        """Divide datasets of these numbers of questions, at random but always alike for a seed.
+
+        `sources` tells which of them have the same questions, scored in several ways: these are divided alike.
+        """
+        order = {name: _shuffled(n, seed, "halves", sources.get(name, name)) for name, n in sizes.items()}
         parts = ({name: sorted(own[start::2]) for name, own in order.items() if own[start::2]} for start in (0, 1))
         return cls(*parts)
 
@@ -31,12 +34,12 @@ class Halves:
         return iter((self.first, self.second))
 
 
-def set_aside(sizes: Mapping[str, int], share: float, seed: int) -> tuple[Indices, Indices]:
-    """The questions that a search uses, and those set aside: `share` of each dataset, rounded."""
+def set_aside(sizes: Mapping[str, int], share: float, seed: int, sources: Mapping[str, str]) -> tuple[Indices, Indices]:
+    """The questions that a search uses, and those set aside: `share` of each dataset, rounded; see `Halves.of`."""
     kept: Indices = {}
     aside: Indices = {}
     for name, n in sizes.items():
-        order = _shuffled(n, seed, "validation", name)
+        order = _shuffled(n, seed, "validation", sources.get(name, name))
         n_aside = min(round(share * n), n - 1)
         kept[name], aside[name] = sorted(order[n_aside:]), sorted(order[:n_aside])
     return kept, {name: own for name, own in aside.items() if own}

@@ -126,15 +126,10 @@ def prune_command(
 
 def _entries(options: list[str], what: str) -> dict[str, dict[str, Any]]:
     """Datasets as a config has them."""
+    from olmfast.config.entries import by_name
     from olmfast.config.run import read_dataset_option
 
-    found: dict[str, dict[str, Any]] = {}
-    for option in options:
-        file, entry = read_dataset_option(option)
-        if file in found:
-            raise InputError(f"{what} {option}: {file} is given twice")
-        found[file] = entry
-    return found
+    return by_name(map(read_dataset_option, options), what)
 
 
 def prune_config(config: RunConfig, *, resume: bool, overwrite: bool, dry_run: bool, as_json: bool) -> None:

@@ -118,6 +118,7 @@ def print_result(result: Result, as_json: bool) -> None:
             "selection": result.selection.to_json(),
             "holdout": result.holdout.to_json() if result.holdout.rows else None,
             "verdict": result.verdict and result.verdict.to_json(),
+            **({} if result.final_eval is None else {"final_eval": result.final_eval.to_json()}),
             "choices": {f"{o.stage}/{o.unit}": o.winner for o in result.record.choices()},
         }
         print(json.dumps(strict(content), indent=2))
@@ -137,6 +138,8 @@ def print_result(result: Result, as_json: bool) -> None:
         if board.rows or title == "Selection":
             _print_board(board, f"{title} scores (lower is better)")
     _print_verdict(result.verdict, {})
+    if result.final_eval is not None:
+        print_rows(result.final_eval.table(), result.final_eval.title)
     left = "" if result.status == "finished" else "; the budget is spent, --resume with a larger one continues"
     output = Path(os.path.normpath(result.output_dir))
     shown = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output

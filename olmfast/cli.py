@@ -406,10 +406,10 @@ def evaluate_command(
     from olmfast.runs.scoreboard import evaluate, evaluate_like
     from olmfast.terminal.runs import print_scoreboard, print_scoreboards
 
-    own = {"--mmlu": {"--subjects": subjects, "--compare": compare}}
+    own: dict[str, dict[str, object]] = {"--mmlu": {"--subjects": subjects, "--compare": compare}}
     own["--lm-eval"] = {"--limit": limit, "--lm-eval-path": lm_eval_path}
     ways = [way for way, value in (("--mmlu", mmlu), ("--lm-eval", lm_eval)) if value is not None]
-    others = {"--dataset": dataset, "--config": config, "--samples": samples}
+    others: dict[str, object] = {"--dataset": dataset, "--config": config, "--samples": samples}
     others |= {"--against": against} if mmlu is not None else {}
     for way, options in own.items():
         if (unfit := [name for name, value in options.items() if value]) and way not in ways:

@@ -15,6 +15,7 @@ from olmfast.config.run import DatasetConfig, load_config
 from olmfast.errors import InputError
 from olmfast.evaluation.encoding import load_datasets
 from olmfast.evaluation.harness import conversations
+from olmfast.pruning.prune import prune
 from olmfast.runs.scoreboard import evaluate_like
 from olmfast.testing import tiny_model, tiny_tokenizer
 
@@ -204,6 +205,22 @@ def test_a_search_by_a_tasks_validation_ends_with_scores_of_its_test(tasks, mode
     boards = evaluate_like(load_config(tmp_path / "cfg.yaml"), tmp_path / "out")
     (score,) = boards["holdout"].rows[str(tmp_path / "out")].values()
     assert score == pytest.approx(result.holdout.rows["merged"]["tiny_choice test"], rel=1e-5)
+
+
+def test_a_pruning_search_goes_by_a_task_too(tasks, models, tmp_path):
+    config = {
+        "models": ["a"],
+        "models_dir": str(models),
+        "output_dir": str(tmp_path / "out"),
+        "dataset": {"said": {"lm_eval": "tiny_said", "lm_eval_path": str(tasks)}},
+        "holdout": {"choice": {"lm_eval": "tiny_letters", "mode": "likelihood", "lm_eval_path": str(tasks)}},
+        "budget": 3,
+        "device": "cpu",
+        "prune": {"method": "cma", "num_layer": 1},
+    }
+    done = prune(config)
+    assert {done.holdout.n_questions(name) for name in done.holdout.datasets} == {10}
+    assert {done.closing.kept.n_questions(name) for name in done.closing.kept.datasets} == {10}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def manager(names: Sequence[str], include: Path | None) -> Any:
         if include is None and not defaults:
             continue
         try:
-            found = tasks.TaskManager(include_path=None if include is None else str(include), include_defaults=defaults)
+            found = _scanned(tasks, include, defaults, _changed(include))
         except Exception as error:  # a task's file that is not to be read raises whatever reading it raises
             raise InputError(f"{include}: its tasks cannot be read: {told(error)}") from error
         known = found.all_tasks
@@ -57,6 +57,17 @@ def manager(names: Sequence[str], include: Path | None) -> Any:
             return found
     missing = next(name for name in names if name not in known)
     raise InputError(f"lm_eval: no task is called {missing!r}{did_you_mean(missing, known)}")
+
+
+@lru_cache(maxsize=4)
+def _scanned(tasks: Any, include: Path | None, defaults: bool, _: float) -> Any:
+    """Reading thousands of files takes seconds: once while they do not change."""
+    return tasks.TaskManager(include_path=None if include is None else str(include), include_defaults=defaults)
+
+
+def _changed(include: Path | None) -> float:
+    """When anything in the folder was last changed."""
+    return 0.0 if include is None else max(path.stat().st_mtime for path in [include, *include.rglob("*.yaml")])
 
 
 @contextmanager
@@ -119,7 +130,7 @@ def _documents(task: Any, name: str, split: str | None) -> Any:
 
 def _conversation(task: Any, doc: Any, number: int, mode: str) -> Conversation:
     """What the harness would ask of a document, and the right answer."""
-    sampler = getattr(task, "sampler", None)
+    sampler: Any = getattr(task, "sampler", None)
     shots, sample = task.config.num_fewshot or 0, getattr(sampler, "sample", None)
     if shots and sample is not None:  # none of its worked examples may be the question itself
         sampler.sample = lambda n, **rest: sample(n, **{**rest, "eval_doc": doc})

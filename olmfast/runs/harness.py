@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,9 @@ class HarnessBoard:
         value, error = own.get(metric), own.get(f"{name}_stderr,{filtered}")
         if not isinstance(value, (int, float)):
             return ""
-        known = isinstance(error, (int, float)) and math.isfinite(error)
-        return f"{value:.4f}" + (f" ± {NORMAL * error:.4f}" if known else "")
+        if isinstance(error, (int, float)) and math.isfinite(error):
+            return f"{value:.4f} ± {NORMAL * error:.4f}"
+        return f"{value:.4f}"
 
     @property
     def title(self) -> str:
@@ -82,16 +84,21 @@ class HarnessBoard:
         tasks: Sequence[str],
         include: Path | None,
         progress: Callable[[str], None] = lambda _: None,
+        companions: Mapping[str, str] | None = None,
     ) -> None:
-        """Add a row per recipe, each evaluated as the live model."""
+        """Add a row per recipe, each evaluated as the live model.
+
+        `companions` maps a label to the model whose tokenizer and generation config it has; by default its base.
+        """
         model = evaluation.model
         for label, recipe in recipes.items():
-            base = model.sources.pool[recipe.base]
-            with model.trial(Candidate(label, recipe=recipe)):
-                model.module.generation_config = _generation_config(base, model.module)
+            base = model.sources.pool[(companions or {}).get(label, recipe.base)]
+            with model.trial(Candidate(label, recipe=recipe)), _generating_as(base, model.module):
                 batch: int | str = BATCH if model.device.type == "cpu" else "auto"
-                how = {"include": include, "limit": self.limit, "batch_size": batch}
-                found = evaluate_module(model.module, load_tokenizer(base)[0], tasks, **how)
+                tokenizer, _ = load_tokenizer(base)
+                found = evaluate_module(
+                    model.module, tokenizer, tasks, include=include, limit=self.limit, batch_size=batch
+                )
             counts = found.get("n-samples", {})
             self.rows[label] = {
                 task: {key: _plain(value) for key, value in own.items() if key != "alias"}
@@ -142,13 +149,18 @@ def check_tasks(tasks: Sequence[str], include: Path | None, limit: float | None)
     manager(tasks, include)
 
 
-def _generation_config(base: Checkpoint, module: Any) -> Any:
-    """How the model generates by its own files, as whoever loads its folder has it."""
+@contextmanager
+def _generating_as(base: Checkpoint, module: Any) -> Iterator[None]:
+    """The module generates by a model's own files, as it does for whoever loads its folder."""
     from transformers import GenerationConfig
 
-    if (base.folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(base.folder)
-    return GenerationConfig.from_model_config(module.config)
+    kept, there = module.generation_config, (base.folder / "generation_config.json").is_file()
+    read = GenerationConfig.from_pretrained(base.folder) if there else GenerationConfig.from_model_config(module.config)
+    module.generation_config = read
+    try:
+        yield
+    finally:
+        module.generation_config = kept
 
 
 def _sample(one: Mapping[str, Any]) -> dict[str, Any]:

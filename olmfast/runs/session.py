@@ -335,7 +335,8 @@ class Session:
         recipes = {name: whole(name, self.inputs.pool.tensors) for name in self.inputs.models} | {RESULT: recipe}
         self.observer.step("final_eval", ", ".join(final.tasks), len(recipes))
         board = HarnessBoard(final.limit)
-        board.score(self.evaluation, recipes, final.tasks, self.config.task_folder, self.observer.candidate)
+        told, companions = self.observer.candidate, {RESULT: self.config.base_name}
+        board.score(self.evaluation, recipes, final.tasks, self.config.task_folder, told, companions)
         return board
 
     def _closing(self) -> list[str]:

@@ -225,7 +225,7 @@ class _Session(ABC):
         questions = divided.holdout if held_out else divided.selection
         asked = Asked.load(self.config, models.base, questions, held_out)
         closing = Closing.score(told_by, asked, self.evaluation, rows)
-        compared, kind = {WHOLE: models.whole, list(known)[-1]: recipe}, HELD_OUT if held_out else SELECTION
+        compared, kind = {list(known)[-1]: recipe, WHOLE: models.whole}, HELD_OUT if held_out else SELECTION
         answers = answered(self.evaluation, questions, kind, told_by, compared, self.config.answers)
         content, mmlu, texts = models.content(recipe), {}, self.texts()
         if subjects is not None:

@@ -38,7 +38,7 @@ class Interval:
 
 def progress(tried: Series, kept: Series, upwards: str) -> str:
     """What was tried (dots) and what was kept (the line) against evaluations; `upwards` says what is told upwards."""
-    with _figure(2.6, "progress", left=0.62, bottom=0.5, top=0.1) as (axes, text):
+    with _figure(2.8, "progress", left=0.62, bottom=0.5, top=0.35) as (axes, text):
         cloud, line = _thinned(tried), _thinned(kept)
         if cloud.x:
             axes.plot(cloud.x, cloud.y, ".", color=FAINT, markersize=4.5)
@@ -46,7 +46,7 @@ def progress(tried: Series, kept: Series, upwards: str) -> str:
         axes.plot(line.x, line.y, "o", color=ACCENT, markersize=3.5)
         axes.set_ylim(*_framed(kept.y, tried.y))
         axes.set_xlabel("evaluations")
-        axes.set_ylabel(upwards)
+        axes.set_title(upwards, loc="left", fontsize=10.5)
     return text()
 
 

@@ -51,9 +51,9 @@ class History:
 
         Raises InputError where there is no record, or one that cannot be read.
         """
-        if (folder / STEPS).is_file():
-            return cls.of(Record.load(folder))
         path = folder / REPORT
+        if (folder / STEPS).is_file() and not (_is_older(folder / STEPS) and path.is_file()):
+            return cls.of(Record.load(folder))
         if not path.is_file():
             raise InputError(f"{folder}: holds no {STEPS} and no {REPORT}, so there is nothing to report")
         try:
@@ -103,3 +103,9 @@ class History:
     def donors(self) -> list[str]:
         """The models that it is made of."""
         return list(self.header.get("donors", {}))
+
+
+def _is_older(log: Path) -> bool:
+    """Whether a version wrote it that did not seal lines: what it wrote beside it is read instead."""
+    with log.open("rb") as file:
+        return b'"seal"' not in file.readline()

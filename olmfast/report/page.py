@@ -188,7 +188,7 @@ def _answers(history: History, shown: Mapping[str, str]) -> dict[str, Any] | Non
         {
             "dataset": shown.get(one["dataset"], one["dataset"]),
             "mode": one["mode"],
-            "number": one["number"],
+            "number": one["number"] + 1,
             "prompt": _cut(one["prompt"]),
             "expected": _cut(one["expected"]),
             "answers": [

@@ -14,7 +14,6 @@ from olmfast.runs.scoreboard import Scoreboard
 from olmfast.weights.recipe import Recipe
 
 MOST_CHARACTERS = 8000  # of a question or an answer that is kept
-APART = 1e-3  # scores that differ by less than this part of the larger are those of equal answers
 
 
 def answered(
@@ -24,7 +23,7 @@ def answered(
 
     These are `n`, or one per dataset where there are more datasets than that. The live model is left as it was.
     """
-    labels = [label for label in models if label in board.samples]
+    labels = [label for label in models if label in board.samples]  # the first is shown first
     chosen = dict(_chosen(board, labels, n)) if n else {}
     said: dict[str, dict[str, list[str]]] = {}
     for label in labels if chosen else []:
@@ -48,7 +47,7 @@ def answered(
 
 
 def _chosen(board: Scoreboard, labels: Sequence[str], n: int) -> Iterator[tuple[str, list[int]]]:
-    """Dataset -> its questions: of each in turn the first on which the models' scores differ."""
+    """Dataset -> its questions: of each in turn the first that tells the models apart."""
     each = {name: _telling(board, labels, name) for name in board.datasets}
     turns = ([(name, index) for name, index in zip(each, turn, strict=True)] for turn in zip_longest(*each.values()))
     listed = [(name, index) for turn in turns for name, index in turn if index is not None]
@@ -59,14 +58,11 @@ def _chosen(board: Scoreboard, labels: Sequence[str], n: int) -> Iterator[tuple[
 
 
 def _telling(board: Scoreboard, labels: Sequence[str], name: str) -> list[int]:
-    """The questions of a dataset whose scores differ between the models; where there is none, the first."""
+    """The questions on which the models' scores differ by half as much as on any other; where none does, the first."""
     rows = [board.samples[label][name] for label in labels]
-    found = [index for index, scores in enumerate(zip(*rows, strict=True)) if not _alike(scores)]
-    return found or [0]
-
-
-def _alike(scores: Sequence[float]) -> bool:
-    return all(map(math.isfinite, scores)) and max(scores) - min(scores) <= APART * max(map(abs, scores))
+    gaps = [max(scores) - min(scores) for scores in zip(*rows, strict=True)]
+    largest = max((gap for gap in gaps if math.isfinite(gap)), default=0.0)
+    return [index for index, gap in enumerate(gaps) if gap >= largest / 2] if largest else [0]
 
 
 def _cut(text: str) -> str:

@@ -328,7 +328,7 @@ class Session:
         if not board.rows:
             kind, board, questions = SELECTION, self.selection, self.inputs.selection
         models = {name: whole(name, self.inputs.pool.tensors) for name in board.donors}
-        return answered(self.evaluation, questions, kind, board, {**models, RESULT: result}, self.config.answers)
+        return answered(self.evaluation, questions, kind, board, {RESULT: result, **models}, self.config.answers)
 
     def _final_eval(self, final: FinalEval, recipe: Recipe) -> HarnessBoard:
         """The result and its donors, as lm-evaluation-harness scores them."""

@@ -252,7 +252,8 @@ def rate_of_matmul(dtype: torch.dtype, tokens: int, shape: Shape) -> float:
 def plain_inference(scorer: Any, block: int, names: Sequence[str]) -> Callable[[], None]:
     """One model's blocks from `block` on, on the datasets' inputs in the scorer's batches and nothing else."""
     blockwise, passes = scorer.blockwise, scorer.passes
-    entering = [passes.entering(block, numbers) for numbers in passes.batches(numbers_of(scorer, names))]
+    parts = scorer.trajectories.parts_of(numbers_of(scorer, names))
+    entering = [passes.entering(block, numbers) for part in parts for numbers in part]
 
     @torch.inference_mode()
     def run() -> None:

@@ -65,6 +65,8 @@ FREE_TO_CHANGE = {
     "max_ram",
     "max_vram",
     "batch_tokens",  # running out of memory must not be the end of a run
+    "workers",
+    "ray",
     *("answers", "benchmarks", "track"),  # what is told of it, and to whom
 }
 
@@ -75,6 +77,13 @@ class Budget(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     evaluations: int | None = Field(default=None, ge=1)
+
+
+class Ray(BaseModel):
+    """The Ray cluster whose machines do the work."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    address: str = Field(min_length=1)
 
 
 def _parse_budget(value: object) -> object:
@@ -237,6 +246,8 @@ class RunConfig(BaseModel):
     forbid: str | None = HAN
     template: Template = "auto"
     max_new_tokens: int = Field(1024, ge=1)
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    ray: Ray | None = None
     budget: Annotated[Budget | None, BeforeValidator(_parse_budget)] = None
     shard_size: Annotated[PositiveInt, BeforeValidator(parse_size)] = 5_000_000_000
     answers: int = Field(5, ge=0, le=100)
@@ -300,6 +311,11 @@ class RunConfig(BaseModel):
     def is_tested(self) -> bool:
         """Whether what is chosen must be better on questions that did not pick it: in all searches but by stages."""
         return self.is_joint or self.section is not None
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether other processes do the work."""
+        return self.workers is not None or self.ray is not None
 
     @property
     def is_validated(self) -> bool:
@@ -418,6 +434,8 @@ class RunConfig(BaseModel):
             raise ValueError("ancestor: only a joint search has one; add search: joint")
         if self.start and not self.is_joint:
             raise ValueError("start: only a joint search has one; add search: joint")
+        if self.has_workers and (self.dataflow is not None or self.prune is not None):
+            raise ValueError("workers, ray: a search of paths and pruning run in one process; leave them out")
         if self.is_joint and (self.improve_all or self.racing):
             raise ValueError("improve_all, racing: a search by stages has them; leave them out, or add search: stages")
 
@@ -599,7 +617,7 @@ def _join_base(data: dict[str, Any]) -> Iterator[str]:
 
 def _known_keys(location: Location) -> Iterable[str]:
     nested: dict[str, type[BaseModel]] = dict.fromkeys(("dataset", "holdout", "validation"), DatasetConfig)
-    nested |= {"budget": Budget, "racing": Racing, "markov": Windows, "prune": Pruning}
+    nested |= {"budget": Budget, "racing": Racing, "markov": Windows, "prune": Pruning, "ray": Ray}
     nested |= {"evolve": Evolve, "dataflow": Dataflow, "benchmarks": Benchmark, "final_eval": FinalEval}
     model: type[BaseModel] = nested[str(location[0])] if len(location) > 1 else RunConfig
     return model.model_fields

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from olmfast.evaluation.division import Part
 from olmfast.evaluation.leaves import Leaf
 from olmfast.evaluation.scores import Scores
 
 
 @dataclass
 class Cohort:
-    """Candidates (rows of `scores`) to be evaluated together on tasks (by number).
+    """Candidates (rows of `scores`) to be evaluated together on parts of the tasks (`division.py`).
 
     A candidate's place in the cohort is its place in `rows` and `labels`, and its row in the stacks of `leaves`.
     """
@@ -19,7 +20,7 @@ class Cohort:
     scores: Scores
     rows: Sequence[int]
     labels: Sequence[str]
-    tasks: Sequence[int]
+    parts: Sequence[Part]
     first: int | None  # the first block that differs from the current model; None: the embedding does
     leaves: Sequence[Leaf]  # where the candidates' values are stacked; empty: they are live
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -80,25 +81,47 @@ class Memory:
         return _status("VmHWM") - before
 
 
+@dataclass
 class Shares:
     """What each kind of work may take of the memory beside the model; halved where that was too much.
 
     `room` (bytes) is shared out once, so that what is split how does not depend on the moment. `pass_tokens` go
     through the blocks at a time, `rollout_tokens` are decoded on, and `prefix_bytes` hold activations between units,
-    with the keys and values of free runs if `keeps_states`.
+    with the keys and values of free runs if `keeps_states`. Where several processes share the work they have `agreed`
+    on all of this, and measure no more.
     """
 
-    def __init__(self, memory: Memory, batch_tokens: int) -> None:
-        self.room = memory.room
-        self.pass_tokens = min(batch_tokens, CPU_TOKENS) if memory.device.type == "cpu" else batch_tokens
-        self.rollout_tokens = batch_tokens
-        self.prefix_bytes, self.keeps_states = 0, True
+    room: int
+    pass_tokens: int
+    rollout_tokens: int
+    prefix_bytes: int = 0
+    keeps_states: bool = True
+    agreed: bool = False
+
+    @classmethod
+    def of(cls, memory: Memory, batch_tokens: int) -> Shares:
+        """Those of a memory of which nothing has been measured yet."""
+        pass_tokens = min(batch_tokens, CPU_TOKENS) if memory.device.type == "cpu" else batch_tokens
+        return cls(memory.room, pass_tokens, batch_tokens)
+
+    @classmethod
+    def agreed_by(cls, several: Sequence[Shares]) -> Shares:
+        """What fits everywhere."""
+        least = {f.name: min(getattr(one, f.name) for one in several) for f in fields(cls)}
+        return cls(**{**least, "agreed": True})
+
+    def take(self, other: Shares) -> None:
+        """Be the same as `other`."""
+        for own in fields(self):
+            setattr(self, own.name, getattr(other, own.name))
 
     def fit(self, n_bytes: int, n_tokens: int, state_bytes: int, n_states: int) -> None:
         """Keep each kind of work within its share, given that a pass of `n_tokens` takes `n_bytes`.
 
         `state_bytes` are those of one token's keys and values, `n_states` the tokens of all free runs at their longest.
         """
+        if self.agreed:
+            return
         share = int(PASS_SHARE * self.room)
         self.pass_tokens = min(self.pass_tokens, _power_of_two(share * n_tokens // max(n_bytes, 1)))
         # Decoding holds the states of its tokens twice: those handed over, and its cache.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from olmfast import __version__
 from olmfast.config.run import DatasetConfig
 from olmfast.errors import InputError, told
 from olmfast.evaluation.batched import BatchedScorer
@@ -131,6 +133,21 @@ def order_of_tensors(recipe: Recipe, pool: Pool, settings: Settings) -> tuple[st
     return blueprint.tensors
 
 
+def environment(settings: Settings) -> dict[str, Any]:
+    """What the result's bytes depend on besides config, donors and datasets."""
+    import transformers
+
+    device = settings.device
+    return {
+        "olmfast": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+
+
 class Evaluation:
     """A live model, and the scorers that evaluate candidates on it."""
 
@@ -146,6 +163,14 @@ class Evaluation:
         self.model = WorkingModel(recipe, self.sources, settings.device, settings.dtype)
         # Checked once: the scorers that come later find what the first one keeps.
         self.memory = Memory(settings.device, settings.max_ram, settings.max_vram)
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the live model is."""
+        return self.model.recipe
+
+    def close(self) -> None:
+        """Nothing will be evaluated any more."""
 
     def scorer(
         self,

@@ -10,7 +10,6 @@ from olmfast.evaluation import metrics
 from olmfast.evaluation.blocks import BlockwiseModel, Needed, Recorder
 from olmfast.evaluation.cache import Kept
 from olmfast.evaluation.cohort import Cohort, Statistics
-from olmfast.evaluation.encoding import make_batches
 from olmfast.evaluation.generation import Rollout
 from olmfast.evaluation.memory import Memory, Shares, is_out_of_memory
 from olmfast.evaluation.suffix import Suffix
@@ -28,12 +27,6 @@ class Passes:
     ) -> None:
         self.blockwise, self.trajectories = blockwise, trajectories
         self.shares, self.statistics = shares, statistics
-
-    def batches(self, numbers: Sequence[int]) -> Iterator[list[int]]:
-        """Tasks in the batches that they pass in."""
-        lengths = [len(self.trajectories.tasks[number].ids) for number in numbers]
-        for batch in make_batches(lengths, self.shares.pass_tokens):
-            yield [numbers[i] for i in batch]
 
     def measure(self, memory: Memory) -> tuple[int, int]:
         """The bytes that a small pass over all blocks takes, and its tokens."""

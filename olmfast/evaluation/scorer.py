@@ -6,9 +6,9 @@ this process or in another, keeps a model in step with that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -16,6 +16,8 @@ from olmfast.evaluation.scores import Scores
 from olmfast.weights.architecture import Unit
 from olmfast.weights.recipe import Recipe
 from olmfast.weights.sources import Expression
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -113,3 +115,12 @@ class Scorer(Protocol):
 
     @state.setter
     def state(self, state: Mapping[str, Any]) -> None: ...
+
+
+def side_by_side(scorer: Scorer, jobs: Sequence[Callable[[], Answer]]) -> list[Answer]:
+    """What jobs return, each of which calls the scorer again and again: at once where it can take several calls."""
+    at_once = getattr(scorer, "side_by_side", None)
+    if at_once is None:
+        return [job() for job in jobs]
+    found: list[Answer] = at_once(jobs)
+    return found

@@ -122,6 +122,13 @@ class Scores:
             for name, values in source.items():
                 target[name][row] = values[0]
 
+    def enter(self, rows: Sequence[int], samples: Mapping[str, Sequence[int]], own: Scores) -> None:
+        """Enter the scores of some candidates (rows) on some samples (indices per dataset): those of `own`, all."""
+        at = torch.tensor(list(rows))[:, None]
+        for target, source in zip(self.parts, own.parts, strict=True):
+            for name, values in source.items():
+                target[name][at, torch.tensor(list(samples[name]), dtype=torch.long)] = values
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values that `from_json` reads back exactly: dtype, scores, truncated, and right where there is."""
         flags = {name: [own, self.right[name]] if name in self.right else [own] for name, own in self.truncated.items()}

@@ -6,10 +6,14 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from olmfast.evaluation.cohort import Cohort
+from olmfast.evaluation.division import Part, divided
 from olmfast.evaluation.encoding import Dataset, make_batches
 from olmfast.evaluation.memory import Shares
 from olmfast.evaluation.prefix import Batch
 from olmfast.evaluation.tasks import OwnTokens, Task
+
+Expected = dict[int, tuple[int, ...] | None]
+Generated = dict[str, dict[int, list[int]]]  # candidate -> task -> its own greedy tokens
 
 
 class Trajectories:
@@ -32,7 +36,7 @@ class Trajectories:
         self.batches: list[Batch] = []
         self._numbers = {(task.name, task.index): number for number, task in enumerate(self.tasks)}
         self._places: dict[int, tuple[Batch, int]] = {}  # task -> its batch, and its row there
-        self._generated: dict[str, dict[int, list[int]]] = {}  # candidate -> task -> its own greedy tokens
+        self._generated: Generated = {}
 
     def numbers_of(self, wanted: Mapping[str, Sequence[int]]) -> list[int]:
         """The tasks of samples (indices per dataset)."""
@@ -68,6 +72,12 @@ class Trajectories:
                 self.batches.append(batch)
                 self._places.update({numbers[row]: (batch, place) for place, row in enumerate(rows)})
 
+    def parts_of(self, numbers: Sequence[int]) -> list[Part]:
+        """Tasks in the batches that they pass in, and these in parts."""
+        lengths = [len(self.tasks[number].ids) for number in numbers]
+        batches = make_batches(lengths, self.shares.pass_tokens)
+        return divided([[numbers[i] for i in batch] for batch in batches])
+
     # What candidates generate
 
     def finish(self, cohort: Cohort, place: int, number: int, own: OwnTokens) -> None:
@@ -76,6 +86,16 @@ class Trajectories:
         answer = task.free_run(own, self.tokenizer, self.stop_tokens)
         cohort.scores.set(cohort.rows[place], task.name, task.index, answer)
         self._generated.setdefault(cohort.labels[place], {})[number] = own.tokens
+
+    def hand_over(self) -> Generated:
+        """What candidates have generated since the last commit; it is not kept here."""
+        generated, self._generated = self._generated, {}
+        return generated
+
+    def take_over(self, generated: Generated) -> None:
+        """Remember what another process has had candidates generate."""
+        for label, by in generated.items():
+            self._generated.setdefault(label, {}).update(by)
 
     def found(self, label: str) -> None:
         """The current model has been evaluated for the first time: its tokens are followed from now on."""
@@ -107,6 +127,17 @@ class Trajectories:
             if changed and decoding >= first * sum(map(len, batch.ids)):
                 chosen.update(changed)
         self._expect_latest(chosen)
+
+    @property
+    def expected(self) -> Expected:
+        """Per task that runs freely, the tokens that it is followed along."""
+        return {number: task.expected for number, task in enumerate(self.tasks) if task.runs_freely}
+
+    def expect(self, expected: Expected) -> None:
+        """Follow these tokens, as another process has decided."""
+        for number, tokens in expected.items():
+            self.tasks[number].latest = tokens
+        self._expect_latest(list(expected))
 
     def _expect_latest(self, numbers: Collection[int]) -> None:
         longer: set[str] = set()

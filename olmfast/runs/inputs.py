@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,14 +10,12 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
-import torch
-
-from olmfast import __version__
+from olmfast.cluster.on_ray import check_installed
 from olmfast.config.originals import BOUNDARY
 from olmfast.config.run import RunConfig
 from olmfast.errors import InputError, show
 from olmfast.evaluation.conversations import conversations_of
-from olmfast.evaluation.open import Questions, Settings, order_of_tensors
+from olmfast.evaluation.open import Questions, Settings, environment, order_of_tensors
 from olmfast.observer import Observer
 from olmfast.output.folder import OutputFolder, check_space
 from olmfast.runs.harness import check_tasks
@@ -95,6 +92,9 @@ class Inputs:
         if config.final_eval is not None:
             with _noted(faults):
                 check_tasks(config.final_eval.tasks, config.task_folder, config.final_eval.limit)
+        if config.has_workers:
+            with _noted(faults):
+                check_installed()
         with _noted(faults):
             load_tracker(config.track)
         with _noted(faults):
@@ -218,18 +218,3 @@ def _noted(faults: list[str]) -> Iterator[None]:
         yield
     except InputError as error:
         faults.append(str(error))
-
-
-def environment(settings: Settings) -> dict[str, Any]:
-    """What the result's bytes depend on besides config, donors and datasets."""
-    import transformers
-
-    device = settings.device
-    return {
-        "olmfast": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "dtype": str(settings.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-    }

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from olmfast import __version__
+from olmfast.cluster.on_ray import RayFleet
+from olmfast.cluster.scorer import ClusterEvaluation
 from olmfast.config.run import RunConfig
 from olmfast.config.run import Scale as Units
 from olmfast.config.searches import FinalEval
@@ -123,8 +125,11 @@ def _run(
             log.note(f"olmfast {__version__} {'continues' if record.steps else 'begins'}: {config.output_dir}")
             with tracked(config, record, observer) as told:
                 session = kind(config, inputs, record, told, stop_requested)
-                status = session.search_all()
-                observer.note(session.write())
+                try:
+                    status = session.search_all()
+                    observer.note(session.write())
+                finally:
+                    session.close()
             record.update(status=status)
             log.note(f"{status}: {config.output_dir}")
         else:
@@ -147,7 +152,7 @@ class Session:
     ) -> None:
         self.config, self.inputs, self.record, self.observer = config, inputs, record, observer
         recipe = record.recipe or whole(config.base_name, inputs.pool.tensors)
-        self.evaluation = Evaluation(recipe, inputs.pool, inputs.settings, record.folder)
+        self.evaluation = self._opened(recipe)
         tolerance = 1e-6 if inputs.settings.dtype in (torch.float32, torch.float64) else 1e-3
         rules = Rules(
             "mean" if config.is_tested else config.selection,
@@ -160,6 +165,19 @@ class Session:
         self.search = Search(config, recipe, inputs.order, sources, scorer, record, rules, observer, stop_requested)
         self.selection = Scoreboard(inputs.models)
         self.holdout = Scoreboard(inputs.models)
+
+    def _opened(self, recipe: Recipe) -> Evaluation | ClusterEvaluation:
+        """The live model of a recipe, or workers with one each."""
+        config, pool, settings, folder = self.config, self.inputs.pool, self.inputs.settings, self.record.folder
+        if not config.has_workers:
+            return Evaluation(recipe, pool, settings, folder)
+        n = None if config.workers == "auto" else config.workers
+        fleet = RayFleet(n, config.ray and config.ray.address, settings.device)
+        return ClusterEvaluation(fleet, fleet.n, recipe, pool, settings, folder, self.observer.note)
+
+    def close(self) -> None:
+        """Give back what the session has taken beside this process."""
+        self.evaluation.close()
 
     def _scorer(self, questions: Questions, note: Callable[[str], None] = lambda _: None) -> Scorer:
         return self.evaluation.scorer(questions, self.observer.candidate, note)
@@ -291,7 +309,7 @@ class Session:
         rows: dict[str, Recipe | None] = {
             **average,
             **self._start(),
-            RESULT: None if recipe == self.evaluation.model.recipe else recipe,
+            RESULT: None if recipe == self.evaluation.recipe else recipe,
         }
         closing = (
             (SELECTION, self.selection, self.inputs.selection),

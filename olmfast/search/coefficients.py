@@ -14,7 +14,7 @@ from functools import cached_property, partial
 import numpy as np
 import torch
 
-from olmfast.evaluation.scorer import Candidate, Direction
+from olmfast.evaluation.scorer import Candidate, Direction, side_by_side
 from olmfast.search.crossfit import CrossFit
 from olmfast.search.halves import Indices
 from olmfast.search.loop import GRADIENT, Search, Step, Trained
@@ -73,7 +73,8 @@ class Coefficients:
         def propose() -> list[Candidate]:
             if is_first:
                 self.search.count_lessons(self.teachers)
-            found = [self._follow(half, name, grain, number) for half, name in zip(halves, "12", strict=True)]
+            jobs = [partial(self._follow, half, name, grain, number) for half, name in zip(halves, "12", strict=True)]
+            found = side_by_side(self.search.scorer, jobs)
             return self._trained(found, self._rows(grain))
 
         key = f"gradient/{grain}/{number}"

@@ -6,6 +6,7 @@ step is never taken twice: a resumed run walks the same steps and gets their out
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -89,6 +90,7 @@ class Search:
     def __post_init__(self) -> None:
         # Whose values are tried, in this order.
         self.donors: list[str] = [name for name in self.sources.pool.names if name in self.config.models]
+        self._counting = threading.Lock()  # slopes may be asked for by several threads
         self._scored = 0  # questions, in the step that is being taken
         self._spent_before = self.record.elapsed_s
         self._started = time.monotonic()
@@ -222,7 +224,8 @@ class Search:
         if weights is None:
             assert self.crossfit is not None
             weights = {name: self.crossfit.scale.weight(name) for name in questions}
-        self._scored += GRADIENT * sum(map(len, questions.values()))
+        with self._counting:
+            self._scored += GRADIENT * sum(map(len, questions.values()))
         return self.scorer.slopes(Candidate("slopes", values), directions, questions, weights, teachers)
 
     def count_gradient(self, n_questions: int) -> None:

@@ -11,6 +11,7 @@ import torch
 import xxhash
 
 DIGESTS = "digests.jsonl"
+Digests = tuple[tuple[str, int, int, str, str], ...]  # file, size, time of change, tensor, digest
 
 
 class DigestCache:
@@ -31,6 +32,15 @@ class DigestCache:
         if self._file is not None:
             with suppress(OSError), self._file.open("a", encoding="utf-8") as file:  # what is lost is computed again
                 file.write(json.dumps([*key, digest]) + "\n")
+
+    @property
+    def known(self) -> Digests:
+        """All that are known, for another process that sees the same files."""
+        return tuple((*key, digest) for key, digest in self._known.items())
+
+    def learn(self, digests: Digests) -> None:
+        """Take over what another process knows."""
+        self._known.update({(file, size, modified, tensor): own for file, size, modified, tensor, own in digests})
 
     def load(self, files: Iterable[Path]) -> None:
         """Learn what `keep_in` wrote in an earlier run; a missing or damaged file or line is skipped."""

@@ -1,0 +1,21 @@
+"""How the questions of a call are divided: into the same parts, however many processes there are to share them.
+
+A part is computed on its own, from the passes to the last token decoded, so that its scores have the same bytes
+whoever computes it, and when. What several parts could have had in common, batches of rollouts, they do not share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+PARTS = 8  # at most: more could be shared by more processes, and would be decoded in smaller batches
+
+Part = tuple[tuple[int, ...], ...]  # batches of tasks, these by number
+
+
+def divided(batches: Sequence[Sequence[int]], n: int = PARTS) -> list[Part]:
+    """Batches in n runs of about as many, or each alone where there are fewer than n."""
+    n = min(n, len(batches))
+    bounds = [len(batches) * i // n for i in range(n + 1)] if n else []
+    return [tuple(tuple(batch) for batch in batches[begin:end]) for begin, end in pairwise(bounds)]

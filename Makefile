@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 
 SCORING := $(addprefix tests/test_, scoring.py batched.py selection.py search.py evolution.py families.py)
 
-.PHONY: demo demo-fresh demo-compare test test-portable fuzz soak bench gpu lint parity sanitize clean
+.PHONY: demo demo-fresh demo-compare test test-portable fuzz soak soak-workers bench gpu lint parity sanitize clean
 
 .venv/installed: pyproject.toml setup.py constraints.txt olmfast/__init__.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -41,6 +41,10 @@ CHANGES ?= 200
 SEED ?= 0
 soak: .venv/installed
 	$(BIN)/python tests/soak/soak.py --kills $(KILLS) --every $(EVERY) --changes $(CHANGES) --seed $(SEED)
+
+# Ray workers, raylets and drivers killed in the middle of runs; needs the extra `cluster`.
+soak-workers: .venv/installed
+	$(BIN)/python tests/soak/workers.py --kills $(or $(WORKERS_KILLED),10) --seed $(SEED)
 
 # Malformed input, a hundred thousand cases of it; `make fuzz CASES=1000`: some. The tests try a few hundred.
 fuzz: .venv/installed

@@ -74,7 +74,11 @@ def session(config: RunConfig) -> Iterator[Session]:
     """The engine, ready to walk; nothing is left of an earlier run."""
     inputs = Inputs.open(config, Observer())
     with RunFolder(config.output_dir, resume=False, overwrite=True).locked(inputs.header(), inputs.pool) as report:
-        yield Session(config, inputs, report, Observer(), lambda: False)
+        engine = Session(config, inputs, report, Observer(), lambda: False)
+        try:
+            yield engine
+        finally:
+            engine.close()
 
 
 def modules_in(blocks: Sequence[int]) -> dict[int, str]:

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import ClassVar
 
+import psutil
 import pytest
-import torch
 
 from olmfast import load_config, run
-from olmfast.cluster import crew, donors
+from olmfast.cluster import crew
 from olmfast.cluster.crew import Lost
+from olmfast.cluster.donors import Described, Shelf
 from olmfast.cluster.worker import Worker
 from olmfast.errors import InputError, OlmfastError
 from olmfast.evaluation.division import PARTS, divided
 from olmfast.observer import Observer
 from olmfast.search.coefficients import GRAINS
 from olmfast.search.record import Record
-from olmfast.testing import skilled_run, tiny_run
+from olmfast.testing import skilled_run, tiny_adapter, tiny_model, tiny_run
+from olmfast.weights.pool import Pool
 
 
 class Threads:
     """A fleet of real workers, each in a thread of this process. `faults` maps the number of an errand, counted over
-    all workers, to what happens to the worker that gets it: `die`, or `sleep` until the fleet is closed."""
+    all workers, to what happens to the worker that gets it: `die`, or `sleep` until the fleet is closed; 0: all
+    others."""
 
-    faults: dict[int, str] = {}
+    faults: ClassVar[dict[int, str]] = {}
 
     def __init__(self, n, address=None, device=None):  # noqa: ARG002
         self.n, self.asked, self.ended = n, [], threading.Event()
@@ -47,7 +53,7 @@ class Threads:
         if method == "errand":
             with self.lock:
                 self.asked.append(args[3])
-                fault = self.faults.get(len(self.asked), "")
+                fault = self.faults.get(len(self.asked), self.faults.get(0, ""))
         if fault == "sleep":
             self.ended.wait(60)
         handle["dead"] = handle["dead"] or fault == "die"
@@ -104,13 +110,23 @@ def outcome(folder: Path) -> tuple[dict[str, bytes], list, list]:
     return tensors, ledger, decisions
 
 
-def both(config: Path, threads, n: int, **keys):
-    """The outcome in one process, and with n workers; what was noted there."""
-    one = run(load_config(config, {"output_dir": "one", **keys}))
+STAGES = {"base_select": True, "layer_swap": True, "es_svd": True, "tensor_swap": True, "units": ["*1.mlp.up_proj"]}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    """A search by stages, and in `one` what one process has made of it."""
+    config = tiny_run(tmp_path_factory.mktemp("stages"), 2, batch_tokens=64, **STAGES)
+    run(load_config(config, {"output_dir": "one"}))
+    return config
+
+
+def with_workers(config: Path, n: int, **keys) -> list[str]:
+    """What is noted in a run with n workers, whose outcome must be that of the one in one process."""
     notes = Notes()
-    several = run(load_config(config, {"output_dir": "several", "workers": n, **keys}), observer=notes)
-    assert threads.latest.asked.count("score") > 0
-    return outcome(one.output_dir), outcome(several.output_dir), notes.notes
+    several = run(load_config(config, {"output_dir": "several", "workers": n, **keys}), overwrite=True, observer=notes)
+    assert_same(outcome(config.parent / "one"), outcome(several.output_dir))
+    return notes.notes
 
 
 def assert_same(one, several):
@@ -121,18 +137,164 @@ def assert_same(one, several):
     assert len(told) == len(set(told)) > 0
 
 
-STAGES = {"base_select": True, "layer_swap": True, "es_svd": True, "tensor_swap": True, "units": ["*1.mlp.up_proj"]}
+def test_questions_are_divided_by_their_batches_alone():
+    batches = [[i] for i in range(19)]
+    parts = divided(batches)
+    assert [batch for part in parts for batch in part] == [tuple(batch) for batch in batches]
+    assert len(parts) == PARTS
+    assert {len(part) for part in parts} == {2, 3}
+    assert divided([[1, 2], [3]]) == [((1, 2),), ((3,),)]
+    assert divided([]) == []
 
 
-def test_a_search_by_stages_has_the_same_bytes_with_three_workers(tmp_path, threads):
-    config = tiny_run(tmp_path, 3, batch_tokens=64, **STAGES)
-    one, several, notes = both(config, threads, 3)
-    assert_same(one, several)
+def test_a_search_by_stages_has_the_same_bytes_with_three_workers(config, threads):
+    notes = with_workers(config, 3)
     assert notes[0].startswith("3 of 3 workers on ")
+    asked = threads.latest.asked
+    assert asked.count("score") > 2 * asked.count("together")  # there was something to share
 
 
-def test_a_joint_search_has_the_same_bytes_with_two_workers_and_both_halves_run_side_by_side(tmp_path, threads):
-    config = skilled_run(tmp_path, n=6, batch_tokens=128, budget=40)
-    one, several, _ = both(config, threads, 2)
-    assert_same(one, several)
+def test_a_joint_search_has_the_same_bytes_and_both_halves_run_side_by_side(tmp_path, threads):
+    config = skilled_run(tmp_path, n=6, batch_tokens=128, budget=60)
+    run(load_config(config, {"output_dir": "one"}))
+    with_workers(config, 2)
     assert threads.latest.asked.count("slopes") == 2 * GRAINS["part"]
+
+
+@pytest.mark.usefixtures("threads")
+def test_workers_of_the_sequential_scorer_have_a_candidate_each(tmp_path):
+    config = tiny_run(tmp_path, 2, scorer="sequential", search="stages", base_select=True)
+    run(load_config(config, {"output_dir": "one"}))
+    with_workers(config, 2)
+
+
+def test_workers_that_die_make_no_difference_and_others_take_their_place(config, threads):
+    threads.faults.update(dict.fromkeys((1, 5, 6, 17, 30), "die"))
+    notes = with_workers(config, 2)
+    assert sum("is lost (killed by the test): what it had to do goes to others" in note for note in notes) == 5
+    assert sum(" joins: " in note for note in notes) >= 4
+
+
+def test_the_work_of_one_that_hangs_is_done_by_others(config, threads, monkeypatch):
+    monkeypatch.setattr(crew, "GRACE_S", 0.3)
+    threads.faults[20] = "sleep"
+    assert sum("is slow: another does the same" in note for note in with_workers(config, 2)) >= 1
+
+
+def test_work_that_no_worker_survives_ends_the_run_which_resumes(config, threads):
+    several = load_config(config, {"output_dir": "several", "workers": 2})
+    threads.faults.update(dict.fromkeys(range(1, 25), "") | {0: "die"})
+    with pytest.raises(OlmfastError, match=r"5 were lost over the same work .*--resume continues") as failed:
+        run(several, overwrite=True)
+    assert failed.value.exit_code == 1
+    threads.faults.clear()
+    run(several, resume=True)
+    assert_same(outcome(config.parent / "one"), outcome(several.output_dir))
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_worker_elsewhere_is_sent_donors_and_refined_tensors(config, tmp_path, monkeypatch):
+    """One that sees neither the donors' folders nor the run's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    opened = Worker.open
+
+    def far_away(self, opening):
+        nowhere = tmp_path / "nowhere"
+        moved = tuple(replace(own, folders=tuple(nowhere / part for part in own.parts)) for own in opening.donors)
+        return opened(self, replace(opening, donors=moved, folder=nowhere))
+
+    monkeypatch.setattr(Worker, "open", far_away)
+    notes = with_workers(config, 2)
+    assert list((config.parent / "one" / "refined").iterdir())
+    assert sum("is sent to" in note for note in notes) in (2, 3, 4)  # by both workers, unless one finds it in time
+    assert len(list((tmp_path / "cache" / "olmfast" / "donors").iterdir())) == 2
+
+
+@pytest.mark.parametrize("other", ["tied", "base+adapter"])
+def test_a_donor_that_is_sent_is_known_by_its_bytes(tmp_path, monkeypatch, other):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    base = tiny_model(tmp_path / "base")
+    if other == "tied":
+        tiny_model(tmp_path / other, tie_word_embeddings=True)
+    else:
+        pytest.importorskip("peft")
+        tiny_adapter(tmp_path / "adapter", base)
+    pool = Pool.open(["base", other], tmp_path, tmp_path)
+    nowhere = (tmp_path / "x", tmp_path / "y")
+    told = [replace(Described.of(donor), folders=nowhere[: len(donor.made_of)]) for donor in pool]
+    shelf = Shelf(told, pool.digests.known)
+    assert list(shelf.missing()) == ["base", other]
+    for donor in pool:
+        for part, path in Described.of(donor).files():
+            shelf.receive(donor.name, part, path.name, path.read_bytes())
+        shelf.receive(donor.name, 0, "", b"")
+    own = shelf.pool()  # whose donors offer the same tensors, also the one without a head of its own
+    assert [donor.fingerprint() for donor in own] == [donor.fingerprint() for donor in pool]
+    assert not list(Shelf(told, ()).missing())  # kept for later
+    weights = next((tmp_path / "cache").rglob("model.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    shelf = Shelf(told, ())
+    missing = list(shelf.missing())
+    assert missing
+    for name in missing:  # a damaged one gives way
+        for part, path in Described.of(pool[name]).files():
+            shelf.receive(name, part, path.name, path.read_bytes())
+        shelf.receive(name, 0, "", b"")
+    assert len(shelf.pool()) == 2
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_worker_that_would_score_otherwise_is_left_out(tmp_path, monkeypatch):
+    config = tiny_run(tmp_path, 2, layer_swap=True)
+    opened = Worker.open
+
+    def older(self, opening):
+        report = opened(self, opening)
+        return replace(report, environment={**report.environment, "torch": "2.0"})
+
+    monkeypatch.setattr(Worker, "open", older)
+    with pytest.raises(OlmfastError, match=r"workers: none is left \(.*torch is 2.0 instead of "):
+        run(load_config(config, {"workers": 2}))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"workers": 0}, "workers"),
+        ({"workers": "many"}, "workers"),
+        ({"ray": {"adress": "auto"}}, "ray.adress: unknown key; did you mean 'address'?"),
+        ({"workers": 2, "dataflow": {}}, "workers, ray: a search of paths and pruning run in one process"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(tmp_path, keys, message):
+    with pytest.raises(InputError, match=message):
+        load_config(tiny_run(tmp_path, 2), keys)
+
+
+def test_without_ray_a_run_with_workers_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"workers: Ray is not installed; pip install 'olmfast\[cluster\]'"):
+        run(load_config(tiny_run(tmp_path, 2), {"workers": 2}))
+
+
+class Killer(Notes):
+    """Kills a worker once the second step has been taken."""
+
+    steps, killed = 0, ()
+
+    def chosen(self, outcome):  # noqa: ARG002
+        self.steps += 1
+        if self.steps == 2:
+            own = [one for one in psutil.Process().children(recursive=True) if "ray::Worker" in " ".join(one.cmdline())]
+            self.killed = own
+            os.kill(own[0].pid, signal.SIGKILL)
+
+
+def test_on_ray_two_workers_of_which_one_is_killed_decide_as_one_process(config):
+    pytest.importorskip("ray")
+    killer = Killer()
+    several = run(load_config(config, {"output_dir": "on_ray", "workers": 2}), observer=killer)
+    assert_same(outcome(config.parent / "one"), outcome(several.output_dir))
+    assert len(killer.killed) == 2
+    assert any("is lost (its process has ended)" in note for note in killer.notes), killer.notes
+    assert not [one for one in psutil.Process().children(recursive=True) if "ray" in one.name()]  # none is left

@@ -135,6 +135,7 @@ class Crew:
         self.members: list[Member] = []
         self._changed = threading.Condition(threading.RLock())
         self._closed: list[int] = []
+        self.busy_s = 0.0  # that workers have been at errands, all together
         self._usual: dict[str, deque[float]] = {}
         self._strays: dict[Any, Member] = {}  # tickets of errands that somebody else has done by now
         self._coming, self._failed, self._started = 0, 0, 0
@@ -199,7 +200,7 @@ class Crew:
                 recipe = self.recipe
                 files = {} if report.sees_folder else stored_files(recipe, self.opening.folder)
                 self._asked(handle, "build", recipe, files)
-        except Exception as error:  # a thread's: told by those who wait for the worker
+        except (Exception, SystemExit) as error:  # a thread's: told by those who wait for the worker
             why = f"{type(error).__name__}: {error}" if not isinstance(error, (OlmfastError, Lost)) else str(error)
         with self._changed:
             self._coming -= 1
@@ -210,7 +211,7 @@ class Crew:
                     self._say(f"worker {number} did not come up: {why}")
                     if handle is not None:
                         self.fleet.end(handle)
-                    if self.members and self._failed < FAILED_STARTS:
+                    if self._began and self._failed < FAILED_STARTS:
                         self._start()
             elif self._ended:
                 self.fleet.end(handle)
@@ -296,9 +297,9 @@ class Crew:
         return found
 
     def _hand_out(self, desk: Desk, pending: list[Errand], errands: Sequence[Errand]) -> None:
-        for errand in [one for one in pending if one.only is not None and one.only not in self.members]:
-            pending.remove(errand)
-            errand.is_done = True
+        for one in [one for one in pending if one.only is not None and one.only not in self.members]:
+            pending.remove(one)
+            one.is_done = True
         for place, member in enumerate(self.members):
             if member.busy:
                 continue
@@ -360,6 +361,7 @@ class Crew:
                     pass
             return
         member, began = errand.running.pop(ticket)
+        self.busy_s += time.monotonic() - began
         try:
             answer = self.fleet.answer(ticket)
         except Lost as lost:

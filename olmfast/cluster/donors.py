@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,11 @@ class Described:
 
     @classmethod
     def of(cls, donor: Checkpoint) -> Described:
-        """Describe a donor, whose tensors are read for it unless their digests are known."""
-        return cls(donor.made_of, donor.folders, donor.fingerprint())
+        """Describe a donor, whose tensors are read for it unless their digests are known.
+
+        It is opened anew: a Pool has its donors leave out, or offer, a head.
+        """
+        return cls(donor.made_of, donor.folders, _open(donor.made_of, donor.folders, donor.digests, {}).fingerprint())
 
     def files(self) -> Iterator[tuple[int, Path]]:
         """What a worker is sent of it: the part that a file belongs to, and the file."""
@@ -55,11 +59,13 @@ class Shelf:
         self.donors = donors
         self.digests = DigestCache()
         self.digests.learn(digests)
+        self._own = uuid.uuid4().hex
         self._found: dict[str, Checkpoint] = {}
         self._opened: dict[Path, Checkpoint] = {}
 
     def missing(self) -> Iterator[str]:
         """The donors that are neither where the driver has them nor kept from an earlier run."""
+        self._opened.clear()
         for donor in self.donors:
             kept = tuple(_kept(donor) / str(part) for part in range(len(donor.parts)))
             if not any(self._has(donor, folders) for folders in (donor.folders, kept)):
@@ -67,34 +73,28 @@ class Shelf:
 
     def _has(self, donor: Described, folders: Sequence[Path]) -> bool:
         try:
-            found = self._open(donor, folders)
+            found = _open(donor.parts, folders, self.digests, self._opened)
         except (InputError, OSError):  # not there, or another
             return False
         if found.fingerprint() == donor.fingerprint:
             self._found[donor.name] = found
         return donor.name in self._found
 
-    def _open(self, donor: Described, folders: Sequence[Path]) -> Checkpoint:
-        first, *adapters = folders
-        if first not in self._opened:
-            self._opened[first] = Checkpoint(first, donor.parts[0], self.digests)
-        model = self._opened[first]
-        for folder, name in zip(adapters, donor.parts[1:], strict=True):
-            model = AdaptedModel(model, folder, name)
-        return model
-
     def receive(self, name: str, part: int, file: str, data: bytes) -> None:
         """More bytes of a file of a donor's; empty: it is complete, and with an empty name so is the donor."""
         donor = next(donor for donor in self.donors if donor.name == name)
-        unfinished = _kept(donor).with_name(f"{donor.fingerprint}.{socket.gethostname()}.{os.getpid()}")
+        unfinished = _kept(donor).with_name(f"{donor.fingerprint}.{self._own}")
         if file:
             path = unfinished / str(part) / Path(file).name
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as opened:
                 opened.write(data)
             return
+        kept = _kept(donor)
+        if kept.exists() and not self._has(donor, [kept / str(at) for at in range(len(donor.parts))]):
+            shutil.rmtree(kept, ignore_errors=True)  # damaged
         try:
-            unfinished.rename(_kept(donor))
+            unfinished.rename(kept)
         except OSError:  # another worker of this machine was faster
             shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -103,6 +103,19 @@ class Shelf:
         for name in self.missing():
             raise OlmfastError(f"{name}: what arrived on {socket.gethostname()} is not what was sent")
         return Pool([self._found[donor.name] for donor in self.donors])
+
+
+def _open(
+    parts: Sequence[str], folders: Sequence[Path], digests: DigestCache, opened: dict[Path, Checkpoint]
+) -> Checkpoint:
+    """A model, and the adapters on it, by the folders of each; `opened` keeps the models."""
+    first, *adapters = folders
+    if first not in opened:
+        opened[first] = Checkpoint(first, parts[0], digests)
+    model = opened[first]
+    for folder, name in zip(adapters, parts[1:], strict=True):
+        model = AdaptedModel(model, folder, name)
+    return model
 
 
 def _kept(donor: Described) -> Path:

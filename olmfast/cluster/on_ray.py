@@ -27,8 +27,8 @@ class RayFleet:
     """See `Fleet`. Each actor has a GPU of its own, or as many of a machine's CPUs as the driver has threads."""
 
     def __init__(self, n: int | None, address: str | None, device: torch.device) -> None:
-        """Join the cluster at an address, or start Ray on this machine for n workers; `n` becomes as many as there is
-        room for, where it is None.
+        """Join the cluster at an address, or start Ray on this machine for n workers, unless this process is part of a
+        cluster; `n` becomes as many as there is room for, where it is None.
 
         Raises InputError where there is no cluster at the address.
         """
@@ -41,9 +41,12 @@ class RayFleet:
         threads, on_gpu = torch.get_num_threads(), device.type == "cuda"
         room = torch.cuda.device_count() if on_gpu else max(1, (os.cpu_count() or 1) // threads)
         quiet = {"log_to_driver": False, "configure_logging": False, "include_dashboard": False}
-        self._is_ours = address is None
+        self._handles: list[Any] = []
+        self._connected = not ray.is_initialized()
         try:
-            if address is None:
+            if not self._connected:  # by whoever called us
+                pass
+            elif address is None:
                 n = n or room
                 gpus = {"num_gpus": room} if on_gpu else {}
                 ray.init(num_cpus=n * threads, object_store_memory=STORE_BYTES, **gpus, **quiet)
@@ -67,7 +70,8 @@ class RayFleet:
 
     def start(self) -> Any:
         """See `Fleet.start`."""
-        return self._actor.remote()
+        self._handles.append(self._actor.remote())
+        return self._handles[-1]
 
     def ask(self, handle: Any, method: str, *args: Any) -> Any:
         """See `Fleet.ask`."""
@@ -112,13 +116,16 @@ class RayFleet:
 
     def close(self) -> None:
         """See `Fleet.close`. A cluster that was there before stays."""
-        self._ray.shutdown()
+        if self._connected:
+            self._ray.shutdown()
+            return
+        for handle in self._handles:
+            self._ray.kill(handle)
 
 
 def _first_line(error: BaseException) -> str:
     """What Ray says of a worker that is lost, without its advice."""
-    text = told(error)
     for known, short in (("connection error", "its process has ended"), ("owner", "this process's Ray has ended")):
-        if known in text:
+        if known in str(error):
             return short
-    return text.split(". ")[0][:200]
+    return told(error).split(". ")[0]

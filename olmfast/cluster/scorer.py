@@ -43,9 +43,13 @@ class ClusterEvaluation:
     ) -> None:
         """Start n workers; `folder` is where tensors that the recipe stores lie."""
         self.settings, self.sources = settings, Sources(pool, folder)
-        donors = tuple(Described.of(donor) for donor in pool)  # before the digests are: it may find more of them
-        opening = Opening(donors, settings, folder.absolute(), pool.digests.known, torch.get_num_threads())
-        self.crew = Crew(fleet, n, opening, recipe, surroundings(settings), note)
+        try:
+            donors = tuple(Described.of(donor) for donor in pool)
+            opening = Opening(donors, settings, folder.absolute(), pool.digests.known, torch.get_num_threads())
+            self.crew = Crew(fleet, n, opening, recipe, surroundings(settings), note)
+        except BaseException:
+            fleet.close()
+            raise
         self._n_scorers = 0
 
     @property

@@ -11,7 +11,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,13 +107,15 @@ class Worker:
         transformers.logging.disable_progress_bar()
         torch.set_num_threads(opening.threads)
         self.settings, self._folder = opening.settings, opening.folder
+        if self.settings.device.type == "cuda":  # the one that it was given, whatever the driver's has for a number
+            self.settings = replace(self.settings, device=torch.device("cuda"))
         sees_folder = opening.folder.is_dir()
         if not sees_folder:
             self._scratch = tempfile.TemporaryDirectory(prefix="olmfast-")
             self._folder = Path(self._scratch.name)
         self._shelf = Shelf(opening.donors, opening.digests)
         missing = tuple(self._shelf.missing())
-        return Report(socket.gethostname(), surroundings(opening.settings), missing, sees_folder)
+        return Report(socket.gethostname(), surroundings(self.settings), missing, sees_folder)
 
     def receive(self, donor: str, part: int, file: str, data: bytes) -> None:
         """More bytes of a file of a missing donor's."""

@@ -20,7 +20,7 @@ from olmfast.dataflow.running import PathModel
 from olmfast.dataflow.scoring import PathScorer
 from olmfast.dataflow.searching import PathSearch
 from olmfast.evaluation.memory import Memory
-from olmfast.evaluation.open import Questions
+from olmfast.evaluation.open import Evaluation, Questions
 from olmfast.evaluation.scorer import Candidate, Scorer
 from olmfast.observer import Observer
 from olmfast.output.writer import write_text, writing
@@ -78,6 +78,7 @@ class PathSession(Session):
         if not hasattr(self, "paths"):
             self._check_memory()
             base = self.config.base_name
+            assert isinstance(self.evaluation, Evaluation)  # a config with workers has no paths
             self.paths = PathModel(self.evaluation.model, base, base, self.skeletons)
         told = (questions.datasets, questions.tokenizer, questions.stop_tokens, self.config.batch_tokens)
         return PathScorer(self.paths, *told, others, self.observer.candidate)

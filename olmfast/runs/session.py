@@ -172,7 +172,7 @@ class Session:
         if not config.has_workers:
             return Evaluation(recipe, pool, settings, folder)
         n = None if config.workers == "auto" else config.workers
-        fleet = RayFleet(n, config.ray and config.ray.address, settings.device)
+        fleet = RayFleet(n, config.ray.address if config.ray else None, settings.device)
         return ClusterEvaluation(fleet, fleet.n, recipe, pool, settings, folder, self.observer.note)
 
     def close(self) -> None:

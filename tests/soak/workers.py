@@ -1,0 +1,131 @@
+"""Runs with two Ray workers whose processes are killed: the bytes are those of one process, whatever happens.
+
+    OMP_NUM_THREADS=1 python tests/soak/workers.py --kills 10 --seed 0
+
+Three commands on one config: in one process; with two workers, of which one is killed (SIGKILL) again and again; with
+two workers whose raylet is killed, and resumed after that; and one whose driver is killed, and resumed. Each must end
+with the tensors and the scores of the first, every candidate once. Exits with 1 if anything is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+
+LONGEST_S = 1800
+
+
+def command(folder: Path, out: str, *more: str) -> subprocess.Popen[str]:
+    program = [sys.executable, "-m", "olmfast", "run", "cfg.yaml", "--set", f"output_dir={out}", *more]
+    return subprocess.Popen(
+        program, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def workers_of(driver: subprocess.Popen[str], name: str) -> list[psutil.Process]:
+    """The processes of a driver's own Ray whose title holds a word."""
+    try:
+        children = psutil.Process(driver.pid).children(recursive=True)
+        return [one for one in children if name in " ".join(one.cmdline()) or name in one.name()]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def steps_of(folder: Path, out: str) -> int:
+    log = folder / f"{out}.partial" / "steps.jsonl"
+    return len(log.read_text().splitlines()) if log.is_file() else 0
+
+
+def outcome(folder: Path, out: str) -> tuple[dict[str, bytes], list[str]]:
+    tensors = {path.name: path.read_bytes() for path in sorted((folder / out).rglob("*.safetensors"))}
+    return tensors, (folder / out / "evaluations.jsonl").read_text().splitlines()
+
+
+def kill_workers(folder: Path, out: str, n: int, dice: random.Random) -> str:
+    """Run with two workers, of which n are killed at random moments; returns what the command printed."""
+    driver = command(folder, out, "--set", "workers=2")
+    killed = 0
+    while driver.poll() is None and killed < n:
+        time.sleep(dice.uniform(0.5, 4))
+        found = workers_of(driver, "ray::Worker")
+        if len(found) < 2 or steps_of(folder, out) < 2:
+            continue  # one at a time, once the search has begun
+        victim = dice.choice(found)
+        os.kill(victim.pid, signal.SIGKILL)
+        killed += 1
+        print(f"  killed worker {victim.pid}, {killed} of {n}, after {steps_of(folder, out)} steps", flush=True)
+    said, _ = driver.communicate(timeout=LONGEST_S)
+    assert driver.returncode == 0, said
+    assert killed == n, f"the run ended after {killed} kills; give it more to do"
+    print(f"  {said.count('is lost')} losses told, {said.count('joins')} joined")
+    return said
+
+
+def kill_once(folder: Path, out: str, name: str, at_step: int) -> tuple[int, str, float]:
+    """Kill the raylet, or the driver itself (no name), after a step: exit code, what was printed, seconds until its
+    end."""
+    driver = command(folder, out, "--set", "workers=2")
+    while driver.poll() is None and steps_of(folder, out) < at_step:
+        time.sleep(0.2)
+    assert driver.poll() is None, driver.communicate()
+    pids = [one.pid for one in workers_of(driver, name)] if name else [driver.pid]
+    began = time.monotonic()
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    said, _ = driver.communicate(timeout=300)
+    return driver.returncode, said, time.monotonic() - began
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--kills", type=int, default=10)
+    options.add_argument("--seed", type=int, default=0)
+    given = options.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from olmfast.testing import tiny_run
+
+    dice, wrong = random.Random(given.seed), 0
+    stages = {"base_select": True, "layer_swap": True, "tensor_swap": True, "es_svd": True, "es_norm": True}
+    with tempfile.TemporaryDirectory(prefix="olmfast-soak-") as place:
+        folder = Path(place)
+        tiny_run(folder, 3, batch_tokens=64, units=["*.mlp.*"], **stages)
+        said, _ = command(folder, "one").communicate(timeout=LONGEST_S)
+        truth = outcome(folder, "one")
+
+        def check(kind: str, out: str) -> None:
+            nonlocal wrong
+            lines = [json.loads(line) for line in outcome(folder, out)[1]]
+            scored = Counter((line["step"], line["candidate"], line["dataset"]) for line in lines)
+            twice = [key for key, n in scored.items() if n > 1]
+            same = outcome(folder, out) == truth and not twice
+            wrong += not same
+            print(f"{kind}: {'same bytes, every candidate once' if same else f'WRONG, twice: {twice[:3]}'}", flush=True)
+
+        began = time.monotonic()
+        kill_workers(folder, "killed", given.kills, dice)
+        check(f"{given.kills} workers killed in {time.monotonic() - began:.0f} s", "killed")
+        for kind, name in (("raylet", "raylet/raylet"), ("driver", "")):
+            code, said, took = kill_once(folder, kind, name, 4)
+            last = [line for line in said.splitlines() if line.startswith("olmfast: ")][-1:]
+            print(f"{kind} killed: exit code {code} after {took:.0f} s; {''.join(last)}", flush=True)
+            wrong += name != "" and (code != 1 or not last)
+            resumed = command(folder, kind, "--set", "workers=2", "--resume")
+            said, _ = resumed.communicate(timeout=LONGEST_S)
+            assert resumed.returncode == 0, said
+            check(f"{kind} killed, resumed", kind)
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,11 +2,12 @@
 
     OMP_NUM_THREADS=1 pytest bench/test_cluster.py --benchmark-only
 
-The 12-block case of `search_case.py`, 32 + 32 questions: the base, then three blocks as donors have them, then a module
-in the last of them (with OLMFAST_BENCH_ALL=1 in each) swapped and refined. On a machine with other work wall times say
-little; so besides their ratio there is one that other work does not touch: the CPU seconds of the one process by those
-of all of the other's (driver, workers and Ray's own), times the share of the wall time that workers were at errands.
-What starts before the search does (Ray, libraries, building models) is told apart.
+The 12-block case of `search_case.py`, 16 + 16 questions: the base, then three blocks as donors have them, then a module
+in the last of them swapped and its row norms evolved; with OLMFAST_BENCH_ALL=1 32 + 32 questions, a module in each of
+the three, and SVD-ES. On a machine with other work wall times say little; so besides their ratio there is one that
+other work does not touch: the CPU seconds of the one process by those of all of the other's (driver, workers and Ray's
+own), times the share of the wall time that workers were at errands. What starts before the search does (Ray, libraries,
+building models) is told apart.
 """
 
 from __future__ import annotations
@@ -75,9 +76,10 @@ def test_two_workers(
         n_sent[errand.method] += 1
         return ask(self, desk, member, errand)
 
-    samples, process = sized(2, 32, 32), psutil.Process()
+    samples, process = sized(2, 16, 32), psutil.Process()
     refined = BLOCKS if ALL else BLOCKS[2:]
-    keys = {"base_select": True, "es_svd": True, "es_norm": True, "es_norm_generations": 1}
+    keys = {"base_select": True, "es_svd": ALL, "es_norm": True, "es_norm_generations": 1}
+    keys |= {"batch_tokens": sized(64, 512, 1024)}  # eleven batches of questions, or more
     with room(tmp_path_factory, "cluster", 2e9) as folder:
         case = make_case(folder, samples)
         found, wall, cpu = {}, {}, {}
@@ -124,8 +126,8 @@ def test_what_is_sent(benchmark: Any, report: Report, tmp_path: Path) -> None:
     """Messages have the size of names and numbers, whatever that of the weights: a model of as many tensors as one of
     7 billion parameters has, each of them tiny, shows what is sent for both."""
     n_donors, n_blocks = 4, sized(2, 32, 32)
-    config = tiny_run(tmp_path, n_donors, model={"num_hidden_layers": n_blocks})
-    config = load_config(config, {"search": "joint"})
+    place = tiny_run(tmp_path, n_donors, model={"num_hidden_layers": n_blocks})
+    config = load_config(place, {"search": "joint"})
     sent: dict[str, int] = {}
     with session(config) as engine:
         search, pool = engine.search, engine.inputs.pool

@@ -12,6 +12,7 @@ building models) is told apart.
 
 from __future__ import annotations
 
+import importlib.util
 import pickle
 import time
 from collections import Counter
@@ -40,7 +41,6 @@ from olmfast.testing import tiny_run
 from olmfast.weights.coefficients import task_vectors
 from olmfast.weights.expressions import Copy
 
-pytest.importorskip("ray")
 pytestmark = pytest.mark.timeout(0)
 Report = Callable[..., None]
 N = 2
@@ -64,6 +64,7 @@ def outcome(folder: Path) -> tuple[bytes, list[Path]]:
     return (folder / "evaluations.jsonl").read_bytes(), sorted((folder / "refined").iterdir())
 
 
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray")
 def test_two_workers(
     benchmark: Any, report: Report, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

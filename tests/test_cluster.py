@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import threading
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -275,6 +276,22 @@ def test_without_ray_a_run_with_workers_says_what_to_install(tmp_path, monkeypat
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(InputError, match=r"workers: Ray is not installed; pip install 'olmfast\[cluster\]'"):
         run(load_config(tiny_run(tmp_path, 2), {"workers": 2}))
+
+
+def test_the_documentation_says_what_is_computed_for_a_thousand_workers(capsys):
+    root = Path(__file__).parents[1]
+    runpy.run_path(str(root / "examples" / "cluster" / "ceilings.py"), run_name="__main__")
+    heads, *lines = capsys.readouterr().out.splitlines()
+    assert heads.split()[-6:] == ["1", "2", "8", "64", "1000", "errands"]
+    rows = [line.rsplit(maxsplit=6) for line in lines]
+    table = [
+        [cell.strip().replace(",", "") for cell in row.split("|")[1:-1]]
+        for row in (root / "docs" / "cluster.md").read_text().splitlines()
+        if row.count("|") == 7
+    ]
+    told = {cells[0]: cells[1:] for cells in table}
+    for name, _, *gains in rows:
+        assert told[name.replace(",", "").strip()] == gains
 
 
 class Killer(Notes):

@@ -25,7 +25,7 @@ SLOW, GRACE_S = 4.0, 5.0  # an errand has others do it too after so many times t
 WAIT_S = 0.2
 CHECK_S = 5.0  # between looks whether all is well, while nothing is lost
 JOIN_S = 600.0  # to wait for a first worker
-FAILED_STARTS = 3
+FAILED_STARTS = 5  # in a row
 
 
 class Lost(Exception):

@@ -54,7 +54,8 @@ class RayFleet:
                 del quiet["include_dashboard"]
                 ray.init(address=address, **quiet)
         except Exception as error:  # of many types
-            raise InputError(f"ray.address: {address or 'Ray could not be started'}: {told(error)}") from error
+            where = f"ray.address: {address}" if address else "workers: Ray could not be started on this machine"
+            raise InputError(f"{where}: {told(error)}") from error
         if n is None:
             found = ray.cluster_resources()
             n = int(found.get("GPU", 0)) if on_gpu else int(found.get("CPU", 0)) // threads

@@ -88,7 +88,8 @@ class ClusterScorer(Planner):
         self.desk = Desk(number, self.crew.fleet.share(questions), lambda: trajectories.expected)
         weakref.finalize(self, self.crew.close_desk, number)
         if not self.is_plain:
-            self.desk.shares = Shares.agreed_by(self.crew.everywhere(self.desk, "shares"))
+            found = self.crew.everywhere(self.desk, "shares") or [self._ask("shares")]
+            self.desk.shares = Shares.agreed_by(found)
             shares.take(self.desk.shares)
         trajectories.arrange(set(questions.datasets))
 

@@ -59,8 +59,9 @@ def kill_workers(folder: Path, out: str, n: int, dice: random.Random) -> str:
     while driver.poll() is None and killed < n:
         time.sleep(dice.uniform(0.5, 4))
         found = workers_of(driver, "ray::Worker")
+        found = [one for one in found if not any(word in one.cmdline()[0] for word in (".open", ".build"))]
         if len(found) < 2 or steps_of(folder, out) < 2:
-            continue  # one at a time, once the search has begun
+            continue  # one at a time, once the search has begun and both are at it
         victim = dice.choice(found)
         os.kill(victim.pid, signal.SIGKILL)
         killed += 1
@@ -97,6 +98,7 @@ def main() -> int:
 
     dice, wrong = random.Random(given.seed), 0
     stages = {"base_select": True, "layer_swap": True, "tensor_swap": True, "es_svd": True, "es_norm": True}
+    stages |= {"es_svd_generations": 4, "es_norm_generations": 12}
     with tempfile.TemporaryDirectory(prefix="olmfast-soak-") as place:
         folder = Path(place)
         tiny_run(folder, 3, batch_tokens=64, units=["*.mlp.*"], **stages)

@@ -119,7 +119,7 @@ def main() -> int:
         check(f"{given.kills} workers killed in {time.monotonic() - began:.0f} s", "killed")
         for kind, name in (("raylet", "raylet/raylet"), ("driver", "")):
             code, said, took = kill_once(folder, kind, name, 4)
-            last = [line for line in said.splitlines() if line.startswith("olmfast: ")][-1:]
+            last = [line for line in said.splitlines() if "olmfast: ray: " in line][-1:]  # among what Ray says
             print(f"{kind} killed: exit code {code} after {took:.0f} s; {''.join(last)}", flush=True)
             wrong += name != "" and (code != 1 or not last)
             resumed = command(folder, kind, "--set", "workers=2", "--resume")

@@ -67,6 +67,13 @@ class ClusterEvaluation:
         self._n_scorers += 1
         return ClusterScorer(self, questions, self._n_scorers, progress)
 
+    def replies(
+        self, candidate: Candidate, questions: Questions, chosen: Mapping[str, Sequence[int]]
+    ) -> dict[str, list[str]]:
+        """See `Evaluation.replies`."""
+        found: dict[str, list[str]] = self.scorer(questions)._ask("replies", candidate, chosen)
+        return found
+
     def close(self) -> None:
         """End the workers."""
         self.crew.close()

@@ -98,6 +98,7 @@ class Worker:
         # Ray lets a worker import from the driver's working folder; what lies there has nothing to do with it.
         sys.path[:] = [place for place in sys.path if place not in ("", os.getcwd())]
         self._scorers: dict[int, Scorer] = {}
+        self._questions: dict[Scorer, Questions] = {}
 
     def open(self, opening: Opening) -> Report:
         """Look for the donors."""
@@ -129,13 +130,15 @@ class Worker:
     def errand(self, news: News, asked: Asked, questions: Questions | None, method: str, *args: Any) -> Any:
         """Learn the news, and then do what is asked; `questions` come with the first errand for a scorer."""
         for number in news.closed:
-            self._scorers.pop(number, None)
+            if number in self._scorers:
+                del self._questions[self._scorers.pop(number)]
         if news.recipe is not None:
             self._keep(news.files or {})
             model, told = self.evaluation.model, news.recipe
             model.set_recipe(told if news.is_whole else model.recipe.with_values(told.tensors))
         if questions is not None:
             self._scorers[asked.scorer] = self.evaluation.scorer(questions)
+            self._questions[self._scorers[asked.scorer]] = questions
         scorer = self._scorers[asked.scorer]
         if isinstance(scorer, BatchedScorer):
             if asked.shares is not None and not scorer.shares.agreed:
@@ -189,6 +192,12 @@ class Worker:
     def value(self, scorer: Scorer, expression: Expression) -> torch.Tensor:
         """See `Scorer.value`."""
         return scorer.value(expression)
+
+    def replies(
+        self, scorer: Scorer, candidate: Candidate, chosen: Mapping[str, Sequence[int]]
+    ) -> dict[str, list[str]]:
+        """See `Evaluation.replies`: to the scorer's questions."""
+        return self.evaluation.replies(candidate, self._questions[scorer], chosen)
 
     def _keep(self, files: Mapping[str, bytes]) -> None:
         for name, data in files.items():

@@ -19,7 +19,8 @@ from olmfast.evaluation.encoding import Dataset, load_datasets
 from olmfast.evaluation.memory import Memory
 from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.rendering import silenced
-from olmfast.evaluation.scorer import Scorer
+from olmfast.evaluation.replies import replies
+from olmfast.evaluation.scorer import Candidate, Scorer
 from olmfast.evaluation.sequential import SequentialScorer
 from olmfast.weights.checkpoint import Checkpoint
 from olmfast.weights.devices import pick_device, pick_dtype
@@ -171,6 +172,17 @@ class Evaluation:
 
     def close(self) -> None:
         """Nothing will be evaluated any more."""
+
+    def replies(
+        self, candidate: Candidate, questions: Questions, chosen: Mapping[str, Sequence[int]]
+    ) -> dict[str, list[str]]:
+        """Dataset -> what a candidate says to some of its questions (indices); see `evaluation/replies.py`."""
+        tokenizer, stop_tokens = questions.tokenizer, questions.stop_tokens
+        with self.model.trial(candidate):
+            return {
+                name: replies(self.model, questions.datasets[name], indices, tokenizer, stop_tokens)
+                for name, indices in chosen.items()
+            }
 
     def scorer(
         self,

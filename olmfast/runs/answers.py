@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, zip_longest
 from typing import Any
 
+from olmfast.cluster.scorer import ClusterEvaluation
 from olmfast.evaluation.open import Evaluation, Questions
-from olmfast.evaluation.replies import LONGEST, replies, text_of
+from olmfast.evaluation.replies import LONGEST, text_of
 from olmfast.evaluation.scorer import Candidate
 from olmfast.runs.scoreboard import Scoreboard
 from olmfast.weights.recipe import Recipe
@@ -17,7 +18,12 @@ MOST_CHARACTERS = 8000  # of a question or an answer that is kept
 
 
 def answered(
-    evaluation: Evaluation, questions: Questions, kind: str, board: Scoreboard, models: Mapping[str, Recipe], n: int
+    evaluation: Evaluation | ClusterEvaluation,
+    questions: Questions,
+    kind: str,
+    board: Scoreboard,
+    models: Mapping[str, Recipe],
+    n: int,
 ) -> dict[str, Any]:
     """Ask models (label -> recipe, with rows in `board`) a few questions: plain JSON values for the record.
 
@@ -27,13 +33,7 @@ def answered(
     chosen = dict(_chosen(board, labels, n)) if n else {}
     said: dict[str, dict[str, list[str]]] = {}
     for label in labels if chosen else []:
-        with evaluation.model.trial(Candidate(label, recipe=models[label])):
-            said[label] = {
-                name: replies(
-                    evaluation.model, questions.datasets[name], indices, questions.tokenizer, questions.stop_tokens
-                )
-                for name, indices in chosen.items()
-            }
+        said[label] = evaluation.replies(Candidate(label, recipe=models[label]), questions, chosen)
     asked = []
     for name, indices in chosen.items():
         dataset = questions.datasets[name]

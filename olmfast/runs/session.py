@@ -354,7 +354,11 @@ class Session:
         self.observer.step("final_eval", ", ".join(final.tasks), len(recipes))
         board = HarnessBoard(final.limit)
         told, companions = self.observer.candidate, {RESULT: self.config.base_name}
-        board.score(self.evaluation, recipes, final.tasks, self.config.task_folder, told, companions)
+        live = self.evaluation
+        if isinstance(live, ClusterEvaluation):  # the harness wants a model in its own process
+            live.close()
+            live = Evaluation(recipe, self.inputs.pool, self.inputs.settings, self.record.folder)
+        board.score(live, recipes, final.tasks, self.config.task_folder, told, companions)
         return board
 
     def _closing(self) -> list[str]:

@@ -94,6 +94,7 @@ def test_the_best_of_what_was_tried_is_written_and_scores_what_it_scored(config,
     page = (tmp_path / "out/report.html").read_text()
     assert "Layers 2 to 5 became layer 2; alphas" in page
     assert "What it says" in page
+    assert "<td>searched</td><td>" in page[page.index("<h2>Parameters</h2>") :]
     assert best <= min(done.selection.rows[name]["MMLU likelihood"] for name in ("uniform", "drop")) + 1e-6
 
 

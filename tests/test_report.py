@@ -208,6 +208,15 @@ def test_a_long_run_is_cut_and_the_page_says_what_and_where_the_rest_is(tmp_path
     assert sum(left_out) == 9_700
 
 
+def test_tasks_of_the_harness_are_told(finished):
+    history = History.read(finished)
+    row = {"gsm8k": {"exact_match,strict": 0.25, "exact_match_stderr,strict": 0.125, "n": 12}}
+    told = {"limit": 12, "results": {"merged": row, "donor0": row}}
+    text = page(replace(history, values={**history.values, "final_eval": told}))
+    cells = ["gsm8k", "exact_match (strict)", "12"]
+    assert "".join(re.findall(r">([^<]+)</td>", text[text.index("<h2>Tasks</h2>") :])[:3]) == "".join(cells)
+
+
 def test_a_record_without_seals_is_read_as_its_report_has_it(finished, tmp_path):
     for name in ("steps.jsonl", "merge_report.json"):
         shutil.copy(finished / name, tmp_path)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 WIDTH = 5.6  # inches, of 72 pixels: text of 10 points is readable where the page is as narrow as that
@@ -96,11 +97,7 @@ def _figure(
     height: float, salt: str, left: float, bottom: float, top: float
 ) -> Iterator[tuple[Any, Callable[[], str]]]:
     """Axes in a figure of a height, with margins, in inches, and what gives its SVG once it is drawn."""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of fonts and caches: nobody can act on it here
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
+    matplotlib, FigureCanvasSVG, Figure = _library()
     own = {
         **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), INK),
         "svg.fonttype": "none",
@@ -121,6 +118,21 @@ def _figure(
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         found.append(_inline(out.getvalue(), salt))
+
+
+@cache
+def _library() -> tuple[Any, Any, Any]:
+    """matplotlib, imported when something is drawn; what it says of fonts and caches nobody can act on here."""
+    log = logging.getLogger("matplotlib")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+    finally:
+        log.setLevel(before)
+    return matplotlib, FigureCanvasSVG, Figure
 
 
 def _inline(svg: str, salt: str) -> str:

@@ -13,12 +13,12 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from olmfast.report import drawings, paths
+from olmfast.report import drawings
+from olmfast.report.findings import found_by
 from olmfast.report.history import History
 from olmfast.report.measures import Measure
 from olmfast.report.origins import EVOLVED, Cell, Origins
 from olmfast.report.tables import (
-    Table,
     distances_table,
     names_shown,
     scores_table,
@@ -61,7 +61,7 @@ def page(history: History) -> str:
         "map": _map(history, shown),
         "answers": _answers(history, shown),
         "distances": _distances(history, shown),
-        "searches": _searches(history),
+        "searches": found_by(history, shown),
         "steps": steps_of(history, measure, shown),
         "measure": measure,
         "settings": _settings(history),
@@ -214,45 +214,6 @@ def _distances(history: History, shown: Mapping[str, str]) -> dict[str, Any] | N
         return None
     name = anchor["model"]
     return {"from": shown.get(name, name), "unevenness": anchor["unevenness"], "table": distances_table(anchor, shown)}
-
-
-def _searches(history: History) -> list[dict[str, Any]]:
-    """What a search of paths, blocks run twice, or layers to prune found, as tables."""
-    found, values = [], history.values
-    if report := values.get("repeats"):
-        head, *rows = paths.table(report)
-        svg = Markup(paths.heat_map(report))
-        found.append(
-            {"title": "Blocks run twice", "text": paths.summary(report), "table": Table(head, rows), "svg": svg}
-        )
-    if report := values.get("paths"):
-        head, *rows = paths.front_table(report)
-        text = f"{report['comparisons']} paths were compared on other questions to find these"
-        found.append({"title": "Score against depth", "text": text, "table": Table(head, rows), "svg": ""})
-    if pruned := values.get("pruned"):
-        front = pruned.get("front", {})
-        rows = [[layers, f"{one['objective']:.4f}", ", ".join(map(str, one["gone"]))] for layers, one in front.items()]
-        table = Table(["layers", "score", "without layers"], rows) if rows else None
-        found.append({"title": "Layers", "text": _pruned(pruned), "table": table, "svg": ""})
-    if skill := values.get("validation", {}).get("skill"):
-        chosen = list(skill).index(values["validation"]["result"])
-        rows = [[name, "" if value is None else f"{value:.3f}"] for name, value in skill.items()]
-        table = Table(["state of the search", "skill"], rows, chosen)
-        text = "Of what the search went through, the marked one is the result"
-        found.append({"title": "Validation, on questions that no step used", "text": text, "table": table, "svg": ""})
-    return found
-
-
-def _pruned(pruned: Mapping[str, Any]) -> str:
-    told = []
-    if "first" in pruned:
-        told.append(f"layers {pruned['first']} to {pruned['first'] + pruned['steps']} became layer {pruned['first']}")
-    if "gone" in pruned:
-        told.append(f"layers {', '.join(map(str, pruned['gone']))} went into those below them")
-    if alphas := pruned.get("alphas"):
-        told.append("alphas " + ", ".join(f"{alpha:.4f}" for alpha in alphas))
-    text = "; ".join(told)
-    return text[:1].upper() + text[1:]
 
 
 def _settings(history: History) -> list[tuple[str, str]]:

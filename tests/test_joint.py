@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from olmfast import InputError, load_config, run
+from olmfast.evaluation.batched import BatchedScorer
 from olmfast.evaluation.scores import Scores
 from olmfast.search import coefficients
 from olmfast.search.acceptance import Gain, Scale, passes
@@ -395,6 +396,18 @@ def test_a_larger_budget_continues_from_where_the_smaller_one_ended(tmp_path):
         parts = run(load_config(config, {"budget": budget}), resume=True)
     assert parts.record.steps.keys() == whole_run.record.steps.keys()
     assert parts.recipe == whole_run.recipe
+
+
+def test_a_descent_takes_as_many_steps_as_the_budget_pays_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(coefficients, "FEWEST", 4)
+    monkeypatch.setitem(coefficients.GRAINS, "row", 1000)
+    asked = []
+    slopes = BatchedScorer.slopes
+    monkeypatch.setattr(BatchedScorer, "slopes", lambda *args: asked.append(1) or slopes(*args))
+    result = run(skilled_run(tmp_path, n=20, budget=80))
+    assert "gradient/row/1" in result.record.steps
+    assert 77 < result.record.evaluations <= 80
+    assert len(asked) < 2 * 1000
 
 
 def test_the_plan_of_a_joint_search_says_that_it_is_of_one_round(tmp_path, olmfast):

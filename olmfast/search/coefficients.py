@@ -17,7 +17,7 @@ import torch
 from olmfast.evaluation.scorer import Candidate, Direction, side_by_side
 from olmfast.search.crossfit import CrossFit
 from olmfast.search.halves import Indices
-from olmfast.search.loop import GRADIENT, Search, Step, Trained
+from olmfast.search.loop import GRADIENT, N_TRAINED, Search, Step, Trained
 from olmfast.search.sampling import Point, Sampler
 from olmfast.weights.architecture import Architecture, Unit
 from olmfast.weights.coefficients import NONE, ByRows, TaskVectors
@@ -29,6 +29,7 @@ from olmfast.weights.sources import Expression
 GRAINS = {"part": 16, "row": 100, "tensor": 60}
 # How far a coefficient moves in a step of a steady gradient: what few questions say of a row is mostly luck.
 RATES = {"part": 0.1, "row": 0.05, "tensor": 0.1}
+FEWEST = 10  # steps worth taking: a grain that has more takes as many of them as the budget pays for
 BATCH = 6  # questions of each dataset in a gradient step
 DECAYS = 0.9, 0.99  # of the gradient's means, Adam (arXiv 1412.6980)
 SIGMA = 0.15  # of CMA-ES at first
@@ -63,26 +64,27 @@ class Coefficients:
 
     def descend(self, grain: str, number: int) -> bool:
         """Follow the gradient of each half's loss from the current coefficients; true if the mean of both passes."""
-        steps = GRAINS[grain]
         halves = list(self.crossfit.halves)
         n_asked = sum(min(BATCH, len(own)) for half in halves for own in self._counting(half).values())
-        cost = GRADIENT * steps * n_asked / sum(self.search.scorer.sizes.values())
-
+        cost = GRADIENT * n_asked / sum(self.search.scorer.sizes.values())
         is_first = number == 1 and grain == next(iter(GRAINS))
+        left = self.search.affordable("gradient") - N_TRAINED - is_first
+        steps = int(min(GRAINS[grain], max(FEWEST, left / cost)))
 
         def propose() -> list[Candidate]:
             if is_first:
                 self.search.count_lessons(self.teachers)
-            jobs = [partial(self._follow, half, name, grain, number) for half, name in zip(halves, "12", strict=True)]
+            named = zip(halves, "12", strict=True)
+            jobs = [partial(self._follow, half, name, grain, number, steps) for half, name in named]
             found = side_by_side(self.search.scorer, jobs)
             return self._trained(found, self._rows(grain))
 
         key = f"gradient/{grain}/{number}"
-        return self._take_trained(key, "gradient", grain, cost + is_first, propose)
+        return self._take_trained(key, "gradient", grain, cost * steps + is_first, propose)
 
-    def _follow(self, half: Indices, name: str, grain: str, number: int) -> torch.Tensor:
+    def _follow(self, half: Indices, name: str, grain: str, number: int, steps: int) -> torch.Tensor:
         """Offsets (donors, columns) after a descent on a half's questions: the mean over its second half of steps."""
-        groups, steps, rate, rows = self._groups(grain), GRAINS[grain], RATES[grain], self._rows(grain)
+        groups, rate, rows = self._groups(grain), RATES[grain], self._rows(grain)
         batches = self._batches(self._counting(half), steps, f"{name}/{grain}/{number}")
         offsets = torch.zeros(len(self.vectors.donors), int(groups.max()) + 1, dtype=torch.float64)
         first, second, total = torch.zeros_like(offsets), torch.zeros_like(offsets), torch.zeros_like(offsets)
@@ -217,9 +219,9 @@ def joint_steps(n_donors: int, architecture: Architecture, tensors: Sequence[str
     """Stage, unit and about how many evaluations each move of a round takes, in order."""
     whole = architecture.model_unit(tensors)
     for grain, steps in GRAINS.items():
-        # Each half of two may have a third of its questions in a batch, and the candidates are two evaluations.
+        # Each half of two may have a third of its questions in a batch, and the candidates are scored besides.
         teaching = int(grain == next(iter(GRAINS)))
-        yield "gradient", replace(whole, name=grain), max(1, round(GRADIENT * steps / 3)) + 2 + teaching
+        yield "gradient", replace(whole, name=grain), max(1, round(GRADIENT * steps / 3)) + N_TRAINED + teaching
     population = 4 + int(3 * math.log(n_donors))
     for _ in range(2 * GENERATIONS):
         yield "evolution", replace(whole, name="model"), max(1, population // 2)

@@ -6,6 +6,7 @@ step is never taken twice: a resumed run walks the same steps and gets their out
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,6 +36,7 @@ from olmfast.weights.recipe import Recipe
 from olmfast.weights.sources import Expression, Sources
 
 GRADIENT = 3  # evaluations that a gradient counts as: one forward pass, and two on the way back
+N_TRAINED = 2  # evaluations that trained candidates take: each half's on the other, and the mean of both on all
 
 
 class BudgetSpent(Exception):
@@ -152,7 +154,7 @@ class Search:
         self._scored = 0
         began = self.elapsed_s
         if step.trained is not None:
-            self._check_budget(step.stage, step.trained.evaluations + 2)
+            self._check_budget(step.stage, step.trained.evaluations + N_TRAINED)
             self.observer.step(step.stage, step.unit.name, 1 + MEAN)  # training takes its time
         candidates, twin = self._distinct(step.propose())
         if step.trained is None:
@@ -279,15 +281,20 @@ class Search:
         own = "" if builds_alike(self.recipe, recipe, self.sources.pool) else candidate.label
         return (own, *((n, recipe.tensors[n].identity(self.sources)) for n in names if n in recipe.tensors))
 
-    def _check_budget(self, stage: str, n_candidates: float) -> None:
+    def affordable(self, stage: str) -> float:
+        """How many evaluations the budget still pays for: of its time, by what those of a stage have cost so far."""
         budget: Budget | None = self.config.budget
-        if budget is None:
-            return
-        if budget.evaluations is not None and self._evaluations + n_candidates > budget.evaluations:
-            raise BudgetSpent
-        # What candidates of its kind have cost so far says whether the whole step still fits.
-        expected_s = self._costs.expected_s(stage, n_candidates, unknown=0.0)
-        if budget.seconds is not None and self.elapsed_s + expected_s > budget.seconds:
+        left = [math.inf]
+        if budget is not None and budget.evaluations is not None:
+            left.append(budget.evaluations - self._evaluations)
+        if budget is not None and budget.seconds is not None:
+            each_s, seconds = self._costs.expected_s(stage, 1.0, unknown=0.0), budget.seconds - self.elapsed_s
+            left.append(seconds / each_s if each_s else math.copysign(math.inf, seconds))
+        return min(left)
+
+    def _check_budget(self, stage: str, n_candidates: float) -> None:
+        """A step is taken whole or not at all."""
+        if n_candidates > self.affordable(stage) + 1e-9:  # sums of shares of the questions are rounded
             raise BudgetSpent
 
     def _evaluate(self, step: Step, candidates: list[Candidate]) -> tuple[Scores, dict[int, str]]:

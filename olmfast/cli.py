@@ -99,7 +99,7 @@ def run_command(
 
     observer = make_observer(quiet=quiet or as_json, verbose=verbose)
     from olmfast.dataflow.session import run
-    from olmfast.static.check import check
+    from olmfast.runs.check import check
 
     boundary.quiet_libraries()
     if dry_run:
@@ -187,12 +187,13 @@ def merge_command(
 ) -> None:
     """Merge models as a merge file says, without evaluating them."""
     from olmfast.config.mergekit import load_merge_config
-    from olmfast.static.check import check
     from olmfast.static.write import merge, read_options
     from olmfast.terminal import merges
 
     loaded = load_merge_config(config)
     if dry_run:
+        from olmfast.runs.check import check  # what evaluates models, which no merge needs
+
         read_options(device, shard_size, max_ram)
         boundary.quiet_libraries()
         merges.print_plan(check(loaded, allow_mismatch=allow_mismatch or ()), out, as_json)
@@ -256,8 +257,8 @@ def linear_command(
 ) -> None:
     """Merge two models linearly, as a whole or in some layers."""
     from olmfast.static import adaptive
-    from olmfast.static.check import check_result
     from olmfast.static.linear import merge_linear
+    from olmfast.static.loading import check_result
     from olmfast.static.write import read_options
     from olmfast.terminal import merges
 
@@ -287,7 +288,7 @@ def linear_command(
         read_options(device)
         plan = adaptive.plan_linear(wanted)
         boundary.quiet_libraries()
-        check_result(plan)
+        check_result(plan.content)
         merges.print_plan(plan, output_dir or wanted.default_output, as_json)
         return
     if top is not None:

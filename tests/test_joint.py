@@ -361,6 +361,51 @@ def test_the_ancestor_and_the_start_may_be_models_that_are_not_merged(tmp_path):
     assert result.selection.donors == ["donor0", "donor1", "donor2"]
 
 
+def test_the_start_may_be_a_merge_file_of_which_nothing_is_written(tmp_path, olmfast):
+    tiny_model(tmp_path / "models" / "given", seed=9, noise=0.2, num_hidden_layers=2)
+    merge = {
+        "merge_method": "ties",
+        "base_model": "../models/donor0",
+        "parameters": {"density": 0.5},
+        "dtype": "float32",
+    }
+    merge["models"] = [{"model": f"../models/{m}", "parameters": {"weight": 0.7}} for m in ("donor1", "given")]
+    file = tmp_path / "recipes" / "start.yml"
+    file.parent.mkdir()
+    file.write_text(yaml.safe_dump(merge))
+    config = skilled_run(tmp_path, n=16, budget=20, start="recipes/start.yml")
+    result = run(config)
+    assert result.selection.donors == ["donor0", "donor1", "donor2"]
+    assert olmfast("merge", file, tmp_path / "written")[0] == 0
+    by_folder = run(load_config(config, {"start": "written", "output_dir": str(tmp_path / "again")}))
+    tried = [one.record.steps["start"].metrics["skill0.json"]["given start"] for one in (result, by_folder)]
+    assert tried[0] == pytest.approx(tried[1], rel=1e-6)
+
+    merge["models"][0]["parameters"]["weight"] = 0.9
+    file.write_text(yaml.safe_dump(merge))
+    code, _, err = olmfast("run", config, "--resume", "--set", "budget=30")
+    assert (code, "config key start" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("merge", "told"),
+    [
+        ({"merge_method": "linear"}, "start.yml"),
+        ({"merge_method": "passthrough", "slices": [{"layer_range": [0, 1]}] * 3}, "num_hidden_layers"),
+        ({"merge_method": "passthrough", "models": ["donor0"], "tokenizer_source": "union"}, "vocabulary of its own"),
+    ],
+)
+def test_a_start_of_another_shape_is_refused_before_anything_is_written(merge, told, tmp_path, olmfast):
+    config = skilled_run(tmp_path, n=4, start="start.yml")
+    for key in ("slices", "models"):
+        entries = [{"model": "models/donor0", **(one if isinstance(one, dict) else {})} for one in merge.get(key, [])]
+        merge |= {key: [{"sources": [one]} for one in entries] if key == "slices" else entries} if entries else {}
+    (tmp_path / "start.yml").write_text(yaml.safe_dump(merge))
+    code, _, err = olmfast("run", config)
+    assert (code, told in err) == (2, True)
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_an_ancestor_in_a_search_by_stages_is_an_error(tmp_path):
     with pytest.raises(InputError, match="search: joint"):
         load_config(tiny_run(tmp_path, 2, layer_swap=True, ancestor="donor0"))

@@ -13,7 +13,7 @@ from olmfast.config.tagged import holds_dataflow, is_dataflow_file
 from olmfast.dataflow.plan import plan_dataflow
 from olmfast.errors import InputError
 from olmfast.observer import Observer
-from olmfast.static import check as others
+from olmfast.runs import check as others
 from olmfast.static.plan import Plan
 
 if TYPE_CHECKING:

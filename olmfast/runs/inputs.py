@@ -19,6 +19,7 @@ from olmfast.evaluation.open import Questions, Settings, environment, order_of_t
 from olmfast.observer import Observer
 from olmfast.output.folder import OutputFolder, check_space
 from olmfast.runs.harness import check_tasks
+from olmfast.runs.start import Start
 from olmfast.runs.trackers import load_tracker
 from olmfast.search.halves import Indices, set_aside
 from olmfast.weights.digests import DIGESTS, DigestCache
@@ -31,7 +32,8 @@ from olmfast.weights.pool import Pool
 class Inputs:
     """Everything a run reads, opened and checked; nothing has been written yet.
 
-    `order` are the tensors in the order in which the model declares its parameters.
+    `order` are the tensors in the order in which the model declares its parameters; `start` is what a joint search may
+    begin with.
     """
 
     config: RunConfig
@@ -39,6 +41,7 @@ class Inputs:
     questions: Questions
     settings: Settings
     order: tuple[str, ...]
+    start: Start | None = None
 
     @classmethod
     def open(cls, config: RunConfig, observer: Observer, download: bool = True, weights: bool = True) -> Inputs:
@@ -53,7 +56,10 @@ class Inputs:
         with _noted(faults):
             limits = {key: getattr(config, key) for key in ("batch_tokens", "max_ram", "max_vram", "scorer")}
             settings = Settings.of(config.device, config.dtype, **limits)
-        others = [ancestor_of(config), config.start]
+        start: Start | None = None
+        with _noted(faults):
+            start = Start.of(config)
+        others = [ancestor_of(config), *(start.models if start else [])]
         names = list(dict.fromkeys([config.base_name, *config.models, *(name for name in others if name is not None)]))
         digests = DigestCache()
         digests.load([config.output_dir.with_name(f"{config.output_dir.name}.partial") / DIGESTS])
@@ -77,6 +83,9 @@ class Inputs:
                 if donor.name not in pool.blocks_only and donor.config != pool[config.base_name].config:
                     with _noted(faults):
                         order_of_tensors(whole(donor.name, pool.tensors), pool, settings)
+        if start is not None:
+            with _noted(faults):
+                start.values(pool)
         questions = Questions(None, (), {})
         with _noted(faults):
             _ = pool[config.base_name].companions  # before they are used: what is used has to be what is recorded
@@ -103,7 +112,7 @@ class Inputs:
             raise InputError("\n".join(faults))
         if weights:
             pool.check_finite()
-        return cls(config, pool, questions, settings, order)
+        return cls(config, pool, questions, settings, order, start)
 
     @property
     def ancestor(self) -> str | None:
@@ -149,7 +158,7 @@ class Inputs:
         places = {"models_dir": self.config.models_dir, "config_dir": self.config.config_dir}
         return {
             "version": 1,
-            "config": self.config.decisive(),
+            "config": self.config.decisive() | ({"start": self.start.identity} if self.start else {}),
             # From the result's folder, and free to change: where the donors were.
             "places": {key: os.path.relpath(place, output) for key, place in places.items()},
             "donors": {donor.name: donor.fingerprint() for donor in self.pool},
@@ -172,6 +181,8 @@ def check_apart(config: RunConfig, pool: Pool) -> None:
     """Raise InputError when the output folder holds what the run reads: replacing it would delete that."""
     read = {f"the donor {donor.name}": donor.paths for donor in pool}
     read |= {f"the dataset {name}": [entry.path(config.dataset_dir, name)] for name, entry in config.questions.items()}
+    if config.start is not None:
+        read["the start"] = [config.config_dir / config.start]
     read["the config"] = [config.config_dir, *([config.file] if config.file else [])]
     OutputFolder(config.output_dir, overwrite=False).check_apart(read)
 

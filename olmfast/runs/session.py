@@ -228,7 +228,9 @@ class Session:
         if config.evolve is not None:
             ParameterSearch(search, config.evolve, vectors, self.inputs.donors).run()
         else:
-            Joint(search, vectors, lambda number: self._walk_stages(f"/{number}" if number > 1 else "")).run()
+            start = self.inputs.start
+            given = start.values(pool) if start is not None else None
+            Joint(search, vectors, lambda number: self._walk_stages(f"/{number}" if number > 1 else ""), given).run()
 
     def _noise(self) -> dict[str, float]:
         """Dataset -> by how much rounding alone changes the current model's mean score: scored in other batches."""

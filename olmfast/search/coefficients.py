@@ -26,11 +26,11 @@ from olmfast.weights.expressions import Copy, whole
 from olmfast.weights.sources import Expression
 
 # Grain -> gradient steps: each third of the depth, its attention and its MLP apart; each row of a matrix; each tensor.
-GRAINS = {"part": 16, "row": 100, "tensor": 60}
+GRAINS = {"part": 16, "row": 200, "tensor": 60}
 # How far a coefficient moves in a step of a steady gradient: what few questions say of a row is mostly luck.
 RATES = {"part": 0.1, "row": 0.05, "tensor": 0.1}
 FEWEST = 10  # steps worth taking: a grain that has more takes as many of them as the budget pays for
-BATCH = 6  # questions of each dataset in a gradient step
+BATCH = 3  # questions of each dataset in a gradient step: what a budget pays for is many small steps
 DECAYS = 0.9, 0.99  # of the gradient's means, Adam (arXiv 1412.6980)
 SIGMA = 0.15  # of CMA-ES at first
 GENERATIONS = 4

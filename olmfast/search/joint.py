@@ -5,7 +5,7 @@ Everything that is tried is a merge in task vectors (`weights/coefficients.py`),
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -32,11 +32,12 @@ N_STARTS = len(SCALES_OF_SUM) + 4  # average, restored mean, TIES, DARE-TIES
 @dataclass
 class Joint:
     """One joint search. `stages` walks the units of the stages that the config also has, and says whether they changed
-    anything."""
+    anything; `given` are the values of the start that the config names."""
 
     search: Search
     vectors: TaskVectors
     stages: Callable[[int], bool]
+    given: Mapping[str, Expression] | None = None
 
     def run(self) -> None:
         """Search until nothing passes, or the budget is spent. What each part led to is kept in the record."""
@@ -76,18 +77,18 @@ class Joint:
         unit = self.search.architecture.model_unit(self.search.tensors)
 
         def propose() -> list[Candidate]:
-            usual = starts(self.search, self.vectors)
+            usual = starts(self.search, self.vectors, self.given)
             return [Candidate("best donor"), *(Candidate(label, recipe=recipe) for label, recipe in usual.items())]
 
         return self.search.take(Step("start", "start", unit, propose))
 
 
-def starts(search: Search, vectors: TaskVectors) -> dict[str, Recipe]:
-    """Label -> a merge of all donors that needs no search."""
+def starts(search: Search, vectors: TaskVectors, given: Mapping[str, Expression] | None = None) -> dict[str, Recipe]:
+    """Label -> a merge that needs no search: of all donors, but for the `given` one."""
     base = whole(search.config.base_name, search.sources.pool.tensors)
     n, found = len(vectors.donors), dict[str, Recipe]()
-    if search.config.start is not None:
-        found["given start"] = base.with_values({name: Copy(search.config.start, name) for name in base.tensors})
+    if given is not None:
+        found["given start"] = base.with_values(given)
     if not n:
         return found
     found["average"] = vectors.uniform(base, 1 / n)

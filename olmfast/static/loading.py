@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from olmfast.errors import InputError
-from olmfast.output.writer import OutputTensor
+from olmfast.output.writer import Content, OutputTensor
 from olmfast.static.spelling import shapes_of
+from olmfast.weights.architecture import Architecture, is_known
 from olmfast.weights.checkpoint import Checkpoint
 from olmfast.weights.skeletons import Skeleton, Skeletons
 
@@ -41,6 +42,22 @@ def check_loads(
         )
     odd = len(result.unexpected)
     return [f"{odd} tensors fill nothing, as in {base.name}, the first {result.unexpected[0]}"] if odd else []
+
+
+def check_result(content: Content) -> None:
+    """Raise InputError with everything in which the result's config.json does not fit its weights.
+
+    Of model types that the table of families knows; of others only the tensors are checked.
+    """
+    if not is_known(content.config):
+        return
+    from olmfast.evaluation.blueprint import check_fit  # Transformers, which no merge needs
+
+    where = content.base.folder / "config.json"
+    architecture = Architecture.from_config(dict(content.config), str(where))
+    shapes = {tensor.name: tensor.shape for tensor in content.tensors}
+    named = {name: shapes[stored] for name, stored in architecture.canonical(shapes).items()}
+    check_fit(content.config, architecture, named, where, tied=architecture.family.head not in named)
 
 
 def _told(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -121,7 +121,8 @@ class TaskVectors:
         return zip(self.tensors, coefficients.T.tolist(), strict=True)
 
     def from_reference(self, slopes: torch.Tensor) -> torch.Tensor:
-        """Slopes along D_d - reference, (donors, ...), as slopes along the task vectors D_d - anchor."""
+        """What is said of each D_d - reference, (donors, ...), slopes or offsets, said of the task vectors D_d - anchor:
+        where the anchor is the donors' mean, only what differs between donors matters."""
         return slopes - slopes.mean(dim=0, keepdim=True) if self.anchor is None else slopes
 
     @cached_property

@@ -52,7 +52,7 @@ SLERP = {
 }
 TIMED = ("steps.jsonl", "merge_report.json", "run.log")  # they tell when and how long
 MODULES = (
-    *("olmfast.cli", "olmfast.runs.session", "olmfast.static.linear", "olmfast.static.write", "olmfast.static.check"),
+    *("olmfast.cli", "olmfast.runs.session", "olmfast.static.linear", "olmfast.static.write", "olmfast.runs.check"),
     *("olmfast.terminal.progress", "olmfast.terminal.runs", "olmfast.terminal.merges", "olmfast.config.mergekit"),
     *("transformers", "transformers.models.llama.modeling_llama", "transformers.tokenization_utils_tokenizers"),
 )

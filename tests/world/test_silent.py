@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from olmfast.config.mergekit import load_merge_config
 from olmfast.errors import InputError
-from olmfast.static.check import check
+from olmfast.runs.check import check
 from olmfast.static.write import Written, merge
 from olmfast.testing import tiny_config, tiny_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 from olmfast.config.documents import read_documents
 from olmfast.config.mergekit import MergeConfig, is_merge_file, load_merge_config
@@ -12,12 +12,10 @@ from olmfast.config.run import RunConfig, load_config
 from olmfast.config.tagged import refuse_dataflow
 from olmfast.errors import InputError
 from olmfast.observer import Observer
+from olmfast.runs.estimate import Estimate, estimate
 from olmfast.static.documents import plan_documents
+from olmfast.static.loading import check_result
 from olmfast.static.plan import Plan
-from olmfast.weights.architecture import Architecture, is_known
-
-if TYPE_CHECKING:
-    from olmfast.runs.estimate import Estimate
 
 
 @overload
@@ -45,28 +43,9 @@ def check(
         config = read_config(config)
     if isinstance(config, MergeConfig):
         plan = plan_documents(config, allow_mismatch=allow_mismatch)[-1]
-        check_result(plan)
+        check_result(plan.content)
         return plan
-    from olmfast.runs.estimate import estimate  # what evaluates models, which no merge needs
-
     return estimate(config, observer)
-
-
-def check_result(plan: Plan) -> None:
-    """Raise InputError with everything in which the result's config.json does not fit its weights.
-
-    Of model types that the table of families knows; of others only the tensors are checked.
-    """
-    content = plan.content
-    if not is_known(content.config):
-        return
-    from olmfast.evaluation.blueprint import check_fit  # Transformers, which no merge needs
-
-    where = content.base.folder / "config.json"
-    architecture = Architecture.from_config(dict(content.config), str(where))
-    shapes = {tensor.name: tensor.shape for tensor in content.tensors}
-    named = {name: shapes[stored] for name, stored in architecture.canonical(shapes).items()}
-    check_fit(content.config, architecture, named, where, tied=architecture.family.head not in named)
 
 
 def read_config(

@@ -121,8 +121,10 @@ class TaskVectors:
         return zip(self.tensors, coefficients.T.tolist(), strict=True)
 
     def from_reference(self, slopes: torch.Tensor) -> torch.Tensor:
-        """What is said of each D_d - reference, (donors, ...), slopes or offsets, said of the task vectors D_d - anchor:
-        where the anchor is the donors' mean, only what differs between donors matters."""
+        """Slopes along D_d - reference, or offsets of them, (donors, ...), as those of the task vectors D_d - anchor.
+
+        Where the anchor is the donors' mean, only what differs between donors matters.
+        """
         return slopes - slopes.mean(dim=0, keepdim=True) if self.anchor is None else slopes
 
     @cached_property

@@ -74,16 +74,16 @@ def test_a_gain_is_told_without_the_share_of_noise():
 
 @given(st.dictionaries(st.text(min_size=1), st.integers(1, 40), min_size=1), st.integers(0, 9))
 def test_halves_and_validation_divide_the_questions(sizes, seed):
-    kept, aside = set_aside(sizes, 0.2, seed)
+    kept, aside = set_aside(sizes, 0.2, seed, {})
     for name, n in sizes.items():
         assert sorted(kept[name] + aside.get(name, [])) == list(range(n))
         assert kept[name]
-    halves = Halves.of(sizes, seed)
+    halves = Halves.of(sizes, seed, {})
     for name, n in sizes.items():
         first, second = (half.get(name, []) for half in halves)
         assert sorted(first + second) == list(range(n))
         assert 0 <= len(first) - len(second) <= 1
-    assert halves == Halves.of(sizes, seed)
+    assert halves == Halves.of(sizes, seed, {})
 
 
 def scored(samples: dict[str, torch.Tensor]) -> Scores:
@@ -106,7 +106,7 @@ def test_of_candidates_that_differ_by_luck_few_are_accepted_and_of_better_ones_m
                 for name, own in hard.items()
             }
             scale = Scale(dict.fromkeys(samples, (0.0, 1.0)))
-            crossfit = CrossFit(Halves.of(dict.fromkeys(samples, n), seed), scale, 0.05)
+            crossfit = CrossFit(Halves.of(dict.fromkeys(samples, n), seed, {}), scale, 0.05)
             decision = crossfit.of_candidates(scored(samples), range(9))
             accepted[gain] += decision.winner != 0
             assert crossfit.n_tests == (0 if decision.winner or decision.gain is None else 1)

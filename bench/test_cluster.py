@@ -2,11 +2,12 @@
 
     OMP_NUM_THREADS=1 pytest bench/test_cluster.py --benchmark-only
 
-The 12-block case of `search_case.py`, 8 + 8 questions: the base, then two blocks as donors have them; with
-OLMFAST_BENCH_ALL=1 32 + 32 questions, three blocks, and a module in each of them swapped and refined. On a machine with
-other work wall times say little; so besides their ratio there is one that other work does not touch: the CPU seconds of
-the one process by those of all of the other's (driver, workers and Ray's own), times the share of the wall time that
-workers were at errands. What starts before the search does (Ray, libraries, building models) is told apart.
+The 12-block case of `search_case.py` at a quarter of its width, 32 + 32 questions: the base, then two blocks as donors
+have them; with OLMFAST_BENCH_ALL=1 at its own width, three blocks, and a module in each of them swapped and refined. On
+a machine with other work wall times say little; so besides their ratio there is one that other work does not touch: the
+CPU seconds of the one process by those of all of the other's (driver, workers and Ray's own), times the share of the
+wall time that workers were at errands. What starts before the search does (Ray, libraries, building models) is told
+apart.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import psutil
 import pytest
+import search_case
 import torch
 from figures import ALL, room, sized
 from search_case import BLOCKS, make_case, session, walk
@@ -76,10 +78,11 @@ def test_two_workers(
         n_sent[errand.method] += 1
         return ask(self, desk, member, errand)
 
-    samples, process = sized(2, 8, 32), psutil.Process()
+    samples, process = sized(2, 32, 32), psutil.Process()
     blocks, refined = (BLOCKS, BLOCKS) if ALL else (BLOCKS[:2], ())
     keys = {"base_select": True, "layer_swap": True, "es_svd": ALL, "es_norm": ALL, "es_norm_generations": 1}
-    keys |= {"batch_tokens": sized(64, 256, 1024)}  # eight batches of questions, or more
+    monkeypatch.setattr(search_case, "WIDTH", search_case.WIDTH // sized(1, 4, 1))
+    monkeypatch.setattr(search_case, "INNER", search_case.INNER // sized(1, 4, 1))
     with room(tmp_path_factory, "cluster", 2e9) as folder:
         case = make_case(folder, samples)
         found, wall, cpu = {}, {}, {}

@@ -21,6 +21,7 @@ from olmfast.cluster.crew import Lost
 from olmfast.cluster.donors import Described, Shelf
 from olmfast.cluster.worker import Worker
 from olmfast.errors import InputError, OlmfastError
+from olmfast.evaluation import division
 from olmfast.evaluation.division import PARTS, divided
 from olmfast.observer import Observer
 from olmfast.search.coefficients import GRAINS
@@ -114,6 +115,14 @@ def outcome(folder: Path) -> tuple[dict[str, bytes], list, list]:
 STAGES = {"base_select": True, "layer_swap": True, "es_svd": True, "tensor_swap": True, "units": ["*1.mlp.up_proj"]}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_parts():
+    """Few questions are divided too, in every run of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(division, "FEWEST", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
     """A search by stages, and in `one` what one process has made of it."""
@@ -138,7 +147,11 @@ def assert_same(one, several):
     assert len(told) == len(set(told)) > 0
 
 
-def test_questions_are_divided_by_their_batches_alone():
+def test_questions_are_divided_by_their_batches_alone(monkeypatch):
+    monkeypatch.setattr(division, "FEWEST", 8)
+    assert [len(part) for part in divided([[i] for i in range(19)])] == [9, 10]  # no part of few questions
+    assert len(divided([[i] for i in range(500)])) == PARTS
+    monkeypatch.setattr(division, "FEWEST", 1)
     batches = [[i] for i in range(19)]
     parts = divided(batches)
     assert [batch for part in parts for batch in part] == [tuple(batch) for batch in batches]

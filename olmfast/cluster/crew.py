@@ -289,10 +289,11 @@ class Crew:
                 self._strays |= {ticket: member for ticket, (member, _) in errand.running.items()}
 
     def everywhere(self, desk: Desk, method: str, *args: Any) -> list[Any]:
-        """The answers of all workers there are; of one that is lost meanwhile, none."""
+        """The answers of all workers that are free; of one that is lost meanwhile, or hangs, none."""
         found: list[Any] = []
         with self._changed:
-            errands = [Errand(method, args, found.append, only=member) for member in self.members]
+            free = [member for member in self.members if not member.busy]  # else it may hang
+            errands = [Errand(method, args, found.append, only=member) for member in free]
         self.do(desk, errands)
         return found
 
@@ -300,6 +301,8 @@ class Crew:
         for one in [one for one in pending if one.only is not None and one.only not in self.members]:
             pending.remove(one)
             one.is_done = True
+        for one in [one for one in errands if one.only is not None and self._is_slow(one)]:
+            one.is_done = True  # without an answer
         for place, member in enumerate(self.members):
             if member.busy:
                 continue
@@ -335,16 +338,19 @@ class Crew:
 
     def _slow_one(self, errands: Sequence[Errand]) -> Errand | None:
         """An errand that one worker is at for much longer than others have taken."""
-        now = time.monotonic()
         for errand in errands:
-            usual = self._usual.get(errand.method)
-            if errand.is_done or errand.only is not None or len(errand.running) != 1 or not usual:
-                continue
-            ((member, began),) = errand.running.values()
-            if now - began > SLOW * max(usual) * errand.size + GRACE_S:
+            if errand.only is None and self._is_slow(errand):
+                ((member, _),) = errand.running.values()
                 self._say(f"{member.name} is slow: another does the same")
                 return errand
         return None
+
+    def _is_slow(self, errand: Errand) -> bool:
+        usual = self._usual.get(errand.method)
+        if errand.is_done or len(errand.running) != 1 or not usual:
+            return False
+        ((_, began),) = errand.running.values()
+        return time.monotonic() - began > SLOW * max(usual) * errand.size + GRACE_S
 
     def _take(self, ticket: Any, errands: Sequence[Errand], pending: list[Errand]) -> None:
         """Take an answer."""

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 PARTS = 8  # at most: more could be shared by more processes, and would be decoded in smaller batches
+FEWEST = 8  # tasks of a part, on average at least: decoding a few together takes hardly longer than one
 
 Part = tuple[tuple[int, ...], ...]  # batches of tasks, these by number
 
 
 def divided(batches: Sequence[Sequence[int]], n: int = PARTS) -> list[Part]:
-    """Batches in n runs of about as many, or each alone where there are fewer than n."""
-    n = min(n, len(batches))
+    """Batches in n runs of about as many, or in fewer where these would hold too little."""
+    n = min(n, len(batches), max(1, sum(map(len, batches)) // FEWEST))
     bounds = [len(batches) * i // n for i in range(n + 1)] if n else []
     return [tuple(tuple(batch) for batch in batches[begin:end]) for begin, end in pairwise(bounds)]

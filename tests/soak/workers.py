@@ -94,14 +94,15 @@ def main() -> int:
     options.add_argument("--seed", type=int, default=0)
     given = options.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from olmfast.testing import tiny_run
+    from olmfast.testing import sums, tiny_run, write_dataset
 
     dice, wrong = random.Random(given.seed), 0
     stages = {"base_select": True, "layer_swap": True, "tensor_swap": True, "es_svd": True, "es_norm": True}
-    stages |= {"es_svd_generations": 4, "es_norm_generations": 12}
+    stages |= {"es_svd_generations": 4, "es_norm_generations": 6}
     with tempfile.TemporaryDirectory(prefix="olmfast-soak-") as place:
         folder = Path(place)
         tiny_run(folder, 3, batch_tokens=64, units=["*.mlp.*"], **stages)
+        write_dataset(folder / "more.json", sums(40, 2))
         said, _ = command(folder, "one").communicate(timeout=LONGEST_S)
         truth = outcome(folder, "one")
 

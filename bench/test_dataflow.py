@@ -22,7 +22,7 @@ import torch
 from figures import room, sized
 from search_case import llama_config, word_tokenizer
 
-from olmfast.config.run import DatasetConfig
+from olmfast.config.datasets import DatasetConfig
 from olmfast.config.searches import Dataflow
 from olmfast.dataflow import execute
 from olmfast.dataflow.drawing import Space, distribution

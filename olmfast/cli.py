@@ -402,8 +402,8 @@ def evaluate_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores, of each sample too, as JSON.")] = False,
 ) -> None:
     """Score a model on datasets, alone or next to the donors it was merged from."""
-    from olmfast.config.entries import by_name
-    from olmfast.config.run import load_config, read_dataset_option
+    from olmfast.config.datasets import by_name, read_dataset_option
+    from olmfast.config.run import load_config
     from olmfast.runs.scoreboard import evaluate, evaluate_like
     from olmfast.terminal.runs import print_scoreboard, print_scoreboards
 

@@ -204,7 +204,7 @@ def write_answers(path: Path, model: Path, n: int = 24) -> Path:
     """Write up to n questions whose right answers are two characters that `model` itself says, in float32."""
     from transformers import AutoModelForCausalLM
 
-    from olmfast.config.run import DatasetConfig
+    from olmfast.config.datasets import DatasetConfig
     from olmfast.evaluation.encoding import load_datasets
 
     entries = {path.name: DatasetConfig(mode="exact_match", samples=10 * n)}
@@ -227,7 +227,7 @@ def write_choices(path: Path, model: Path, n: int = 24) -> Path:
     """Write multiple-choice questions whose right answers are what `model` itself picks, in float32."""
     from transformers import AutoModelForCausalLM
 
-    from olmfast.config.run import DatasetConfig
+    from olmfast.config.datasets import DatasetConfig
     from olmfast.evaluation.encoding import load_datasets
 
     items = [{"question": f"No. {i}", "choices": ["w", "x", "y", "z"], "answer": 0} for i in range(n)]
@@ -297,7 +297,7 @@ def own_answers(path: Path, model: Path, n: int, seed: int) -> Path:
     """Write n questions whose expected answers are what a model writes itself: it is the best donor there is."""
     from transformers import AutoModelForCausalLM
 
-    from olmfast.config.run import DatasetConfig
+    from olmfast.config.datasets import DatasetConfig
     from olmfast.evaluation.encoding import load_datasets
 
     module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)

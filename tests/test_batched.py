@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from olmfast import run
-from olmfast.config.run import DatasetConfig, load_config
+from olmfast.config.datasets import DatasetConfig
+from olmfast.config.run import load_config
 from olmfast.errors import InputError
 from olmfast.evaluation import memory
 from olmfast.evaluation.batched import BatchedScorer

@@ -12,16 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from olmfast import cli
-from olmfast.config.run import (
-    FREE_TO_CHANGE,
-    MODES,
-    PLACES,
-    Budget,
-    DatasetConfig,
-    RunConfig,
-    load_config,
-    parse_config,
-)
+from olmfast.config.datasets import MODES, DatasetConfig
+from olmfast.config.run import FREE_TO_CHANGE, PLACES, Budget, RunConfig, load_config, parse_config
 from olmfast.config.searches import Dataflow, Evolve
 from olmfast.errors import InputError
 

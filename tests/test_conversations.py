@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from olmfast.config.run import DatasetConfig
+from olmfast.config.datasets import DatasetConfig
 from olmfast.errors import InputError
 from olmfast.evaluation.conversations import load_conversations
 from olmfast.evaluation.encoding import load_datasets

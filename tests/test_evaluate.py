@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from olmfast import load_config, run
-from olmfast.config.run import read_dataset_option
+from olmfast.config.datasets import read_dataset_option
 from olmfast.errors import InputError
 from olmfast.runs.scoreboard import Scoreboard, evaluate, evaluate_like
 from olmfast.search.halves import Halves, set_aside

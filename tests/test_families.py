@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from olmfast.config.run import DatasetConfig
+from olmfast.config.datasets import DatasetConfig
 from olmfast.evaluation.blueprint import draw_up
 from olmfast.evaluation.encoding import load_datasets
 from olmfast.evaluation.model import WorkingModel

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from olmfast import run
-from olmfast.config.run import DatasetConfig, load_config
+from olmfast.config.datasets import DatasetConfig
+from olmfast.config.run import load_config
 from olmfast.errors import InputError
 from olmfast.evaluation.encoding import load_datasets
 from olmfast.evaluation.harness import conversations

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from olmfast.config.run import DatasetConfig
+from olmfast.config.datasets import DatasetConfig
 from olmfast.dataflow.hops import Hop
 from olmfast.dataflow.kinds import LayerKinds
 from olmfast.dataflow.running import PathCandidate, PathModel

@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from olmfast.config.candidates import BLENDS
+from olmfast.config.datasets import DatasetConfig
 from olmfast.config.originals import IGNORED, RENAMED
-from olmfast.config.run import PLACES, DatasetConfig, RunConfig, load_config, parse_config
+from olmfast.config.run import PLACES, RunConfig, load_config, parse_config
 from olmfast.config.schema import BLEND_BOUNDS, run_schema
 from olmfast.errors import InputError
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from olmfast.config.run import DatasetConfig, Mode
+from olmfast.config.datasets import DatasetConfig, Mode
 from olmfast.errors import InputError
 from olmfast.evaluation import metrics
 from olmfast.evaluation.batched import BatchedScorer

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from olmfast.config.run import DatasetConfig
+from olmfast.config.datasets import DatasetConfig
 from olmfast.evaluation import lessons
 from olmfast.evaluation.batched import BatchedScorer
 from olmfast.evaluation.encoding import load_datasets

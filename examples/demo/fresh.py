@@ -13,7 +13,7 @@ from pathlib import Path
 from skills import write_datasets
 
 from olmfast import RunConfig, load_config
-from olmfast.config.run import DatasetConfig
+from olmfast.config.datasets import DatasetConfig
 from olmfast.runs.scoreboard import evaluate
 from olmfast.terminal.runs import print_scoreboard
 

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -27,7 +25,16 @@ from pydantic import (
 
 from olmfast.config.benchmarks import Benchmark
 from olmfast.config.candidates import CandidateKind, parse_candidates
-from olmfast.config.entries import written_out
+from olmfast.config.datasets import (
+    DATASET_DEFAULTS,
+    HAN,
+    LM_EVAL_PATH,
+    DatasetConfig,
+    Template,
+    check_pattern,
+    with_tasks,
+    written_out,
+)
 from olmfast.config.loading import Location, absolute, explain, parse_size, read_yaml
 from olmfast.config.originals import DATASETS, STAGE_KEYS, read_original
 from olmfast.config.overriding import override
@@ -46,14 +53,7 @@ from olmfast.config.searches import (
 from olmfast.config.tagged import refuse_dataflow
 from olmfast.errors import InputError, did_you_mean, show
 
-Mode = Literal[
-    "exact_match", "bigram_loss", "diversity", "exact", "bigram", "quality", "likelihood", "perplexity", "choice"
-]
-Template = Literal["auto", "tokenizer", "chatml", "raw"]
-Wanted = Literal["prompt", "response", "system", "choices", "answer"]  # of an item of a dataset
 Scale = Literal["model", "depth", "kind", "boundary", "block", "tensor"]
-HAN = "[\u4e00-\u9fff]"
-MODES: tuple[str, ...] = Mode.__args__  # type: ignore[attr-defined]
 
 # Keys that a resumed run may change: where things are and how long it may take, not what is decided.
 FREE_TO_CHANGE = {
@@ -121,65 +121,6 @@ def _parse_switch(value: object) -> object:
 
 def _parse_significance(value: object) -> object:
     return None if value is False else value
-
-
-class DatasetConfig(BaseModel):
-    """How one dataset file, or a task of lm-evaluation-harness, is read and scored."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-        json_schema_extra={"required": [], "anyOf": [{"required": ["mode"]}, {"required": ["lm_eval"]}]},
-    )
-    mode: Mode
-    fields: dict[Wanted, str] | None = None
-    think: bool = True
-    weight: float = Field(default=1.0, ge=0)
-    strict: bool = False
-    include_eos: bool = False
-    forbid: str | None = HAN
-    template: Template = "auto"
-    max_new_tokens: int = Field(default=1024, ge=1)
-    samples: int = Field(default=200, ge=1)
-    file: str | None = None
-    subjects: list[str] | None = Field(default=None, min_length=1)
-    shots: int = Field(default=5, ge=0)
-    of_question: bool = False
-    lm_eval: str | None = None
-    lm_eval_path: str | None = None
-    split: Literal["train", "validation", "test"] | None = None
-
-    def path(self, folder: Path, name: str) -> Path:
-        """Where the dataset `name` of a folder is: its name is that of its file, unless it says another.
-
-        Of a task it is where its files are, if that is said.
-        """
-        return folder / ((self.lm_eval_path or self.lm_eval) if self.lm_eval else self.file or name)
-
-    def source(self, name: str) -> str:
-        """What tells the questions of the dataset `name` from those of others."""
-        return f"{self.lm_eval} {self.split}" if self.lm_eval else self.file or name
-
-    @model_validator(mode="before")
-    @classmethod
-    def _with_mode(cls, data: Any) -> Any:
-        return {"mode": "exact", **data} if isinstance(data, dict) and data.get("lm_eval") else data
-
-    @model_validator(mode="after")
-    def _check(self) -> DatasetConfig:
-        if self.of_question and self.mode in ("likelihood", "choice", "diversity", "quality"):
-            raise ValueError(f"of_question: mode {self.mode} is of answers; use exact or perplexity")
-        if self.lm_eval is None and (self.split or self.lm_eval_path):
-            raise ValueError("split, lm_eval_path: are of a task; add lm_eval: TASK")
-        if self.lm_eval and (self.file or self.fields or self.subjects):
-            raise ValueError("lm_eval: a task has its own documents; leave file, fields and subjects out")
-        return self
-
-
-# Dataset keys that may be given at the top level, as the default of every dataset.
-DATASET_DEFAULTS = ("forbid", "template", "max_new_tokens", "samples")
-LM_EVAL_PATH = "lm_eval_path"  # the default of those that are tasks
 
 
 # Where things are, unless the config says otherwise.
@@ -416,7 +357,7 @@ class RunConfig(BaseModel):
         if self.racing and self.selection == "average_rank":
             raise ValueError("racing: who has the lowest average rank depends on all; use selection: copeland or mean")
         for name, entry in self.questions.items():
-            _check_pattern(name, entry.forbid)
+            check_pattern(name, entry.forbid)
         return self
 
     def _check_searches(self) -> None:
@@ -461,55 +402,6 @@ def _check_word(key: str, word: str | None, expected: str, allowed: Sequence[str
         raise ValueError(f"{key}: expected {expected}, got {show(word)}{did_you_mean(word, allowed)}")
 
 
-def _check_pattern(dataset: str, pattern: str | None) -> None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what a later Python may read in another way
-            re.compile(pattern or "")
-    except re.error as error:
-        raise ValueError(f"dataset {show(dataset)}: forbid: not a regular expression: {error}") from error
-
-
-class _Datasets(BaseModel):
-    dataset: dict[str, DatasetConfig]
-
-    @model_validator(mode="after")
-    def _check(self) -> _Datasets:
-        for name, entry in self.dataset.items():
-            _check_pattern(name, entry.forbid)
-        return self
-
-
-def parse_datasets(entries: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, DatasetConfig]:
-    """Check plain data as dataset entries: file name -> how it is scored. Raises InputError with all faults."""
-    try:
-        return _Datasets.model_validate({"dataset": written_out(dict(entries), "dataset")}).dataset
-    except ValidationError as error:
-        raise explain(where, error.errors(), _known_keys) from error
-
-
-def read_dataset_option(text: str, option: str = "--dataset") -> tuple[str, dict[str, Any]]:
-    """A dataset as a command line gives it, `FILE:MODE[,KEY=VALUE...]`: the file, and its entry's keys, unchecked.
-
-    Values are YAML; `fields.prompt=KEY` is a key of `fields`. Raises InputError, naming the option, for another form.
-    """
-    found = re.fullmatch(r"(?P<file>.+?):(?P<mode>[a-z_]+)(?P<more>(,.*)?)", text)
-    if found is None:
-        raise InputError(
-            f"{option} {text}: expected FILE:MODE[,KEY=VALUE...], such as math.json:exact_match,think=false"
-        )
-    entry: dict[str, Any] = {"mode": found["mode"]}
-    for part in found["more"].split(",")[1:]:
-        key, separator, value = part.partition("=")
-        if not separator:
-            raise InputError(f"{option} {text}: expected KEY=VALUE after a comma, got {show(part)}")
-        try:
-            override(entry, key.strip(), yaml.safe_load(value), DatasetConfig)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise InputError(f"{option} {text}: {key}: the value is not valid YAML") from error
-    return found["file"], entry
-
-
 def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """Read and check a run's configuration; `overrides` maps dotted keys to values and wins over the file.
 
@@ -547,7 +439,7 @@ def parse_config(data: dict[str, Any], where: str, folder: Path) -> RunConfig:
     inherited = set()
     for key in DATASETS:
         if isinstance(data.get(key), dict):
-            data[key] = _with_tasks(written_out(data[key], key), data.get(LM_EVAL_PATH))
+            data[key] = with_tasks(written_out(data[key], key), data.get(LM_EVAL_PATH))
             inherited |= {
                 (key, name, default)
                 for name, entry in data[key].items()
@@ -565,16 +457,6 @@ def parse_config(data: dict[str, Any], where: str, folder: Path) -> RunConfig:
         raise explain(where, faults, _known_keys) from error
     config._config_dir, config._notes = folder, tuple(notes)
     return config
-
-
-def _with_tasks(entries: Any, place: Any) -> Any:
-    """Datasets, of which those that are tasks of lm-evaluation-harness have its default place."""
-    if not isinstance(entries, dict) or place is None:
-        return entries
-    return {
-        name: {LM_EVAL_PATH: place, **entry} if isinstance(entry, dict) and entry.get("lm_eval") else entry
-        for name, entry in entries.items()
-    }
 
 
 def _with_places(section: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from olmfast.config.run import DatasetConfig, Wanted
+from olmfast.config.datasets import DatasetConfig, Wanted
 from olmfast.errors import InputError, show, told
 from olmfast.evaluation import harness
 from olmfast.evaluation.items import NO_ANSWER, Conversation, Item

@@ -9,7 +9,7 @@ from typing import Any
 
 import xxhash
 
-from olmfast.config.run import DatasetConfig
+from olmfast.config.datasets import DatasetConfig
 from olmfast.errors import InputError, show, told
 from olmfast.evaluation.conversations import conversations_of, subjects_of
 from olmfast.evaluation.items import Conversation

@@ -14,7 +14,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from olmfast.config.run import DatasetConfig
+from olmfast.config.datasets import DatasetConfig
 from olmfast.errors import InputError, did_you_mean, told
 from olmfast.evaluation.items import NO_ANSWER, Conversation
 from olmfast.evaluation.metrics import CHOICES, GENERATIVE

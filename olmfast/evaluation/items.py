@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from olmfast.config.run import Wanted
+from olmfast.config.datasets import Wanted
 from olmfast.errors import InputError, show
 from olmfast.evaluation.metrics import CHOICES
 

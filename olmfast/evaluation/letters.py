@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from olmfast.config.run import DatasetConfig
+from olmfast.config.datasets import DatasetConfig
 from olmfast.errors import InputError
 from olmfast.evaluation.blocks import BlockwiseModel
 from olmfast.evaluation.encoding import Encoder, make_batches

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from olmfast import __version__
-from olmfast.config.run import DatasetConfig
+from olmfast.config.datasets import DatasetConfig
 from olmfast.errors import InputError, told
 from olmfast.evaluation.batched import BatchedScorer
 from olmfast.evaluation.blueprint import draw_up

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from olmfast.config.run import DatasetConfig, RunConfig
+from olmfast.config.datasets import DatasetConfig
+from olmfast.config.run import RunConfig
 from olmfast.evaluation.encoding import Dataset
 from olmfast.evaluation.metrics import CHOICES, GENERATIVE
 from olmfast.evaluation.model import WorkingModel

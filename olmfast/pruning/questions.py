@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from olmfast.config.datasets import DatasetConfig
 from olmfast.config.pruning import PER_SUBJECT, Pruning
-from olmfast.config.run import DatasetConfig, RunConfig
+from olmfast.config.run import RunConfig
 from olmfast.errors import InputError
 from olmfast.evaluation.mmlu import subjects_in
 from olmfast.evaluation.open import Questions

@@ -9,7 +9,7 @@ import yaml
 
 from olmfast import __version__
 from olmfast.config.benchmarks import Benchmark
-from olmfast.config.run import DatasetConfig
+from olmfast.config.datasets import DatasetConfig
 from olmfast.output.writer import write_text
 from olmfast.runs.scoreboard import Scoreboard
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from olmfast.config.run import RunConfig, parse_datasets
+from olmfast.config.datasets import parse_datasets
+from olmfast.config.run import RunConfig
 from olmfast.errors import InputError
 from olmfast.evaluation.open import Evaluation, Questions, Settings
 from olmfast.evaluation.scorer import Candidate, Scorer

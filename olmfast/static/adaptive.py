@@ -13,8 +13,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from olmfast.config.datasets import DatasetConfig, parse_datasets, read_dataset_option
 from olmfast.config.loading import read_any_yaml
-from olmfast.config.run import DatasetConfig, parse_datasets, read_dataset_option
 from olmfast.errors import InputError, did_you_mean, show
 from olmfast.output.writer import Content, OutputTensor, in_order
 from olmfast.static.differences import find_differences

@@ -126,8 +126,7 @@ def prune_command(
 
 def _entries(options: list[str], what: str) -> dict[str, dict[str, Any]]:
     """Datasets as a config has them."""
-    from olmfast.config.entries import by_name
-    from olmfast.config.run import read_dataset_option
+    from olmfast.config.datasets import by_name, read_dataset_option
 
     return by_name(map(read_dataset_option, options), what)
 

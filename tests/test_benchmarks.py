@@ -128,9 +128,13 @@ def test_a_foreign_script_merges_with_the_kernels(example):
 def test_the_ways_to_prune_are_compared(example, tmp_path):
     example(EXAMPLES / "pruning" / "pool.py", "--steps", 1, "--questions", 40, "--out", tmp_path)
     printed = example(EXAMPLES / "pruning" / "ways.py", tmp_path, "--budget", 4, "--samples", 20)
-    labels = [line.split(" |")[0].strip("| ") for line in printed.splitlines() if line.startswith("| ")]
-    assert labels == ["model", "original", "drop", "uniform", "similarity", "searched", "joint"]
-    assert re.search(r"^joint against searched: [-+]\d+\.\d+ ± \d+\.\d+ lower$", printed, re.MULTILINE)
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")]
+    begin = [at for at, row in enumerate(rows) if row[0] == "model"]
+    alphas, joint = ([row[0] for row in rows[at + 2 : end]] for at, end in zip(begin, [*begin[1:], None], strict=True))
+    assert alphas == ["original", "drop", "uniform", "similarity", "searched"]
+    least = [f"least influence{how}" for how in (" dropped", " blended", ", all donors")]
+    assert joint == ["original", "drop", "uniform", "file", "similarity", *least, "joint"]
+    assert all(re.fullmatch(r"[-+]\d+\.\d+ ± \d+\.\d+", row[2]) for row in rows[begin[1] + 2 : -1])
 
 
 def test_no_example_is_forgotten():

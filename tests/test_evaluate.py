@@ -152,7 +152,7 @@ def test_the_modes_of_one_file_have_the_same_questions_set_aside_and_in_each_hal
     for part in (kept, aside, first, second):
         assert part["sums.json:exact"] == part["sums.json:perplexity"]
     assert first["b.json"] != first["sums.json:exact"]
-    alone = Halves.of({"sums.json": 20}, config.seed, {})  # as those of the file in one mode are
+    alone = Halves.of({"sums.json": 20}, config.seed)  # as those of the file in one mode are
     assert first["sums.json:exact"] == alone.first["sums.json"]
 
 

@@ -91,7 +91,7 @@ def _set_aside(config: RunConfig, share: float, questions: Questions) -> tuple[I
                 f"{name}: has {n} questions of {files[name]}, of which another part of the objective has "
                 f"{sizes[files[name]]}: which of them to hold out cannot be told; name --holdout FILE:MODE"
             )
-    kept, aside = set_aside(sizes, share, config.seed, {})
+    kept, aside = set_aside(sizes, share, config.seed)
     return _by_name(kept, files), _by_name(aside, files)
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from olmfast.weights.draws import normal
 
 Indices = dict[str, list[int]]  # dataset -> indices of its questions
+NONE: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Halves:
     second: Indices
 
     @classmethod
-    def of(cls, sizes: Mapping[str, int], seed: int, sources: Mapping[str, str]) -> Halves:
+    def of(cls, sizes: Mapping[str, int], seed: int, sources: Mapping[str, str] = NONE) -> Halves:
         """Divide datasets of these numbers of questions, at random but always alike for a seed.
 
         `sources` tells which of them have the same questions, scored in several ways: these are divided alike.

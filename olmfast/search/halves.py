@@ -36,7 +36,9 @@ class Halves:
         return iter((self.first, self.second))
 
 
-def set_aside(sizes: Mapping[str, int], share: float, seed: int, sources: Mapping[str, str]) -> tuple[Indices, Indices]:
+def set_aside(
+    sizes: Mapping[str, int], share: float, seed: int, sources: Mapping[str, str] = NONE
+) -> tuple[Indices, Indices]:
     """The questions that a search uses, and those set aside: `share` of each dataset, rounded; see `Halves.of`."""
     kept: Indices = {}
     aside: Indices = {}

@@ -87,7 +87,7 @@ def test_two_workers(
         case = make_case(folder, samples)
         found, wall, cpu = {}, {}, {}
         for n in (1, N):
-            config = case.config(samples, f"out{n}", **keys, **({"workers": n} if n > 1 else {}))
+            config = case.config(samples, f"out{n}", **keys, workers=n)
             began = time.monotonic()
             with monkeypatch.context() as patch:
                 patch.setattr(Crew, "_ask", watched)

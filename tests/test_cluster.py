@@ -127,7 +127,7 @@ def small_parts():
 def config(tmp_path_factory) -> Path:
     """A search by stages, and in `one` what one process has made of it."""
     config = tiny_run(tmp_path_factory.mktemp("stages"), 2, batch_tokens=64, **STAGES)
-    run(load_config(config, {"output_dir": "one"}))
+    run(load_config(config, {"output_dir": "one", "workers": 1}))
     return config
 
 
@@ -149,16 +149,17 @@ def assert_same(one, several):
 
 def test_questions_are_divided_by_their_batches_alone(monkeypatch):
     monkeypatch.setattr(division, "FEWEST", 8)
-    assert [len(part) for part in divided([[i] for i in range(19)])] == [9, 10]  # no part of few questions
-    assert len(divided([[i] for i in range(500)])) == PARTS
+    assert [len(part) for part in divided([[i] for i in range(19)], PARTS)] == [9, 10]  # no part of few questions
+    assert len(divided([[i] for i in range(500)], PARTS)) == PARTS
     monkeypatch.setattr(division, "FEWEST", 1)
     batches = [[i] for i in range(19)]
-    parts = divided(batches)
+    parts = divided(batches, PARTS)
     assert [batch for part in parts for batch in part] == [tuple(batch) for batch in batches]
     assert len(parts) == PARTS
     assert {len(part) for part in parts} == {2, 3}
-    assert divided([[1, 2], [3]]) == [((1, 2),), ((3,),)]
-    assert divided([]) == []
+    assert divided([[1, 2], [3]], PARTS) == [((1, 2),), ((3,),)]
+    assert divided([], PARTS) == []
+    assert divided(batches, 1) == [tuple(tuple(batch) for batch in batches)]
 
 
 def test_a_search_by_stages_has_the_same_bytes_with_three_workers(config, threads):
@@ -170,7 +171,7 @@ def test_a_search_by_stages_has_the_same_bytes_with_three_workers(config, thread
 
 def test_a_joint_search_has_the_same_bytes_and_both_halves_run_side_by_side(tmp_path, threads):
     config = skilled_run(tmp_path, n=6, batch_tokens=128, budget=60)
-    run(load_config(config, {"output_dir": "one"}))
+    run(load_config(config, {"output_dir": "one", "workers": 1}))
     with_workers(config, 2)
     assert threads.latest.asked.count("slopes") == 2 * GRAINS["part"]
 
@@ -178,7 +179,7 @@ def test_a_joint_search_has_the_same_bytes_and_both_halves_run_side_by_side(tmp_
 @pytest.mark.usefixtures("threads")
 def test_workers_of_the_sequential_scorer_have_a_candidate_each(tmp_path):
     config = tiny_run(tmp_path, 2, scorer="sequential", search="stages", base_select=True)
-    run(load_config(config, {"output_dir": "one"}))
+    run(load_config(config, {"output_dir": "one", "workers": 1}))
     with_workers(config, 2)
 
 

@@ -90,7 +90,9 @@ class ClusterScorer(Planner):
         self.pool, self.is_plain = evaluation.sources.pool, settings.scorer == "sequential"
         context = self.architecture.context
         shares = Shares(0, settings.batch_tokens, settings.batch_tokens)
-        trajectories = Trajectories(questions.datasets, context, questions.tokenizer, questions.stop_tokens, shares)
+        trajectories = Trajectories(
+            questions.datasets, context, questions.tokenizer, questions.stop_tokens, shares, settings.parts
+        )
         super().__init__(trajectories, settings.dtype, progress)
         self.desk = Desk(number, self.crew.fleet.share(questions), lambda: trajectories.expected)
         weakref.finalize(self, self.crew.close_desk, number)

@@ -256,6 +256,11 @@ class RunConfig(BaseModel):
     @property
     def has_workers(self) -> bool:
         """Whether other processes do the work."""
+        return self.workers not in (None, 1) or self.ray is not None
+
+    @property
+    def divides_questions(self) -> bool:
+        """Whether all is computed in parts that any number of processes could share: `workers: 1` is this one alone."""
         return self.workers is not None or self.ray is not None
 
     @property

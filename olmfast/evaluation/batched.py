@@ -52,14 +52,16 @@ class BatchedScorer(Planner):
         progress: Callable[[str], None] = lambda _: None,
         memory: Memory | None = None,
         note: Callable[[str], None] = lambda _: None,
+        parts: int = 1,
     ) -> None:
-        """`progress` is told the label of each candidate that has been scored, `note` what a user should know."""
+        """`progress` is told the label of each candidate that has been scored, `note` what a user should know; `parts`
+        is that of `Settings`."""
         self.model, self.tokenizer = model, tokenizer
         self.stop_tokens, self.batch_tokens = tuple(stop_tokens), batch_tokens
         self.memory = memory or Memory(model.device)
         self.shares = Shares.of(self.memory, batch_tokens)
         super().__init__(
-            Trajectories(datasets, model.context, tokenizer, stop_tokens, self.shares), model.dtype, progress
+            Trajectories(datasets, model.context, tokenizer, stop_tokens, self.shares, parts), model.dtype, progress
         )
         self.note, self._noted = note, False
         self._for_slopes: BlockwiseModel | None = None

@@ -1,7 +1,8 @@
-"""How the questions of a call are divided: into the same parts, however many processes there are to share them.
+"""How the questions of a call are divided where processes may share them: into the same parts, however many they are.
 
 A part is computed on its own, from the passes to the last token decoded, so that its scores have the same bytes
-whoever computes it, and when. What several parts could have had in common, batches of rollouts, they do not share.
+whoever computes it, and when. What several parts could have had in common, batches of rollouts, they do not share:
+a process that is alone divides nothing, unless its bytes are to be those of several.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ FEWEST = 8  # tasks of a part, on average at least: decoding a few together take
 Part = tuple[tuple[int, ...], ...]  # batches of tasks, these by number
 
 
-def divided(batches: Sequence[Sequence[int]], n: int = PARTS) -> list[Part]:
+def divided(batches: Sequence[Sequence[int]], n: int) -> list[Part]:
     """Batches in n runs of about as many, or in fewer where these would hold too little."""
     n = min(n, len(batches), max(1, sum(map(len, batches)) // FEWEST))
     bounds = [len(batches) * i // n for i in range(n + 1)] if n else []

@@ -43,6 +43,7 @@ class Settings:
     max_ram: int | None = None
     max_vram: int | None = None
     scorer: str = "batched"
+    parts: int = 1  # the most that the questions of a call are divided into, each computed on its own: `division.py`
 
     @classmethod
     def of(cls, device: str, dtype: str, where: str = "device", **limits: Any) -> Settings:
@@ -146,6 +147,7 @@ def environment(settings: Settings) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "dtype": str(settings.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        **({"parts": settings.parts} if settings.parts > 1 else {}),
     }
 
 
@@ -198,4 +200,4 @@ class Evaluation:
         told = (questions.datasets, questions.tokenizer, questions.stop_tokens, batch_tokens, progress)
         if self.settings.scorer == "sequential":
             return SequentialScorer(self.model, *told)
-        return BatchedScorer(self.model, *told, self.memory, note)
+        return BatchedScorer(self.model, *told, self.memory, note, self.settings.parts)

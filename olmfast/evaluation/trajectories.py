@@ -26,7 +26,9 @@ class Trajectories:
         tokenizer: Any,
         stop_tokens: Sequence[int],
         shares: Shares,
+        parts: int = 1,
     ) -> None:
+        self.parts = parts
         self.datasets, self.tokenizer, self.stop_tokens, self.shares = datasets, tokenizer, tuple(stop_tokens), shares
         self.tasks = [
             Task.of(name, index, dataset, context)
@@ -76,7 +78,7 @@ class Trajectories:
         """Tasks in the batches that they pass in, and these in parts."""
         lengths = [len(self.tasks[number].ids) for number in numbers]
         batches = make_batches(lengths, self.shares.pass_tokens)
-        return divided([[numbers[i] for i in batch] for batch in batches])
+        return divided([[numbers[i] for i in batch] for batch in batches], self.parts)
 
     # What candidates generate
 

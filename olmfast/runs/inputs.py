@@ -15,6 +15,7 @@ from olmfast.config.originals import BOUNDARY
 from olmfast.config.run import RunConfig
 from olmfast.errors import InputError, show
 from olmfast.evaluation.conversations import conversations_of
+from olmfast.evaluation.division import PARTS
 from olmfast.evaluation.open import Questions, Settings, environment, order_of_tensors
 from olmfast.observer import Observer
 from olmfast.output.folder import OutputFolder, check_space
@@ -55,7 +56,8 @@ class Inputs:
         pool = settings = None
         with _noted(faults):
             limits = {key: getattr(config, key) for key in ("batch_tokens", "max_ram", "max_vram", "scorer")}
-            settings = Settings.of(config.device, config.dtype, **limits)
+            parts = PARTS if config.divides_questions else 1
+            settings = Settings.of(config.device, config.dtype, **limits, parts=parts)
         start: Start | None = None
         with _noted(faults):
             start = Start.of(config)

@@ -103,7 +103,7 @@ def main() -> int:
         folder = Path(place)
         tiny_run(folder, 3, batch_tokens=64, units=["*.mlp.*"], **stages)
         write_dataset(folder / "more.json", sums(40, 2))
-        said, _ = command(folder, "one").communicate(timeout=LONGEST_S)
+        said, _ = command(folder, "one", "--set", "workers=1").communicate(timeout=LONGEST_S)
         truth = outcome(folder, "one")
 
         def check(kind: str, out: str) -> None:

@@ -214,8 +214,9 @@ def test_distances_are_those_of_the_task_vectors(family):
 
 @pytest.fixture
 def few_steps(monkeypatch):
-    """A descent by row of a tenth of its steps, which tiny models need no more of."""
-    monkeypatch.setitem(coefficients.GRAINS, "row", 10)
+    """Descents by row and by tensor of ten steps, which tiny models need no more of."""
+    for grain in ("row", "tensor"):
+        monkeypatch.setitem(coefficients.GRAINS, grain, 10)
 
 
 def test_a_config_of_models_and_questions_gets_the_joint_search(tmp_path):
@@ -325,7 +326,7 @@ def digest(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_killed_search_resumed_is_the_search_uninterrupted(tmp_path):
-    config = skilled_run(tmp_path, n=16, budget=70)
+    config = skilled_run(tmp_path, n=16, budget=45)
     whole_run = run(load_config(config, {"output_dir": str(tmp_path / "whole")}))
     command = [sys.executable, "-m", "olmfast.cli", "run", str(config), "-q"]
     log, waits = tmp_path / "out.partial" / "steps.jsonl", [2, 4, 6]

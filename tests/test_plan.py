@@ -125,8 +125,9 @@ def test_the_operations_are_those_that_a_run_does(tmp_path, family):
     estimated = estimate(config).flop
     with FlopCounterMode(display=False) as counter:
         run(config)
-    # All that is estimated is done; padding, bringing activations up and the pass that is measured come on top.
-    assert 1 < counter.get_total_flops() / estimated < 1.3
+    # Padding, bringing activations up and the pass that is measured come on top of what is estimated; the last block's
+    # MLP, which sees only the positions that predict an answer, does less.
+    assert 0.9 < counter.get_total_flops() / estimated < 1.3
 
 
 def test_time_is_in_proportion_to_questions_and_grows_with_whole_models(cfg):

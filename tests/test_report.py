@@ -312,6 +312,15 @@ def test_what_is_cut_is_found(finished, tmp_path):
         assert any(cut.startswith(told) for cut in opened(CHROMIUM, tmp_path / f"{name}.html", 400)["cut"])
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install one, or name it in OLMFAST_CHROMIUM")
+def test_the_pictures_of_the_docs_are_of_a_report(finished, tmp_path):
+    script = Path(__file__).parent.parent / "examples" / "demo" / "pictures.py"
+    subprocess.run([sys.executable, script, finished / "report.html", tmp_path / "own"], check=True)
+    taken = {path.name: path.read_bytes()[:8] for path in tmp_path.iterdir()}
+    names = {f"own{width}-{scheme}.png" for width in ("", "-narrow") for scheme in ("light", "dark")}
+    assert taken == dict.fromkeys(names, b"\x89PNG\r\n\x1a\n")
+
+
 # What a result is made of
 
 

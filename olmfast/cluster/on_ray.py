@@ -91,9 +91,9 @@ class RayFleet:
         try:
             return self._ray.get(ticket)
         except errors.RayTaskError as error:
-            raise error.cause from None
+            raise error.cause from error
         except errors.RayError as error:
-            raise Lost(_first_line(error)) from None
+            raise Lost(_first_line(error)) from error
 
     def share(self, value: Any) -> Any:
         """See `Fleet.share`."""

@@ -32,7 +32,7 @@ test-portable: export ATEN_CPU_CAPABILITY = avx2
 test-portable: export ONEDNN_MAX_CPU_ISA = AVX2
 test-portable: export MKL_ENABLE_INSTRUCTIONS = AVX2
 test-portable: .venv/installed
-	$(BIN)/pytest $(SCORING) -k "not every_family or llama or gemma2 or gptj"
+	$(BIN)/pytest $(SCORING) -k "not every_family or llama or gemma2"
 
 # Kills, full disks and changed models; `make soak KILLS=100 EVERY=10 CHANGES=10 SEED=1`: fewer, and others.
 KILLS ?= 1000

@@ -329,7 +329,7 @@ def test_a_killed_search_resumed_is_the_search_uninterrupted(tmp_path):
     config = skilled_run(tmp_path, n=16, budget=45)
     whole_run = run(load_config(config, {"output_dir": str(tmp_path / "whole")}))
     command = [sys.executable, "-m", "olmfast.cli", "run", str(config), "-q"]
-    log, waits = tmp_path / "out.partial" / "steps.jsonl", [2, 4, 6]
+    log, waits = tmp_path / "out.partial" / "steps.jsonl", [2, 4]
     for n_lines in waits:
         process = subprocess.Popen([*command, "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < n_lines + 2):
@@ -437,8 +437,8 @@ def test_a_dataset_of_one_question_and_validation_of_its_own_are_no_obstacle(tmp
 @pytest.mark.usefixtures("few_steps")
 def test_a_larger_budget_continues_from_where_the_smaller_one_ended(tmp_path):
     config = scattered_run(tmp_path)
-    whole_run = run(load_config(config, {"output_dir": str(tmp_path / "whole"), "budget": 110}))
-    for budget in (12, 40, 110):
+    whole_run = run(load_config(config, {"output_dir": str(tmp_path / "whole"), "budget": 60}))
+    for budget in (12, 35, 60):
         parts = run(load_config(config, {"budget": budget}), resume=True)
     assert parts.record.steps.keys() == whole_run.record.steps.keys()
     assert parts.recipe == whole_run.recipe

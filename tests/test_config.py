@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from olmfast import cli
 from olmfast.config.datasets import MODES, DatasetConfig
-from olmfast.config.run import FREE_TO_CHANGE, PLACES, Budget, RunConfig, load_config, parse_config
+from olmfast.config.resources import Budget
+from olmfast.config.run import FREE_TO_CHANGE, PLACES, RunConfig, load_config, parse_config
 from olmfast.config.searches import Dataflow, Evolve
 from olmfast.errors import InputError
 

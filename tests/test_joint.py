@@ -388,6 +388,18 @@ def test_the_start_may_be_a_merge_file_of_which_nothing_is_written(tmp_path, olm
     assert (code, "config key start" in err) == (2, True)
 
 
+def test_a_merge_file_to_start_from_that_is_missing_or_would_be_replaced_is_refused(tmp_path, olmfast):
+    config = skilled_run(tmp_path, n=4, start="start.yml")
+    code, _, err = olmfast("run", config)
+    assert (code, "start: start.yml: no such merge file" in err) == (2, True)
+    (tmp_path / "out").mkdir()
+    merge = {"merge_method": "passthrough", "models": [{"model": "../models/donor0"}]}
+    (tmp_path / "out" / "start.yml").write_text(yaml.safe_dump(merge))
+    code, _, err = olmfast("run", config, "--set", "start=out/start.yml", "--overwrite")
+    assert (code, "the start" in err) == (2, True)
+    assert (tmp_path / "out" / "start.yml").is_file()
+
+
 @pytest.mark.parametrize(
     ("merge", "told"),
     [

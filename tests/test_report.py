@@ -281,7 +281,7 @@ def test_the_command_says_where_the_report_is(finished, tmp_path, olmfast):
 @pytest.mark.parametrize("width", [400, 1280])
 def test_nothing_is_cut_wide_or_narrow_not_even_long_names(finished, tmp_path, width):
     history = History.read(finished)
-    long = "/home/somebody/models/" + "a-name-without-an-end" * 6
+    long = "/data/models/" + "a-name-without-an-end" * 6
     values = renamed(dict(history.values), "donor1", long)
     values = renamed(values, "held1.json", f"{long}.json")
     values["answers"]["asked"][0]["answers"][0][1] = "0123456789" * 300

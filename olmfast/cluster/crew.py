@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from olmfast.cluster.donors import SENT_AT_ONCE
 from olmfast.cluster.worker import Asked, Opening, Report, news_of, stored_files
 from olmfast.errors import OlmfastError
 from olmfast.evaluation.memory import Shares
@@ -227,8 +228,6 @@ class Crew:
 
     def _send(self, handle: Any, report: Report) -> None:
         """Send the donors that a worker lacks."""
-        from olmfast.cluster.donors import SENT_AT_ONCE
-
         for donor in (one for one in self.opening.donors if one.name in report.missing):
             self._say(f"{donor.name}: is sent to {report.host}, which keeps it")
             for part, path in donor.files():

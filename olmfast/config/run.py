@@ -5,8 +5,6 @@ docs/config.md describes each key for users; this file declares them.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -39,6 +37,7 @@ from olmfast.config.loading import Location, absolute, explain, parse_size, read
 from olmfast.config.originals import DATASETS, STAGE_KEYS, read_original
 from olmfast.config.overriding import override
 from olmfast.config.pruning import Pruning
+from olmfast.config.resources import Budget, Ray, parse_budget
 from olmfast.config.searches import (
     Dataflow,
     Evolve,
@@ -69,37 +68,6 @@ FREE_TO_CHANGE = {
     "ray",
     *("answers", "benchmarks", "track"),  # what is told of it, and to whom
 }
-
-
-class Budget(BaseModel):
-    """How much a run may spend: seconds of wall time, or a number of candidate evaluations."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    evaluations: int | None = Field(default=None, ge=1)
-
-
-class Ray(BaseModel):
-    """The Ray cluster whose machines do the work."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    address: str = Field(min_length=1)
-
-
-def _parse_budget(value: object) -> object:
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return Budget(evaluations=value)
-    if isinstance(value, str):
-        parts = re.fullmatch(r"\s*0*([1-9][0-9]{0,17})\s*", value)
-        if parts:
-            return Budget(evaluations=int(parts[1]))
-        parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd])\s*", value)
-        if parts and 0 < float(parts[1]) < math.inf:
-            unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}[parts[2]]
-            return Budget(seconds=float(parts[1]) * unit)
-    if value is None or isinstance(value, (Budget, dict)):
-        return value
-    raise ValueError(f"expected a time such as '2h' or '30m', or a number of evaluations above 0, got {show(value)}")
 
 
 def _parse_limit(value: object) -> int | None:
@@ -189,7 +157,7 @@ class RunConfig(BaseModel):
     max_new_tokens: int = Field(1024, ge=1)
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     ray: Ray | None = None
-    budget: Annotated[Budget | None, BeforeValidator(_parse_budget)] = None
+    budget: Annotated[Budget | None, BeforeValidator(parse_budget)] = None
     shard_size: Annotated[PositiveInt, BeforeValidator(parse_size)] = 5_000_000_000
     answers: int = Field(5, ge=0, le=100)
     benchmarks: dict[str, Benchmark] = {}

@@ -10,7 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from olmfast.config.run import Budget, RunConfig
+from olmfast.config.resources import Budget
+from olmfast.config.run import RunConfig
 from olmfast.evaluation.mmlu import Subject
 from olmfast.evaluation.open import Evaluation, Questions, Settings, order_of_tensors
 from olmfast.observer import Observer

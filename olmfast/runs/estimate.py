@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from olmfast.config.originals import BOUNDARY
-from olmfast.config.run import Budget, RunConfig
+from olmfast.config.resources import Budget
+from olmfast.config.run import RunConfig
 from olmfast.evaluation.memory import Memory
 from olmfast.evaluation.metrics import BOUNDED, standard_error
 from olmfast.observer import Observer

@@ -20,7 +20,7 @@ from olmfast.evaluation.open import Questions, Settings, environment, order_of_t
 from olmfast.observer import Observer
 from olmfast.output.folder import OutputFolder, check_space
 from olmfast.runs.harness import check_tasks
-from olmfast.runs.start import Start
+from olmfast.runs.start import Start, file_of
 from olmfast.runs.trackers import load_tracker
 from olmfast.search.halves import Indices, set_aside
 from olmfast.weights.digests import DIGESTS, DigestCache
@@ -183,8 +183,8 @@ def check_apart(config: RunConfig, pool: Pool) -> None:
     """Raise InputError when the output folder holds what the run reads: replacing it would delete that."""
     read = {f"the donor {donor.name}": donor.paths for donor in pool}
     read |= {f"the dataset {name}": [entry.path(config.dataset_dir, name)] for name, entry in config.questions.items()}
-    if config.start is not None:
-        read["the start"] = [config.config_dir / config.start]
+    if (start := file_of(config)) is not None:
+        read["the start"] = [start]
     read["the config"] = [config.config_dir, *([config.file] if config.file else [])]
     OutputFolder(config.output_dir, overwrite=False).check_apart(read)
 

@@ -43,9 +43,11 @@ class Start:
         name = config.start
         if name is None:
             return None
-        path = config.config_dir / os.path.expanduser(name)
-        if not path.is_file():
+        path = file_of(config)
+        if path is None:
             return cls(name, (name,))
+        if not path.is_file():
+            raise InputError(f"start: {cut(name)}: no such merge file in {config.config_dir}")
         merge = load_merge_config(path)
         if merge.earlier:
             raise InputError(f"start: {cut(name)}: holds several documents; a start is one merge")
@@ -83,20 +85,26 @@ class Start:
         return f"{self.name} ({xxhash.xxh3_128(json.dumps(told, sort_keys=True).encode()).hexdigest()})"
 
 
+def file_of(config: RunConfig) -> Path | None:
+    """The merge file that `start` names, or would by its ending; None where it names a model, or nothing."""
+    if config.start is None:
+        return None
+    path = config.config_dir / os.path.expanduser(config.start)
+    named = path.suffix in (".yml", ".yaml") and not path.is_dir()
+    return path if named or path.is_file() else None
+
+
 def _check_shape(name: str, plan: Plan) -> None:
     if plan.vocabulary is not None:
         raise InputError(f"start: {cut(name)}: makes a vocabulary of its own; a search keeps its base's")
-    before, now = ({k: v for k, v in one.items() if k not in DTYPE_KEYS} for one in _configs(plan))
+    configs = plan.content.base.config, plan.content.config
+    before, now = ({k: v for k, v in one.items() if k not in DTYPE_KEYS} for one in configs)
     changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     if changed:
         raise InputError(
             f"start: {cut(name)}: its result has another {', '.join(changed)} than {plan.content.base.name}; a search "
             "keeps the shape of its base"
         )
-
-
-def _configs(plan: Plan) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    return plan.content.base.config, plan.content.config
 
 
 def _names(config: RunConfig, pool: Pool) -> dict[str, str]:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from olmfast.config.run import Budget, RunConfig
+from olmfast.config.resources import Budget
+from olmfast.config.run import RunConfig
 from olmfast.evaluation.encoding import Dataset
 from olmfast.evaluation.tasks import Task
 from olmfast.kernels import offspring_count

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from olmfast.config.run import Budget, RunConfig
+from olmfast.config.resources import Budget
+from olmfast.config.run import RunConfig
 from olmfast.errors import Interrupted, OlmfastError
 from olmfast.evaluation.model import builds_alike
 from olmfast.evaluation.scorer import Candidate, Direction, Scorer, Slopes

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from olmfast.config.run import Budget
+from olmfast.config.resources import Budget
 from olmfast.evaluation.metrics import BOUNDED, standard_error
 from olmfast.report import paths as picture
 from olmfast.runs.estimate import Estimate

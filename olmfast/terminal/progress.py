@@ -64,7 +64,7 @@ class Bars(Watcher):
         """Shows where the run is."""
         super().step(stage, unit, n_candidates)
         self.where = escape(told_where(stage, unit))
-        self._show(description=self.where)
+        self._show(description=self.where, refresh=True)  # else a step shorter than a frame would never be seen
 
     def candidate(self, label: str) -> None:
         """Advances the bar."""

@@ -6,18 +6,17 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from olmfast import __version__
-from olmfast.errors import InputError, cut
+from olmfast.errors import InputError, cut, printable
 from olmfast.terminal import boundary, dataflow, pruning
 from olmfast.terminal.options import AllowMismatch, Device, Dtype, NoRemoteCodeFiles, Overrides, Seed
 
-if TYPE_CHECKING:
-    pass
+_USAGE_ERROR: Any = typer.BadParameter.__base__  # of the click that typer brings, or needs
 
 
 class _Commands(TyperGroup):
@@ -28,6 +27,13 @@ class _Commands(TyperGroup):
         if args[:1] == ["check"] and args[1:2] in (["linear"], ["dataflow"], ["prune"]):
             args = [args[1], "--dry-run", *args[2:]]
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except _USAGE_ERROR as error:
+            error.message = printable(error.message)  # it quotes what was given
+            raise
 
 
 app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)

@@ -72,9 +72,13 @@ def show(value: object) -> str:
 
 def told(error: BaseException | str) -> str:
     """What another library says, as part of a message: one line of printable characters, cut where it is long."""
-    text = " ".join(str(error)[: 10 * LONGEST].split())
-    printable = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
-    return cut(printable) or type(error).__name__
+    return cut(printable(" ".join(str(error)[: 10 * LONGEST].split()))) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """A text in which what is neither printable nor the end of a line is spelt out: file names may hold anything,
+    also what would move a terminal's cursor."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def cut(text: str) -> str:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from olmfast import load_config, run
 from olmfast.output.folder import OutputFolder
-from olmfast.testing import tiny_model, tiny_run, write_dataset
+from olmfast.testing import tiny_model, tiny_run, write_dataset, write_mmlu
 
 OLMFAST = [sys.executable, "-m", "olmfast.cli"]
 
@@ -351,6 +351,22 @@ def test_a_dataset_of_which_nothing_fits_the_context_is_named(refused, cfg):
     write_dataset(cfg.parent / "sums.json", [("x" * 200, "y")])
     message = f"{cfg.parent / 'sums.json'}: every sample is longer than the model's context of 128 tokens"
     assert refused(cfg) == message
+
+
+def test_worked_examples_that_fill_the_context_are_named(refused, cfg):
+    write_mmlu(cfg.parent / "mmlu", {"art": 2})
+    examples = cfg.parent / "mmlu" / "dev" / "art_dev.csv"
+    examples.write_text(examples.read_text().replace("?", "?" * 200))
+    test = "mmlu/test/art_test.csv"
+    assert refused(edit(cfg, dataset={test: {"mode": "choice", "shots": 5}})) == (
+        f"{cfg.parent / test}: every sample, opened by the worked examples of {examples}, is longer than the model's "
+        "context of 128 tokens"
+    )
+
+
+def test_a_dataset_of_a_name_that_no_file_can_have_is_the_configs_fault(refused, cfg):
+    name = "x" * 300 + ".json"
+    assert refused(edit(cfg, dataset={name: {"mode": "exact_match"}})).endswith(": File name too long")
 
 
 def drop_tensor(folder: Path) -> None:

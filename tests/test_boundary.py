@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -132,6 +133,20 @@ def test_names_that_would_move_a_terminals_cursor_are_spelt_out(olmfast):
     code, out, err = olmfast("run", "\x1b[2J\udc80.yaml")
     assert (code, out) == (2, "")
     assert err == "olmfast: \\x1b[2J\\udc80.yaml: cannot be read: No such file or directory\n"
+    code, out, err = olmfast("run", "cfg.yaml", "one\u2028too many")
+    assert (code, out) == (2, "")
+    assert r"(one\u2028too many)" in err
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"), [(errno.ENAMETOOLONG, "File name too long"), (errno.EACCES, "Permission denied")]
+)
+def test_a_path_that_the_system_refuses_is_the_inputs_fault(olmfast, monkeypatch, number, reason):
+    def fails() -> None:
+        raise OSError(number, os.strerror(number), "sums.json")
+
+    monkeypatch.setattr("olmfast.terminal.doctor.examine", fails)
+    assert olmfast("doctor") == (2, "", f"olmfast: sums.json: {reason}\n")
 
 
 def test_copies_are_made_where_no_thread_can_be_started(tmp_path):

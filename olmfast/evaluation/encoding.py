@@ -72,14 +72,15 @@ def _load(path: Path, name: str, config: DatasetConfig, tokenizer: Any, context:
     encoded = encode.all(conversations)
     generates = config.mode in GENERATIVE
     fitting = [s for s in encoded if len(s.prompt) + (1 if generates else len(s.response)) <= context]
-    if not fitting:
-        raise InputError(f"{where}: every sample is longer than the model's context of {context} tokens")
     if is_task:
         files = []
     elif is_folder:
         files = [file for subject in subjects_of(path, config) for file in subject.files]
     else:
         files = [path, *(worked_examples(path) if is_mmlu else [])]
+    if not fitting:
+        opened = f", opened by the worked examples of {files[1]}," if len(files) > 1 and not is_folder else ""
+        raise InputError(f"{where}: every sample{opened} is longer than the model's context of {context} tokens")
     # What a task asks is made by its code and by the package: the questions themselves tell.
     asked = repr([(c.messages, c.response, c.options) for c in conversations]).encode() if is_task else b""
     digest = xxhash.xxh3_128(b"".join([asked, *(file.read_bytes() for file in files)])).hexdigest()

@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from olmfast.errors import InputError, Interrupted, OlmfastError, told
+from olmfast.errors import InputError, Interrupted, OlmfastError, cut, printable, told
 
 if TYPE_CHECKING:
     from olmfast.runs.watchers import Watcher
 
 BUG, STOPPED = 1, Interrupted.exit_code
+UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)  # what is wrong with a path, not with its use
 
 
 class OutputFailed(OlmfastError):
@@ -75,6 +76,8 @@ def _tell(failed: BaseException) -> int:
         message, code = str(failed), failed.exit_code
     elif isinstance(failed, KeyboardInterrupt):
         message, code = "stopped", STOPPED
+    elif isinstance(failed, OSError) and failed.errno in UNUSABLE and failed.filename:
+        message, code = f"{cut(str(failed.filename))}: {failed.strerror}", InputError.exit_code
     elif isinstance(failed, MemoryError):
         message, code = f"out of memory: {told(failed)}", BUG
     elif isinstance(failed, RuntimeError) and "can't start new thread" in str(failed):
@@ -84,9 +87,7 @@ def _tell(failed: BaseException) -> int:
         code = BUG
     if os.environ.get("OLMFAST_DEBUG", "0") not in ("", "0"):
         traceback.print_exception(failed)
-    # File names may hold anything, also what would move a terminal's cursor.
-    shown = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in message)
-    print(f"olmfast: {''.join(shown)}", file=sys.stderr, flush=True)
+    print(f"olmfast: {printable(message)}", file=sys.stderr, flush=True)
     return code
 
 

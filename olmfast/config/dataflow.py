@@ -12,8 +12,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
+from olmfast.config.documents import FromFile
 from olmfast.config.loading import absolute, explain, parse_yaml
 from olmfast.config.tagged import TaggedLoader, is_dataflow_file
 from olmfast.errors import InputError, did_you_mean, show
@@ -82,7 +83,7 @@ def _parse_number(value: object) -> object:
 Flag = Annotated[bool, BeforeValidator(_parse_flag)]
 
 
-class DataflowConfig(BaseModel):
+class DataflowConfig(FromFile):
     """A data-flow file. `layer_mask` is indexed by (r, model, layer), and so are both kinds of factors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -96,25 +97,7 @@ class DataflowConfig(BaseModel):
     output_layer_model: int = 0
     add_last_layer: bool = True
     last_layer_scale: Annotated[float, BeforeValidator(_parse_number)] = 1.0
-    _folder: Path = PrivateAttr(Path())
-    _text: str = PrivateAttr("")
-    _file: Path | None = PrivateAttr(None)
     _stops: tuple[Stop, ...] = PrivateAttr(())
-
-    @property
-    def folder(self) -> Path:
-        """The folder that relative paths are taken from."""
-        return self._folder
-
-    @property
-    def file(self) -> Path | None:
-        """The file it was read from."""
-        return self._file
-
-    @property
-    def text(self) -> str:
-        """The file as it was written."""
-        return self._text
 
     @property
     def input_model(self) -> str:

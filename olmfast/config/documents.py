@@ -1,4 +1,4 @@
-"""YAML files of several documents, and keys that are there only to be repeated."""
+"""Files of YAML: several documents, keys that are there only to be repeated, and what was read from where."""
 
 from __future__ import annotations
 
@@ -9,10 +9,34 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, PrivateAttr
 
 from olmfast.config.loading import parse_yaml
 from olmfast.errors import InputError
 from olmfast.weights.files import read_text
+
+
+class FromFile(BaseModel):
+    """A model of a file, which knows what it was read from."""
+
+    _folder: Path = PrivateAttr(Path())
+    _text: str = PrivateAttr("")
+    _file: Path | None = PrivateAttr(None)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative paths are taken from."""
+        return self._folder
+
+    @property
+    def file(self) -> Path | None:
+        """The file it was read from."""
+        return self._file
+
+    @property
+    def text(self) -> str:
+        """The file as it was written."""
+        return self._text
 
 
 @dataclass(frozen=True)

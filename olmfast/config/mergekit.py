@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from olmfast.config.documents import read_documents
+from olmfast.config.documents import FromFile, read_documents
 from olmfast.config.loading import explain
 from olmfast.config.parameters import Parameters, parameter_given
 from olmfast.config.tagged import refuse_dataflow
@@ -165,7 +165,7 @@ class TokenizerConfig(_Strict):
     pad_to_multiple_of: int | None = Field(default=None, ge=1, lt=2**31)
 
 
-class MergeConfig(_Strict):
+class MergeConfig(_Strict, FromFile):
     """A merge file. Models are named as they are written there; paths are relative to its folder."""
 
     name: str | None = None
@@ -179,25 +179,7 @@ class MergeConfig(_Strict):
     tokenizer_source: Model | None = None
     tokenizer: TokenizerConfig | None = None
     chat_template: str | None = None
-    _folder: Path = PrivateAttr(Path())
-    _text: str = PrivateAttr("")
-    _file: Path | None = PrivateAttr(None)
     _earlier: tuple[MergeConfig, ...] = PrivateAttr(())
-
-    @property
-    def folder(self) -> Path:
-        """The folder that relative paths are taken from."""
-        return self._folder
-
-    @property
-    def file(self) -> Path | None:
-        """The file it was read from."""
-        return self._file
-
-    @property
-    def text(self) -> str:
-        """The file as it was written."""
-        return self._text
 
     @property
     def earlier(self) -> tuple[MergeConfig, ...]:

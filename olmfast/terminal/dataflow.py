@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from olmfast.errors import InputError
-from olmfast.terminal.options import AllowMismatch
+from olmfast.terminal.options import AllowMismatch, AllowNonfinite, AsJson, ComputedOn, DryRun, Overwrite
 
 
 def dataflow_command(
@@ -16,7 +16,7 @@ def dataflow_command(
         str, typer.Argument(help="A data-flow file; docs/data-flow.md lists its keys. With --unfold: a checkpoint.")
     ],
     out: Annotated[Path, typer.Argument(help="The folder of the result.")],
-    device: Annotated[str, typer.Option(help="Where tensors are computed: cpu, cuda, cuda:1 or auto.")] = "cpu",
+    device: ComputedOn = "cpu",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32 or float64.")] = "bfloat16",
     classification: Annotated[
         bool, typer.Option("--classification", help="The output model is a sequence classifier.")
@@ -33,13 +33,11 @@ def dataflow_command(
         bool, typer.Option("--unfold", help="Make an evo checkpoint, with input_layers of its own, a plain one.")
     ] = False,
     cache_dir: Annotated[Path | None, typer.Option(help="Where Hub models lie.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
-    allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Continue even if weights are NaN or infinite.")
-    ] = False,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    allow_nonfinite: AllowNonfinite = False,
     allow_mismatch: AllowMismatch = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Execute a path through the layers of several models, and write it as a plain model."""
     from olmfast.config.dataflow import load_dataflow_config

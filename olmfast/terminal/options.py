@@ -19,3 +19,11 @@ AllowMismatch = Annotated[
 NoRemoteCodeFiles = Annotated[
     bool, typer.Option("--no-remote-code-files", help="Leave out a model's own Python files and the auto_map to them.")
 ]
+
+ComputedOn = Annotated[str, typer.Option("--device", help="Where tensors are computed: cpu, cuda, cuda:1 or auto.")]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Continue even if weights are NaN or infinite.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -13,7 +13,7 @@ import typer
 
 from olmfast.errors import InputError
 from olmfast.terminal import boundary
-from olmfast.terminal.options import Device, Dtype, Seed
+from olmfast.terminal.options import AsJson, Device, DryRun, Dtype, Overwrite, Seed
 
 if TYPE_CHECKING:
     from olmfast.config.run import RunConfig
@@ -77,9 +77,9 @@ def prune_command(
     dtype: Dtype = None,
     seed: Seed = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished search.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Prune a model by merging layers into those below them."""
     from olmfast.config.pruning import default_output

@@ -106,6 +106,14 @@ def test_the_demo_is_compared_with_static_merges(example, config):
         assert [float(cell) for cell in scored[label]] == pytest.approx(told, abs=6e-4)
 
 
+def test_the_demos_searches_are_drawn_against_their_budgets(example, tmp_path):
+    picture, runs = tmp_path / "curve.svg", tmp_path / "runs"
+    printed = example(DEMO / "curve.py", picture, "--budgets", 8, "--samples", 4, "--runs", runs)
+    found = re.findall(r"^(.+?) +budget +8: +[\d.]+ +\S+ +\S+$", printed, re.MULTILINE)
+    assert found == ["joint search", "search by stages", "CMA-ES over the numbers of one merge"]
+    assert picture.read_text().startswith("<?xml")
+
+
 def test_the_demo_is_scored_on_fresh_questions(example, config):
     printed = example(DEMO / "fresh.py", "--config", config, "--count", 5)
     assert re.findall(r"Fresh questions, seed (\d+)", printed) == ["21", "22", "23"]
@@ -138,6 +146,6 @@ def test_the_ways_to_prune_are_compared(example, tmp_path):
 
 
 def test_no_example_is_forgotten():
-    known = {"foreign_merge.py", "compare.py", "fresh.py", "skills.py", "train.py", "pool.py", "ways.py"}
+    known = {"foreign_merge.py", "compare.py", "fresh.py", "skills.py", "train.py", "pool.py", "ways.py", "curve.py"}
     known |= {"ceilings.py", "pictures.py"}  # tried in test_cluster and test_report
     assert {path.name for path in EXAMPLES.rglob("*.py")} == known

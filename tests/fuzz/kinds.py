@@ -196,6 +196,7 @@ _ANYWHERE = (
     "max_vram",
     "dataset",
     "this config",
+    "is where a disk is mounted",  # of output_dir: ../.., by the name of the folder that it leads to
 )
 
 

@@ -19,6 +19,7 @@ from olmfast.pruning.alphas import alphas_of, weights_of
 from olmfast.pruning.prune import prune
 from olmfast.pruning.similarity import NEIGHBOURS, alphas_by, entropy, mutual_information, ranks, similarities
 from olmfast.pruning.target import Target
+from olmfast.report.write import report
 from olmfast.testing import FAMILIES, tiny_model, tree, write_mmlu
 from olmfast.weights.sources import Sources
 
@@ -337,6 +338,9 @@ def test_similarity_asks_one_question_of_each_subject_and_says_where_that_is_too
     assert all(0.55 < alpha < 0.7 for alpha in done.alphas)
     told = json.loads((tmp_path / "out/merge_report.json").read_text())["olmfast"]["pruned"]
     assert (told["method"], len(told["similarity"])) == ("similarity", N)
+    assert f"became layer {told['first']}" in (tmp_path / "out/report.html").read_text()
+    (tmp_path / "out/report.html").rename(tmp_path / "first.html")
+    assert report(tmp_path / "out").read_bytes() == (tmp_path / "first.html").read_bytes()
     with pytest.raises(Exception, match="similarity: 50 questions, and it needs more than 50"):
         prune(section(tmp_path, num_layer=2, data_dir="data", num_tasks=50), overwrite=True)
     few = section(tmp_path, num_layer=2, data_dir="data", num_tasks=26, num_samples=2)

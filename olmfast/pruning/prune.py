@@ -21,6 +21,8 @@ from olmfast.output.folder import OutputFolder
 from olmfast.pruning import alphas as files
 from olmfast.pruning.report import report_text
 from olmfast.pruning.target import Target
+from olmfast.report.history import History
+from olmfast.report.write import PAGE, made
 from olmfast.search.log import strict
 from olmfast.search.record import REPORT
 from olmfast.static.plan import Plan
@@ -119,6 +121,8 @@ def _prune(config: RunConfig, overwrite: bool, command: str, observer: Observer)
         files.ALPHAS: files.to_json(target.first, alphas),
         REPORT: report_text(config, target, recipe, alphas, config.output_dir, told),
     }
+    page = made(lambda: History.from_report(json.loads(texts[REPORT])["olmfast"], REPORT), observer)
+    texts |= {} if page is None else {PAGE: page}
     if board is not None:
         texts[RESULTS] = json.dumps(strict(board.results()), indent=2) + "\n"
     plan = replace(plan, content=replace(plan.content, texts=texts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from olmfast.errors import InputError
@@ -15,15 +16,20 @@ PAGE = "report.html"  # in a run's folder
 
 
 def write_report(record: Record, observer: Observer) -> None:
-    """Write the report of a run that ends beside its record. A page that cannot be made is no reason to lose a result:
-    the observer is told."""
+    """Write the report of a run that ends beside its record, unless it cannot be made."""
+    text = made(lambda: History.of(record), observer)
+    if text is not None:
+        with writing(record.folder, "--resume"):
+            write_text(record.folder / PAGE, text)
+
+
+def made(history: Callable[[], History], observer: Observer) -> str | None:
+    """A report's text. A page that cannot be made is no reason to lose a result: the observer is told."""
     try:
-        text = page(History.of(record))
+        return page(history())
     except Exception as error:
         observer.note(f"{PAGE} could not be made ({type(error).__name__}: {error}); the result is complete without it")
-        return
-    with writing(record.folder, "--resume"):
-        write_text(record.folder / PAGE, text)
+        return None
 
 
 def report(folder: str | Path, out: str | Path | None = None) -> Path:

@@ -86,6 +86,18 @@ def test_halves_and_validation_divide_the_questions(sizes, seed):
     assert halves == Halves.of(sizes, seed, {})
 
 
+@given(st.integers(2, 40), st.integers(1, 40), st.integers(0, 99))
+def test_a_question_that_two_modes_ask_is_in_one_half_of_both(n, fewer, seed):
+    sizes, sources = {"exact": n, "bigram": min(n, fewer)}, {"exact": "file", "bigram": "file"}
+    first, second = Halves.of(sizes, seed, sources)
+    assert not set(first.get("bigram", ())) & set(second["exact"])
+    assert not set(second.get("bigram", ())) & set(first["exact"])
+    assert sorted([*first.get("bigram", ()), *second.get("bigram", ())]) == list(range(sizes["bigram"]))
+    kept, aside = set_aside(sizes, 0.3, seed, sources)
+    assert kept["bigram"]
+    assert set(aside.get("bigram", ())) <= set(aside.get("exact", ()))
+
+
 def scored(samples: dict[str, torch.Tensor]) -> Scores:
     """Scores (candidates, questions) of which all have been evaluated."""
     every = {name: torch.ones_like(values, dtype=torch.bool) for name, values in samples.items()}

@@ -26,11 +26,14 @@ class Halves:
     def of(cls, sizes: Mapping[str, int], seed: int, sources: Mapping[str, str] = NONE) -> Halves:
         """Divide datasets of these numbers of questions, at random but always alike for a seed.
 
-        `sources` tells which of them have the same questions, scored in several ways: these are divided alike.
+        `sources` tells which of them have the same questions, scored in several ways: these are divided alike, also
+        where one has but the first of another's.
         """
-        order = {name: _shuffled(n, seed, "halves", sources.get(name, name)) for name, n in sizes.items()}
-        parts = ({name: sorted(own[start::2]) for name, own in order.items() if own[start::2]} for start in (0, 1))
-        return cls(*parts)
+        order = _orders(sizes, seed, "halves", sources)
+        parts = [
+            {name: sorted(i for i in order[name][start::2] if i < n) for name, n in sizes.items()} for start in (0, 1)
+        ]
+        return cls(*({name: own for name, own in part.items() if own} for part in parts))
 
     def __iter__(self) -> Iterator[Indices]:
         return iter((self.first, self.second))
@@ -42,13 +45,20 @@ def set_aside(
     """The questions that a search uses, and those set aside: `share` of each dataset, rounded; see `Halves.of`."""
     kept: Indices = {}
     aside: Indices = {}
+    orders = _orders(sizes, seed, "validation", sources)
     for name, n in sizes.items():
-        order = _shuffled(n, seed, "validation", sources.get(name, name))
-        n_aside = min(round(share * n), n - 1)
-        kept[name], aside[name] = sorted(order[n_aside:]), sorted(order[:n_aside])
+        order = orders[name]
+        n_aside = min(round(share * len(order)), len(order) - 1)
+        aside[name] = [i for i in order[:n_aside] if i < n][: n - 1]
+        kept[name], aside[name] = sorted(set(range(n)).difference(aside[name])), sorted(aside[name])
     return kept, {name: own for name, own in aside.items() if own}
 
 
-def _shuffled(n: int, *address: object) -> list[int]:
-    order: list[int] = normal(n, *address).argsort().tolist()
-    return order
+def _orders(sizes: Mapping[str, int], seed: int, what: str, sources: Mapping[str, str]) -> dict[str, list[int]]:
+    """For each dataset a random order of its source's questions, of as many as the largest of that source has."""
+    largest: dict[str, int] = {}
+    for name, n in sizes.items():
+        source = sources.get(name, name)
+        largest[source] = max(n, largest.get(source, 0))
+    order = {source: normal(n, seed, what, source).argsort().tolist() for source, n in largest.items()}
+    return {name: order[sources.get(name, name)] for name in sizes}

@@ -293,6 +293,38 @@ def tiny_run(folder: Path, n_donors: int = 3, family: str = "llama", **keys: Any
     return path
 
 
+SLERP: Mapping[str, Any] = {
+    "merge_method": "slerp",
+    "parameters": {"t": 0.5},
+    "base_model": "a",
+    "models": [{"model": "a"}, {"model": "b"}],
+}
+
+
+def tiny_pair(folder: Path) -> Path:
+    """A folder with two models in bfloat16, `a` and `b`, a merge of them, `m.yml` (SLERP), a dataset `sums.json`, and
+    `cfg.yaml`, a run that swaps their blocks; returns it."""
+    import yaml
+
+    for seed, name in enumerate("ab"):
+        tiny_model(folder / name, "llama", seed, dtype=torch.bfloat16)
+    (folder / "m.yml").write_text(yaml.safe_dump(dict(SLERP)), encoding="utf-8")
+    write_dataset(folder / "sums.json", [("1+1=", "2"), ("1+2=", "3"), ("2+2=", "4")])
+    config = {
+        "models_dir": ".",
+        "output_dir": "out",
+        "models": ["a", "b"],
+        "device": "cpu",
+        "search": "stages",
+        "scales": [],
+        "candidates": ["swap"],
+        "layer_swap": True,
+        "dataset": {"sums.json": {"mode": "perplexity"}},
+    }
+    (folder / "cfg.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    return folder
+
+
 def own_answers(path: Path, model: Path, n: int, seed: int) -> Path:
     """Write n questions whose expected answers are what a model writes itself: it is the best donor there is."""
     from transformers import AutoModelForCausalLM

@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import gc
 import importlib
+import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from olmfast import cli
-from olmfast.testing import FAMILIES
+from olmfast.testing import FAMILIES, tiny_pair
 
 
 def pytest_collection_finish() -> None:
     """What the tests import stays: thousands of collections, in each Evaluation, need not walk through it again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory) -> Path:
+    """See `tiny_pair`; tests copy it."""
+    return tiny_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture
+def place(pair, tmp_path) -> Path:
+    """A copy of the pair, and beside it a folder that must never be touched."""
+    shutil.copytree(pair, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "important").mkdir()
+    (tmp_path / "important" / "thesis.txt").write_text("the only copy")
+    return tmp_path
 
 
 @pytest.fixture

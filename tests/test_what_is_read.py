@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import re
 import resource
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 from olmfast import check, load_config, merge, run
@@ -19,32 +17,7 @@ from olmfast.errors import Interrupted, OlmfastError
 from olmfast.observer import Observer
 from olmfast.runs import inputs
 from olmfast.runs.inputs import Inputs
-from olmfast.testing import tiny_model, tree, write_dataset
-
-MODELS = {"base_model": "a", "models": [{"model": "a"}, {"model": "b"}]}
-SLERP = {"merge_method": "slerp", "parameters": {"t": 0.5}, **MODELS}
-RUN = {
-    "models_dir": ".", "output_dir": "out", "models": ["a", "b"], "device": "cpu", "layer_swap": True,
-    "search": "stages", "dataset": {"sums.json": {"mode": "perplexity"}},
-}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate("ab"):
-        tiny_model(folder / name, "llama", seed, dtype=torch.bfloat16)
-    return folder
-
-
-@pytest.fixture
-def place(models, tmp_path) -> Path:
-    for name in "ab":
-        shutil.copytree(models / name, tmp_path / name)
-    (tmp_path / "m.yml").write_text(yaml.safe_dump(SLERP))
-    (tmp_path / "cfg.yaml").write_text(yaml.safe_dump(RUN))
-    write_dataset(tmp_path / "sums.json", [("1+1=", "2"), ("1+2=", "3"), ("2+2=", "4")])
-    return tmp_path
+from olmfast.testing import tree
 
 
 def interrupted(place: Path) -> None:

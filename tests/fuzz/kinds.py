@@ -197,6 +197,7 @@ _ANYWHERE = (
     "dataset",
     "this config",
     "is where a disk is mounted",  # of output_dir: ../.., by the name of the folder that it leads to
+    "File name too long",  # of which the beginning is quoted
 )
 
 

@@ -30,26 +30,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-CONFIG = {
-    "models_dir": ".",
-    "output_dir": "out",
-    "models": ["a", "b"],
-    "device": "cpu",
-    "search": "stages",
-    "scales": [],
-    "layer_swap": True,
-    "es_norm": True,
-    "es_norm_generations": 1,
-    "units": ["*.0.*norm*"],
-    "shard_size": "20KB",
-    "dataset": {"sums.json": {"mode": "perplexity"}},
-}
-SLERP = {
-    "merge_method": "slerp",
-    "parameters": {"t": 0.5},
-    "base_model": "a",
-    "models": [{"model": "a"}, {"model": "b"}],
-}
+EVOLVED = {"es_norm": True, "es_norm_generations": 1, "units": ["*.0.*norm*"], "shard_size": "20KB"}
 TIMED = ("steps.jsonl", "merge_report.json", "run.log")  # they tell when and how long
 MODULES = (
     *("olmfast.cli", "olmfast.runs.session", "olmfast.static.linear", "olmfast.static.write", "olmfast.runs.check"),
@@ -94,18 +75,15 @@ class Place:
     """A folder with two models, a dataset, something of the user's, and the output."""
 
     def __init__(self, folder: Path) -> None:
-        import torch
         import yaml
 
-        from olmfast.testing import tiny_model, write_dataset
+        from olmfast.testing import tiny_pair
 
         self.folder, self.out, self.partial = folder, folder / "out", folder / "out.partial"
         if not (folder / "a").exists():
-            for seed, name in enumerate("ab"):
-                tiny_model(folder / name, "llama", seed, dtype=torch.bfloat16)
-            (folder / "m.yml").write_text(yaml.safe_dump(SLERP))
-            (folder / "cfg.yaml").write_text(yaml.safe_dump(CONFIG))
-            write_dataset(folder / "sums.json", [("1+1=", "2"), ("1+2=", "3"), ("2+2=", "4")])
+            tiny_pair(folder)
+            config = yaml.safe_load((folder / "cfg.yaml").read_text())
+            (folder / "cfg.yaml").write_text(yaml.safe_dump(config | EVOLVED))
             (folder / "old").mkdir()
             (folder / "old" / "thesis.txt").write_text("the only copy")
         self.errors = folder.with_name("errors")

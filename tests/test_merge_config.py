@@ -23,7 +23,8 @@ def parse(**keys: Any) -> MergeConfig:
 def value(config: MergeConfig, name: str, tensor: str, depth: float = 0.0) -> Any:
     (group,) = config.groups()
     terms = group.terms(config.method)
-    return settings_of(config, group, terms, [tensor] * len(terms), tensor, depth)[name]
+    outer, own = (group.parameters, config.parameters), [term.parameters for term in terms]
+    return settings_of(config.method, outer, own, [tensor] * len(terms), tensor, depth)[name]
 
 
 def test_a_parameter_of_a_model_goes_before_that_of_the_file():

@@ -337,8 +337,9 @@ def _group_faults(config: MergeConfig, group: Group) -> Iterator[str]:
         listed = ", ".join(source.model for source in terms) or "none"
         yield f"{group.name}: {name} takes {wanted} model{'s' * (wanted != '1')}{besides}, got {len(terms)}: {listed}"
         return
+    outer, own = (group.parameters, config.parameters), [source.parameters for source in terms]
     for parameter in method.parameters:
-        if parameter.default is None and not parameter_given(config, group, parameter, terms):
+        if parameter.default is None and not parameter_given(parameter, outer, own):
             each = " of every model" if parameter.per != "merge" else ""
             yield f"{group.name}: {name} needs the parameter {parameter.name}{each}"
 

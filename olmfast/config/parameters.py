@@ -5,16 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import BeforeValidator
 
 from olmfast.errors import InputError, did_you_mean, show
 from olmfast.weights.chunks import Setting
-from olmfast.weights.methods import Parameter
-
-if TYPE_CHECKING:
-    from olmfast.config.mergekit import Group, MergeConfig, Source
+from olmfast.weights.methods import Method, Parameter
 
 Scalar = bool | int | float
 
@@ -82,31 +79,34 @@ Parameters = Annotated[
 ]
 
 
-def parameter_given(config: MergeConfig, group: Group, parameter: Parameter, terms: Sequence[Source]) -> bool:
-    """Whether a required parameter has a value in some tensor at least, for all it belongs to."""
-    shared = parameter.name in group.parameters or parameter.name in config.parameters
-    return shared or (parameter.per != "merge" and all(parameter.name in source.parameters for source in terms))
+def parameter_given(parameter: Parameter, outer: Sequence[Parameters], own: Sequence[Parameters]) -> bool:
+    """Whether a required parameter has a value in some tensor at least, for all it belongs to: in the parameters of the
+    slice or the file (`outer`), or in those of each source (`own`)."""
+    shared = any(parameter.name in scope for scope in outer)
+    return shared or (parameter.per != "merge" and all(parameter.name in scope for scope in own))
 
 
 def settings_of(
-    config: MergeConfig, group: Group, terms: Sequence[Source], names: Sequence[str], output: str, depth: float
+    method: Method,
+    outer: Sequence[Parameters],
+    own: Sequence[Parameters],
+    names: Sequence[str],
+    output: str,
+    depth: float,
 ) -> dict[str, Setting]:
     """The settings of one tensor's merge: `names` are what the terms call it, `output` what the result does.
 
-    A value is looked up in the parameters of the source, the slice and the file; the first whose filter matches is
-    taken. `depth` is 0 at the first layer, 1 at the last. Raises InputError for a required one that has no value.
+    A value is looked up in the parameters of the source (`own`, one per term), and then in those of the slice and the
+    file (`outer`); the first whose filter matches is taken. `depth` is 0 at the first layer, 1 at the last. Raises
+    InputError for a required one that has no value.
     """
     settings: dict[str, Setting] = {}
-    for parameter in config.method.parameters:
-        outer = [group.parameters, config.parameters]
+    for parameter in method.parameters:
         value: Setting | None
         if parameter.per == "merge":
             value = _resolve(parameter, outer, output, depth)
         else:
-            each = [
-                _resolve(parameter, [source.parameters, *outer], name, depth)
-                for source, name in zip(terms, names, strict=True)
-            ]
+            each = [_resolve(parameter, [scope, *outer], name, depth) for scope, name in zip(own, names, strict=True)]
             value = None if all(x is None for x in each) else tuple(_filled(x, parameter, output) for x in each)
         if value is None and parameter.default is None:
             raise _missing(parameter, output)

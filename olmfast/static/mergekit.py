@@ -283,7 +283,8 @@ class _Planner:
             return None
         terms = group.terms(method)
         try:
-            settings = settings_of(config, group, terms, [names[term.model] for term in terms], output, depth)
+            outer, own = (group.parameters, config.parameters), [term.parameters for term in terms]
+            settings = settings_of(method, outer, own, [names[term.model] for term in terms], output, depth)
         except InputError as error:
             self._refused(output, str(error).removeprefix(f"{output}: "))
             return None

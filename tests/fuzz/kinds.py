@@ -198,6 +198,7 @@ _ANYWHERE = (
     "this config",
     "is where a disk is mounted",  # of output_dir: ../.., by the name of the folder that it leads to
     "File name too long",  # of which the beginning is quoted
+    "is no folder of MMLU",  # of a dataset that is "", by the name of the folder
 )
 
 

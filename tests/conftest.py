@@ -10,11 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
 from olmfast import cli
 from olmfast.testing import FAMILIES, tiny_pair
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # no test rests on how fast a machine is
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_collection_finish() -> None:

@@ -455,7 +455,7 @@ DATASETS = st.dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.dictionaries(KEYS, VALUES | DATASETS, max_size=4))
 def test_any_mapping_gives_a_config_or_an_explanation(keys):
     try:
@@ -465,7 +465,7 @@ def test_any_mapping_gives_a_config_or_an_explanation(keys):
     assert isinstance(outcome, RunConfig) or outcome.startswith("cfg.yaml: ")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(max_size=60) | st.text("{}[]:,&*!|>'\"%@`#?-<= \n0123456789abx_.eE", max_size=60))
 def test_any_text_gives_a_config_or_an_explanation(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / "any.yaml"

@@ -386,7 +386,7 @@ ITEMS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(ITEMS, max_size=2) | JSON, st.sampled_from(["exact", "choice"]))
 def test_any_json_gives_conversations_that_can_be_asked_or_an_explanation(tmp_path_factory, data, mode):
     path = tmp_path_factory.getbasetemp() / "any.json"
@@ -405,7 +405,7 @@ def test_any_json_gives_conversations_that_can_be_asked_or_an_explanation(tmp_pa
         assert bool(conversation.options) == (mode == "choice")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=80))
 def test_any_bytes_give_conversations_or_an_explanation(tmp_path_factory, content):
     for name in ("any_dev.csv", "any_bytes.json"):

@@ -202,7 +202,7 @@ BIASES = st.sampled_from(["0", "-0.5", "vector"])
 
 
 @pytest.mark.usefixtures("float64_throughout")
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_mask_factors_and_settings_fold(data):
     family = data.draw(st.sampled_from(["llama", "mistral", "qwen2", "gemma2", "gpt2", "gpt_neox"]))

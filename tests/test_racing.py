@@ -75,7 +75,7 @@ def test_what_is_there_never_leaves_however_bad_it_is(selection):
     assert 3 in dropped
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), selection=st.sampled_from(sorted(RULES)))
 def test_who_is_best_by_far_in_full_is_never_dropped(seed, selection):
     table = Table([0.5, 0.0, 0.5, 0.6, 0.4], seed=seed)

@@ -37,7 +37,7 @@ def test_all_implementations_and_devices_agree(device, impl):
     assert torch.equal(mask.cpu(), dare_mask(shape, 0.3, 11, stream=4, impl="torch"))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(size=st.integers(1, 3000), cut=st.integers(0, 3000), seed=st.integers(0, 1 << 62), density=st.floats(0, 1))
 def test_pieces_in_any_order_make_the_whole(size, cut, seed, density):
     cut = min(cut, size)

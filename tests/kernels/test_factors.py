@@ -93,7 +93,7 @@ def test_the_weight_is_not_changed_and_any_strides_do(device):
     assert (factors.vh.T if device.type == "cuda" else factors.vh).is_contiguous()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(rows=st.integers(1, 30), cols=st.integers(1, 30), seed=st.integers(0, 1 << 30))
 def test_factors_are_canonical_and_repeatable(rows, cols, seed):
     weight = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))

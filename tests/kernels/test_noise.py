@@ -101,7 +101,7 @@ def test_float64_weights_run_in_float64(device):
     torch.testing.assert_close(svd_noise(*inputs).cpu(), truth_of(*inputs), rtol=1e-12, atol=0)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(rows=st.integers(1, 40), cols=st.integers(1, 40), seed=st.integers(0, 1 << 30))
 def test_factors_of_the_weight_itself(rows, cols, seed):
     generator = torch.Generator().manual_seed(seed)

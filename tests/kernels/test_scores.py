@@ -183,7 +183,7 @@ def test_float64_inputs_run_in_float64(device):
     assert torch.equal(scores.argmax.cpu(), logits.argmax(1))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     tokens=st.integers(1, 20),
     vocabulary=st.integers(1, 5000),

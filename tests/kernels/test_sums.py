@@ -63,7 +63,7 @@ def test_sum_of_mixed_dtypes_takes_the_firsts(device):
     assert torch.equal(result, ((a.bfloat16().float() + b) * 0.5).bfloat16())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     weights=st.lists(st.floats(-4, 4).filter(lambda x: abs(x) > 1e-3), min_size=1, max_size=6),
     size=st.integers(1, 3000),

@@ -146,7 +146,7 @@ def test_float64_runs_in_float64():
     torch.testing.assert_close(result, truth_of(tensors, [0.5, 0.3], 0.3, base), rtol=1e-12, atol=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(size=st.integers(1, 400), levels=st.integers(1, 50), density=st.floats(0, 1), seed=st.integers(0, 1 << 30))
 def test_keeps_exactly_k(size, levels, density, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -118,7 +118,7 @@ def test_fills_the_view_and_nothing_beside_it(tmp_path, layout, target):
 
 
 @pytest.mark.usefixtures("instructions")
-@settings(deadline=None, max_examples=150, database=None)
+@settings(max_examples=150, database=None)
 @given(
     st.lists(st.integers(0, 70), min_size=0, max_size=4).filter(lambda shape: math.prod(shape) < 60_000),
     st.randoms(use_true_random=False),

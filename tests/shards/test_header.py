@@ -270,7 +270,7 @@ def headers(draw) -> bytes:
     return pack(text, bytes(max(0, position + draw(st.sampled_from([0] * 8 + [1, -1])))))
 
 
-RELAXED = settings(deadline=None, max_examples=300, suppress_health_check=list(HealthCheck), database=None)
+RELAXED = settings(max_examples=300, suppress_health_check=list(HealthCheck), database=None)
 
 
 @RELAXED

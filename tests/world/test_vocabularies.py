@@ -23,7 +23,7 @@ MODELS = st.lists(
 
 @pytest.mark.parametrize("source", ["base", "union", "m1"])
 @given(drawn=MODELS, named=st.sets(st.sampled_from("abxy")))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_token_has_one_row_and_it_is_the_row_of_who_has_it(source, drawn, named, tmp_path):
     pool: dict[str, Any] = {}
     for index, (tokens, _) in enumerate(drawn):

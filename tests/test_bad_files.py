@@ -103,6 +103,14 @@ def test_a_key_of_config_json_with_another_kind_of_value_is_named(refused, place
     assert message in refused("check", "cfg.yaml")
 
 
+def test_fewer_experts_than_the_weights_hold_are_the_configs_fault(refused, place):
+    tiny_run(place / "experts", 2, "mixtral", dataset={"sums.json": {"mode": "exact_match"}}, holdout={})
+    for name in ("donor0", "donor1"):
+        edit(place / f"experts/models/{name}/config.json", num_local_experts=1)
+    found = refused("check", "experts/cfg.yaml")
+    assert "num_local_experts is 1, but they hold model.layers.0.block_sparse_moe.gate.weight" in found
+
+
 def a_loop(path: Path) -> None:
     path.symlink_to(path.name)
 

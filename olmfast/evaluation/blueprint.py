@@ -163,7 +163,11 @@ def map_slots(module: Any, architecture: Architecture, names: Iterable[str], whe
     for name in names:
         slot = architecture.slot(name)
         if slot.parameter in parameters:
-            slots[name] = slot.of(parameters[slot.parameter].data)
+            try:
+                slots[name] = slot.of(parameters[slot.parameter].data)
+            except IndexError:  # an expert more than there are
+                unknown.append(name)
+                continue
             filled[slot.parameter] += slots[name].numel()
         elif not architecture.is_ignored(name) and slot.parameter not in buffers:
             unknown.append(name)

@@ -183,6 +183,12 @@ def test_an_output_that_cannot_be_replaced_is_refused_before_anything_is_written
         assert (code, tree(place)) == (2, before), err
 
 
+@pytest.mark.parametrize("flags", [["run"], ["run", "--dry-run"], ["check"]])
+def test_a_folder_without_a_name_is_refused(flags, place, olmfast):
+    code, _, err = olmfast(*flags, place / "cfg.yaml", "--set", "output_dir=/")
+    assert (code, err) == (2, "olmfast: output_dir: / has no name of its own; name a folder that can be replaced\n")
+
+
 def test_a_file_at_the_output_is_refused_by_check_too(place, olmfast):
     (place / "out").write_text("mine")
     before = tree(place)

@@ -57,7 +57,6 @@ class OutputFolder:
 
     def __init__(self, output: Path, *, overwrite: bool) -> None:
         self.output = output
-        _check_name(output)
         self.partial = partial_of(output)
         self.overwrite = overwrite
         try:
@@ -375,7 +374,8 @@ def _is_aside(name: str, output: str) -> bool:
 
 
 def partial_of(output: Path) -> Path:
-    """The folder that a result is written to before it is complete."""
+    """The folder that a result is written to before it is complete. Raises InputError for a name that has none."""
+    _check_name(output)
     return output.with_name(f"{output.name}.partial")
 
 
@@ -388,7 +388,8 @@ def _unused(path: Path) -> Path:
 def parent_of(output: Path) -> Path:
     """The innermost existing folder around `output`. Raises InputError if it is a file, or cannot be read."""
     try:
-        place = next(place for place in output.absolute().parents if os.path.lexists(place))
+        around = output.absolute().parents or [output]  # nothing is around the root
+        place = next(place for place in around if os.path.lexists(place))
         if not place.is_dir():
             raise InputError(f"{output}: {place} is not a directory; name another place for the result")
     except OSError as error:

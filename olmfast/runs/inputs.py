@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -18,7 +18,7 @@ from olmfast.evaluation.conversations import conversations_of
 from olmfast.evaluation.division import PARTS
 from olmfast.evaluation.open import Questions, Settings, environment, order_of_tensors
 from olmfast.observer import Observer
-from olmfast.output.folder import OutputFolder, check_space
+from olmfast.output.folder import OutputFolder, check_space, partial_of
 from olmfast.runs.harness import check_tasks
 from olmfast.runs.start import Start, file_of
 from olmfast.runs.trackers import load_tracker
@@ -64,7 +64,8 @@ class Inputs:
         others = [ancestor_of(config), *(start.models if start else [])]
         names = list(dict.fromkeys([config.base_name, *config.models, *(name for name in others if name is not None)]))
         digests = DigestCache()
-        digests.load([config.output_dir.with_name(f"{config.output_dir.name}.partial") / DIGESTS])
+        with suppress(InputError):  # a name that no folder can have is told with the rest
+            digests.load([partial_of(config.output_dir) / DIGESTS])
         with _noted(faults):
             pool = Pool.open(names, config.models_dir, config.config_dir, digests=digests, download=download)
         entries = config.questions

@@ -10,6 +10,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 DIGITS = 400  # of numbers that fit in no float
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2, 3, 7, 64, 1000, 2**31, 2**63, 2**64, 10**12, -(2**63), int("9" * DIGITS),
@@ -111,8 +113,11 @@ def spoil_bytes(rng: random.Random, content: bytes) -> bytes:
 
 
 def as_text(rng: random.Random, data: Any) -> bytes:
-    """Plain data as JSON, which is YAML too: with escapes, or with what they stand for."""
-    text = json.dumps(data, ensure_ascii=rng.random() < 0.7, indent=rng.choice((None, 1)))
+    """Plain data as JSON, which is YAML too: with escapes, or with what they stand for. What holds itself is YAML."""
+    try:
+        text = json.dumps(data, ensure_ascii=rng.random() < 0.7, indent=rng.choice((None, 1)))
+    except ValueError:
+        text = yaml.safe_dump(data)
     return text.encode("utf-8", "surrogatepass")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Callable
@@ -199,6 +200,23 @@ def test_what_has_the_name_of_a_folder_in_progress_and_is_not_one_is_left_alone(
         code, _, err = olmfast(*COMMANDS[name](place), *([flag] if flag else []))
         assert (code, tree(place)) == (2, before), err
         assert str(place / "out.partial") in err
+
+
+def test_what_a_kill_leaves_before_there_is_a_record_is_removed_by_the_next_command(place, olmfast):
+    names = [f".olmfast-{digit * 16}" for digit in "0123456"]
+    empty, unwritten, locked, written, more, is_file, link = (place / name for name in names)
+    for folder in (empty, unwritten, locked, written, more):
+        folder.mkdir()
+    for folder, text in ((unwritten, ""), (locked, ""), (written, "mine"), (more, ""), (more, "")):
+        (folder / ".lock").write_text(text)
+    (more / "thesis.txt").write_text("the only copy")
+    is_file.write_text("")
+    link.symlink_to(empty)
+    with (locked / ".lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert olmfast(*COMMANDS["merge"](place))[0] == 0
+    left = {path.name for path in place.iterdir() if path.name.startswith(".olmfast-")}
+    assert left == {path.name for path in (locked, written, more, is_file, link)}
 
 
 def test_a_run_is_not_resumed_through_a_link(place, olmfast):

@@ -45,6 +45,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "additional_chat_templates": ("*.jinja",),
     "[0-9]*_*": ("*.json", "*.safetensors", "*.txt", "*.model"),
 }
+ATTEMPTS = 3  # to make a folder
 LONGEST_ENDING = ".replaced.99"  # after the output's own name
 
 
@@ -198,12 +199,16 @@ class OutputFolder:
         for folder in reversed(missing):
             folder.mkdir(exist_ok=True)
             self._made.append(folder)
-        begun = parent / unguessable()
-        held = -1
+        begun, held = parent / unguessable(), -1
         try:
-            begun.mkdir()
-            held = os.open(begun / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for _ in range(ATTEMPTS):  # until it is locked, another command may sweep it away
+                begun = parent / unguessable()
+                begun.mkdir()
+                with suppress(InputError, FileNotFoundError):
+                    held = _open_lock(begun)
+                    break
+            else:
+                raise _busy(self.partial)
             os.write(held, Claim(self.output.name, begun.stat().st_ino, self._agreed).to_bytes())
             os.fsync(held)
             if os.path.lexists(self.partial):
@@ -270,7 +275,8 @@ class OutputFolder:
         """Remove what a kill left of a folder that was being begun, or removed."""
         for path in self.output.parent.glob(".olmfast-" + "[0-9a-f]" * 16):
             with suppress(InputError, OSError):
-                if Claim.read(path, self.output.name) is not None and _foreign(path) is None:
+                is_ours = Claim.read(path, self.output.name) is not None and _foreign(path) is None
+                if is_ours or _holds_nothing(path):
                     with _locked(path):
                         _empty(path)
 
@@ -327,6 +333,14 @@ def _foreign(folder: Path) -> Path | None:
             if not is_known or not any(fnmatchcase(path.name, part) for part in parts):
                 return path
     return None
+
+
+def _holds_nothing(folder: Path) -> bool:
+    """Whether a folder was made and got no record: it is empty, or holds an empty lock file alone."""
+    held = [(path.name, path.lstat()) for path in folder.iterdir()]
+    return not folder.is_symlink() and all(
+        name == LOCK and stat.S_ISREG(found.st_mode) and found.st_size == 0 for name, found in held
+    )
 
 
 def _empty(folder: Path) -> None:

@@ -49,7 +49,7 @@ shards = Pybind11Extension(
     sources=sorted(glob.glob("csrc/*.cpp")),
     depends=sorted(glob.glob("csrc/*.hpp")),
     cxx_std=17,
-    extra_compile_args=["-O3", "-Wall", "-Wextra", "-pthread"],
+    extra_compile_args=["-O3", "-ffp-contract=off", "-fno-trapping-math", "-Wall", "-Wextra", "-pthread"],
     extra_link_args=["-pthread"],
 )
 

@@ -6,7 +6,8 @@ Two models of 0.5 B parameters in bfloat16 and the one they come from (random we
 merged by linear, slerp and ties. Each merge is a process of its own, alternating between the two tools; CPU and wall
 seconds are counted from when its imports are done, without the thread that watches the memory.
 `make build/parity/installed` makes the environment with mergekit; without the variable olmfast is measured alone. The
-limit is `cp` plus sync of as many bytes. One round, or with OLMFAST_BENCH_ALL=1 the medians of three. Needs 6 GB of
+limit is `cp` plus sync of as many bytes. How a result is written is measured apart: past the page cache, and through it
+as on a file system that refuses. One round, or with OLMFAST_BENCH_ALL=1 the medians of three. Needs 6 GB of
 disk.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -26,6 +28,8 @@ import pytest
 import torch
 import yaml
 from figures import TINY, room, sized
+
+from olmfast import _shards
 
 pytestmark = pytest.mark.timeout(0)
 ROUNDS = sized(1, 1, 3)
@@ -189,3 +193,28 @@ def test_a_merge_beside_mergekits(benchmark: Any, report: Callable[..., None], f
     case = f"{method} of two models, {n_bytes / 1e9:.2f} GB"
     report(case, f"{mine['cpu']:.2f} CPU s", rival, ratio, f"{share:.0%} of cp's rate", **more)
     assert mine["growth"] < 300e6
+
+
+def written(path: Path, n_bytes: int, direct: bool) -> dict[str, float]:
+    """CPU and wall seconds of writing a file as a merge does, a buffer at a time, until it is on the disk."""
+    os.sync()
+    before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    output = _shards.Output(path, n_bytes)
+    output._direct = direct
+    for at in range(0, n_bytes, _shards.ROOM_BYTES):
+        output.room(at, min(_shards.ROOM_BYTES, n_bytes - at))
+    output.finish()
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    path.unlink()
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"cpu": cpu, "wall": time.perf_counter() - began}
+
+
+def test_writing_past_the_page_cache(benchmark: Any, report: Callable[..., None], folder: Path) -> None:
+    n_bytes = sized(1 << 20, 1 << 30, 1 << 30)
+    runs = [(written(folder / "past", n_bytes, True), written(folder / "past", n_bytes, False)) for _ in range(ROUNDS)]
+    benchmark.pedantic(lambda: None, rounds=1)
+    past, through = ({key: statistics.median(run[i][key] for run in runs) for key in ("cpu", "wall")} for i in (0, 1))
+    more = {"wall": f"{past['wall']:.2f} s", "wall_through": f"{through['wall']:.2f} s"}
+    rival, ratio = f"through it {through['cpu']:.2f} CPU s", through["cpu"] / max(past["cpu"], 1e-3)
+    report(f"{n_bytes / 1e9:.2f} GB past the page cache", f"{past['cpu']:.3f} CPU s", rival, ratio, **more)

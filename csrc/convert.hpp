@@ -44,6 +44,7 @@ Converter converter(Kind from, Kind to, bool portable_only = false);
 
 // For tests: let `converter` behave as on a machine without wide instructions.
 void use_portable(bool only);
+bool is_portable();
 
 // Put AVX2 rows into `chosen` where this machine has them.
 void use_avx2(Kind from, Kind to, Converter& chosen);

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "combine.hpp"
 #include "guard.hpp"
 #include "output.hpp"
 #include "shard.hpp"
@@ -39,6 +40,13 @@ class Borrowed {
 
  private:
   Py_buffer view_;
+};
+
+// Memory that an output will write.
+struct Room {
+  std::shared_ptr<Stage> stage;
+  char* data;
+  uint64_t n_bytes;
 };
 
 // A buffer over mapped bytes. Python reads it unguarded.
@@ -170,6 +178,9 @@ void define_shard(py::module_& module) {
 }
 
 void define_output(py::module_& module) {
+  py::class_<Room>(module, "_Room", py::buffer_protocol()).def_buffer([](Room& room) {
+    return py::buffer_info(reinterpret_cast<uint8_t*>(room.data), static_cast<py::ssize_t>(room.n_bytes));
+  });
   py::class_<Output>(module, "Output")
       .def(py::init([](const py::object& path, uint64_t n_bytes) {
              std::string name = file_system_path(path);
@@ -187,8 +198,63 @@ void define_output(py::module_& module) {
              py::gil_scoped_release nogil;
              return output.copy(offset, *shard, source_offset, n_bytes);
            }, py::arg("offset"), py::arg("shard"), py::arg("source_offset"), py::arg("n_bytes"))
+      .def("room", [](Output& output, uint64_t offset, uint64_t n_bytes) {
+             char* data;
+             {
+               py::gil_scoped_release nogil;
+               data = output.room(offset, n_bytes);
+             }
+             return py::memoryview(py::cast(Room{output.stage(), data, n_bytes}));
+           }, py::arg("offset"), py::arg("n_bytes"))
+      .def_readwrite("_direct", &Output::direct)
       .def_readwrite("_first_method", &Output::first_method)
       .def("finish", &Output::finish, Nogil());
+}
+
+void define_combining(py::module_& module) {
+  py::class_<Operand>(module, "Operand")
+      .def(py::init([](std::shared_ptr<const Shard> shard, uint64_t place, const std::string& dtype,
+                       const std::string& rounded, float weight) {
+             Operand operand;
+             operand.shard = std::move(shard);
+             operand.place = place;
+             operand.kind = kind_of(dtype);
+             operand.rounded = kind_of(rounded);
+             operand.weight = weight;
+             return operand;
+           }),
+           py::arg("shard"), py::arg("place"), py::arg("dtype"), py::arg("rounded") = "F32", py::arg("weight") = 1.0f)
+      .def_readwrite("weight", &Operand::weight)
+      .def_readwrite("from_base", &Operand::from_base)
+      .def_readwrite("n_first", &Operand::n_first)
+      .def_readwrite("largest_first", &Operand::largest_first)
+      .def_readwrite("largest", &Operand::largest)
+      .def_readwrite("scale", &Operand::scale);
+  py::class_<Target>(module, "Target")
+      .def(py::init([](uint64_t n, uintptr_t address, uint64_t capacity, const std::string& dtype,
+                       const std::string& rounded) {
+             return Target{n, address, capacity, kind_of(dtype), kind_of(rounded)};
+           }),
+           py::arg("n"), py::arg("address"), py::arg("capacity"), py::arg("dtype"), py::arg("rounded"));
+  module.def("combine", &combine, py::arg("operands"), py::arg("divisor"), py::arg("target"), Nogil());
+  module.def("combine_task_vectors", [](const Operand& base, const std::vector<Operand>& operands, bool signs,
+                                        bool normalize, float divisor, float least, float scale, const Target& target) {
+    combine_task_vectors(base, operands, {signs, normalize, divisor, least, scale}, target);
+  }, py::arg("base"), py::arg("operands"), py::arg("signs"), py::arg("normalize"), py::arg("divisor"),
+     py::arg("least"), py::arg("scale"), py::arg("target"), Nogil());
+  module.def("count_magnitudes", [](const Operand& operand, const Operand* base, uint64_t n, int32_t low, int32_t high) {
+    Counted counted;
+    {
+      py::gil_scoped_release nogil;
+      counted = count_magnitudes(operand, base, n, low, high);
+    }
+    const auto& tally = counted.tally;
+    py::bytearray between(reinterpret_cast<const char*>(counted.between.data()), counted.between.size() * 4);
+    return py::make_tuple(tally.above, tally.from_high, tally.over, tally.from_low, between);
+  }, py::arg("operand"), py::arg("base").none(true), py::arg("n"), py::arg("low"), py::arg("high"));
+  module.def("all_finite", [](uintptr_t address, uint64_t n, const std::string& dtype) {
+    return all_finite(address, n, kind_of(dtype));
+  }, py::arg("address"), py::arg("n"), py::arg("dtype"), Nogil());
 }
 
 }  // namespace
@@ -203,6 +269,8 @@ PYBIND11_MODULE(_shards, module) {
       .def_property_readonly("n_bytes", &Transfer::n_bytes);
   module.def("copy", &run_transfers, py::arg("transfers"), Nogil());
   define_output(module);
+  define_combining(module);
+  module.attr("ROOM_BYTES") = Output::kRoomBytes;
   module.def("sync_folder", [](const py::object& path) {
     std::string name = file_system_path(path);
     py::gil_scoped_release nogil;

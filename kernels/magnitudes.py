@@ -35,11 +35,14 @@ class Keys(NamedTuple):
 
     `read(start, stop)` gives those from flat index `start` on, (stop - start,), in memory that may be used again;
     `chunks` are consecutive and cover all. Whatever is read begins and ends at a multiple of `row`.
+    `counted(start, stop, low, high)`, where there is one, gives of those that `read` would give how many are above
+    `high`, from `high` on, above `low` and from `low` on, and those between the two.
     """
 
     read: Callable[[int, int], Tensor]
     chunks: Sequence[tuple[int, int]]
     row: int = 1
+    counted: Callable[[int, int, int, int], tuple[int, int, int, int, Tensor]] | None = None
 
     @property
     def n_values(self) -> int:
@@ -95,14 +98,18 @@ class Threshold:
 
         In the values' own dtype, because masks of bool are several times slower on a CPU. NaN gives 0.
         """
-        n_equal = min(max(self.last + 1 - start, 0), len(magnitudes))
+        n_equal = self.n_equal(start, len(magnitudes))
         magnitudes[:n_equal].ge_(self.value)
         magnitudes[n_equal:].gt_(self.value)
         return magnitudes
 
+    def n_equal(self, start: int, n: int) -> int:
+        """How many of `n` values from flat index `start` on belong if they are equal to `value`: the first ones."""
+        return min(max(self.last + 1 - start, 0), n)
+
     def thin_(self, values: Tensor, start: int) -> Tensor:
         """Set what does not belong to 0, in place, for a chunk that begins at flat index `start`; NaN stays."""
-        n_equal = min(max(self.last + 1 - start, 0), len(values))
+        n_equal = self.n_equal(start, len(values))
         for part, largest in ((values[:n_equal], self.below), (values[n_equal:], self.value)):
             if largest >= 0 and len(part):
                 torch.ops.aten.hardshrink.out(part, largest, out=part)
@@ -128,11 +135,17 @@ def cuts(keys: Keys, n_kept: Sequence[int], n_bits: int = 32) -> list[Cut]:
     """
     sample = _sample(keys)
     tallies = {k: _Tally(_bracket(sample, k / keys.n_values, keys.n_values <= FEW)) for k in n_kept}
-    masks = np.empty((4, max(stop - start for start, stop in keys.chunks)), dtype=bool)
+    longest = max(stop - start for start, stop in keys.chunks)
+    masks = np.empty((4, 0 if keys.counted else longest), dtype=bool)
     for start, stop in keys.chunks:
-        piece = keys.read(start, stop)
-        for tally in tallies.values():
-            tally.add(piece, masks)
+        if keys.counted is None:
+            piece = keys.read(start, stop)
+            for tally in tallies.values():
+                tally.look_at(piece, masks)
+        else:
+            for tally in tallies.values():
+                *counts, between = keys.counted(start, stop, tally.low, tally.high)
+                tally.add(*_parts(counts, tally.low == tally.high, between))
     found = {k: cut for k, tally in tallies.items() if (cut := tally.cut(k, keys)) is not None}
     missed = [k for k in tallies if k not in found]
     if missed:
@@ -156,12 +169,15 @@ class _Tally:
         self.between: list[Tensor] = []
         self.n_between = 0
 
-    def add(self, keys: Tensor, masks: np.ndarray) -> None:
-        """Look at one chunk; `masks` is memory for four of its length."""
+    def look_at(self, keys: Tensor, masks: np.ndarray) -> None:
+        """One chunk; `masks` is memory for four of its length."""
         if keys.device.type == "cpu":
-            n_above, n_high, n_low, between = _divide_on_cpu(keys, self.low, self.high, masks[:, : len(keys)])
+            self.add(*_divide_on_cpu(keys, self.low, self.high, masks[:, : len(keys)]))
         else:
-            n_above, n_high, n_low, between = _divide(keys, self.low, self.high)
+            self.add(*_divide(keys, self.low, self.high))
+
+    def add(self, n_above: int, n_high: int, n_low: int, between: Tensor) -> None:
+        """What a chunk has above the bracket, at its ends, and between them."""
         self.n_above += n_above
         self.at_high.append(n_high)
         self.at_low.append(n_low)

@@ -83,19 +83,89 @@ def copy(transfers: Sequence[Transfer]) -> None:
     Raises OSError, naming file and tensor; some destinations may then hold part of the new values.
     """
 
+ROOM_BYTES: int
+
 class Output:
-    """A file of `n_bytes`, reserved on disk. Raises OSError, at once if the disk is full."""
+    """A file of `n_bytes`, reserved on disk. Raises OSError, at once if the disk is full.
+
+    What is written goes past the page cache where the file system allows it, while the caller goes on: an error may be
+    that of an earlier call.
+    """
 
     def __init__(self, path: str | os.PathLike[str], n_bytes: int) -> None: ...
     def write(self, offset: int, buffer: Buffer) -> None: ...
+    def room(self, offset: int, n_bytes: int) -> memoryview:
+        """Memory for so many bytes at `offset`, at most ROOM_BYTES, to be filled before the next call.
+
+        Its address leaves the same rest as `offset` when divided by 4096.
+        """
     def copy(self, offset: int, shard: Shard, source_offset: int, n_bytes: int) -> str:
         """Copy bytes of a shard inside the kernel; the name of the way that worked.
 
         `copy_file_range`, else `sendfile`, else `buffer`.
         """
+    _direct: bool
     _first_method: int
     def finish(self) -> None:
         """Return when all is on the disk; the file is then closed."""
+
+class Operand:
+    """Consecutive F32, F16 or BF16 values from `place` on: an offset in a shard, or without one an address.
+
+    They are rounded to `rounded` first. In `combine_task_vectors` they are then thinned: the base is subtracted if
+    `from_base`; what is not larger in magnitude than `largest` (of the first `n_first` values: `largest_first`)
+    becomes 0, nothing where that is negative; and the rest is multiplied by `scale`. Lastly they are multiplied by
+    `weight`, unless they are counted.
+    """
+
+    def __init__(
+        self, shard: Shard | None, place: int, dtype: str, rounded: str = "F32", weight: float = 1.0
+    ) -> None: ...
+    weight: float
+    from_base: bool
+    n_first: int
+    largest_first: float
+    largest: float
+    scale: float
+
+class Target:
+    """Where `n` values go: memory of `capacity` bytes. They are rounded to `rounded` and then to `dtype`."""
+
+    def __init__(self, n: int, address: int, capacity: int, dtype: str, rounded: str) -> None: ...
+
+def combine(operands: Sequence[Operand], divisor: float, target: Target) -> None:
+    """The first times its weight, then `weight * operand + sum` rounded once for each other, over `divisor`.
+
+    In float32, with the same bits on every processor: those of torch where it multiplies and adds in one instruction.
+    Raises ValueError or IndexError for what does not fit, OSError as `copy` does.
+    """
+
+def combine_task_vectors(
+    base: Operand,
+    operands: Sequence[Operand],
+    signs: bool,
+    normalize: bool,
+    divisor: float,
+    least: float,
+    scale: float,
+    target: Target,
+) -> None:
+    """base + scale * the sum of the operands, or with `signs` of what has the sign of that sum, + where it is 0.
+
+    `normalize`: over the sum of the weights of what counts (`divisor` where all does), 1 more where that is below
+    `least` in magnitude. Raises what `combine` raises.
+    """
+
+def count_magnitudes(
+    operand: Operand, base: Operand | None, n: int, low: int, high: int
+) -> tuple[int, int, int, int, bytearray]:
+    """Of the float32 bits of `n` magnitudes, of the operand or of its difference from the base, as integers:
+
+    how many are above `high`, at least `high`, above `low`, at least `low`; and as int32 those between the two.
+    """
+
+def all_finite(address: int, n: int, dtype: str) -> bool:
+    """Whether none of `n` F64, F32, F16 or BF16 values is NaN or infinite."""
 
 def sync_folder(path: str | os.PathLike[str]) -> None:
     """Make a folder's entries durable: files created in it, or renamed."""

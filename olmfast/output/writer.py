@@ -35,8 +35,6 @@ from olmfast.weights.sources import Expression, Sources
 
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 PAGE_BYTES = 4096
-# Values that are written together: one request to the disk for all of them.
-AT_ONCE = 4 * CHUNK
 
 
 @dataclass(frozen=True)
@@ -351,13 +349,22 @@ def _write_computed(
             raise ValueError(f"has shape {list(source.shape)}, expected {list(tensor.shape)}")
         if not tensor.n_values:
             return
-        block = memory.take("written", min(max(AT_ONCE, chunk_size(sources.device)), tensor.n_values), tensor.dtype)
-        for start in range(0, tensor.n_values, len(block)):
-            values = block[: tensor.n_values - start]
+        width = tensor.dtype.itemsize
+        step = max(_shards.ROOM_BYTES // width, chunk_size(sources.device))
+        for start in range(0, tensor.n_values, step):
+            n_values, at = min(step, tensor.n_values - start), place + start * width
+            # Where the disk takes it from, but for a GPU's chunks, which are larger.
+            room = output.room(at, n_values * width) if n_values * width <= _shards.ROOM_BYTES else None
+            values = (
+                memory.take("written", n_values, tensor.dtype)
+                if room is None
+                else torch.frombuffer(room, dtype=tensor.dtype)
+            )
             source.read_into(values, start)
             if finite and not _is_finite(values):
                 raise not_finite(tensor, sources)
-            output.write(place + start * tensor.dtype.itemsize, values.view(torch.uint8).numpy().data)
+            if room is None:
+                output.write(at, values.view(torch.uint8).numpy().data)
         for info in tensor.expression.places(sources):  # read once more only by chance; else memory fills with it
             info.shard.advise(info.offset, info.n_bytes, "release")
     except (TypeError, ValueError) as error:
@@ -382,7 +389,9 @@ def chunks_of(source: Readable, step: int = CHUNK) -> Iterator[tuple[int, torch.
 
 
 def _is_finite(values: torch.Tensor) -> bool:
-    return bool(torch.stack(values.aminmax()).isfinite().all())  # either is NaN if any value is
+    if not values.dtype.is_floating_point:
+        return True
+    return _shards.all_finite(values.data_ptr(), values.numel(), DTYPE_NAMES[values.dtype])
 
 
 def not_finite(tensor: OutputTensor, sources: Sources) -> InputError:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from olmfast.output.writer import AT_ONCE, Content
+from olmfast import _shards
+from olmfast.output.writer import Content
 from olmfast.weights.checkpoint import read_json
 from olmfast.weights.chunks import CHUNK
 from olmfast.weights.pool import Pool
@@ -86,7 +87,7 @@ def memory_bytes(plan: Plan) -> int:
     held = max((tensor.expression.held_bytes(sources) for tensor in tensors), default=0)
     # Each term has a buffer, and its thinned or weighted form; half a dozen more hold masks and sums. Then what is
     # written at a time. Pages of files are not counted: the system can reclaim them at any time.
-    return (2 * most + 8) * max(CHUNK, row) * 8 + AT_ONCE * 8 + held
+    return (2 * most + 8) * max(CHUNK, row) * 8 + 3 * _shards.ROOM_BYTES + held
 
 
 def vocabulary_json(vocabulary: Vocabulary) -> dict[str, Any]:

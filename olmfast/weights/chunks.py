@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from math import prod
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -26,6 +26,25 @@ Piece = Callable[[int, int], torch.Tensor]
 def chunk_size(device: torch.device, task_vectors: bool = False) -> int:
     """Values in a chunk on this device."""
     return GPU_CHUNK if device.type != "cpu" else TASK_CHUNK if task_vectors else CHUNK
+
+
+@runtime_checkable
+class IntoMemory(Protocol):
+    """A piece that can do without the caller's chunks; see `fused.Fused`."""
+
+    def fits(self, out: torch.Tensor) -> bool:
+        """Whether it can fill `out`."""
+        ...
+
+    def read_into(self, out: torch.Tensor, start: int) -> None:
+        """See `Readable`."""
+        ...
+
+
+def chunked(n_values: int, step: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of consecutive chunks of `step` values, the last of which may be shorter."""
+    for start in range(0, n_values, step):
+        yield start, min(start + step, n_values)
 
 
 class Readable(Protocol):
@@ -104,11 +123,14 @@ class Streamed:
         """See `Readable`."""
         if self._piece is None:
             self._piece = self._prepare()
+        if isinstance(self._piece, IntoMemory) and self._piece.fits(out):
+            return self._piece.read_into(out, start)
         step = self.operands.step
         for begin in range(0, len(out), step):
             end = min(begin + step, len(out))
             values = self._piece(start + begin, start + end)
             out[begin:end].copy_(values if out.dtype == self.dtype else values.to(self.dtype))
+        return None
 
 
 def common_dtype(tensors: Sequence[Readable]) -> torch.dtype:
@@ -177,9 +199,7 @@ class Operands:
 
     def chunks(self, whole: int = 1) -> Iterator[tuple[int, int]]:
         """(start, stop) of consecutive chunks; none ends within `whole` consecutive values."""
-        step = self.step // whole * whole or whole
-        for start in range(0, self.n_values, step):
-            yield start, min(start + step, self.n_values)
+        yield from chunked(self.n_values, self.step // whole * whole or whole)
 
     @property
     def row(self) -> int:
@@ -192,13 +212,18 @@ class Operands:
 
     def term(self, i: int, start: int, stop: int) -> torch.Tensor:
         """Values [start, stop) of term i."""
-        return self._read(self.terms[i], i, start, stop)
+        return self.read(self.terms[i], i, start, stop)
 
     def from_base(self, start: int, stop: int) -> torch.Tensor:
         """Values [start, stop) of the base. Raises ValueError if there is none."""
+        return self.read(self.needed_base, "base", start, stop)
+
+    @property
+    def needed_base(self) -> Readable:
+        """The base. Raises ValueError if there is none."""
         if self.base is None:
             raise ValueError("the method needs a base")
-        return self._read(self.base, "base", start, stop)
+        return self.base
 
     def delta(self, i: int, start: int, stop: int, base: torch.Tensor | None = None) -> torch.Tensor:
         """Values [start, stop) of term i minus the base's, which may be given if they have been read."""
@@ -229,7 +254,8 @@ class Operands:
                 total[i, i:] += (rows[i:] @ rows[i]).to("cpu", torch.float64)
         return total + total.triu(1).T
 
-    def _read(self, tensor: Readable, name: object, start: int, stop: int) -> torch.Tensor:
+    def read(self, tensor: Readable, name: object, start: int, stop: int) -> torch.Tensor:
+        """Values [start, stop) of a tensor, in memory that `name` stands for."""
         out = self._memory.take(name, stop - start, self.dtype)
         tensor.read_into(out, start)
         if torch.promote_types(tensor.dtype, self.result_dtype) != self.result_dtype:

@@ -15,6 +15,7 @@ from olmfast import kernels
 from olmfast.kernels.spherical import coefficients, products_ref
 from olmfast.weights import combining, row_wise
 from olmfast.weights.chunks import Held, Operands, Piece, Setting, Settings
+from olmfast.weights.fused import Sum
 from olmfast.weights.task_vectors import (
     TaskVectors,
     arcee_fusion,
@@ -88,7 +89,7 @@ def _linear(operands: Operands, settings: Settings) -> Piece:
     normalize = settings.flag("normalize", True)
     if normalize:
         combining.normalised(weights)
-    return lambda start, stop: operands.combined(weights, 0.0, start, stop, normalize)
+    return Sum(operands, weights, normalize=normalize)
 
 
 def _linear_whole(terms: list[torch.Tensor], _: torch.Tensor | None, settings: Settings) -> torch.Tensor:
@@ -128,7 +129,7 @@ def _summed(weights: Callable[[Operands, Settings], Sequence[float]]) -> Callabl
     def prepare(operands: Operands, settings: Settings) -> Piece:
         found = list(weights(operands, settings))
         of_base = 1.0 - sum(found) if operands.base is not None else 0.0
-        return lambda start, stop: operands.combined(found, of_base, start, stop)
+        return Sum(operands, found, of_base)
 
     return prepare
 

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 import torch
 import xxhash
 
-from olmfast import kernels
+from olmfast import _shards, kernels
 from olmfast.kernels.dare import uniform
-from olmfast.kernels.magnitudes import EVERYTHING, NOTHING, Keys, cuts, key_value, thresholds, value_keys
-from olmfast.weights.chunks import Operands, Piece, Settings
+from olmfast.kernels.magnitudes import EVERYTHING, NOTHING, Keys, Threshold, cuts, key_value, thresholds, value_keys
+from olmfast.weights.checkpoint import reading
+from olmfast.weights.chunks import Operands, Piece, Readable, Settings, chunked
+from olmfast.weights.fused import COUNTED, Fused, counting, in_memory, operand
 
 # Sets the entries of a chunk that are dropped to 0, in place; the chunk begins at the given flat index. NaN stays.
 Thin = Callable[[torch.Tensor, int], torch.Tensor]
@@ -32,13 +34,13 @@ def keep_all(operands: Operands, i: int, settings: Settings) -> Thin | None:  # 
     return None
 
 
-def keep_largest(operands: Operands, i: int, settings: Settings) -> Thin | None:
+def keep_largest(operands: Operands, i: int, settings: Settings) -> Thin | Threshold | None:
     """The max(1, int(density * n)) entries of largest magnitude (Yadav et al., arXiv 2306.01708)."""
     density = settings.each("density", i)
     return _between(operands, i, 0, max(1, int(density * operands.n_values)) if density > 0 else 0)
 
 
-def keep_between(operands: Operands, i: int, settings: Settings) -> Thin | None:
+def keep_between(operands: Operands, i: int, settings: Settings) -> Thin | Threshold | None:
     """int(density * n) entries, after the int(gamma * n) largest have been left out (arXiv 2312.06795).
 
     Fewer are left out where the density could not be met otherwise.
@@ -95,7 +97,7 @@ def keep_by_rank(operands: Operands, i: int, settings: Settings) -> Thin | None:
 class TaskVectors:
     """One of these methods: how entries are dropped, whether signs must agree, and what the settings default to."""
 
-    thin: Callable[[Operands, int, Settings], Thin | None]
+    thin: Callable[[Operands, int, Settings], Thin | Threshold | None]
     signs: bool
     normalize: bool = False
     rescale: bool = False
@@ -110,17 +112,73 @@ class TaskVectors:
         scales = [_rescaling(operands, i, thin, whole) if rescale else 1.0 for i, thin in enumerate(thins)]
         normalize, scale = settings.flag("normalize", self.normalize), settings.number("lambda", 1.0)
 
-        def piece(start: int, stop: int) -> torch.Tensor:
-            base = operands.from_base(start, stop)
-            parts = operands.scratch("parts", len(operands) * (stop - start)).view(len(operands), -1)
-            for i in range(len(operands)):
-                delta = operands.delta(i, start, stop, base)
-                thin = thins[i]
-                thinned = delta if thin is None else thin(delta, start)
-                torch.mul(thinned if scales[i] == 1.0 else thinned.mul_(scales[i]), weights[i], out=parts[i])
-            return _added(operands, base, parts, weights, self.signs, normalize, scale)
+        return in_rows(_Added(operands, thins, scales, weights, self.signs, normalize, scale), operands, whole)
 
-        return in_rows(piece, operands, whole)
+
+@dataclass(frozen=True)
+class _Added(Fused):
+    """base + scale * the sum of task vectors, thinned, times `scales` and then `weights`; see `TaskVectors`."""
+
+    thins: Sequence[Thin | Threshold | None]
+    scales: Sequence[float]
+    weights: Sequence[float]
+    signs: bool
+    normalize: bool
+    scale: float
+
+    def __call__(self, start: int, stop: int) -> torch.Tensor:
+        """See `Piece`."""
+        operands = self.operands
+        base = operands.from_base(start, stop)
+        parts = operands.scratch("parts", len(operands) * (stop - start)).view(len(operands), -1)
+        for i in range(len(operands)):
+            torch.mul(self._thinned(i, start, stop, base), self.weights[i], out=parts[i])
+        return _added(operands, base, parts, self.weights, self.signs, self.normalize, self.scale)
+
+    def _thinned(self, i: int, start: int, stop: int, base: torch.Tensor) -> torch.Tensor:
+        thinned = _thin(self.thins[i], self.operands.delta(i, start, stop, base), start)
+        return thinned if self.scales[i] == 1.0 else thinned.mul_(self.scales[i])
+
+    @property
+    def in_memory(self) -> bool:
+        """See `Fused`."""
+        return super().in_memory or not all(thin is None or isinstance(thin, Threshold) for thin in self.thins)
+
+    @property
+    def read(self) -> Sequence[Readable]:
+        """See `Fused`."""
+        return [*self.operands.terms, self.operands.needed_base]
+
+    def fill(self, start: int, stop: int, target: _shards.Target) -> None:
+        """See `Fused`."""
+        operands = self.operands
+        base = operands.from_base(start, stop) if self.in_memory else None
+        of_base = in_memory(base) if base is not None else operand(operands, operands.needed_base, "base", start, stop)
+        parts = [self._part(i, start, stop, base) for i in range(len(operands))]
+        for part, weight in zip(parts, self.weights, strict=True):
+            part.weight = weight
+        divisor = float(torch.tensor(self.weights, dtype=torch.float32).sum())
+        with reading():
+            _shards.combine_task_vectors(
+                of_base, parts, self.signs, self.normalize, divisor, TINY_WEIGHT, self.scale, target
+            )
+
+    def _part(self, i: int, start: int, stop: int, base: torch.Tensor | None) -> _shards.Operand:
+        thin, operands = self.thins[i], self.operands
+        if base is not None and not (thin is None or isinstance(thin, Threshold)):
+            return in_memory(self._thinned(i, start, stop, base))
+        part = operand(operands, operands.terms[i], i, start, stop)
+        part.from_base, part.scale = True, self.scales[i]
+        if isinstance(thin, Threshold):
+            part.n_first = thin.n_equal(start, stop - start)
+            part.largest_first, part.largest = thin.below, thin.value
+        return part
+
+
+def _thin(thin: Thin | Threshold | None, delta: torch.Tensor, start: int) -> torch.Tensor:
+    if thin is None:
+        return delta
+    return thin.thin_(delta, start) if isinstance(thin, Threshold) else thin(delta, start)
 
 
 def _added(
@@ -250,13 +308,15 @@ def arcee_fusion(operands: Operands, settings: Settings) -> Piece:  # noqa: ARG0
     return in_rows(piece, operands, row)
 
 
-def _between(operands: Operands, i: int, n_above: int, n_kept: int) -> Thin | None:
+def _between(operands: Operands, i: int, n_above: int, n_kept: int) -> Thin | Threshold | None:
     """The `n_kept` entries that follow the `n_above` largest."""
     n = operands.n_values
     if n_above + n_kept >= n and not n_above:
         return None
 
-    deltas = Keys(lambda start, stop: operands.delta(i, start, stop), list(operands.chunks()))
+    count = counting(operands, i)
+    chunks = list(operands.chunks() if count is None else chunked(n, COUNTED))
+    deltas = Keys(lambda start, stop: operands.delta(i, start, stop), chunks, counted=count)
     wanted = [k for k in (n_above, n_above + n_kept) if 0 < k < n]
     found = {
         0: NOTHING,
@@ -266,7 +326,7 @@ def _between(operands: Operands, i: int, n_above: int, n_kept: int) -> Thin | No
     above, within = found[n_above], found[n_above + n_kept]
 
     if not n_above:
-        return within.thin_
+        return within
 
     def thin(delta: torch.Tensor, start: int) -> torch.Tensor:
         kept = within.kept_(torch.abs(delta, out=operands.scratch("magnitudes", len(delta))), start)
@@ -275,7 +335,7 @@ def _between(operands: Operands, i: int, n_above: int, n_kept: int) -> Thin | No
     return thin
 
 
-def _rescaling(operands: Operands, i: int, thin: Thin | None, whole: int) -> float:
+def _rescaling(operands: Operands, i: int, thin: Thin | Threshold | None, whole: int) -> float:
     """sum |delta| before / after it is thinned, as mergekit rescales; 1 where either is next to nothing."""
     if thin is None:
         return 1.0
@@ -283,7 +343,7 @@ def _rescaling(operands: Operands, i: int, thin: Thin | None, whole: int) -> flo
     for start, stop in operands.chunks(whole):
         delta = operands.delta(i, start, stop)
         before += float(torch.abs(delta, out=operands.scratch("size", len(delta))).sum(dtype=torch.float64))
-        after += float(thin(delta, start).abs_().sum(dtype=torch.float64))
+        after += float(_thin(thin, delta, start).abs_().sum(dtype=torch.float64))
     return 1.0 if before < TINY_NORM or after < TINY_NORM else before / after
 
 

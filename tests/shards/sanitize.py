@@ -15,8 +15,8 @@ import pybind11
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = [
-    "-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-Wall", "-Wextra", "-fvisibility=hidden", "-fPIC", "-shared",
-    "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
+    "-std=c++17", "-O1", "-g", "-ffp-contract=off", "-fno-trapping-math", "-fno-omit-frame-pointer", "-Wall", "-Wextra",
+    "-fvisibility=hidden", "-fPIC", "-shared", "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
 ]  # fmt: skip
 
 

@@ -94,6 +94,8 @@ def test_all_that_does_not_fit_the_weights_in_config_json_is_told_at_once(refuse
         ({"hidden_act": ["silu"]}, "Transformers cannot build this model: "),
         ({"num_key_value_heads": 4}, "does not fit the weights: "),
         ({"model_type": {}}, "model_type {} is not supported"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps: expected a finite number, 0 or more, got inf"),
+        ({"final_logit_softcapping": "30"}, "final_logit_softcapping: expected a finite number, 0 or more, got '30'"),
     ],
 )
 def test_a_key_of_config_json_with_another_kind_of_value_is_named(refused, place, keys, message):

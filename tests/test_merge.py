@@ -349,6 +349,16 @@ def test_a_chunk_at_a_time_gives_what_the_whole_tensor_does(name):
     assert torch.equal(torch.cat(odd).view(whole.shape), whole)
 
 
+@pytest.mark.parametrize("name", ["ties", "breadcrumbs"])
+@pytest.mark.parametrize(("density", "same_as"), [(1e308, 1), (-1e308, 0), (1.5, 1)])
+def test_a_density_beyond_0_and_1_keeps_all_or_nothing(name, density, same_as):
+    values = torch.randn(64, generator=torch.Generator().manual_seed(3))
+    operands = Operands([Held(values)], Held(torch.zeros(64)))
+    method = METHODS[name]
+    found = [method.prepare(operands, method.settings({"density": one}))(0, 64).clone() for one in (density, same_as)]
+    assert torch.equal(*found)
+
+
 def test_an_output_that_is_there_is_not_touched_unless_asked(place, olmfast):
     merged(place)
     before = (place / "out" / "README.md").stat().st_mtime_ns

@@ -8,6 +8,7 @@ olmfast sees; the *slot* is the live module's parameter, or the part of it, that
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -154,6 +155,11 @@ _SIZES = (
     *("hidden_size", "n_embd", "vocab_size", "num_attention_heads", "n_head", "num_key_value_heads", "head_dim"),
     *("intermediate_size", "n_inner", "num_local_experts", "num_experts_per_tok", *_CONTEXT, *N_BLOCKS),
 )
+_NUMBERS = (
+    *("final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar", "logit_scale", "logits_scaling"),
+    *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "rope_theta", "rms_norm_eps"),
+    *("layer_norm_eps", "layer_norm_epsilon"),
+)
 _CALLED = {list: "a list", bool: "true or false", dict: "an object"}
 
 
@@ -173,6 +179,10 @@ def check_kinds(config: Mapping[str, Any], where: str) -> None:
             size = config.get(key)
             if size is not None and not (type(size) is int and 0 < size < 2**31):
                 faults.append(f"{where}: {key}: expected a positive whole number, got {show(size)}")
+        for key in _NUMBERS:
+            number = config.get(key)
+            if number is not None and not (type(number) in (int, float) and 0 <= number <= sys.float_info.max):
+                faults.append(f"{where}: {key}: expected a finite number, 0 or more, got {show(number)}")
     if faults:
         raise InputError("\n".join(faults))
 

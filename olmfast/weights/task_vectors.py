@@ -37,7 +37,7 @@ def keep_all(operands: Operands, i: int, settings: Settings) -> Thin | None:  # 
 def keep_largest(operands: Operands, i: int, settings: Settings) -> Thin | Threshold | None:
     """The max(1, int(density * n)) entries of largest magnitude (Yadav et al., arXiv 2306.01708)."""
     density = settings.each("density", i)
-    return _between(operands, i, 0, max(1, int(density * operands.n_values)) if density > 0 else 0)
+    return _between(operands, i, 0, max(1, _count(density, operands.n_values)) if density > 0 else 0)
 
 
 def keep_between(operands: Operands, i: int, settings: Settings) -> Thin | Threshold | None:
@@ -48,9 +48,14 @@ def keep_between(operands: Operands, i: int, settings: Settings) -> Thin | Thres
     density, n = settings.each("density", i), operands.n_values
     if density >= 1:
         return keep_all(operands, i, settings)
-    n_kept = int(density * n)
-    n_smallest = max(0, n - n_kept - int(settings.each("gamma", i) * n))
+    n_kept = _count(density, n)
+    n_smallest = max(0, n - n_kept - _count(settings.each("gamma", i), n))
     return _between(operands, i, n - n_smallest - n_kept, n_kept)
+
+
+def _count(share: float, n: int) -> int:
+    """int(share * n); a share below 0 is none, one above 1 is all."""
+    return int(min(max(share, 0.0), 1.0) * n)
 
 
 def keep_random(operands: Operands, i: int, settings: Settings) -> Thin | None:

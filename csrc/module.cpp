@@ -268,6 +268,7 @@ PYBIND11_MODULE(_shards, module) {
            py::arg("address"), py::arg("capacity"), py::arg("to_dtype"), py::arg("strides"))
       .def_property_readonly("n_bytes", &Transfer::n_bytes);
   module.def("copy", &run_transfers, py::arg("transfers"), Nogil());
+  module.def("release_copied", &release_copied, py::arg("on"));
   define_output(module);
   define_combining(module);
   module.attr("ROOM_BYTES") = Output::kRoomBytes;

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
@@ -22,6 +23,8 @@ namespace {
 
 constexpr uint64_t kPrefetchBytes = 1 << 20;
 
+std::atomic<bool> releases{false};
+
 void read_fully(const std::string& path, int fd, void* out, uint64_t n_bytes, uint64_t offset) {
   auto* to = static_cast<char*>(out);
   while (n_bytes) {
@@ -36,6 +39,10 @@ void read_fully(const std::string& path, int fd, void* out, uint64_t n_bytes, ui
 }
 
 }  // namespace
+
+void release_copied(bool on) { releases = on; }
+
+bool releases_copied() { return releases; }
 
 FileError::FileError(int number, const std::string& what, std::string name)
     : std::runtime_error(what), code(number), file(std::move(name)) {}
@@ -168,6 +175,7 @@ std::string Shard::label(uint64_t offset) const {
 void Shard::advise(uint64_t offset, uint64_t n_bytes, Advice advice) const {
   check_range(offset, n_bytes);
   if (!n_bytes) return;
+  if (advice == Advice::load && releases) advice = Advice::prefetch;
   auto map = mapping();
   auto page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
   uint64_t begin = offset / page * page, end = offset + n_bytes;

@@ -59,6 +59,11 @@ enum class Advice {
   drop,      // out of this process and, where nobody else uses them, out of the page cache
 };
 
+// Whether pages are taken out of this process once they have been copied; they may stay in the page cache. None are
+// then entered before they are copied.
+void release_copied(bool on);
+bool releases_copied();
+
 class Shard {
  public:
   // Reads and checks the header. Throws FormatError or FileError.

@@ -83,6 +83,12 @@ def copy(transfers: Sequence[Transfer]) -> None:
     Raises OSError, naming file and tensor; some destinations may then hold part of the new values.
     """
 
+def release_copied(on: bool) -> None:
+    """Whether mapped pages are taken out of this process once they have been copied: they count as its memory.
+
+    They may stay in the page cache, and are mapped again when they are next read. `advise` then loads none.
+    """
+
 ROOM_BYTES: int
 
 class Output:

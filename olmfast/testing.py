@@ -358,12 +358,13 @@ def skilled_run(
     held_out: int = 0,
     noise: float = 0.2,
     mode: str = "exact_match",
+    n_blocks: int = 2,
     **keys: Any,
 ) -> Path:
     """A pool in which each donor is best at a dataset of its own, and a config without a word of how to search."""
     import yaml
 
-    config = tiny_run(folder, n_donors, model={"noise": noise, "num_hidden_layers": 2})
+    config = tiny_run(folder, n_donors, model={"noise": noise, "num_hidden_layers": n_blocks})
     data = yaml.safe_load(config.read_text())
     data["dataset"], data["holdout"] = {}, {}
     for i, name in enumerate(data["models"]):

@@ -24,6 +24,7 @@ from olmfast.dataflow import execute
 from olmfast.dataflow.drawing import FACTORS, Space, distribution
 from olmfast.dataflow.hops import Hop
 from olmfast.errors import Interrupted
+from olmfast.evaluation.memory import Memory
 from olmfast.testing import own_answers, tiny_adapter, tiny_model
 
 N = 3
@@ -241,12 +242,12 @@ def test_the_sequential_scorer_scores_the_same_and_decides_the_same(tmp_path):
 def test_the_blocks_of_all_models_have_to_fit_the_memory(tmp_path, monkeypatch):
     asked = []
 
-    def memory(*limits):
-        asked.append(limits[-1])
-        raise InputError("max_ram: too little")
+    def check(_, n_bytes, what):
+        asked.append(n_bytes)
+        raise InputError(f"max_ram: too little: {what}")
 
-    monkeypatch.setattr("olmfast.dataflow.session.Memory", memory)
-    with pytest.raises(InputError, match="max_ram: too little"):
+    monkeypatch.setattr(Memory, "check", check)
+    with pytest.raises(InputError, match="max_ram: too little: the other models' blocks"):
         run(searched(tmp_path))
     blocks = [t for name, t in load_file(material() / "models/b/model.safetensors").items() if ".layers." in name]
     assert asked == [sum(4 * t.numel() for t in blocks)]  # of the one beside the first

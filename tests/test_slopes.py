@@ -141,11 +141,11 @@ def test_a_pass_that_does_not_fit_is_halved(tmp_path, monkeypatch):
     expected = world.fast.slopes(*asked)
     compute, seen = slopes.slopes_blockwise, []
 
-    def fail_first(model, blockwise, questions, directions, n_tokens, known):
+    def fail_first(model, blockwise, questions, directions, n_tokens, *rest):
         seen.append(n_tokens)
         if len(seen) == 1:
             raise torch.OutOfMemoryError("out of memory")
-        return compute(model, blockwise, questions, directions, n_tokens, known)
+        return compute(model, blockwise, questions, directions, n_tokens, *rest)
 
     monkeypatch.setattr("olmfast.evaluation.batched.slopes_blockwise", fail_first)
     halved = world.fast.slopes(*asked)

@@ -19,7 +19,6 @@ from olmfast.dataflow.repeats import RepeatSweep
 from olmfast.dataflow.running import PathModel
 from olmfast.dataflow.scoring import PathScorer
 from olmfast.dataflow.searching import PathSearch
-from olmfast.evaluation.memory import Memory
 from olmfast.evaluation.open import Evaluation, Questions
 from olmfast.evaluation.scorer import Candidate, Scorer
 from olmfast.observer import Observer
@@ -94,7 +93,8 @@ class PathSession(Session):
         names = [name for name in base.tensors if pool.architecture.block_of(name) is not None]
         n_values = sum(math.prod(base.tensors[name].shape) for name in names)
         needed = (len(self.inputs.donors) - 1) * n_values * settings.dtype.itemsize
-        Memory(settings.device, settings.max_ram, settings.max_vram, needed)
+        if needed:
+            settings.memory().check(needed, "the other models' blocks, which paths use and which are not streamed,")
 
     def _search_with_tests(self) -> None:
         search, config = self.search, self.config

@@ -24,6 +24,7 @@ from olmfast.evaluation.model import WorkingModel, builds_alike
 from olmfast.evaluation.passes import Passes
 from olmfast.evaluation.planning import Call, Planner, Way, Work
 from olmfast.evaluation.prefix import Prefix
+from olmfast.evaluation.residency import RESIDENT
 from olmfast.evaluation.scorer import Candidate, Direction, Slopes
 from olmfast.evaluation.scores import Scores
 from olmfast.evaluation.sequential import SequentialScorer
@@ -59,7 +60,8 @@ class BatchedScorer(Planner):
         self.model, self.tokenizer = model, tokenizer
         self.stop_tokens, self.batch_tokens = tuple(stop_tokens), batch_tokens
         self.memory = memory or Memory(model.device)
-        self.shares = Shares.of(self.memory, batch_tokens)
+        self.memory.give_to(self)
+        self.shares = Shares.of(self.memory, batch_tokens, model.residency is not RESIDENT)
         super().__init__(
             Trajectories(datasets, model.context, tokenizer, stop_tokens, self.shares, parts), model.dtype, progress
         )
@@ -79,17 +81,18 @@ class BatchedScorer(Planner):
     ) -> Slopes:
         """See `Scorer.slopes`. What does not fit the memory is halved."""
         while True:
-            n_tokens = self.shares.pass_tokens
+            n_tokens, sweep_bytes = self.shares.pass_tokens, self.shares.sweep_bytes
             try:
                 questions = self.lessons.of(samples, weights, teachers)
                 known = None if teachers else self._entering(candidate, directions, samples)
                 blockwise = self._differentiable()
                 with self.model.trial(candidate):
-                    return slopes_blockwise(self.model, blockwise, questions, directions, n_tokens, known)
+                    return slopes_blockwise(self.model, blockwise, questions, directions, n_tokens, known, sweep_bytes)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or n_tokens == 1:
                     raise
             self.statistics.splits += 1
+            self.shares.halve_sweeps()
             self.shares.halve_passes()
 
     def _entering(
@@ -105,8 +108,7 @@ class BatchedScorer(Planner):
             return None
         if any(task.runs_freely for task in tasks):
             return None
-        if self.blockwise.module is not self.model.module:
-            self.forget()
+        self.begin()
         with torch.inference_mode():
             self._bring_tasks_to(first, numbers)
 
@@ -120,11 +122,11 @@ class BatchedScorer(Planner):
         """The model taken apart outside of inference mode, whose tensors no gradient can pass."""
         if self._for_slopes is None or self._for_slopes.module is not self.model.module:
             with torch.no_grad():
-                self._for_slopes = BlockwiseModel(self.model.module, self.architecture)
+                self._for_slopes = BlockwiseModel(self.model.module, self.architecture, self.model.residency)
         return self._for_slopes
 
     def _logits_of(self, samples: Sequence[Sample]) -> Iterator[tuple[int, torch.Tensor]]:
-        return logits_blockwise(self._differentiable(), samples, self.shares.pass_tokens)
+        return logits_blockwise(self._differentiable(), samples, self.shares.pass_tokens, self.shares.sweep_bytes)
 
     def value(self, expression: Expression) -> torch.Tensor:
         """See `Scorer.value`."""
@@ -138,7 +140,7 @@ class BatchedScorer(Planner):
     @torch.inference_mode()
     def forget(self) -> None:
         """Take the live model apart anew, keep none of its activations, and measure again what a pass takes."""
-        self.blockwise = BlockwiseModel(self.model.module, self.architecture)
+        self.blockwise = BlockwiseModel(self.model.module, self.architecture, self.model.residency)
         self.passes = Passes(self.blockwise, self.trajectories, self.shares, self.statistics)
         measured = self.passes.measure(self.memory)
         self.shares.fit(*measured, self.blockwise.state_bytes, self.trajectories.n_states)
@@ -150,6 +152,11 @@ class BatchedScorer(Planner):
             self.note(
                 f"{kind}: its head is more than norm, weight, bias and cap: the module's own forward gives the logits"
             )
+
+    def let_go(self) -> None:
+        """Keep no activations; they are computed again when they are wanted."""
+        for batch in self.trajectories.batches:
+            batch.forget()
 
     def agree(self, shares: Shares) -> None:
         """Split work as all processes do that share it."""
@@ -165,6 +172,7 @@ class BatchedScorer(Planner):
 
     def begin(self) -> None:
         """See `Planner.begin`."""
+        self.memory.give_to(self)
         if self.blockwise.module is not self.model.module:
             self.forget()
 
@@ -252,8 +260,8 @@ class BatchedScorer(Planner):
     def _evaluate(self, cohort: Cohort) -> None:
         for part in cohort.parts:
             queue = RolloutQueue(cohort, self.blockwise, self.trajectories, self.shares, self.statistics)
-            for numbers in part:
-                queue.add(self.passes.run(cohort, range(len(cohort.rows)), list(numbers)))
+            for rollouts in self.passes.run(cohort, part):
+                queue.add(rollouts)
                 while queue.fills_a_batch:
                     queue.decode()
             while queue:

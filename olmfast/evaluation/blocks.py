@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from olmfast.evaluation.forwards import replaced
 from olmfast.evaluation.head import head_of
+from olmfast.evaluation.residency import RESIDENT, Residency
 from olmfast.weights.architecture import Architecture
 
 WIDTH_STEP = 8  # widths are multiples of it, so that few are recorded; of less, where that were an eighth or more
@@ -69,12 +71,22 @@ class Recorder:
         return key, value
 
 
+@dataclass
+class Passing:
+    """Inputs on their way through the blocks: activations (batch, width, hidden), and what is recorded and needed of
+    them."""
+
+    hidden: torch.Tensor
+    recorder: Recorder | None = None
+    needed: Needed | None = None
+
+
 class BlockwiseModel:
     """A causal language model that is run block by block, on right-padded inputs of positions 0, 1, 2, ..."""
 
-    def __init__(self, module: Any, architecture: Architecture) -> None:
+    def __init__(self, module: Any, architecture: Architecture, residency: Residency = RESIDENT) -> None:
         family = architecture.family
-        self.module, self.context = module, architecture.context
+        self.module, self.context, self.visit = module, architecture.context, residency.visit
         self.blocks = list(module.get_submodule(family.blocks))
         norm = next(name for name in family.other_boundary if architecture.is_norm(name.rsplit(".", 1)[0]))
         self.head = head_of(module, self.blocks, module.get_submodule(norm.rsplit(".", 1)[0]))
@@ -83,23 +95,25 @@ class BlockwiseModel:
         self.hidden_bytes: int = weight[0].nbytes  # of a token's activations between two blocks
         self.state_bytes = 0  # of a token's keys and values in all blocks; known once a call has been recorded
         self._calls: dict[int, list[_Call]] = {}
+        self._n_outputs: int | None = None  # of a block, 0 where it gives a tensor; None: not seen yet
 
     def pad(self, inputs: Sequence[Sequence[int]]) -> torch.Tensor:
         """Token ids (batch, width) on the model's device, zeros after each input."""
-        ids = torch.zeros(len(inputs), self._width([len(ids) for ids in inputs]), dtype=torch.long)
+        ids = torch.zeros(len(inputs), self.width([len(ids) for ids in inputs]), dtype=torch.long)
         for row, tokens in enumerate(inputs):
             ids[row, : len(tokens)] = torch.tensor(tokens)
         return ids.to(self.device)
 
     def pad_hidden(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """Activations (tokens, hidden) of several inputs as one batch (batch, width, hidden), zeros after each."""
-        width = self._width([len(x) for x in inputs])
+        width = self.width([len(x) for x in inputs])
         hidden = inputs[0].new_zeros(len(inputs), width, inputs[0].shape[1])
         for row, x in enumerate(inputs):
             hidden[row, : len(x)] = x
         return hidden
 
-    def _width(self, lengths: Sequence[int]) -> int:
+    def width(self, lengths: Sequence[int]) -> int:
+        """How wide a batch of inputs of these lengths is."""
         longest = max(lengths)
         step = min(WIDTH_STEP, 1 << max(longest // 8, 1).bit_length() - 1)
         return max(longest, min(-(-longest // step) * step, self.context))
@@ -139,6 +153,14 @@ class BlockwiseModel:
             hidden = out[0] if isinstance(out, tuple) else out
         return hidden
 
+    def run_together(self, several: Sequence[Passing], first: int, last: int) -> None:
+        """Bring what enters block `first` to where it leaves block `last` - 1: all through one block, then through the
+        next, each by itself, so that a block is visited once."""
+        for index in range(first, last):
+            with self.visit(index):
+                for one in several:
+                    one.hidden = self.run(one.hidden, index, index + 1, one.recorder, one.needed)
+
     def arguments(self, index: int, width: int, cache: Any = None) -> _Call:
         """What block `index` is called with for inputs of this width, `cache` in the cache's place."""
         call = self.calls(width)[index]
@@ -148,7 +170,10 @@ class BlockwiseModel:
         )
 
     def calls(self, width: int) -> list[_Call]:
-        """What each block is called with for inputs of this width; batch dimensions are 1 and broadcast."""
+        """What each block is called with for inputs of this width; batch dimensions are 1 and broadcast.
+
+        Blocks compute nothing for it, but for the first time, when it is seen what they give.
+        """
         if width not in self._calls:
             from transformers import DynamicCache
 
@@ -164,14 +189,27 @@ class BlockwiseModel:
                     )
                 )
 
+            def see(_: Any, __: Any, out: Any) -> None:
+                self._n_outputs = len(out) if isinstance(out, tuple) else 0
+
             with ExitStack() as hooks:
                 for block in self.blocks:
                     hooks.callback(block.register_forward_pre_hook(record, with_kwargs=True).remove)
+                if self._n_outputs is None:
+                    hooks.callback(self.blocks[-1].register_forward_hook(see).remove)
+                else:
+                    hooks.enter_context(replaced(dict.fromkeys(self.blocks, self._as_it_came)))
                 ids = torch.zeros(1, width, dtype=torch.long, device=self.device)
                 self.module.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
             self._calls[width] = calls
-            self.state_bytes = 2 * sum(layer.keys.nbytes // layer.keys.shape[2] for layer in cache.layers)
+            if not self.state_bytes:
+                self.state_bytes = 2 * sum(layer.keys.nbytes // layer.keys.shape[2] for layer in cache.layers)
         return self._calls[width]
+
+    def _as_it_came(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of a block that computes nothing."""
+        hidden = take_hidden(args, kwargs)[0]
+        return (hidden, *[None] * (self._n_outputs - 1)) if self._n_outputs else hidden
 
 
 @contextmanager

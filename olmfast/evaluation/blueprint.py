@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from olmfast.errors import InputError, told
-from olmfast.weights.architecture import N_BLOCKS, Architecture
+from olmfast.evaluation.residency import buffer_bytes
+from olmfast.weights.architecture import N_BLOCKS, Architecture, Slot
 from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Recipe
 
@@ -23,10 +24,12 @@ OF_META = ("meta tensor", "meta device", "'Meta'", "Meta backend")
 @dataclass(frozen=True)
 class Blueprint:
     """What a module would be: the recipe's tensors in the order in which it declares its parameters, and the bytes that
-    it takes."""
+    it takes, those that lie outside of its blocks, and those of the largest block."""
 
     tensors: tuple[str, ...]
     n_bytes: int
+    outside_bytes: int
+    block_bytes: int
 
 
 def draw_up(recipe: Recipe, pool: Pool, dtype: torch.dtype) -> Blueprint:
@@ -40,8 +43,14 @@ def draw_up(recipe: Recipe, pool: Pool, dtype: torch.dtype) -> Blueprint:
     parameters = dict(module.named_parameters())
     order = {name: i for i, name in enumerate(parameters)}
     names = sorted(recipe.tensors, key=lambda name: order.get(architecture.slot(name).parameter, len(order)))
-    n_bytes = sum(parameter.numel() * dtype.itemsize for parameter in parameters.values())
-    return Blueprint(tuple(names), n_bytes + sum(buffer.nbytes for buffer in module.buffers()))
+    sizes = {name: parameter.numel() * dtype.itemsize for name, parameter in parameters.items()}
+    blocks = [
+        [size for name, size in sizes.items() if name.startswith(f"{architecture.family.blocks}.{index}.")]
+        for index in range(architecture.n_blocks)
+    ]
+    n_bytes = sum(sizes.values()) + sum(buffer.nbytes for buffer in module.buffers())
+    outside = n_bytes - sum(map(sum, blocks))
+    return Blueprint(tuple(names), n_bytes, outside, max(map(buffer_bytes, blocks), default=0))
 
 
 def is_tied(recipe: Recipe, pool: Pool) -> bool:
@@ -150,25 +159,25 @@ def build_module(data: Mapping[str, Any], where: Path, tied: bool, dtype: torch.
     return module.eval().requires_grad_(False)
 
 
-def map_slots(module: Any, architecture: Architecture, names: Iterable[str], where: Path) -> dict[str, torch.Tensor]:
-    """Canonical name -> the view of the live parameter it fills.
+def map_slots(module: Any, architecture: Architecture, names: Iterable[str], where: Path) -> dict[str, Slot]:
+    """Canonical name -> the live parameter, or the part of one, that it fills.
 
     Raises InputError naming `where` if a parameter is filled by nothing, or a tensor fills none.
     """
     parameters = dict(module.named_parameters())
     buffers = dict(module.named_buffers())
-    slots: dict[str, torch.Tensor] = {}
+    slots: dict[str, Slot] = {}
     filled: dict[str, int] = dict.fromkeys(parameters, 0)
     unknown = []
     for name in names:
         slot = architecture.slot(name)
         if slot.parameter in parameters:
             try:
-                slots[name] = slot.of(parameters[slot.parameter].data)
+                filled[slot.parameter] += slot.of(parameters[slot.parameter]).numel()
             except IndexError:  # an expert more than there are
                 unknown.append(name)
                 continue
-            filled[slot.parameter] += slots[name].numel()
+            slots[name] = slot
         elif not architecture.is_ignored(name) and slot.parameter not in buffers:
             unknown.append(name)
     empty = [name for name, n in filled.items() if n != parameters[name].numel()]

@@ -114,21 +114,21 @@ def stack_leaves(model: WorkingModel, values: Sequence[Mapping[str, Expression]]
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for name in values[0]:
         module, parameter = model.architecture.slot(name).parameter.rsplit(".", 1)
-        factors = _output_factors(model, module, [own[name] for own in values]) if len(values[0]) == 1 else None
+        factors = _output_factors(model, name, [own[name] for own in values]) if len(values[0]) == 1 else None
         if factors is not None:
             return [ScaledLeaf(model.module.get_submodule(module), factors)]
         modules.setdefault(module, {})[parameter] = model.stack(name, [own[name] for own in values])
     return [StackedLeaf(model.module.get_submodule(name), own) for name, own in modules.items()]
 
 
-def _output_factors(model: WorkingModel, module: str, values: Sequence[Expression]) -> torch.Tensor | None:
+def _output_factors(model: WorkingModel, name: str, values: Sequence[Expression]) -> torch.Tensor | None:
     """(K, out) where scaling a Linear's outputs is the same as scaling its rows: if these are not rounded more."""
-    leaf = model.module.get_submodule(module)
+    leaf = model.module.get_submodule(model.architecture.slot(name).parameter.rsplit(".", 1)[0])
     scaled = [value for value in values if isinstance(value, NormOffspring) and value.axis == 0]
     if len(scaled) < len(values) or not isinstance(leaf, torch.nn.Linear):
         return None
     parent = scaled[0].weight(model.sources)
-    if not (parent.dtype == model.dtype in (torch.float32, torch.float64) and torch.equal(parent, leaf.weight)):
+    if not (parent.dtype == model.dtype in (torch.float32, torch.float64) and model.equals(name, parent)):
         return None
     return torch.stack([value.log_scale(model.sources) for value in scaled]).to(leaf.weight).exp()
 

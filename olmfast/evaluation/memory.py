@@ -8,20 +8,33 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+from weakref import ref
 
 import psutil
 import torch
 
+from olmfast import _shards
 from olmfast.errors import InputError
 
 # Shares of the memory left beside the model; the rest is slack for what comes and goes.
 PREFIX_SHARE, STACK_SHARE, PASS_SHARE = 0.4, 0.2, 0.25
+SWEEP_SHARE = 0.1  # of the prefix's, where blocks are streamed
+N_BUFFERS = 2  # blocks that are in memory at a time where they are streamed: one computes while the next one comes
+PASS_BYTES = 16 << 20  # of a small pass: with less beside the model nothing can be done
 CPU_TOKENS = 1024  # in one pass on a CPU: the activations of more do not stay in its caches
 MMAP_THRESHOLD = -3  # of glibc's mallopt
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # What a container may use, by the second and the first version of Linux's control groups.
 CONTAINER = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+class Holder(Protocol):
+    """Who keeps what it may want again."""
+
+    def let_go(self) -> None:
+        """Keep nothing of it."""
+        ...
 
 
 class Memory:
@@ -30,31 +43,64 @@ class Memory:
     Without a limit of the user's it is nine tenths of what the machine, or the container, has.
     """
 
-    def __init__(
-        self, device: torch.device, max_ram: int | None = None, max_vram: int | None = None, needed: int = 0
-    ) -> None:
-        """Raises InputError where no more than `needed` bytes are left, those of a model still to be built."""
+    def __init__(self, device: torch.device, max_ram: int | None = None, max_vram: int | None = None) -> None:
         self.device = device
         self.on_gpu = device.type == "cuda"
         wanted = max_vram if self.on_gpu else max_ram
         total = torch.cuda.mem_get_info(device)[1] if self.on_gpu else machine_bytes()
         self.limit = wanted if wanted is not None else int(0.9 * total)
-        if wanted is not None and not self.on_gpu:
+        self.is_limited = wanted is not None
+        self._counts_files = wanted is not None and not self.on_gpu
+        self._holder: ref[Holder] | None = None
+        if self._counts_files:
             _return_what_is_freed()
-        if self.room <= needed:
-            key = "max_vram" if self.on_gpu else "max_ram"
-            taken = self.used + needed
+            _shards.release_copied(True)
+
+    def check(self, n_bytes: int, what: str) -> None:
+        """Raise InputError where no more than so many bytes are left, for something that is still to be loaded."""
+        if self.room <= n_bytes:
+            raise InputError(f"{self._told}; {what} and what there is already take {self._with(n_bytes)}")
+
+    def streams(self, n_bytes: int, outside_bytes: int, block_bytes: int) -> bool:
+        """Whether a model still to be built is streamed: `n_bytes` leave no room for what a candidate of a block takes,
+        and a small pass.
+
+        Raises InputError where not even what is outside of its blocks and two of them fit, of `block_bytes` each.
+        """
+        if self.room > n_bytes + block_bytes + PASS_BYTES:
+            return False
+        least = least_streamed(outside_bytes, block_bytes)
+        if self.room <= least:
             raise InputError(
-                f"{key}: {self.limit / 1e9:.2f} GB; the model and the libraries alone take {taken / 1e9:.2f} GB"
+                f"{self._told}; the model and the libraries alone take {self._with(n_bytes)}, and at least "
+                f"{self._with(least)} with its blocks streamed, {N_BUFFERS} of them in memory at a time"
             )
+        return True
+
+    def give_to(self, holder: Holder) -> None:
+        """From now on it is `holder` that keeps what it can: under a limit, who did so before has to let go."""
+        before = self._holder() if self._holder is not None else None
+        if self.is_limited and before is not None and before is not holder:
+            before.let_go()
+        self._holder = ref(holder)
+
+    @property
+    def _told(self) -> str:
+        return f"{'max_vram' if self.on_gpu else 'max_ram'}: {self.limit / 1e9:.2f} GB"
+
+    def _with(self, n_bytes: int) -> str:
+        return f"{(self.used + n_bytes) / 1e9:.2f} GB"
 
     @property
     def used(self) -> int:
-        """Bytes in use now; on a CPU without the pages of mapped files, which the system can take back."""
+        """Bytes in use now; on a CPU without the pages of mapped files, which the system can take back.
+
+        Under a limit of the user's they count too, and those of models are given back once they have been read.
+        """
         if self.on_gpu:
             return int(torch.cuda.memory_allocated(self.device))
         own = psutil.Process().memory_info()
-        return int(own.rss - getattr(own, "shared", 0))
+        return int(own.rss if self._counts_files else own.rss - getattr(own, "shared", 0))
 
     @property
     def room(self) -> int:
@@ -87,8 +133,9 @@ class Shares:
 
     `room` (bytes) is shared out once, so that what is split how does not depend on the moment. `pass_tokens` go
     through the blocks at a time, `rollout_tokens` are decoded on, and `prefix_bytes` hold activations between units,
-    with the keys and values of free runs if `keeps_states`. Where several processes share the work they have `agreed`
-    on all of this, and measure no more.
+    with the keys and values of free runs if `keeps_states`. Where blocks are streamed, `sweep_bytes` hold those of
+    passes that go through the blocks together. Where several processes share the work they have `agreed` on all of
+    this but the sweeps, which change no sums, and measure no more.
     """
 
     room: int
@@ -97,12 +144,14 @@ class Shares:
     prefix_bytes: int = 0
     keeps_states: bool = True
     agreed: bool = False
+    sweep_bytes: int = 0
 
     @classmethod
-    def of(cls, memory: Memory, batch_tokens: int) -> Shares:
+    def of(cls, memory: Memory, batch_tokens: int, streamed: bool = False) -> Shares:
         """Those of a memory of which nothing has been measured yet."""
         pass_tokens = min(batch_tokens, CPU_TOKENS) if memory.device.type == "cpu" else batch_tokens
-        return cls(memory.room, pass_tokens, batch_tokens)
+        sweep_bytes = int(SWEEP_SHARE * memory.room) if streamed else 0
+        return cls(memory.room, pass_tokens, batch_tokens, sweep_bytes=sweep_bytes)
 
     @classmethod
     def agreed_by(cls, several: Sequence[Shares]) -> Shares:
@@ -111,9 +160,10 @@ class Shares:
         return cls(**{**least, "agreed": True})
 
     def take(self, other: Shares) -> None:
-        """Be the same as `other`."""
+        """Be the same as `other`, but for the sweeps."""
         for own in fields(self):
-            setattr(self, own.name, getattr(other, own.name))
+            if own.name != "sweep_bytes":
+                setattr(self, own.name, getattr(other, own.name))
 
     def fit(self, n_bytes: int, n_tokens: int, state_bytes: int, n_states: int) -> None:
         """Keep each kind of work within its share, given that a pass of `n_tokens` takes `n_bytes`.
@@ -126,7 +176,7 @@ class Shares:
         self.pass_tokens = min(self.pass_tokens, _power_of_two(share * n_tokens // max(n_bytes, 1)))
         # Decoding holds the states of its tokens twice: those handed over, and its cache.
         self.rollout_tokens = min(self.rollout_tokens, _power_of_two(share // (2 * state_bytes)))
-        self.prefix_bytes = int(PREFIX_SHARE * self.room)
+        self.prefix_bytes = int(PREFIX_SHARE * self.room) - self.sweep_bytes
         self.keeps_states = state_bytes * n_states <= self.prefix_bytes / 2
 
     def n_stacked(self, n_bytes: int) -> int:
@@ -136,6 +186,10 @@ class Shares:
     def halve_prefix(self) -> None:
         """Activations that were to be kept did not fit: halve what is kept, and the batches that they come in."""
         self.pass_tokens, self.prefix_bytes = self.pass_tokens // 2, self.prefix_bytes // 2
+
+    def halve_sweeps(self) -> None:
+        """Several passes at once did not fit."""
+        self.sweep_bytes //= 2
 
     def halve_passes(self) -> None:
         """A pass did not fit."""
@@ -149,6 +203,11 @@ class Shares:
 def _power_of_two(n: int) -> int:
     """The largest up to n, at least 1: a size that does not change with every byte that is free."""
     return 1 << (max(n, 1).bit_length() - 1)
+
+
+def least_streamed(outside_bytes: int, block_bytes: int) -> int:
+    """Bytes that a model takes at least while its blocks are streamed, a small pass included."""
+    return outside_bytes + N_BUFFERS * block_bytes + PASS_BYTES
 
 
 def machine_bytes() -> int:

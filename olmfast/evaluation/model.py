@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
 from olmfast.evaluation.blueprint import build_module, is_tied, map_slots
+from olmfast.evaluation.residency import RESIDENT, Buffers, Residency, Streamed
 from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.upload import Uploader
 from olmfast.weights.architecture import Architecture
 from olmfast.weights.checkpoint import FLOATS, TensorInfo, copy_tensors
+from olmfast.weights.filing import Wanted, filed
 from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Recipe
 from olmfast.weights.sources import Expression, Sources
@@ -22,17 +24,24 @@ View = Callable[[torch.Tensor], torch.Tensor]
 class WorkingModel:
     """A module in `dtype` on `device` whose parameters always equal `recipe`, outside of a trial.
 
-    Values are rounded to the dtype they would be saved with before they are converted to the module's.
+    Values are rounded to the dtype they would be saved with before they are converted to the module's. Where blocks are
+    `streamed`, `residency` has them: their parameters have values while they are visited (`residency.py`), which come
+    from the donors' files, or where they are computed, from a file that they are kept in meanwhile.
     """
 
-    def __init__(self, recipe: Recipe, sources: Sources, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, recipe: Recipe, sources: Sources, device: torch.device, dtype: torch.dtype, streamed: bool = False
+    ) -> None:
         self.sources, self.device, self.dtype = sources, device, dtype
+        self.residency: Residency = RESIDENT
+        self._buffers = Buffers(device) if streamed else None
         self._uploader: Uploader | None = None
         self._rebuild(recipe)
 
     def _rebuild(self, recipe: Recipe) -> None:
         """Build the module that the recipe configures, and fill it."""
         self.recipe = recipe
+        self._kept: dict[str, dict[Expression, TensorInfo]] = {}  # where streamed tensors of these values lie
         self._build(recipe)
         self.apply(recipe.tensors)
 
@@ -40,12 +49,39 @@ class WorkingModel:
         pool = self.sources.pool
         base, architecture = pool[recipe.base], pool.architecture.edited(recipe.config_edits)
         where = base.folder / "config.json"
-        self.module = build_module(recipe.config(base.config), where, is_tied(recipe, pool), self.dtype).to(self.device)
-        self._slots = map_slots(self.module, architecture, recipe.tensors, where)
+        module = build_module(recipe.config(base.config), where, is_tied(recipe, pool), self.dtype)
+        self._slots = map_slots(module, architecture, recipe.tensors, where)
+        if self._buffers is not None:
+            self.residency = Streamed(module, architecture.family.blocks, self._slots, self._buffers)
+        self.module = module.to(self.device)
+        self._parameters: dict[str, torch.nn.Parameter] = dict(self.module.named_parameters())
 
     def apply(self, values: Mapping[str, Expression]) -> None:
-        """Copy values (canonical name -> expression) over the live parameters; the recipe is not changed."""
-        self._fill((name, wanted, self._slots[name]) for name, wanted in values.items() if name in self._slots)
+        """Make these (canonical name -> expression) the live parameters' values; the recipe is not changed."""
+        known = {name: wanted for name, wanted in values.items() if name in self._slots}
+        streamed = {name: known.pop(name) for name in list(known) if name in self.residency}
+        self.residency.put(self._placed(streamed))
+        self._fill((name, wanted, self.live(name)) for name, wanted in known.items())
+
+    def _placed(self, values: Mapping[str, Expression]) -> dict[str, TensorInfo]:
+        """Where streamed tensors of these values lie: in a donor's file, or computed once for as long as they, or what
+        the recipe says of them, are wanted."""
+        places, wanted = dict[str, TensorInfo](), dict[str, Wanted]()
+        for name, value in values.items():
+            known = self._kept.get(name, {})
+            own = self.recipe.tensors.get(name)
+            self._kept[name] = {one: place for one, place in known.items() if one in (own, value)}
+            saved, info, live = self._saved_dtype(name, value), value.info(self.sources), self.live(name)
+            if info is not None and _passes_unchanged(info, saved, live):
+                places[name] = info
+            elif value in known:
+                places[name] = known[value]
+            else:
+                wanted[name] = Wanted(value, saved, tuple(live.shape))
+        if wanted:
+            for name, place in filed(wanted, self.sources).items():
+                self._kept[name][values[name]] = places[name] = place
+        return places
 
     def stack(self, name: str, several: Sequence[Expression]) -> torch.Tensor:
         """K values of one tensor as they would be live: (K, *shape) in the module's dtype, on its device."""
@@ -54,25 +90,31 @@ class WorkingModel:
             stacked = kind.stack(several, self.sources)
             if stacked is not None:
                 return stacked.to(self.device, self._saved_dtype(name, several[0])).to(self.dtype)
-        slot = self._slots[name]
-        result = slot.new_empty(len(several), *slot.shape)
+        live = self.live(name)
+        result = live.new_empty(len(several), *live.shape)
         self._fill((name, wanted, target) for wanted, target in zip(several, result, strict=True))
         return result
 
     def live(self, name: str) -> torch.Tensor:
-        """The parameter, or the view of one, that a tensor fills."""
-        return self._slots[name]
+        """The parameter, or the view of one, that a tensor fills; NaN where it lies in a block that is not there."""
+        slot = self._slots[name]
+        return slot.of(self._parameters[slot.parameter].data)
+
+    def equals(self, name: str, value: torch.Tensor) -> bool:
+        """Whether a tensor's parameter, or its view of one, holds just these values."""
+        block = self.architecture.block_of(name)
+        with nullcontext() if block is None else self.residency.visit(block):
+            return torch.equal(self.live(name), value)
 
     def parameters_of(self, names: Iterable[str]) -> list[tuple[torch.nn.Parameter, list[tuple[str, View]]]]:
         """The live parameters that tensors fill, each with these and the view of the parameter, or of what has its
         shape, that belongs to them."""
-        architecture, parameters = self.architecture, dict(self.module.named_parameters())
         found: dict[str, list[tuple[str, View]]] = {}
         for name in names:
             if name in self._slots:
-                slot = architecture.slot(name)
+                slot = self._slots[name]
                 found.setdefault(slot.parameter, []).append((name, slot.of))
-        return [(parameters[parameter], own) for parameter, own in found.items()]
+        return [(self._parameters[parameter], own) for parameter, own in found.items()]
 
     def difference(self, begin: Expression, end: Expression, dtype: torch.dtype) -> torch.Tensor:
         """`end` - `begin`, computed in `dtype` on the model's device."""
@@ -115,13 +157,14 @@ class WorkingModel:
         """
         whole = candidate.recipe
         if whole is not None and not builds_alike(self.recipe, whole, self.sources.pool):
-            kept = self.module, self._slots
+            kept = self.module, self._slots, self._parameters, self.residency, self._kept
             try:
+                self._kept = {}
                 self._build(whole)
                 self.apply(whole.tensors)
                 yield
             finally:
-                self.module, self._slots = kept
+                self.module, self._slots, self._parameters, self.residency, self._kept = kept
             return
         values = candidate.values if whole is None else whole.tensors
         try:

@@ -14,7 +14,7 @@ from olmfast import __version__
 from olmfast.config.datasets import DatasetConfig
 from olmfast.errors import InputError, told
 from olmfast.evaluation.batched import BatchedScorer
-from olmfast.evaluation.blueprint import draw_up
+from olmfast.evaluation.blueprint import Blueprint, draw_up
 from olmfast.evaluation.encoding import Dataset, load_datasets
 from olmfast.evaluation.memory import Memory
 from olmfast.evaluation.model import WorkingModel
@@ -53,6 +53,10 @@ class Settings:
         """
         chosen = pick_device(device, where)
         return cls(chosen, pick_dtype(dtype, chosen), **limits)
+
+    def memory(self) -> Memory:
+        """The memory of the device, within the limits."""
+        return Memory(self.device, self.max_ram, self.max_vram)
 
 
 @dataclass(frozen=True)
@@ -128,11 +132,22 @@ def order_of_tensors(recipe: Recipe, pool: Pool, settings: Settings) -> tuple[st
     """The recipe's tensors in the order in which its module declares its parameters; no memory is taken.
 
     Raises InputError for what would fail once the model is built: a config that Transformers refuses, a checkpoint
-    that its module does not match, a limit of memory that the model alone exceeds.
+    that its module does not match, a limit of memory below what the model needs even when its blocks are streamed.
     """
     blueprint = draw_up(recipe, pool, settings.dtype)
-    Memory(settings.device, settings.max_ram, settings.max_vram, needed=blueprint.n_bytes)
+    is_streamed(blueprint, settings)
     return blueprint.tensors
+
+
+def is_streamed(blueprint: Blueprint, settings: Settings) -> bool:
+    """Whether a model's blocks would be streamed. Raises InputError where its limit of memory is too small for that."""
+    streamed = settings.memory().streams(blueprint.n_bytes, blueprint.outside_bytes, blueprint.block_bytes)
+    if streamed and settings.scorer == "sequential":
+        raise InputError(
+            "scorer: sequential evaluates whole models, and this one does not fit its limit of memory: its blocks have "
+            "to be streamed, which batched does"
+        )
+    return streamed
 
 
 def environment(settings: Settings) -> dict[str, Any]:
@@ -157,15 +172,17 @@ class Evaluation:
     def __init__(self, recipe: Recipe, pool: Pool, settings: Settings, folder: Path = Path()) -> None:
         """Build the recipe's model; `folder` is where tensors that the recipe stores lie.
 
-        Raises InputError if the model cannot be built or does not fit its limit of memory.
+        Raises InputError if the model cannot be built, or its limit of memory does not even hold two blocks of it.
         """
         self.settings = settings
-        Memory(settings.device, settings.max_ram, settings.max_vram, draw_up(recipe, pool, settings.dtype).n_bytes)
+        streamed = is_streamed(draw_up(recipe, pool, settings.dtype), settings)
         kept = min(KEPT_BYTES, settings.max_ram // 8) if settings.max_ram else KEPT_BYTES
+        if streamed:  # what is computed for a block lies in a file, and what little is left is needed elsewhere
+            kept = 0
         self.sources = Sources(pool, folder, kept, evolve_on=settings.device)
-        self.model = WorkingModel(recipe, self.sources, settings.device, settings.dtype)
+        self.model = WorkingModel(recipe, self.sources, settings.device, settings.dtype, streamed)
         # Checked once: the scorers that come later find what the first one keeps.
-        self.memory = Memory(settings.device, settings.max_ram, settings.max_vram)
+        self.memory = settings.memory()
 
     @property
     def recipe(self) -> Recipe:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from olmfast.evaluation import metrics
-from olmfast.evaluation.blocks import BlockwiseModel, Needed, Recorder
+from olmfast.evaluation.blocks import BlockwiseModel, Needed, Passing, Recorder
 from olmfast.evaluation.cache import Kept
 from olmfast.evaluation.cohort import Cohort, Statistics
 from olmfast.evaluation.generation import Rollout
@@ -17,6 +18,17 @@ from olmfast.evaluation.tasks import Task
 from olmfast.evaluation.trajectories import Trajectories
 
 MEASURED_TOKENS = 512  # in the pass whose memory is measured
+
+
+@dataclass
+class _Batch:
+    """A batch of tasks that candidates (places in the cohort) are still to go through, and what is left to decode of
+    those that have."""
+
+    places: list[int]
+    numbers: list[int]
+    rollouts: list[Rollout] = field(default_factory=list)
+    suffix: Suffix | None = None
 
 
 class Passes:
@@ -50,38 +62,92 @@ class Passes:
         kept = [(batch.hidden[first][row], len(task.ids)) for (batch, row), task in zip(places, tasks, strict=True)]
         return self.blockwise.pad_hidden([hidden[:length] for hidden, length in kept])
 
-    def run(self, cohort: Cohort, places: Sequence[int], numbers: list[int]) -> list[Rollout]:
-        """Score candidates (places in the cohort) on a batch of tasks; returns what is to be decoded on.
+    def run(self, cohort: Cohort, part: Sequence[Sequence[int]]) -> Iterator[list[Rollout]]:
+        """Score a cohort's candidates on batches of tasks; yields for each what is to be decoded on.
 
-        What does not fit the memory is halved, and goes on.
+        As many passes go through the blocks together as `sweep_bytes` hold: one, where nothing has to be fetched. What
+        does not fit the memory is halved, and goes on.
         """
-        rollouts: list[Rollout] = []
-        done = 0
-        try:
-            hidden = self.entering(cohort.first, numbers)
-            suffix = Suffix(self.blockwise, cohort.first or 0, hidden, cohort.leaves, self._needed(numbers))
-            per_pass = max(1, self.shares.pass_tokens // hidden.shape[:2].numel())
-            while done < len(places):
-                rollouts += self._pass(cohort, list(places[done : done + per_pass]), numbers, suffix)
-                done += per_pass
-            return rollouts
-        except (RuntimeError, MemoryError) as error:
-            left = places[done:]
-            if not is_out_of_memory(error) or (len(left) == len(numbers) == 1):
-                raise
-        self.statistics.splits += 1
-        self.shares.halve_passes()
-        if len(left) > 1:
-            halves = [(left[: len(left) // 2], numbers), (left[len(left) // 2 :], numbers)]
-        else:
-            halves = [(left, numbers[: len(numbers) // 2]), (left, numbers[len(numbers) // 2 :])]
-        return rollouts + [one for places, tasks in halves for one in self.run(cohort, places, tasks)]
+        waiting = [_Batch(list(range(len(cohort.rows))), list(numbers)) for numbers in part]
+        while waiting:
+            planned, fits = self._planned(cohort.first or 0, waiting), True
+            try:
+                self._sweep(cohort, planned)
+            except (RuntimeError, MemoryError) as error:
+                left = waiting[0]
+                is_least = len(planned) == len(left.places) == len(left.numbers) == 1
+                if not is_out_of_memory(error) or is_least:
+                    raise
+                fits = False
+            if not fits:  # out of the handler, whose traceback holds what has been computed
+                self._halve(waiting, len(planned))
+            while waiting and not waiting[0].places:
+                yield waiting.pop(0).rollouts
 
-    def _pass(self, cohort: Cohort, places: list[int], numbers: list[int], suffix: Suffix) -> list[Rollout]:
-        """One forward pass of some candidates."""
+    def _planned(self, first: int, waiting: Sequence[_Batch]) -> list[tuple[_Batch, list[int]]]:
+        """The passes that go through the blocks next: a batch each, and candidates."""
+        planned: list[tuple[_Batch, list[int]]] = []
+        room, share_above = self.shares.sweep_bytes, 1 - first / len(self.blockwise.blocks)
+        for batch in waiting:
+            tasks = [self.trajectories.tasks[number] for number in batch.numbers]
+            n_tokens = len(tasks) * self.blockwise.width([len(task.ids) for task in tasks])
+            of_token = 2.0 * self.blockwise.hidden_bytes
+            if any(task.runs_freely for task in tasks):
+                of_token += share_above * self.blockwise.state_bytes
+            per_pass = max(1, self.shares.pass_tokens // n_tokens)
+            for begin in range(0, len(batch.places), per_pass):
+                chosen = batch.places[begin : begin + per_pass]
+                room -= int(len(chosen) * n_tokens * of_token)
+                if planned and room < 0:
+                    return planned
+                planned.append((batch, chosen))
+        return planned
+
+    def _sweep(self, cohort: Cohort, planned: Sequence[tuple[_Batch, list[int]]]) -> None:
+        """Passes of some candidates on a batch each, all of them through one block before the next."""
+        passes: list[tuple[_Batch, list[int], Suffix, Passing]] = []
+        first = cohort.first or 0
+        with self.blockwise.visit(first):
+            for batch, places in planned:
+                suffix = batch.suffix
+                if suffix is None:
+                    hidden = self.entering(cohort.first, batch.numbers)
+                    suffix = Suffix(self.blockwise, first, hidden, cohort.leaves, self._needed(batch.numbers))
+                    batch.suffix = suffix
+                free = any(self.trajectories.tasks[number].runs_freely for number in batch.numbers)
+                passes.append((batch, places, suffix, suffix.begin(places, Recorder() if free else None)))
+                if places[-1] == batch.places[-1]:
+                    suffix.forget()
+        self.blockwise.run_together([passing for *_, passing in passes], first + 1, len(self.blockwise.blocks))
+        while passes:
+            batch, places, suffix, passing = passes.pop(0)
+            batch.rollouts += self._scored(cohort, places, batch.numbers, suffix, passing)
+            batch.places = batch.places[len(places) :]
+
+    def _halve(self, waiting: list[_Batch], n_passes: int) -> None:
+        """What the passes together took did not fit; nor, where there was but one, what that took."""
+        self.statistics.splits += 1
+        for batch in waiting:
+            batch.suffix = None
+        if n_passes > 1:
+            self.shares.halve_sweeps()
+            return
+        self.shares.halve_passes()
+        batch = waiting.pop(0)
+        middle = len(batch.places) // 2 or len(batch.numbers) // 2
+        if len(batch.places) > 1:
+            halves = [(batch.places[:middle], batch.numbers), (batch.places[middle:], batch.numbers)]
+        else:
+            halves = [(batch.places, batch.numbers[:middle]), (batch.places, batch.numbers[middle:])]
+        waiting[:0] = [_Batch(places, numbers) for places, numbers in halves]
+        waiting[0].rollouts += batch.rollouts
+
+    def _scored(
+        self, cohort: Cohort, places: list[int], numbers: list[int], suffix: Suffix, passing: Passing
+    ) -> list[Rollout]:
+        """Score what a pass of some candidates tells; returns what it does not."""
         tasks, k = [self.trajectories.tasks[number] for number in numbers], len(places)
-        recorder = Recorder() if any(task.runs_freely for task in tasks) else None
-        hidden = suffix.run(places, recorder)
+        hidden, recorder = passing.hidden, passing.recorder
         n_blocks = len(self.blockwise.blocks) - suffix.first
         self.statistics.passes += 1
         self.statistics.tokens += k * n_blocks * sum(len(task.ids) for task in tasks)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -47,6 +48,14 @@ class Batch:
         del self.states[max(valid, 0) :]
 
 
+class _Way(NamedTuple):
+    """A batch that is brought to a block: from the boundary where it is kept, or -1, by those to be kept as well."""
+
+    batch: Batch
+    start: int
+    stations: set[int]
+
+
 class Prefix:
     """Keeps activations of batches, in about `prefix_bytes` beside those of the boundary that is in use.
 
@@ -65,11 +74,13 @@ class Prefix:
         self._drop_stale(kept)
         if self._last >= 0 and block != self._last:
             self._backward = block < self._last
+        ways: list[_Way] = []
         for batch in batches:
             at_most = min(block, len(batch.states)) if batch.wants_states else block
             start = max((boundary for boundary in batch.hidden if boundary <= at_most), default=-1)
             if start < block or (batch.wants_states and len(batch.states) < block):
-                self._advance(batch, start, block, self._stations(start, block, kept) if self._backward else set())
+                ways.append(_Way(batch, start, self._stations(start, block, kept) if self._backward else set()))
+        self._advance(ways, block)
         if sum(batch.n_bytes for batch in kept) > self.shares.prefix_bytes:
             self._drop_passed(block, kept)
         self._last = block
@@ -82,20 +93,33 @@ class Prefix:
                 if boundary > block or (boundary < block and moved_up):
                     del batch.hidden[boundary]
 
-    def _advance(self, batch: Batch, start: int, block: int, stations: set[int]) -> None:
-        if start < 0:
-            hidden = self.blockwise.enter(self.blockwise.pad(batch.ids))
+    def _advance(self, ways: Sequence[_Way], block: int) -> None:
+        """Bring batches to where they enter `block`, all of them through one block before the next."""
+        on_their_way: dict[int, torch.Tensor] = {}  # by the place of the batch among them
+        for index in range(max(min((way.start for way in ways), default=block), 0), block):
+            with self.blockwise.visit(index):
+                for at, way in enumerate(ways):
+                    if max(way.start, 0) <= index:
+                        on_their_way[at] = self._through(index, block, way, on_their_way.get(at))
+        for way in ways:
             if block == 0:
-                batch.hidden[0] = hidden
-        else:
-            hidden = batch.hidden[start]
-        for index in range(max(start, 0), block):
-            recorder = Recorder() if len(batch.states) == index and batch.wants_states else None
-            hidden = self.blockwise.run(hidden, index, index + 1, recorder)
-            if recorder is not None:
-                batch.states.append(recorder.states[index])
-            if index + 1 == block or index + 1 in stations:
-                batch.hidden[index + 1] = hidden
+                way.batch.hidden[0] = self._entered(way.batch)
+
+    def _through(self, index: int, block: int, way: _Way, hidden: torch.Tensor | None) -> torch.Tensor:
+        """A batch through a block; `hidden` is what enters it, None where its way begins."""
+        batch = way.batch
+        if hidden is None:
+            hidden = self._entered(batch) if way.start < 0 else batch.hidden[way.start]
+        recorder = Recorder() if len(batch.states) == index and batch.wants_states else None
+        hidden = self.blockwise.run(hidden, index, index + 1, recorder)
+        if recorder is not None:
+            batch.states.append(recorder.states[index])
+        if index + 1 == block or index + 1 in way.stations:
+            batch.hidden[index + 1] = hidden
+        return hidden
+
+    def _entered(self, batch: Batch) -> torch.Tensor:
+        return self.blockwise.enter(self.blockwise.pad(batch.ids))
 
     def _stations(self, start: int, block: int, kept: Sequence[Batch]) -> set[int]:
         """The boundaries between `start` and `block` that are worth keeping, as far as the limit allows."""

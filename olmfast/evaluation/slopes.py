@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from olmfast.evaluation.blocks import BlockwiseModel
+from olmfast.evaluation.blocks import BlockwiseModel, Passing
 from olmfast.evaluation.encoding import Sample, make_batches
 from olmfast.evaluation.lessons import Lesson, n_predicted
 from olmfast.evaluation.model import WorkingModel
@@ -31,17 +31,39 @@ Known = Callable[[int], torch.Tensor]  # a question's number -> what enters a bl
 
 
 def logits_blockwise(
-    blockwise: BlockwiseModel, samples: Sequence[Sample], batch_tokens: int
+    blockwise: BlockwiseModel, samples: Sequence[Sample], batch_tokens: int, sweep_bytes: int = 0
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """The index of each question and the logits of its predicted tokens (tokens, vocabulary), a batch at a time."""
+    """The index of each question and the logits of its predicted tokens (tokens, vocabulary), in batches, of which as
+    many go through the blocks together as `sweep_bytes` hold; at least one."""
     inputs = [sample.prompt + sample.response[:-1] for sample in samples]
-    for batch in make_batches([len(ids) for ids in inputs], batch_tokens):
+    for sweep in _sweeps(blockwise, inputs, batch_tokens, sweep_bytes, n_kept=1):
         with torch.no_grad():
-            ids = blockwise.pad([inputs[index] for index in batch])
-            hidden = blockwise.run(blockwise.enter(ids), 0, len(blockwise.blocks))
-            for row, index in enumerate(batch):
-                begin = len(samples[index].prompt) - 1
-                yield index, blockwise.head.all_logits(hidden[row, begin : begin + n_predicted(samples[index])])
+            passing = [Passing(blockwise.enter(blockwise.pad([inputs[index] for index in batch]))) for batch in sweep]
+            blockwise.run_together(passing, 0, len(blockwise.blocks))
+            for batch, one in zip(sweep, passing, strict=True):
+                for row, index in enumerate(batch):
+                    begin = len(samples[index].prompt) - 1
+                    own = one.hidden[row, begin : begin + n_predicted(samples[index])]
+                    yield index, blockwise.head.all_logits(own)
+
+
+def _sweeps(
+    blockwise: BlockwiseModel, inputs: Sequence[Sequence[int]], batch_tokens: int, sweep_bytes: int, n_kept: int
+) -> Iterator[list[list[int]]]:
+    """Batches of inputs, by their indices, as many at a time as `sweep_bytes` hold activations of at `n_kept` places
+    between blocks; at least one."""
+    sweep: list[list[int]] = []
+    room = sweep_bytes
+    for batch in make_batches([len(ids) for ids in inputs], batch_tokens):
+        n_tokens = len(batch) * blockwise.width([len(inputs[index]) for index in batch])
+        n_bytes = (n_kept + 1) * n_tokens * blockwise.hidden_bytes
+        if sweep and n_bytes > room:
+            yield sweep
+            sweep, room = [], sweep_bytes
+        sweep.append(batch)
+        room -= n_bytes
+    if sweep:
+        yield sweep
 
 
 def logits_plain(model: WorkingModel, samples: Sequence[Sample]) -> Iterator[tuple[int, torch.Tensor]]:
@@ -66,40 +88,51 @@ def slopes_blockwise(
     directions: Mapping[str, Sequence[Direction]],
     batch_tokens: int,
     known: Known | None = None,
+    sweep_bytes: int = 0,
 ) -> Slopes:
-    """The slopes of the live model along directions of its tensors, in batches of `batch_tokens`.
+    """The slopes of the live model along directions of its tensors, in batches of `batch_tokens`, of which as many go
+    through the blocks together as `sweep_bytes` hold; at least one.
 
     Nothing below the lowest block with a direction is gone back through; `known` says what enters that block.
     """
     found = _Collected(model, directions, questions)
     lowest = lowest_block(model.architecture, directions)
+    first, n_blocks = lowest or 0, len(blockwise.blocks)
     inputs = [lesson.sample.prompt + lesson.sample.response[:-1] for _, lesson, _ in questions]
     with found.open(), _repeatable():
-        for batch in make_batches([len(ids) for ids in inputs], batch_tokens):
-            ids = blockwise.pad([inputs[index] for index in batch])
-            entering = []
+        for sweep in _sweeps(blockwise, inputs, batch_tokens, sweep_bytes, n_kept=n_blocks - first):
+            ids = [blockwise.pad([inputs[index] for index in batch]) for batch in sweep]
             with torch.no_grad():
-                blockwise.calls(ids.shape[1])
+                for own in ids:
+                    blockwise.calls(own.shape[1])
                 if known is None:
-                    hidden = blockwise.run(blockwise.enter(ids), 0, lowest or 0)
+                    passing = [Passing(blockwise.enter(own)) for own in ids]
+                    blockwise.run_together(passing, 0, first)
                 else:
-                    hidden = blockwise.pad_hidden([known(index) for index in batch])
-                for block in range(lowest or 0, len(blockwise.blocks)):
-                    entering.append(hidden)
-                    hidden = blockwise.run(hidden, block, block + 1)
-            gradient = _through_head(blockwise, hidden, [questions[index] for index in batch], found)
+                    passing = [Passing(blockwise.pad_hidden([known(index) for index in batch])) for batch in sweep]
+                entering: list[list[torch.Tensor]] = []
+                for block in range(first, n_blocks):
+                    entering.append([one.hidden for one in passing])
+                    blockwise.run_together(passing, block, block + 1)
+            gradients = [
+                _through_head(blockwise, one.hidden, [questions[index] for index in batch], found)
+                for batch, one in zip(sweep, passing, strict=True)
+            ]
             if not directions:
                 continue  # the losses alone were asked for
-            for block in reversed(range(lowest or 0, len(blockwise.blocks))):
-                hidden = entering.pop().detach().requires_grad_()
-                gradient = _backward(blockwise.run(hidden, block, block + 1), gradient, hidden)
-                found.take()
+            for block in reversed(range(first, n_blocks)):
+                with blockwise.visit(block, max(first, block - 1)):  # whose parameters a gradient needs, too
+                    for at, hidden in enumerate(entering.pop()):
+                        hidden = hidden.detach().requires_grad_()
+                        gradients[at] = _backward(blockwise.run(hidden, block, block + 1), gradients[at], hidden)
+                        found.take()
             if lowest is not None:
                 continue
-            entered = blockwise.enter(ids)
-            if entered.requires_grad:
-                _backward(entered, gradient)
-                found.take()
+            for own, gradient in zip(ids, gradients, strict=True):
+                entered = blockwise.enter(own)
+                if entered.requires_grad:
+                    _backward(entered, gradient)
+                    found.take()
     return found.result()
 
 

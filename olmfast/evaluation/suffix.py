@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from olmfast.evaluation.blocks import BlockwiseModel, Needed, Recorder
+from olmfast.evaluation.blocks import BlockwiseModel, Needed, Passing, Recorder
 from olmfast.evaluation.cache import Kept
 from olmfast.evaluation.forwards import replaced
 from olmfast.evaluation.leaves import Leaf, tile
@@ -37,13 +37,17 @@ class Suffix:
         if leaves:
             self._run_to_first_leaf()
 
-    def run(self, candidates: Sequence[int], recorder: Recorder | None) -> torch.Tensor:
-        """What leaves the last block, (K * batch, width, hidden), of candidates by their rows in the stack.
+    def begin(self, candidates: Sequence[int], recorder: Recorder | None) -> Passing:
+        """What leaves the first block, (K * batch, width, hidden), of candidates by their rows in the stack.
 
         Keys and values that all candidates share are recorded once.
         """
-        first, last = self._run_first_block, len(self.blockwise.blocks)
-        return self.blockwise.run(first(candidates, recorder), self.first + 1, last, recorder, self.needed)
+        return Passing(self._run_first_block(candidates, recorder), recorder, self.needed)
+
+    def forget(self) -> None:
+        """No more candidates will begin here: let go of what they have in common."""
+        self._outputs = {}
+        self.hidden = self._input = self.hidden.new_empty(0)
 
     def _run_first_block(self, candidates: Sequence[int], recorder: Recorder | None) -> torch.Tensor:
         k, sizes = len(candidates), (len(self.hidden), len(self.needed.rows))

@@ -2,13 +2,14 @@
 
 While one buffer's bytes travel on a stream of their own, the shard engine fills the next from the mapped file, already
 in the parameter's dtype. They arrive in a stage, not in the parameters: what is queued on the device may still read
-these, and need not be waited for. From there they are copied on the device, in the order of its work.
+these, and need not be waited for. From there they are copied on the device, in the order of its work. Into memory that
+nothing reads any more after a known event, they travel straight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -69,14 +70,31 @@ class Uploader:
             place = stage[begin : begin + n_bytes]
             with torch.cuda.stream(self._stream):
                 place.copy_(filled, non_blocking=True)
-                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                event.record(self._stream)
-            self._sent[self._next - 1] = event
+            self._sent[self._next - 1] = marked(self._stream)
             arrived += [(piece, place) for piece in pieces]
             begin += n_bytes
         self._spread(arrived)
 
-    def _buffers_of(self, pairs: Iterable[tuple[TensorInfo, torch.Tensor]]) -> Iterator[tuple[list[_Piece], int]]:
+    def send(self, pairs: Iterable[tuple[TensorInfo, torch.Tensor]], after: torch.cuda.Event | None) -> Any:
+        """Fill memory from tensors of the same shapes, once `after` has happened, without a stage.
+
+        Returns the event by which all has arrived (None on a CPU); the bytes have left their files when this returns.
+        Raises what `upload` raises.
+        """
+        if self._stream is not None and after is not None:
+            self._stream.wait_event(after)
+        for pieces, n_bytes in self._buffers_of([pair for pair in pairs if pair[0].n_bytes], straight=True):
+            filled = self._filled(pieces)[:n_bytes]
+            with torch.cuda.stream(self._stream):  # on a CPU this does nothing
+                for piece in pieces:
+                    piece.target.copy_(piece.within(filled), non_blocking=True)
+            if self._stream is not None:
+                self._sent[self._next - 1] = marked(self._stream)
+        return None if self._stream is None else marked(self._stream)
+
+    def _buffers_of(
+        self, pairs: Iterable[tuple[TensorInfo, torch.Tensor]], straight: bool = False
+    ) -> Iterator[tuple[list[_Piece], int]]:
         """The tensors in pieces, as many as fit a buffer at a time, and the bytes they take there."""
         pieces: list[_Piece] = []
         begin = 0
@@ -86,7 +104,8 @@ class Uploader:
             if row_bytes > self.buffer_bytes:
                 staged = torch.empty(info.shape, dtype=target.dtype)
                 copy_tensors([info.into(staged)])
-                target.copy_(staged)
+                with torch.cuda.stream(self._stream if straight else None):
+                    target.copy_(staged)
                 continue
             at = 0
             while at < rows.shape[0]:
@@ -134,3 +153,38 @@ class Uploader:
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
         torch._foreach_copy_([piece.target for piece, _ in arrived], [piece.within(place) for piece, place in arrived])
         self._wait_for_work()
+
+
+def marked(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """The event after all that is queued on a stream."""
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(stream)
+    return event
+
+
+class Carrier:
+    """Brings tensors from mapped files to memory on a device that is used in turns, from a thread of its own.
+
+    On a CPU they are copied straight, and nothing is queued that could still read the memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._uploader = Uploader(device) if device.type == "cuda" else None
+
+    def carry(self, pairs: list[tuple[TensorInfo, torch.Tensor]], after: Any) -> Any:
+        """Fill memory once the event `after` has happened; returns what `wait_for` takes."""
+        if self._uploader is not None:
+            with torch.cuda.device(self.device), torch.no_grad():
+                return self._uploader.send(pairs, after)
+        copy_tensors([info.into(target) for info, target in pairs])
+        return None
+
+    def mark(self) -> Any:
+        """The event after all that is queued on the device now, which is what `carry` takes."""
+        return None if self._uploader is None else marked(torch.cuda.current_stream(self.device))
+
+    def wait_for(self, arrived: Any) -> None:
+        """Have what is queued from now on wait until it is there."""
+        if arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(arrived)

@@ -289,4 +289,4 @@ def _taken_apart(config: RunConfig, models: Target | Depths) -> Iterator[Blockwi
 
     model = Evaluation(models.whole, models.pool, _settings(config)).model
     with torch.inference_mode():
-        yield BlockwiseModel(model.module, model.architecture)
+        yield BlockwiseModel(model.module, model.architecture, model.residency)

@@ -16,13 +16,16 @@ import torch
 from olmfast.config.originals import BOUNDARY
 from olmfast.config.resources import Budget
 from olmfast.config.run import RunConfig
-from olmfast.evaluation.memory import Memory
+from olmfast.evaluation.blueprint import draw_up
+from olmfast.evaluation.memory import least_streamed
 from olmfast.evaluation.metrics import BOUNDED, standard_error
+from olmfast.evaluation.open import is_streamed
 from olmfast.observer import Observer
 from olmfast.output.folder import free_bytes
 from olmfast.runs.inputs import Inputs
 from olmfast.runs.steps import Stage, Work, plan_stages, plan_steps
 from olmfast.search.costs import PlannedStep, affordable, evaluations, within
+from olmfast.weights.expressions import whole
 from olmfast.weights.pool import Pool
 from olmfast.weights.tokenizer_files import token_ids
 
@@ -36,7 +39,8 @@ class Estimate:
 
     `stages` and `steps` are what the search does at most, `budget` what it may spend. `stays` counts the tensors that
     remain the base's, by reason; `vocabulary` maps a donor to the number of tokens that its tokenizer lists, all with
-    `n_rows` rows. `memory_bytes` is the least that evaluation needs on `device`, `memory_limit` what it may take;
+    `n_rows` rows. `memory_bytes` is the least that evaluation needs on `device`, `memory_limit` what it may take, and
+    where the model of `model_bytes` does not fit, the run `streams` its blocks;
     `rates` are operations of matrix products per second, in `dtype` and others, and a step's work is counted in them.
     `notes` say how the config was read.
     """
@@ -58,6 +62,8 @@ class Estimate:
     free_bytes: int
     memory_bytes: int
     memory_limit: int
+    model_bytes: int
+    streams: bool
     rates: dict[str, float]
     notes: tuple[str, ...] = ()
 
@@ -138,6 +144,8 @@ class Estimate:
             "free_bytes": self.free_bytes,
             "memory_bytes": self.memory_bytes,
             "memory_limit_bytes": self.memory_limit,
+            "model_bytes": self.model_bytes,
+            "streams": self.streams,
             "flop": self.flop,
             "flop_per_s": self.flop_per_s,
             "flop_per_s_by_dtype": self.rates,
@@ -152,9 +160,10 @@ def estimate(config: RunConfig, observer: Observer | None = None) -> Estimate:
     pool, base = inputs.pool, inputs.pool[config.base_name]
     stages, settings = plan_stages(config, pool), inputs.settings
     judged = Work.of(inputs.selection.datasets.values(), pool.architecture.context)
-    memory = Memory(settings.device, config.max_ram, config.max_vram)
+    memory, blueprint = settings.memory(), draw_up(whole(base.name, pool.tensors), pool, settings.dtype)
+    streams = is_streamed(blueprint, settings)
     n_rows, hidden = base.tensors[pool.architecture.family.embedding].shape
-    least = _least_memory(config, pool, stages, judged.tokens * hidden)
+    least = _least_memory(config, pool, stages, judged.tokens * hidden) * settings.dtype.itemsize
     return Estimate(
         notes=config.notes,
         stages=stages,
@@ -175,8 +184,11 @@ def estimate(config: RunConfig, observer: Observer | None = None) -> Estimate:
         device=settings.device,
         dtype=settings.dtype,
         free_bytes=free_bytes(config.output_dir),
-        memory_bytes=memory.used + least * settings.dtype.itemsize,
+        memory_bytes=memory.used
+        + (least_streamed(blueprint.outside_bytes, blueprint.block_bytes) if streams else least),
         memory_limit=memory.limit,
+        model_bytes=blueprint.n_bytes,
+        streams=streams,
         rates={
             _name(dtype): product_rate(pool, settings.device, dtype)
             for dtype in dict.fromkeys((settings.dtype, torch.float32, torch.bfloat16))

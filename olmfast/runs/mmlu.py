@@ -178,7 +178,7 @@ def score_mmlu(
     tokenizer, _ = load_tokenizer(model.sources.pool[model.recipe.base])
     asked = [encode(subject, tokenizer, model.context, shots) for subject in subjects]
     with torch.inference_mode():
-        blockwise = BlockwiseModel(model.module, model.architecture)
+        blockwise = BlockwiseModel(model.module, model.architecture, model.residency)
     found = {}
     for one in asked:
         logits = letter_logits(model, blockwise, one, batch_tokens)

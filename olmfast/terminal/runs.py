@@ -69,6 +69,11 @@ def print_plan(plan: Estimate, as_json: bool) -> None:
         f"memory: at least {decimal(plan.memory_bytes)} on {plan.device} in {dtype} (an estimate), "
         f"{decimal(plan.memory_limit)} allowed{few}"
     )
+    if plan.streams:
+        print(
+            f"the model takes {decimal(plan.model_bytes)}, with libraries and activations more than is allowed: its "
+            "blocks are streamed, two of them in memory at a time, which costs time, most where answers are decoded"
+        )
     print(
         f"time: about {timedelta(seconds=math.ceil(plan.seconds))} at the {plan.flop_per_s / 1e9:.0f} GFLOP/s that a "
         "trial product reached (an estimate: decoding and everything but matrix products add to it, racing and equal "

@@ -2,7 +2,8 @@
 # Checks and times olmfast on the GPU at hand, without a network, in less than eight minutes.
 #
 #   bench/gpu.sh              everything, the most important first
-#   bench/gpu.sh PART ...     some of: self-check tests batched demo rates kernels swap large
+#   bench/gpu.sh PART ...     some of: self-check tests batched demo rates kernels swap large streaming
+#                             (streaming, by name only: a model of which `max_vram` holds a part)
 #
 # Each part has a limit of its own, and each figure is shown as soon as it is there. All of it also goes to the file
 # OLMFAST_GPU_RESULTS (gpu-results.txt), with the card, the driver, the versions, the commit and the commands.
@@ -48,7 +49,10 @@ run() {
     swap) part swap 45 "$PYTHON" -m pytest bench/test_shards.py -k device --benchmark-only -q -p no:cacheprovider ;;
     large)
       OLMFAST_BENCH_ALL=1 OLMFAST_BENCH_SECONDS=${OLMFAST_BENCH_SECONDS:-200} part large 240 \
-        "$PYTHON" -m pytest bench/test_large.py --benchmark-only -q -p no:cacheprovider ;;
+        "$PYTHON" -m pytest bench/test_large.py -k candidates --benchmark-only -q -p no:cacheprovider ;;
+    streaming)
+      OLMFAST_BENCH_ALL=1 OLMFAST_BENCH_SECONDS=${OLMFAST_BENCH_SECONDS:-400} part streaming 460 \
+        "$PYTHON" -m pytest bench/test_large.py -k small_card --benchmark-only -q -p no:cacheprovider ;;
     *) echo "gpu.sh: $1: not a part" >&2; exit 2 ;;
   esac
 }

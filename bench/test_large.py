@@ -31,6 +31,9 @@ measured. Then, for each kind of candidate:
 - `plain` is the first candidate by `baseline.py`. In float32, on a CPU, that does not round offspring to bfloat16 as
   olmfast does, and mean scores differ by as much.
 
+`-k small_card` compares that with the same under `max_vram: 8GB` (or three fifths of a smaller model), where blocks are
+streamed; `bench/gpu.sh streaming` runs it.
+
 On a GPU seconds are by the clock, synchronised; on a CPU they are the processor's (OMP_NUM_THREADS=1).
 """
 
@@ -104,7 +107,7 @@ DONORS = ("donor0", "donor1", "donor2")
 QUESTIONS = sized(2, 64 if GPU else 16, 64)  # of each dataset
 WORDS = sized((8, 12), (60, 170), (60, 170))  # of a question that is random
 CONTEXT = 2048
-VRAM = 24 * 10**9
+VRAM, SMALL_CARD = 24 * 10**9, 8 * 10**9
 ROUNDS = 5 if GPU else 1
 EMBEDDING, LOGITS = 3.0, 4.0  # standard deviations, as in search_case.make_case
 NOW = Candidate("now")
@@ -329,6 +332,49 @@ def test_candidates_of_a_large_model(benchmark: Any, report: Report, figures: Fi
 
 
 PARTS = {"read along": READ_ALONG, "all three": list(MODES)}
+
+
+def test_the_same_on_a_small_card(benchmark: Any, report: Report, figures: Figures, case: Case) -> None:
+    """The same candidates where all of the model fits `max_vram`, and where its blocks are streamed."""
+    _, shape = shape_asked_for()
+    if not GPU:
+        pytest.skip("on a CPU, test_streaming.py has this")
+    remaining, limit = Remaining(), min(SMALL_CARD, int(0.6 * shape.n_bytes))
+    resident, most = scored_under(case, VRAM, shape, remaining)
+    gc.collect()
+    torch.cuda.empty_cache()
+    streamed, peak = benchmark.pedantic(scored_under, (case, limit, shape, remaining), rounds=1)
+    for (kind, part), seconds in streamed.items():
+        if (kind, part) in resident:
+            report(
+                f"{kind}, {part}, streamed under {limit / 1e9:.1f} GB", f"{seconds:.3g} s",
+                f"resident {resident[kind, part]:.3g} s", resident[kind, part] / seconds,
+                f"{peak / limit:.0%} of max_vram", peak=f"{peak / 1e9:.2f} GB", resident=f"{most / 1e9:.2f} GB",
+            )  # fmt: skip
+    for left_out in remaining.left_out:
+        figures.say(f"not finished within {SECONDS:.0f} s: {left_out}")
+    assert peak < limit
+
+
+def scored_under(
+    case: Case, limit: int, shape: Shape, remaining: Remaining
+) -> tuple[dict[tuple[str, str], float], int]:
+    """Seconds of scoring each kind of candidate on each part of the questions, and bytes at the peak."""
+    datasets, found = {file: {"mode": mode} for file, mode in MODES.items()}, dict[tuple[str, str], float]()
+    keys = {"device": str(DEVICE), "dtype": "auto", "dataset": datasets, "max_vram" if GPU else "max_ram": limit}
+    block, at_hand = shape.n_blocks // 2, (0, shape.n_blocks // 2, shape.n_blocks - 1)
+    with session(case.config(QUESTIONS, output=f"under{limit}", **keys)) as engine:
+        scorer = engine.search.scorer
+        assert isinstance(scorer, BatchedScorer)
+        with watched(scorer.memory) as peak:
+            scorer.score(engine.search.architecture.window_unit(engine.search.tensors, [block]), [NOW])
+            for kind in KINDS:
+                unit, candidates = candidates_of(kind, engine, block, at_hand, per_unit=None)
+                seconds = elapsed(partial(scorer.score, unit, candidates), DEVICE)  # compiles, and fills caches
+                for part, names in PARTS.items():
+                    if remaining.suffices(f"{kind}, {part} under {limit / 1e9:.1f} GB", seconds):
+                        found[kind, part] = remaining.median(partial(scorer.score, unit, candidates, names))
+        return found, peak.n_bytes
 
 
 def measure(

@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with room(tmp_path_factory, "streaming", sized(1e8, 1e9, 5e9)) as place:
         for index, name in enumerate(DONORS):
             shape: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": N_BLOCKS}
-            heads = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS}
+            heads: dict[str, Any] = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS}
             model = place / "models" / name
             tiny_model(
                 model, seed=index, dtype=torch.bfloat16, noise=0.2, initializer_range=1.3 / WIDTH**0.5, **shape, **heads

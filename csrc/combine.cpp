@@ -97,10 +97,18 @@ void do_piece(void* context, size_t i) {
   fesetenv(&environment);
 }
 
+// Take what n values of each were read from out of this process, if that is asked for.
+void release(const std::vector<Reader>& readers, uint64_t n) {
+  for (const Reader& reader : readers) {
+    if (reader.mapping && releases_copied()) release_pages(*reader.mapping, reader.operand->place, n * reader.from_width);
+  }
+}
+
 void run(Work& work, const std::vector<Reader>& readers) {
   install_guard();
   parallel((work.n + kPiece - 1) / kPiece, do_piece, &work);
   if (const Reader* reader = work.faulted) reader->operand->shard->explain_fault(reader->operand->place);
+  release(readers, work.n);
   const Shard* checked = nullptr;
   for (const Reader& reader : readers) {
     const Shard* shard = reader.operand->shard.get();
@@ -266,6 +274,7 @@ Counted count_magnitudes(const Operand& operand, const Operand* base, uint64_t n
     const size_t found = all.tally(values, low, high, m, counted.tally, between);
     counted.between.insert(counted.between.end(), between, between + found);
   }
+  release(readers, n);
   for (const Reader& reader : readers) {
     if (reader.operand->shard) reader.operand->shard->check_unchanged();
   }

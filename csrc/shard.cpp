@@ -22,6 +22,7 @@ namespace olmfast {
 namespace {
 
 constexpr uint64_t kPrefetchBytes = 1 << 20;
+constexpr uint64_t kFaultBytes = 2 << 20;  // mapped at a fault at the most, around the page that is wanted
 
 std::atomic<bool> releases{false};
 
@@ -43,6 +44,13 @@ void read_fully(const std::string& path, int fd, void* out, uint64_t n_bytes, ui
 void release_copied(bool on) { releases = on; }
 
 bool releases_copied() { return releases; }
+
+void release_pages(const Mapping& map, uint64_t begin, uint64_t n_bytes) {
+  auto page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+  uint64_t end = std::min(begin + n_bytes + kFaultBytes, map.size());
+  begin = (begin > kFaultBytes ? begin - kFaultBytes : 0) / page * page;
+  madvise(const_cast<char*>(map.data()) + begin, end - begin, MADV_DONTNEED);
+}
 
 FileError::FileError(int number, const std::string& what, std::string name)
     : std::runtime_error(what), code(number), file(std::move(name)) {}

@@ -63,6 +63,9 @@ enum class Advice {
 // then entered before they are copied.
 void release_copied(bool on);
 bool releases_copied();
+// Take the pages that bytes of a map were read from out of this process. Neighbours that go too are mapped again when
+// they are read.
+void release_pages(const Mapping& map, uint64_t begin, uint64_t n_bytes);
 
 class Shard {
  public:

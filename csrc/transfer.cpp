@@ -1,8 +1,5 @@
 #include "transfer.hpp"
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cfenv>
@@ -21,7 +18,6 @@ constexpr uint64_t kPieceBytes = 1 << 20;    // of the source; large enough to m
 constexpr uint64_t kInlineBytes = 256 << 10;  // less than this is not worth waking anybody
 
 constexpr uint64_t kStreamBytes = 8 << 20;    // written at once: more than a core's own caches keep
-constexpr uint64_t kFaultBytes = 2 << 20;     // mapped at a fault at the most, around the page that is wanted
 
 // A transfer with as few dimensions as its strides allow: `n_matrices` matrices of rows x columns.
 struct Plan {
@@ -119,16 +115,11 @@ void move_piece(void* context) {
                    piece.end - piece.begin);
 }
 
-// Take what a piece was copied from out of this process. Neighbours that go too are mapped again when they are read.
 void release(const Piece& piece) {
   const Plan& plan = *piece.plan;
   uint64_t item_bytes = plan.is_contiguous ? plan.from_width : plan.n_columns * plan.from_width;
   auto source = static_cast<uint64_t>(plan.source - plan.mapping->data());
-  auto page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
-  uint64_t begin = source + piece.begin * item_bytes, end = source + piece.end * item_bytes + kFaultBytes;
-  begin = (begin > kFaultBytes ? begin - kFaultBytes : 0) / page * page;
-  end = std::min(end, plan.mapping->size());
-  madvise(const_cast<char*>(plan.mapping->data()) + begin, end - begin, MADV_DONTNEED);
+  release_pages(*plan.mapping, source + piece.begin * item_bytes, (piece.end - piece.begin) * item_bytes);
 }
 
 struct Work {

@@ -84,7 +84,7 @@ def copy(transfers: Sequence[Transfer]) -> None:
     """
 
 def release_copied(on: bool) -> None:
-    """Whether mapped pages are taken out of this process once they have been copied: they count as its memory.
+    """Whether mapped pages are taken out of this process once they have been read: they count as its memory.
 
     They may stay in the page cache, and are mapped again when they are next read. `advise` then loads none.
     """

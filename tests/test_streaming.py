@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -272,7 +273,8 @@ def test_a_call_fetches_each_block_once_whatever_its_batches(tmp_path):
 
 
 def open_files() -> int:
-    """How many files without a name this process has open."""
+    """How many files without a name this process has open, once the thread that fetches has let go of what it read."""
+    time.sleep(0.2)
     found = 0
     for number in os.listdir("/proc/self/fd"):
         with suppress(FileNotFoundError):  # the listing's own

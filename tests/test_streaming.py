@@ -122,7 +122,7 @@ def all_nan(model):
 
 
 @pytest.mark.usefixtures("float64_throughout")
-@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "gpt2", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "granite", "gpt2", "mixtral"])
 def test_scores_and_slopes_are_those_of_the_resident_model(family, tmp_path):
     world = World(tmp_path, family)
     unit, model_unit = world.block(2), world.pool.architecture.model_unit(world.tensors)

@@ -220,6 +220,13 @@ def test_folders_made_for_a_merge_that_is_refused_are_removed_again(place, olmfa
     assert (code, tree(place)) == (2, before), err
 
 
+def test_folders_made_on_the_way_to_one_that_cannot_be_made_are_removed_again(place, olmfast):
+    before = tree(place)
+    code, _, err = olmfast("merge", place / "m.yml", place / "deep" / ("x" * 300) / "out")
+    assert (code, tree(place)) == (2, before), err
+    assert err.endswith("File name too long\n")
+
+
 def test_a_trial_copy_touches_no_file_that_is_there(place, olmfast):
     (place / ".out.trial").write_text("mine")
     before = tree(place)

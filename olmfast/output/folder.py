@@ -196,11 +196,11 @@ class OutputFolder:
         """Make `OUT.partial`: under a name that nobody can guess, with a record in it, then renamed."""
         parent = self.partial.parent
         missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
-        for folder in reversed(missing):
-            folder.mkdir(exist_ok=True)
-            self._made.append(folder)
         begun, held = parent / unguessable(), -1
         try:
+            for folder in reversed(missing):
+                folder.mkdir(exist_ok=True)
+                self._made.append(folder)
             for _ in range(ATTEMPTS):  # until it is locked, another command may sweep it away
                 begun = parent / unguessable()
                 begun.mkdir()

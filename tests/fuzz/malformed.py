@@ -73,7 +73,7 @@ def _spoil_once(rng: random.Random, data: Any) -> Any:
         holder[key] = old[:cut] + str(rng.choice(("\0", "\ud800", "x", "{{", " ", ""))) + old[cut + rng.randrange(2) :]
     else:
         alike = [one for one in VALUES if type(one) is type(old)]
-        holder[key] = rng.choice(alike) if alike and rng.random() < 0.4 else value(rng)
+        holder[key] = deepcopy(rng.choice(alike)) if alike and rng.random() < 0.4 else value(rng)
     return data
 
 

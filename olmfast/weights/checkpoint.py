@@ -20,7 +20,7 @@ import torch
 import xxhash
 
 from olmfast import _shards
-from olmfast.errors import FileChanged, InputError, OlmfastError, told
+from olmfast.errors import FileChanged, InputError, OlmfastError, cut, told
 from olmfast.weights.architecture import Architecture, check_kinds
 from olmfast.weights.chunks import Readable
 from olmfast.weights.digests import DigestCache
@@ -439,7 +439,7 @@ def _indexed(index: Path, note: Callable[[str], None]) -> Iterator[TensorInfo]:
     held = {file: {i.name: i for i in read_header(folder / file)} for file in sorted(set(weight_map.values()))}
     for tensor, file in weight_map.items():
         if tensor not in held[file]:
-            raise InputError(f"{index}: says that {tensor} is in {file}, which does not hold it")
+            raise InputError(f"{index}: says that {cut(tensor)} is in {cut(file)}, which does not hold it")
         yield held[file][tensor]
     for file, infos in held.items():
         twice = next((name for name in infos if weight_map.get(name, file) != file), None)

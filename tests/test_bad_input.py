@@ -235,7 +235,7 @@ def test_an_index_that_names_the_wrong_shard_for_a_tensor_is_named(refused, cfg,
         f"{index}: says that lm_head.weight is in model-00002-of-00002.safetensors, which does not hold it"
     )
     edit_json(index, weight_map={**weight_map, "x" * 2000: "model-00002-of-00002.safetensors"})
-    assert refused(cfg).endswith(f"says that {'x' * 300}... is in model-00002-of-00002.safetensors, which does not hold it")
+    assert f"says that {'x' * 300}... is in model-00002-of-00002.safetensors, which" in refused(cfg)
 
 
 @pytest.mark.parametrize("weight_map", [None, {}, ["a"], {"lm_head.weight": 3}])

@@ -338,7 +338,7 @@ def test_the_same_on_a_small_card(benchmark: Any, report: Report, figures: Figur
     """The same candidates where all of the model fits `max_vram`, and where its blocks are streamed."""
     _, shape = shape_asked_for()
     if not GPU:
-        pytest.skip("on a CPU, test_streaming.py has this")
+        pytest.skip("needs a GPU")
     remaining, limit = Remaining(), min(SMALL_CARD, int(0.6 * shape.n_bytes))
     resident, most = scored_under(case, VRAM, shape, remaining)
     gc.collect()

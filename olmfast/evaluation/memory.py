@@ -52,9 +52,9 @@ class Memory:
         self.is_limited = wanted is not None
         self._counts_files = wanted is not None and not self.on_gpu
         self._holder: ref[Holder] | None = None
+        _shards.release_copied(self._counts_files)
         if self._counts_files:
             _return_what_is_freed()
-            _shards.release_copied(True)
 
     def check(self, n_bytes: int, what: str) -> None:
         """Raise InputError where no more than so many bytes are left, for something that is still to be loaded."""

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from olmfast.errors import InputError
+
 OLMFAST = [sys.executable, "-m", "olmfast"]
 
 
@@ -127,6 +129,15 @@ def test_whatever_is_raised_is_one_line_and_exit_code_1(olmfast, monkeypatch, ra
     monkeypatch.delenv("OLMFAST_DEBUG", raising=False)
     monkeypatch.setattr("olmfast.terminal.doctor.examine", fails)
     assert olmfast("doctor") == (1, "", f"olmfast: {message}\n")
+
+
+def test_a_line_of_a_message_is_cut_where_it_is_long(olmfast, monkeypatch):
+    def fails() -> None:
+        raise InputError(f"one: {'x' * 3000}\ntwo: short")
+
+    monkeypatch.setattr("olmfast.terminal.doctor.examine", fails)
+    code, _, err = olmfast("doctor")
+    assert (code, err) == (2, f"olmfast: one: {'x' * 1395}...\ntwo: short\n")
 
 
 def test_names_that_would_move_a_terminals_cursor_are_spelt_out(olmfast):

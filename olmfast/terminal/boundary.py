@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from olmfast.runs.watchers import Watcher
 
 BUG, STOPPED = 1, Interrupted.exit_code
+LONGEST_LINE = 1400  # characters of a message: what it quotes is not always cut where it is quoted
 UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)  # what is wrong with a path, not with its use
 
 
@@ -87,7 +88,8 @@ def _tell(failed: BaseException) -> int:
         code = BUG
     if os.environ.get("OLMFAST_DEBUG", "0") not in ("", "0"):
         traceback.print_exception(failed)
-    print(f"olmfast: {printable(message)}", file=sys.stderr, flush=True)
+    lines = (line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..." for line in message.split("\n"))
+    print(f"olmfast: {printable(chr(10).join(lines))}", file=sys.stderr, flush=True)
     return code
 
 

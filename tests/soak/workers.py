@@ -60,7 +60,7 @@ def kill_workers(folder: Path, out: str, n: int, dice: random.Random) -> int:
     while driver.poll() is None and killed < n:
         time.sleep(dice.uniform(0.5, 4))
         found = workers_of(driver, "ray::Worker")
-        found = [one for one in found if not any(word in one.cmdline()[0] for word in (".open", ".build"))]
+        found = [one for one in found if not any(word in " ".join(one.cmdline()) for word in (".open", ".build"))]
         if len(found) < 2 or steps_of(folder, out) < 2:
             continue  # one at a time, once the search has begun and both are at it
         victim = dice.choice(found)

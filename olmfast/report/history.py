@@ -97,7 +97,8 @@ class History:
     def verdict(self) -> Verdict | None:
         """How the result of a run compares; None where that cannot be said, or is none of a run's."""
         empty = Scoreboard([])
-        return of_run(self.boards.get(SELECTION, empty), self.boards.get(HELD_OUT, empty))
+        selection, held_out = (self.boards.get(kind, empty) for kind in (SELECTION, HELD_OUT))
+        return of_run(selection, held_out, self.values.get("expected"))
 
     @property
     def donors(self) -> list[str]:

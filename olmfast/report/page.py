@@ -97,7 +97,7 @@ def _verdict(history: History, shown: Mapping[str, str]) -> dict[str, Any]:
         else:
             told = f"{history.result} and the models beside it are compared in the tables below."
         return {"lead": told, "comparisons": [], "warning": ""}
-    first = verdict.lines(shown)[0]
+    first = ". ".join([verdict.lines(shown)[0], *(f"{line[0].upper()}{line[1:]}" for line in verdict.foretold)])
     comparisons = [(_rank(one), shown.get(one.rival, one.rival), *_gap(one)) for one in verdict.comparisons]
     return {"lead": f"{first}.", "comparisons": comparisons, "warning": verdict.warning}
 

@@ -37,7 +37,7 @@ from olmfast.runs.verdict import Verdict, of_run
 from olmfast.runs.watchers import Both, RunLog
 from olmfast.search.acceptance import Scale
 from olmfast.search.candidates import score_donors, swap
-from olmfast.search.crossfit import CrossFit
+from olmfast.search.crossfit import CrossFit, expected_skill
 from olmfast.search.evolve import refine
 from olmfast.search.halves import Halves
 from olmfast.search.joint import Joint
@@ -73,7 +73,7 @@ class Result:
     @property
     def verdict(self) -> Verdict | None:
         """How it compares with its donors and their average; None where the questions cannot say."""
-        return of_run(self.selection, self.holdout)
+        return of_run(self.selection, self.holdout, self.record.values.get("expected"))
 
 
 def run_as(
@@ -329,18 +329,25 @@ class Session:
         account = content.account()
         boards = {"Selection": self.selection, "Held-out": self.holdout}
         # The recipe too: it is nowhere yet when the budget ended the run before its first step.
-        verdict = of_run(self.selection, self.holdout)
+        expected = self._expected(recipe)
+        verdict = of_run(self.selection, self.holdout, expected)
         told = {"recipe_digest": recipe.digest(), "account": account, "verdict": verdict and verdict.to_json()}
         boarded = {"selection": self.selection.to_json(), "holdout": self.holdout.to_json()}
         if (final := self.config.final_eval) is not None:
             told["final_eval"] = self._final_eval(final, recipe).to_json()
-        self.record.update(self.search.recipe, **boarded, **told, answers=answers)
+        self.record.update(self.search.recipe, **boarded, **told, answers=answers, expected=expected)
         card = write_card(self.config, self.record, recipe, boards, verdict, account, pool, self._closing())
         with writing(self.record.folder, "--resume"):
             write_text(self.record.folder / "README.md", card)
             entries = self.config.benchmarks
             write_results(self.record.folder, entries, self.config.holdout, self.holdout, RESULT)
         return account
+
+    def _expected(self, result: Recipe) -> float | None:
+        """The skill expected of new questions, where the result is what the steps led to and not their start."""
+        if self.search.crossfit is None or result != self.search.recipe:
+            return None
+        return expected_skill(self.record.steps.values(), self.search.crossfit.scale.spans)
 
     def _answers(self, result: Recipe) -> dict[str, Any]:
         """What donors and result answer to a few questions: held-out ones, if there are any."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,7 +67,8 @@ class Verdict:
     """How a model compares with each other row of its scoreboard.
 
     `n_questions` are those of the datasets that tell the donors apart, and `skill` is what the model retains on each;
-    `kind` says which questions they are: held-out, selection, or nothing.
+    `kind` says which questions they are: held-out, selection, or nothing. `expected` is the mean skill that a search
+    expected of new questions, by those that chose: see `expected_skill`.
     """
 
     model: str
@@ -76,6 +77,7 @@ class Verdict:
     best_donor: str
     skill: dict[str, float]
     comparisons: tuple[Comparison, ...]
+    expected: float | None = None
 
     @property
     def warning(self) -> str:
@@ -92,7 +94,14 @@ class Verdict:
         if math.isnan(mean):
             told = f"{model} has no score on one of {questions}: {skill}"
         warnings = [f"warning: {warning}"] if warning else []
-        return [told, *(one.words(shown) for one in self.comparisons), *warnings]
+        return [told, *self.foretold, *(one.words(shown) for one in self.comparisons), *warnings]
+
+    @property
+    def foretold(self) -> list[str]:
+        """The line that tells `expected`, where it is known."""
+        if self.expected is None:
+            return []
+        return [f"expected of new questions: {self.expected:.3f} (each half of the selection questions, by the other)"]
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -109,6 +118,7 @@ class Verdict:
             for one in self.comparisons
         }
         told = {"questions": self.kind, "n_questions": self.n_questions, "skill": self.skill}
+        told |= {"expected": self.expected}
         return told | {"against": against, "warning": self.warning}
 
     def _questions(self, n: int) -> str:
@@ -141,11 +151,13 @@ def verdict_on(model: str, board: Scoreboard, kind: str = "") -> Verdict | None:
     return Verdict(model, kind, n_questions, best, skill, tuple(_compare(model, rival, board) for rival in rivals))
 
 
-def of_run(selection: Scoreboard, holdout: Scoreboard) -> Verdict | None:
+def of_run(selection: Scoreboard, holdout: Scoreboard, expected: float | None = None) -> Verdict | None:
     """The verdict on a run's result: on its held-out questions if it has any, else on those that chose it."""
     if not holdout.rows and RESULT not in selection.rows:
         return None
-    return verdict_on(RESULT, holdout, HELD_OUT) if holdout.rows else verdict_on(RESULT, selection, SELECTION)
+    board, kind = (holdout, HELD_OUT) if holdout.rows else (selection, SELECTION)
+    verdict = verdict_on(RESULT, board, kind)
+    return verdict and replace(verdict, expected=expected)
 
 
 def _compare(model: str, rival: str, board: Scoreboard) -> Comparison:

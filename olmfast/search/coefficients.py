@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from olmfast.evaluation.scorer import Candidate, Direction, side_by_side
-from olmfast.search.crossfit import CrossFit
+from olmfast.search.crossfit import ROW, TRAINED, CrossFit
 from olmfast.search.halves import Indices
 from olmfast.search.loop import GRADIENT, N_TRAINED, Search, Step, Trained
 from olmfast.search.sampling import Point, Sampler
@@ -26,9 +26,9 @@ from olmfast.weights.expressions import Copy, whole
 from olmfast.weights.sources import Expression
 
 # Grain -> gradient steps: each third of the depth, its attention and its MLP apart; each row of a matrix; each tensor.
-GRAINS = {"part": 16, "row": 200, "tensor": 60}
+GRAINS = {"part": 16, ROW: 200, "tensor": 60}
 # How far a coefficient moves in a step of a steady gradient: what few questions say of a row is mostly luck.
-RATES = {"part": 0.1, "row": 0.05, "tensor": 0.1}
+RATES = {"part": 0.1, ROW: 0.05, "tensor": 0.1}
 FEWEST = 10  # steps worth taking: a grain that has more takes as many of them as the budget pays for
 BATCH = 3  # questions of each dataset in a gradient step: what a budget pays for is many small steps
 DECAYS = 0.9, 0.99  # of the gradient's means, Adam (arXiv 1412.6980)
@@ -114,7 +114,7 @@ class Coefficients:
 
     def _rows(self, grain: str) -> ByRows:
         """The matrices whose rows move apart: those of the blocks. Words that no question has say nothing of theirs."""
-        if grain != "row":
+        if grain != ROW:
             return NONE
         search, found = self.search, {}
         for name in self.vectors.tensors:
@@ -194,15 +194,15 @@ class Coefficients:
 
     def _trained(self, offsets: Sequence[torch.Tensor], rows: ByRows) -> list[Candidate]:
         """The incumbent, what each half led to, and the mean of both."""
-        recipe, labels = self.search.recipe, ("by the first half", "by the second half", "mean of both")
+        recipe = self.search.recipe
         every = [*offsets, torch.stack(list(offsets)).mean(dim=0)]
         moved: list[dict[str, Expression]] = [self.vectors.moved(recipe, own, rows) for own in every]
-        return [Candidate("current"), *(Candidate(label, own) for label, own in zip(labels, moved, strict=True))]
+        return [Candidate("current"), *(Candidate(label, own) for label, own in zip(TRAINED, moved, strict=True))]
 
     def _groups(self, grain: str) -> torch.Tensor:
         """The group that each column belongs to, (columns,)."""
         tensors = self.vectors.tensors
-        if grain in ("tensor", "row"):
+        if grain in ("tensor", ROW):
             rows = self._rows(grain)
             return torch.arange(sum(rows[name][0] if name in rows else 1 for name in tensors))
         if grain == "model":

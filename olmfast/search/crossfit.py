@@ -9,7 +9,7 @@ on each half.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,12 @@ import torch
 from olmfast.evaluation.scores import Scores
 from olmfast.search.acceptance import Answers, Gain, Scale, passes
 from olmfast.search.halves import Halves, Indices
+from olmfast.search.log import Outcome
+from olmfast.search.ranking import skill_retained
 
 FIRST, SECOND, MEAN = 1, 2, 3  # rows of a step with trained candidates: see `CrossFit.of_trained`
+TRAINED = ("by the first half", "by the second half", "mean of both")  # and what they are called
+ROW = "row"  # the grain of steps that fit a coefficient to each row of a matrix
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,30 @@ class CrossFit:
                 new.setdefault(name, []).append(answers)
                 old.setdefault(name, []).append(_answers(scores, 0, half)[name])
         return self.scale.gain(*({name: torch.cat(parts) for name, parts in own.items()} for own in (new, old)))
+
+
+def expected_skill(steps: Iterable[Outcome], spans: Mapping[str, tuple[float, float]]) -> float | None:
+    """The skill retained that new questions may be expected to show of what the steps led to; None if unknown.
+
+    It is that of what was trained on each half of the questions, scored on the other half. A step by row fits the
+    questions too closely for any after it to be seen so: of later steps the gains are added.
+    """
+    expected, is_fitted = None, False
+    for outcome in steps:
+        if not outcome.changed:
+            continue
+        crossed = {name: _crossed(outcome.metrics.get(name, {})) for name in spans}
+        if not is_fitted and all(math.isfinite(mean) for mean in crossed.values()):
+            expected, is_fitted = skill_retained(crossed, spans), outcome.unit == ROW
+        elif expected is not None:
+            expected += outcome.gain or 0.0
+    return expected
+
+
+def _crossed(means: Mapping[str, float | None]) -> float:
+    """The mean score of what each half trained, on the other; NaN where nothing was trained, or has no score."""
+    found = [means.get(label) for label in TRAINED[:2]]
+    return math.fsum(found) / 2 if None not in found else math.nan  # type: ignore[arg-type]
 
 
 def _answers(scores: Scores, row: int, questions: Indices | None) -> Answers:

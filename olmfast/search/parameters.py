@@ -17,6 +17,7 @@ import numpy as np
 from olmfast.config.parameters import Varying
 from olmfast.config.searches import Evolve
 from olmfast.evaluation.scorer import Candidate
+from olmfast.search.crossfit import TRAINED
 from olmfast.search.loop import Search, Step, Trained
 from olmfast.search.sampling import Point, Sampler
 from olmfast.weights.architecture import Architecture, Unit
@@ -126,11 +127,10 @@ class ParameterSearch:
         )
 
     def _test(self, number: int, means: Sequence[Point]) -> None:
-        labels = ("by the first half", "by the second half", "mean of both")
         points = [*means, np.mean(means, axis=0)]
 
         def propose() -> list[Candidate]:
-            return [Candidate("current"), *map(self._candidate, labels, points)]
+            return [Candidate("current"), *map(self._candidate, TRAINED, points)]
 
         step = Step(f"evolve/{number}", "evolve", self.unit, propose, trained=Trained(0.0))
         if self.search.take(step).changed:

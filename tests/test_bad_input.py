@@ -331,6 +331,19 @@ def test_a_donor_with_nan_or_infinity_is_refused_by_name(refused, cfg, value, dt
     )
 
 
+def test_donors_whose_scores_overflow_are_refused_and_leave_nothing_behind(olmfast, cfg):
+    for name in ("donor0", "donor1"):
+        edit_weights(donor(cfg, name), lambda tensors: tensors["model.norm.weight"].fill_(3e38))
+    before = sorted(cfg.parent.rglob("*"))
+    code, out, err = olmfast("run", cfg, "-q")
+    assert (code, out) == (2, "")
+    assert err == (
+        "olmfast: donor0: scored NaN or infinity on sums.json, as it is: its config.json or weights are wrong, or the "
+        "dtype is too narrow for them\n"
+    )
+    assert sorted(cfg.parent.rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

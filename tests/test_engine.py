@@ -173,7 +173,7 @@ def olmfast(config: Path, *flags: str) -> subprocess.Popen[str]:
 
 
 def test_truncating_a_mapped_donor_stops_the_run_and_resume_works_once_it_is_back(tmp_path):
-    config = tiny_run(tmp_path, boundary_select=True, layer_swap=True, tensor_swap=True, es_norm=True)
+    config = tiny_run(tmp_path, boundary_select=True, layer_swap=True)
     output = tmp_path / "out"
     for path in (output, tmp_path / "out.partial"):
         assert not path.exists()

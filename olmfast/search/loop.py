@@ -17,7 +17,7 @@ import torch
 
 from olmfast.config.resources import Budget
 from olmfast.config.run import RunConfig
-from olmfast.errors import Interrupted, OlmfastError
+from olmfast.errors import InputError, Interrupted, OlmfastError
 from olmfast.evaluation.model import builds_alike
 from olmfast.evaluation.scorer import Candidate, Direction, Scorer, Slopes
 from olmfast.evaluation.scores import Scores
@@ -319,7 +319,7 @@ class Search:
             for row in rows:
                 reason = self._fault(scores, row, guard)
                 if reason and row == 0:
-                    raise OlmfastError(f"{step.key}: {candidates[0].label}: {reason}; the incumbent cannot be scored")
+                    raise self._unscorable(step, candidates[0].label, reason)
                 if reason:
                     dropped[row] = reason
         return Scores.joined(found), dropped
@@ -346,8 +346,16 @@ class Search:
         dropped = {row: reason for row in range(len(candidates)) if (reason := self._fault(found, row, None))}
         dropped |= behind
         if 0 in dropped and candidates[0].is_current:
-            raise OlmfastError(f"{step.key}: {candidates[0].label}: {dropped[0]}; the incumbent cannot be scored")
+            raise self._unscorable(step, candidates[0].label, dropped[0])
         return found, dropped
+
+    def _unscorable(self, step: Step, label: str, reason: str) -> OlmfastError:
+        """The error where an incumbent has no score: in the first step it is as its files have it."""
+        if not self.record.steps:
+            return InputError(
+                f"{label}: {reason}, as it is: its config.json or weights are wrong, or the dtype is too narrow for them"
+            )
+        return OlmfastError(f"{step.key}: {label}: {reason}; the incumbent cannot be scored")
 
     def _race(
         self, step: Step, candidates: list[Candidate], questions: Mapping[str, list[int]]

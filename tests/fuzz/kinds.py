@@ -6,6 +6,7 @@ Each is given a random generator and a `Place` with good input, changes some of 
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import struct
@@ -260,7 +261,10 @@ def command_line(rng: random.Random, place: Place) -> Case:
     words = [word.replace("\0", "") for word in words]
     if words[0] == "run" and "--dry-run" not in words:
         words.append("--dry-run")
-    return Case(words, ("",), ("out", "merged_models", *(word.rstrip("/") for word in words)))
+    # An output may be any word, in folders that it makes; what was there before is none.
+    tops = {word.split("/")[0] for word in words}
+    new = [top for top in sorted(tops) if top and not os.path.lexists(place.folder / top)]
+    return Case(words, ("",), ("out", "merged_models", *new))
 
 
 def _word(rng: random.Random) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def test_a_few_of_each_disturbance_leave_nothing_wrong():
-    options = ["--kills", "6", "--every", "60", "--changes", "3", "--seed", "1"]
+    options = ["--kills", "4", "--every", "90", "--changes", "3", "--seed", "1"]
     program = [sys.executable, str(Path(__file__).with_name("soak.py")), *options]
     done = subprocess.run(program, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -352,9 +352,8 @@ class Search:
     def _unscorable(self, step: Step, label: str, reason: str) -> OlmfastError:
         """The error where an incumbent has no score: in the first step it is as its files have it."""
         if not self.record.steps:
-            return InputError(
-                f"{label}: {reason}, as it is: its config.json or weights are wrong, or the dtype is too narrow for them"
-            )
+            advice = "its config.json or weights are wrong, or the dtype is too narrow for them"
+            return InputError(f"{label}: {reason}, as it is: {advice}")
         return OlmfastError(f"{step.key}: {label}: {reason}; the incumbent cannot be scored")
 
     def _race(

@@ -78,6 +78,28 @@ def test_what_an_instruction_is_about_follows_it_and_a_system_prompt_comes_first
     assert told == [("system", "Be brief."), ("user", "Add.\n\n2+2")]
 
 
+TURNS = [{"from": "Human", "value": "2+2="}, {"from": "Assistant", "value": "4"}]
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("item", "before"),
+    [
+        ({"conversations": TURNS, "system": "Be brief.", "tools": ""}, [SYSTEM]),
+        ({"messages": TURNS, "system_prompt": None}, []),
+        ({"conversation": TURNS, "system": "Be brief."}, []),
+        ({"messages": [{"role": "System", "content": "Be brief."}, *TURNS], "system": "Be long."}, [SYSTEM]),
+        (
+            {"instruction": "2+2=", "output": "4", "history": [["1+1=", "2"]], "system": "Be brief."},
+            [SYSTEM, {"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}],
+        ),
+        ({"instruction": "2+2=", "output": "4", "history": []}, []),
+    ],
+)
+def test_what_is_given_beside_the_turns_comes_before_them(tmp_path, item, before):
+    assert load(tmp_path, [item]) == [Conversation((*before, *QUESTION), "4")]
+
+
 @pytest.mark.parametrize(
     ("data", "mode", "texts"),
     [
@@ -107,10 +129,19 @@ def test_the_questions_of_any_file_are_texts_too(tmp_path, data, mode, texts):
         {"choices": {"text": ["3", "4"], "label": ["1", "2"]}, "answerKey": "2"},
         {"choices": ["3", "4"], "answer": "4"},
         {"options": ["3", "4"], "label": "1"},
+        {"options": {"A": "3", "B": "4"}, "answer": "4", "answer_idx": "B"},
+        {"options": {"a": "3", "b": "4"}, "answer": "b"},
+        {"choices": [{"text": "3", "label": "1"}, {"text": "4", "label": "2"}], "answerKey": "2"},
+        {
+            "question": {"stem": "2+2=", "choices": [{"text": "3", "label": "A"}, {"text": "4", "label": "B"}]},
+            "answer": "B",
+        },
+        {"question_stem": "2+2=", "choices": {"text": ["3", "4"], "label": ["A", "B"]}, "answerKey": "B"},
     ],
 )
 def test_the_right_option_is_named_by_label_text_or_index(tmp_path, options):
-    (conversation,) = load(tmp_path, [{"question": "2+2=", **options}], "choice")
+    asked = {} if "question_stem" in options else {"question": "2+2="}
+    (conversation,) = load(tmp_path, [{**asked, **options}], "choice")
     assert conversation.messages[-1]["content"] == "2+2=\nA. 3\nB. 4\nAnswer:"
     assert conversation.response == "B"
 
@@ -288,6 +319,7 @@ TURN = {"from": "human", "value": "hello"}
         ([{"conversation": [TURN, {"from": "gpt", "value": 4}]}], ": item 0: expected a message with 'from'"),
         ([{"conversation": ["hello", "hi"]}], ": item 0: expected a message with 'from'"),
         ([{"prompt": ["a"], "response": "b"}], ": item 0: expected a message with 'from'"),
+        ([{"prompt": "a", "response": "b", "history": ["c"]}], ": item 0: history: expected pairs of question and"),
         ([{"prompt": "\ud800", "response": "b"}], ": item 0: holds half of a character"),
     ],
 )
@@ -321,8 +353,12 @@ def test_a_choice_that_cannot_be_asked_is_named(tmp_path, item, message):
 
 
 def test_a_question_with_options_is_no_conversation_for_other_modes(tmp_path):
-    item = {"question": "2+2=", "choices": ["3", "4"], "answer": 1}
-    assert "item 0: expected 'conversation'" in refusal(tmp_path, [item], "perplexity")
+    for item in (
+        {"question": "2+2=", "choices": ["3", "4"], "answer": 1},
+        {"question": {"stem": "2+2=", "choices": [{"text": "4", "label": "A"}]}, "answerKey": "A"},
+    ):
+        told = "item 0: is a multiple choice, which mode 'perplexity' does not read; use mode choice"
+        assert told in refusal(tmp_path, [item], "perplexity")
 
 
 @pytest.mark.parametrize(
@@ -336,6 +372,12 @@ def test_a_question_with_options_is_no_conversation_for_other_modes(tmp_path):
 )
 def test_a_csv_that_is_not_mmlus_is_named_with_the_line(tmp_path, text, message):
     assert message in refusal(tmp_path, text, "choice", "physics_dev.csv")
+
+
+def test_a_csv_with_a_header_is_said_to_need_fields(tmp_path):
+    found = refusal(tmp_path, "Question,Correct Answer\nq?,a\n", "exact", "gpqa.csv")
+    assert ":1: expected question, A, B" in found
+    assert found.endswith("; a table with a header is read with fields: {prompt: ..., response: ...}")
 
 
 def test_missing_worked_examples_are_named(mmlu):

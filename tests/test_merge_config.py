@@ -83,7 +83,20 @@ def test_the_base_is_merged_too_where_a_method_knows_no_task_vectors():
             {"merge_method": "model_stock", "models": [{"model": "a"}], "base_model": "c"},
             "takes at least 2 models besides",
         ),
-        ({"parameters": {}}, "linear needs the parameter weight of every model"),
+        ({"parameters": {}}, "linear needs the parameter weight of every model; a, b has none"),
+        (
+            {"models": [{"model": "a", "parameters": {"weight": 1}}], "parameters": {}, "base_model": "c"},
+            "of every model; c, the base_model, which this method merges like the others, has none",
+        ),
+        (
+            {"merge_method": "slerp", "models": [{"model": "b", "parameters": {"t": 1}}], "base_model": "a"},
+            "slerp needs the parameter t; it has one value for all models: give it in the file's parameters",
+        ),
+        ({"select_topk": 0.1}, "select_topk: unknown key here; it belongs below parameters"),
+        ({"pad_to_multiple_of": 8}, "pad_to_multiple_of: unknown key here; it belongs below tokenizer"),
+        ({"models": [{"model": "a", "weight": 1}]}, "models[0].weight: unknown key here; it belongs below parameters"),
+        ({"parameters": {"dtype": "float16"}}, "parameters.dtype: unknown key here; it belongs at the top of the file"),
+        ({"parameters": {"smooth": False, "weight": 1}}, "a key of mergekit-evolve's genomes and changes no merge"),
         ({"models": [*TWO, {"model": "a"}]}, "models: 'a' is listed twice"),
         ({"dtype": "int8"}, "dtype: expected 'float32', 'bfloat16', 'float16' or 'float64', got 'int8'"),
         ({"parameters": {"weight": "much"}}, "parameters.weight: expected a number"),
@@ -100,6 +113,52 @@ def test_what_cannot_be_meant_is_refused_and_named(keys, message):
         parse(**keys)
     assert message in str(caught.value)
     assert str(caught.value).startswith("m.yml: ")
+
+
+SLICE = {"sources": [{"model": "a", "layer_range": [0, 1]}]}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"merge_method": "ties"}, "slices[0].merge_method: the file's is linear, got 'ties'; another method needs a"),
+        ({"dtype": "float16"}, "slices[0].dtype: unknown key here; it belongs at the top of the file"),
+        (
+            {"sources": [{**SLICE["sources"][0], "epsilon": 1}]},
+            "slices[0].sources[0].epsilon: unknown key here; it belongs below parameters",
+        ),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_told_where_it_belongs(keys, message):
+    with pytest.raises(InputError) as caught:
+        parse(models=None, slices=[{**SLICE, **keys}])
+    assert message in str(caught.value)
+    assert parse(models=None, slices=[{**SLICE, "merge_method": "linear"}]).slices
+
+
+@pytest.mark.parametrize(
+    ("keys", "notes"),
+    [
+        ({"parameters": {"weight": 1, "density": 0.5, "int8_mask": True}}, ["density: not read by linear"]),
+        (
+            {"models": [{"model": "a", "parameters": {"normalize": False, "weight": 1}}, {"model": "b"}]},
+            ["normalize: not read where a model has it"],
+        ),
+        (
+            {
+                "merge_method": "ties",
+                "base_model": "a",
+                "models": [{"model": "a", "parameters": {"weight": 1}}, {"model": "b"}],
+            },
+            ["weight: not read where the base_model has it"],
+        ),
+        ({"base_model": "a"}, []),
+    ],
+)
+def test_parameters_without_effect_are_told(keys, notes):
+    found = list(parse(**keys).unread_parameters())
+    assert len(found) == len(notes)
+    assert all(note in one for note, one in zip(notes, found, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,16 @@ class Document:
 def read_documents(path: Path) -> list[Document]:
     """Every document of a YAML file, safely loaded; empty ones are left out. Raises InputError naming file and line."""
     text = read_text(path)
-    parts = re.split(r"(?m)^---(?=\s|$)[^\n]*\n?", text)
+    # A document may begin on the line of its dashes, and directives (%YAML) stand before them.
+    begins = [0, *(found.start() for found in re.finditer(r"(?m)^(?:%[^\n]*\n)*---(?=\s|$)", text)), len(text)]
     found, line = [], 0
-    for part in parts:
+    for begin, end in pairwise(begins):
+        part = text[begin:end]
         if part.strip():
             data = parse_yaml("\n" * line + part, path)
             if data is not None:
-                found.append(_document(data, text if len(parts) == 1 else part, path))
-        line += part.count("\n") + 1
+                found.append(_document(data, re.sub(r"\A---[ \t]*(#[^\n]*)?\n", "", part), path))
+        line += part.count("\n")
     if not found:
         raise InputError(f"{path}: expected a mapping of keys to values, got nothing")
     if len(found) == 1:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -150,22 +151,35 @@ def absolute(folder: Path, path: str | Path, where: str) -> Path:
         raise InputError(f"{where}: {show(str(path))} is not a usable path: {error}") from error
 
 
-def explain(where: str, faults: Iterable[Mapping[str, Any]], known: Callable[[Location], Iterable[str]]) -> InputError:
+def explain(
+    where: str,
+    faults: Iterable[Mapping[str, Any]],
+    known: Callable[[Location], Iterable[str]],
+    places: Mapping[str, str] = MappingProxyType({}),
+) -> InputError:
     """What pydantic found, a line for each fault: where, which key, what was expected and what was given.
 
-    `known` gives the keys that exist at the location of an unknown one.
+    `known` gives the keys that exist at the location of an unknown one, `places` says where a key belongs that is one
+    elsewhere.
     """
-    lines = [line for fault in faults for line in _explain_one(where, fault, known)]
+    lines = [line for fault in faults for line in _explain_one(where, fault, known, places)]
     more = [f"{where}: {len(lines) - MOST_FAULTS} more faults"] if len(lines) > MOST_FAULTS else []
     return InputError("\n".join(lines[:MOST_FAULTS] + more))
 
 
-def _explain_one(where: str, fault: Mapping[str, Any], known: Callable[[Location], Iterable[str]]) -> list[str]:
+def unknown_key(key: str, known: Iterable[str], places: Mapping[str, str]) -> str:
+    """What is wrong with a key that is none where it stands: where it belongs, or what may have been meant."""
+    return f"unknown key here; {places[key]}" if key in places else "unknown key" + did_you_mean(key, known)
+
+
+def _explain_one(
+    where: str, fault: Mapping[str, Any], known: Callable[[Location], Iterable[str]], places: Mapping[str, str]
+) -> list[str]:
     location: Location = tuple(part for part in fault["loc"] if not str(part).startswith("function-"))
     kind, given, context = fault["type"], fault["input"], fault.get("ctx", {})
     message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
     if kind == "extra_forbidden":
-        message = "unknown key" + did_you_mean(str(location[-1]), known(location))
+        message = unknown_key(str(location[-1]), known(location), places)
     elif kind == "missing":
         message = "entry is missing" if isinstance(location[-1], int) else "required key is missing"
     elif kind in ("too_short", "too_long"):

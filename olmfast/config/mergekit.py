@@ -15,15 +15,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from olmfast.config.documents import FromFile, read_documents
-from olmfast.config.loading import explain
-from olmfast.config.parameters import Parameters, parameter_given
+from olmfast.config.loading import explain, unknown_key
+from olmfast.config.parameters import IGNORED, NAMES, Parameters, parameter_given
 from olmfast.config.tagged import refuse_dataflow
 from olmfast.errors import InputError, did_you_mean, show
-from olmfast.weights.methods import METHODS, Method
+from olmfast.weights.methods import METHODS, Method, Parameter
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
-# Accepted and without effect: bit masks would save no memory here.
-IGNORED_PARAMETERS = ("int8_mask",)
 
 
 def _strip_torch(value: object) -> object:
@@ -31,6 +29,11 @@ def _strip_torch(value: object) -> object:
 
 
 DtypeKey = Annotated[Dtype | None, BeforeValidator(_strip_torch)]
+
+
+def _parse_tokenizer_source(value: object) -> object:
+    """mergekit's first versions wrote `model:` before a model's name."""
+    return _parse_model(value.removeprefix("model:") if isinstance(value, str) else value)
 
 
 def _parse_model(value: object) -> object:
@@ -51,6 +54,7 @@ def _parse_path(value: object) -> str | None:
 
 
 Model = Annotated[str, BeforeValidator(_parse_model)]
+TokenizerSource = Annotated[str, BeforeValidator(_parse_tokenizer_source)]
 
 
 class _Strict(BaseModel):
@@ -97,13 +101,6 @@ class SliceSource(_OfModel):
             )
         return self
 
-    @model_validator(mode="before")
-    @classmethod
-    def _check_keys(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "weight" in data and "parameters" not in data:
-            raise ValueError(f"weight: belongs below parameters, as parameters: {{weight: {show(data['weight'])}}}")
-        return data
-
 
 class Slice(_Strict):
     """Consecutive layers of the result."""
@@ -112,6 +109,7 @@ class Slice(_Strict):
     base_model: Model | None = None
     parameters: Parameters = {}
     residual_weight: float | None = None
+    merge_method: str | None = None
 
     @property
     def n_layers(self) -> int:
@@ -161,7 +159,7 @@ class TokenizerConfig(_Strict):
     """`tokenizer`: the vocabulary of the result. `source` is `union`, `base` or a model."""
 
     source: Model = "union"
-    tokens: dict[str, TokenConfig] = {}
+    tokens: Annotated[dict[str, TokenConfig], BeforeValidator(lambda given: {} if given is None else given)] = {}
     pad_to_multiple_of: int | None = Field(default=None, ge=1, lt=2**31)
 
 
@@ -176,7 +174,7 @@ class MergeConfig(_Strict, FromFile):
     parameters: Parameters = {}
     dtype: DtypeKey = None
     out_dtype: DtypeKey = None
-    tokenizer_source: Model | None = None
+    tokenizer_source: TokenizerSource | None = None
     tokenizer: TokenizerConfig | None = None
     chat_template: str | None = None
     _earlier: tuple[MergeConfig, ...] = PrivateAttr(())
@@ -222,7 +220,7 @@ class MergeConfig(_Strict, FromFile):
         if self.tokenizer is not None and self.tokenizer_source is not None:
             raise ValueError("tokenizer and tokenizer_source: one is the newer form of the other; give one of them")
         faults = [
-            *self._empty_slices(),
+            *self._slice_faults(),
             *self._parameter_faults(),
             *(fault for group in self.groups() for fault in _group_faults(self, group)),
         ]
@@ -243,29 +241,56 @@ class MergeConfig(_Strict, FromFile):
             sources.append(Source(self.base_model, {}))
         return [Group("models", sources, self.base_model, {})]
 
-    def _empty_slices(self) -> Iterator[str]:
-        """Slices without layers: only the first and the last say something, whose embedding or head is taken."""
-        empty = [i for i, part in enumerate(self.slices or ()) if part.n_layers == 0]
-        if empty and len(empty) == len(self.slices or ()):
-            yield f"slices[0]: an empty layer_range, {list(self.slices[0].sources[0].layer_range)}: no layers at all"  # type: ignore[index]
-        elif any(i not in (0, len(self.slices or ()) - 1) for i in empty):
+    def unread_parameters(self) -> Iterator[str]:
+        """What is said of parameters where the method reads none of that name; mergekit ignores them, too."""
+        method, per = self.merge_method, {p.name: p.per for p in self.method.parameters}
+        scopes = [self.parameters, *(part.parameters for part in self.slices or ())]
+        foreign = [name for scope in scopes for name in scope if name not in per]
+        of_all, of_base = list[str](), list[str]()
+        for group in self.groups():
+            based = group.base if self.method.base in ("required", "optional") else None
+            for source in group.sources:
+                foreign += [name for name in source.parameters if name not in per]
+                of_all += [name for name in source.parameters if per.get(name) == "merge"]
+                of_base += [name for name in source.parameters if per.get(name) == "term" and source.model == based]
+        for names, why in (
+            (foreign, f"not read by {method}"),
+            (of_all, f"not read where a model has it: {method} has one value for all, from the file's or slice's own"),
+            (of_base, f"not read where the base_model has it: {method} takes what the others are apart from it"),
+        ):
+            listed = ", ".join(name for name in dict.fromkeys(names) if name not in IGNORED)
+            if listed:
+                yield f"parameters: {listed}: {why}"
+
+    def _slice_faults(self) -> Iterator[str]:
+        """Slices without layers, of which only the first and the last say something (whose embedding or head is
+        taken), and slices of another method."""
+        slices = self.slices or ()
+        empty = [i for i, part in enumerate(slices) if part.n_layers == 0]
+        if empty and len(empty) == len(slices):
+            yield f"slices[0]: an empty layer_range, {list(slices[0].sources[0].layer_range)}: no layers at all"
+        elif any(i not in (0, len(slices) - 1) for i in empty):
             yield (
                 f"slices[{empty[0]}]: an empty layer_range; only the first slice (for what comes before the layers) "
                 "and the last (for what follows them) may have one"
             )
+        for i, part in enumerate(slices):
+            if part.merge_method not in (None, self.merge_method):
+                yield (
+                    f"slices[{i}].merge_method: the file's is {self.merge_method}, got {show(part.merge_method)}; "
+                    "another method needs a document of its own"
+                )
 
     def _parameter_faults(self) -> Iterator[str]:
-        known = {p.name for p in self.method.parameters}
         places = [("parameters", self.parameters)]
         places += [(f"models[{i}].parameters", entry.parameters) for i, entry in enumerate(self.models or ())]
         for i, part in enumerate(self.slices or ()):
             places.append((f"slices[{i}].parameters", part.parameters))
             places += [(f"slices[{i}].sources[{j}].parameters", s.parameters) for j, s in enumerate(part.sources)]
-        every = {p.name for method in METHODS.values() for p in method.parameters}
         for place, parameters in places:
             for name in parameters:
-                if name not in every | {*IGNORED_PARAMETERS}:
-                    yield f"{place}.{name}: unknown key{did_you_mean(name, known | every)}"
+                if name not in NAMES:
+                    yield f"{place}.{name}: {unknown_key(name, NAMES, _PLACES)}"
 
 
 @dataclass(frozen=True)
@@ -331,6 +356,8 @@ def _group_faults(config: MergeConfig, group: Group) -> Iterator[str]:
         return
     terms = group.terms(method)
     least, most = method.n_terms
+    if not terms and (least, most) == (1, None):
+        return  # nothing is added to the base, which is how some write out a model with its adapter
     if len(terms) < least or (most is not None and len(terms) > most):
         wanted = f"{least}" if least == most else f"at least {least}"
         besides = " besides base_model" if method.base in ("required", "optional") and group.base else ""
@@ -340,8 +367,17 @@ def _group_faults(config: MergeConfig, group: Group) -> Iterator[str]:
     outer, own = (group.parameters, config.parameters), [source.parameters for source in terms]
     for parameter in method.parameters:
         if parameter.default is None and not parameter_given(parameter, outer, own):
-            each = " of every model" if parameter.per != "merge" else ""
-            yield f"{group.name}: {name} needs the parameter {parameter.name}{each}"
+            yield f"{group.name}: {name} needs the parameter {parameter.name}{_whose(group, parameter, terms)}"
+
+
+def _whose(group: Group, parameter: Parameter, terms: Sequence[Source]) -> str:
+    """Which models a required parameter is missing for, or where it should have been given."""
+    if parameter.per == "merge":
+        misplaced = any(parameter.name in source.parameters for source in group.sources)
+        return "; it has one value for all models: give it in the file's parameters" if misplaced else ""
+    lacking = [source.model for source in terms if parameter.name not in source.parameters]
+    merged = ", the base_model, which this method merges like the others," if group.base in lacking else ""
+    return f" of every model; {', '.join(lacking)}{merged} has none"
 
 
 def is_merge_file(data: Mapping[str, Any]) -> bool:
@@ -410,7 +446,7 @@ def parse_merge_config(data: dict[str, Any], where: str, folder: Path) -> MergeC
     try:
         config = MergeConfig.model_validate(_flattened(data, where))
     except ValidationError as error:
-        raise explain(where, error.errors(), lambda _: _KEYS) from error
+        raise explain(where, error.errors(), lambda _: _KEYS, _PLACES) from error
     config._folder = folder
     config._text = json.dumps(data, indent=2, default=str)
     return config
@@ -428,7 +464,7 @@ def _flattened(data: dict[str, Any], where: str) -> dict[str, Any]:
     ):
         raise InputError(
             f"{where}: modules: expected one, such as {{default: {{slices: ...}}}}, got {show(modules)}; models of "
-            "several modules are merged whole with models"
+            "several modules are merged whole with models; slices cut their text model, the rest is the base_model's"
         )
     twice = [key for key in inner if key in data]
     if twice:
@@ -444,3 +480,14 @@ _KEYS = sorted(
     }
 )
 _TOP = {*MergeConfig.model_fields, "modules", *_OTHER_FILES}
+_OF_GENOMES = ("allow_negative_weights", "smooth", "layer_granularity", "filters")
+# Keys that are given where they are none -> where they belong; later ones win.
+_PLACES: dict[str, str] = {
+    **dict.fromkeys(_OF_GENOMES, "it is a key of mergekit-evolve's genomes and changes no merge: leave it out"),
+    **dict.fromkeys(SliceSource.model_fields, "it belongs in an entry of sources, beside model"),
+    **dict.fromkeys(Slice.model_fields, "it belongs in an entry of slices"),
+    **dict.fromkeys(TokenConfig.model_fields, "it belongs below tokenizer.tokens and the token"),
+    **dict.fromkeys(TokenizerConfig.model_fields, "it belongs below tokenizer"),
+    **dict.fromkeys(NAMES, "it belongs below parameters"),
+    **dict.fromkeys(MergeConfig.model_fields, "it belongs at the top of the file"),
+}

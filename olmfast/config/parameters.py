@@ -11,14 +11,16 @@ from pydantic import BeforeValidator
 
 from olmfast.errors import InputError, did_you_mean, show
 from olmfast.weights.chunks import Setting
-from olmfast.weights.methods import Method, Parameter
+from olmfast.weights.methods import METHODS, Method, Parameter
 
 Scalar = bool | int | float
 
 
 def _number(value: object) -> object:
-    """YAML reads `1e-5` as text."""
+    """YAML reads `1e-5` as text; `"true"` is one."""
     if isinstance(value, str):
+        if value.lower() in ("true", "false"):
+            return value.lower() == "true"
         try:
             return float(value)
         except ValueError:
@@ -73,9 +75,18 @@ def _parse_values(value: object, wanted: str | None = None) -> Varying:
     return Varying(tuple(listed), wanted)  # type: ignore[arg-type]
 
 
+def _readable(value: object) -> object:
+    """`parameters:` with nothing below it is empty; a key that is no parameter is told as such, whatever its value."""
+    if isinstance(value, dict):
+        return {name: setting if name in NAMES else 0 for name, setting in value.items()}
+    return {} if value is None else value
+
+
+# Accepted and without effect: bit masks would save no memory here.
+IGNORED = ("int8_mask",)
+NAMES = (*dict.fromkeys(parameter.name for method in METHODS.values() for parameter in method.parameters), *IGNORED)
 Parameters = Annotated[
-    dict[str, Annotated[tuple[Varying, ...], BeforeValidator(_parse_parameter)]],
-    BeforeValidator(lambda value: {} if value is None else value),  # `parameters:` with nothing below it
+    dict[str, Annotated[tuple[Varying, ...], BeforeValidator(_parse_parameter)]], BeforeValidator(_readable)
 ]
 
 

@@ -122,8 +122,13 @@ def _mmlu(path: Path, limit: int, of_question: bool) -> list[Conversation]:
     `<folder>/test/<subject>_test.csv` takes its examples from `<folder>/dev/<subject>_dev.csv`
     (Hendrycks et al., arXiv 2009.03300).
     """
+    try:
+        questions = tuple(read_questions(path))[:limit]
+    except InputError as error:
+        raise InputError(
+            f"{error}; a table with a header is read with fields: {{prompt: ..., response: ...}}"
+        ) from None
     examples = [example for shots in worked_examples(path) for example in read_questions(shots)]
-    questions = tuple(read_questions(path))[:limit]
     if not questions:
         raise InputError(f"{path}: holds no questions")
     subject = Subject(path.stem.rpartition("_")[0], tuple(examples), questions, (path,))

@@ -22,10 +22,11 @@ TOOL_ROLES = (
 )
 TOOL_KEYS = ("tool_calls", "function_call")
 TURNS = ("conversation", "conversations", "messages")
-QUESTIONS = ("prompt", "instruction", "question", "query", "problem")
+OF_CHOICES = ("question", "question_stem")  # what a multiple choice asks
+QUESTIONS = ("prompt", "instruction", *OF_CHOICES, "query", "problem")
 ANSWERS = ("response", "completion", "output", "answer", "solution", "chosen")
 MORE = ("input", "context")  # what an instruction is about: alpaca, dolly
-SYSTEM = ("system", "system_prompt")
+SYSTEM, HISTORY = ("system", "system_prompt"), "history"
 OPTIONS, RIGHT = ("choices", "options"), ("answer", "answerKey", "label")
 FINAL = "####"  # GSM8K: the steps before it, the answer after it
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -77,27 +78,38 @@ class Item:
         if self.fields:
             asked, answer = self._field("prompt"), self._field("response")
             return [*_system(self._field("system")), *_asked(asked), *_answered(answer)]
+        system = _system(_first(data, SYSTEM))
         turns = next((data[key] for key in TURNS if key in data), None)
         if isinstance(turns, list) and turns:
-            return turns
+            # The original OLM, whose key is `conversation`, reads nothing beside it.
+            return turns if "conversation" in data or _begins_with_system(turns) else [*system, *turns]
         question = next((key for key in QUESTIONS if key in data), None)
-        has_options = any(key in data for key in OPTIONS)
-        if turns is None and question is not None and (mode in CHOICES or question != "question" or not has_options):
+        is_choice = question in OF_CHOICES and any(key in place for place in self._places() for key in OPTIONS)
+        if turns is None and question is not None and (mode in CHOICES or not is_choice):
             answer = next((data[key] for key in ANSWERS if key in data), None)
             if isinstance(answer, str) and FINAL in answer and question == "question":
                 answer = answer.rpartition(FINAL)[2].strip()
             asked = data[question]
+            if isinstance(asked, dict) and isinstance(asked.get("stem"), str):  # ARC and others as AI2 publishes them
+                asked = asked["stem"]
             more = [text for key in MORE if isinstance(text := data.get(key), str) and text.strip()]
             if isinstance(asked, str):
                 asked = "\n\n".join([asked, *more])
-            system = next((data[key] for key in SYSTEM if key in data), None)
-            return [*_system(system), *_asked(asked), *([] if mode in CHOICES else _answered(answer))]
+            before = [*system, *_history(self.where, data.get(HISTORY))]
+            return [*before, *_asked(asked), *([] if mode in CHOICES else _answered(answer))]
+        if turns is None and question is not None:
+            raise InputError(f"{self.where}: is a multiple choice, which mode {mode!r} does not read; use mode choice")
         keys = ", ".join(map(str, data)) or "none"
         raise InputError(
             f"{self.where}: expected 'conversation', 'conversations', 'messages' or 'prompt' and 'response'"
             f"{', or question and choices' if mode in CHOICES else ''}, got {show(keys)}; other keys are named by "
             "fields: {prompt: ..., response: ...}"
         )
+
+    def _places(self) -> list[dict[str, Any]]:
+        """What may hold the options: the item, and its question where that holds more than a text."""
+        asked = self.data.get("question")
+        return [self.data, asked] if isinstance(asked, dict) else [self.data]
 
     def _field(self, name: Wanted) -> Any:
         """What the key that `fields` names holds; None where it names none. Raises InputError if it is missing."""
@@ -110,17 +122,16 @@ class Item:
 
     def _with_options(self, conversation: Conversation, mode: str) -> Conversation | str:
         """The question with its options listed, as a multiple choice asks it."""
-        data, labels = self.data, None
-        choices: Any = self._field("choices") or next((data[key] for key in OPTIONS if key in data), None)
-        if isinstance(choices, dict):  # ARC
-            choices, labels = choices.get("text"), choices.get("label")
+        data = self.data
+        found = next((place[key] for place in self._places() for key in OPTIONS if key in place), None)
+        choices, labels = _options(self._field("choices") or found)
         if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
             raise InputError(f"{self.where}: mode {mode!r} needs 'choices', a list of 2 to {len(LETTERS)} options")
         right = self._field("answer") if "answer" in self.fields else _first(data, RIGHT)
         if right == "":
             return NO_ANSWER
         letters = tuple(LETTERS[: len(choices)])
-        letter = _letter(right, letters, labels if isinstance(labels, list) else [], choices)
+        letter = _letter(right, letters, labels, choices)
         if letter is None:
             wanted = ", ".join(letters)
             raise InputError(f"{self.where}: 'answer' must be an index or one of {wanted}, got {show(right)}")
@@ -128,6 +139,19 @@ class Item:
         listed = "\n".join(f"{letter}. {text}" for letter, text in zip(letters, choices, strict=True))
         asked = {"role": "user", "content": f"{question['content']}\n{listed}\nAnswer:"}
         return Conversation((*context, asked), letter, letters)
+
+
+def _options(given: Any) -> tuple[Any, list[Any]]:
+    """The options of a multiple choice and what they are called, if they have names: a list of texts, or of texts with
+    their labels; lists of both (ARC on the Hub); or a mapping of labels to texts (MedQA)."""
+    if isinstance(given, dict) and "text" in given:
+        labels = given.get("label")
+        return given["text"], labels if isinstance(labels, list) else []
+    if isinstance(given, dict):
+        return list(given.values()), list(given)
+    if _messages(given) and all("text" in option for option in given):
+        return [option["text"] for option in given], [option.get("label") for option in given]
+    return given, []
 
 
 def _letter(right: Any, letters: tuple[str, ...], labels: list[Any], choices: list[Any]) -> str | None:
@@ -153,6 +177,21 @@ def _system(text: Any) -> list[Any]:
     return [{"role": "system", "content": text}] if isinstance(text, str) and text.strip() else []
 
 
+def _begins_with_system(turns: list[Any]) -> bool:
+    role = turns[0].get("from", turns[0].get("role")) if isinstance(turns[0], dict) else None
+    return isinstance(role, str) and ROLES.get(role.lower()) == "system"
+
+
+def _history(where: str, pairs: Any) -> list[Any]:
+    """Earlier turns beside a pair: [[question, answer], ...], as alpaca files of several turns have them."""
+    if not pairs:
+        return []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise InputError(f"{where}: {HISTORY}: expected pairs of question and answer, got {show(pairs)}")
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
+
+
 def _asked(question: Any) -> list[Any]:
     """A question that is a text, or a list of messages."""
     return _messages(question) or [{"role": "user", "content": question}]
@@ -176,7 +215,7 @@ def _calls_tools(turn: Any) -> bool:
     if not isinstance(turn, dict):
         return False
     role = turn.get("from", turn.get("role"))
-    return (isinstance(role, str) and role in TOOL_ROLES) or any(turn.get(key) for key in TOOL_KEYS)
+    return (isinstance(role, str) and role.lower() in TOOL_ROLES) or any(turn.get(key) for key in TOOL_KEYS)
 
 
 def _message(where: str, turn: Any) -> dict[str, str]:
@@ -185,8 +224,8 @@ def _message(where: str, turn: Any) -> dict[str, str]:
     if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
         texts = [part.get("text") if part.get("type", "text") == "text" else None for part in content]
         content = "\n".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else content
-    if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
+    if not isinstance(role, str) or role.lower() not in ROLES or not isinstance(content, str):
         raise InputError(f"{where}: expected a message with 'from' (system, human, gpt) and 'value', got {show(turn)}")
     if not content.isascii() and any("\ud800" <= character <= "\udfff" for character in content):
         raise InputError(f"{where}: holds half of a character (a lone surrogate), which no tokenizer reads")
-    return {"role": ROLES[role], "content": content}
+    return {"role": ROLES[role.lower()], "content": content}

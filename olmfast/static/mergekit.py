@@ -60,6 +60,7 @@ def plan_merge(
     with Skeletons() as skeletons:
         spelling = align_names(pool, base, skeletons)
         notes, faults = find_differences(pool, base, skeletons, allow_mismatch, config.vocabulary is not None)
+        notes = [*config.unread_parameters(), *notes]
         vocabulary, tokens = plan_tokens(config, pool, base, skeletons)
         planner = _Planner(config, pool, base, seed, skeletons, spelling, vocabulary, tokens)
         planner.faults += faults
@@ -267,7 +268,9 @@ class _Planner:
     def _merged(
         self, group: Group, output: str, names: dict[str, str], infos: dict[str, Tensor], depth: float
     ) -> OutputTensor | None:
-        config, method = self.config, METHODS[self.config.merge_method]
+        config, terms = self.config, group.terms(METHODS[self.config.merge_method])
+        name = config.merge_method if terms else "passthrough"  # a base alone: nothing is added to it
+        method, terms = METHODS[name], terms or group.sources
         shapes = {model: info.shape for model, info in infos.items()}
         if self._has_token_rows(output) and self.vocabulary is not None:
             odd = [m for m, shape in shapes.items() if shape[0] != self.vocabulary.model_rows[m]]
@@ -281,7 +284,6 @@ class _Planner:
             advice = "; use tokenizer_source: base or union" if self._is_of_tokens(output) else ""
             self._refused(output, f"shapes differ: {listed}{advice}")
             return None
-        terms = group.terms(method)
         try:
             outer, own = (group.parameters, config.parameters), [term.parameters for term in terms]
             settings = settings_of(method, outer, own, [names[term.model] for term in terms], output, depth)
@@ -289,7 +291,7 @@ class _Planner:
             self._refused(output, str(error).removeprefix(f"{output}: "))
             return None
         has_base = method.base in ("required", "optional") and group.base is not None
-        what = self._try(settings, len(terms), has_base)
+        what = self._try(name, settings, len(terms), has_base)
         if what is not None:
             self._refused(output, what)
             return None
@@ -297,27 +299,27 @@ class _Planner:
         out_dtype = getattr(torch, config.out_dtype) if config.out_dtype else dtype
         self.dtypes[out_dtype] += 1
         expressions = {model: self._source(output, model, names, infos) for model in infos}
-        if config.merge_method == "passthrough" and not self._scales(settings):
+        if name == "passthrough" and not self._scales(settings):
             only = expressions[terms[0].model]
             if isinstance(only, Rows) or config.dtype is None or infos[terms[0].model].dtype == dtype:
                 return OutputTensor(self.spelled(output), out_dtype, shapes[terms[0].model], only)
-        if config.merge_method in RANDOM:
+        if name in RANDOM:
             settings |= {"seed": self.seed, "stream": output}
         if config.dtype is not None:
             settings["dtype"] = config.dtype
         base = expressions[group.base] if has_base and group.base is not None else None
-        expression = merge(config.merge_method, [expressions[term.model] for term in terms], base, **settings)
+        expression = merge(name, [expressions[term.model] for term in terms], base, **settings)
         return OutputTensor(self.spelled(output), out_dtype, next(iter(shapes.values())), expression)
 
     def _refused(self, output: str, what: str) -> None:
         """Note what is wrong with a tensor; a fault that several share is reported once."""
         self.faulty.setdefault(what, []).append(output)
 
-    def _try(self, settings: Mapping[str, Setting], n_terms: int, has_base: bool) -> str | None:
+    def _try(self, name: str, settings: Mapping[str, Setting], n_terms: int, has_base: bool) -> str | None:
         """Why the method refuses these settings, if it does; found by merging four values, once for equal settings."""
-        key = (tuple(sorted(settings.items())), n_terms, has_base)
+        key = (name, tuple(sorted(settings.items())), n_terms, has_base)
         if key not in self.tried:
-            method, values = METHODS[self.config.merge_method], torch.tensor([[1.0, 2.0], [3.0, 5.0]])
+            method, values = METHODS[name], torch.tensor([[1.0, 2.0], [3.0, 5.0]])
             terms = [Held(values * (i + 2)) for i in range(n_terms)]
             operands = Operands(terms, Held(values) if has_base else None, torch.device("cpu"))
             try:

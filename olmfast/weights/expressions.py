@@ -193,7 +193,12 @@ class Merge(Expression):
     @property
     def origin(self) -> str:
         """See `Expression.origin`."""
-        return "scaled" if self.method == "passthrough" else f"merged by {self.method}"
+        if self.method != "passthrough":
+            return f"merged by {self.method}"
+        settings = dict(self.settings)
+        scales = settings.get("scale", ())
+        scaled = isinstance(scales, tuple) and any(scale != 1.0 for scale in scales)
+        return "scaled" if scaled or "dtype" not in settings else f"{self.terms[0].origin} in {settings['dtype']}"
 
     def _compute(self, sources: Sources) -> torch.Tensor:
         if "dtype" in dict(self.settings):

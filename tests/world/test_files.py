@@ -117,6 +117,24 @@ models:
 - {model: a, <<: *shared}
 - {model: b, parameters: {weight: *number}}
 """,
+    "a directive": """%YAML 1.1
+---
+merge_method: linear
+models: [{model: a}, {model: b}]
+parameters: {weight: 1}
+...
+""",
+    "on the dashes' line": "--- {merge_method: linear, models: [{model: a}, {model: b}], parameters: {weight: 1}}",
+    "quoted": """
+{"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}], "tokenizer": {"source": "base", "tokens": null},
+ "base_model": "a", "parameters": {"normalize": "true", "weight": "1"}}
+""",
+    "a model: before the tokenizer's": """
+merge_method: linear
+models: [{model: a}, {model: b}]
+parameters: {weight: 1}
+tokenizer_source: model:b
+""",
     "empty parameters": """
 merge_method: linear
 models:
@@ -134,6 +152,23 @@ def test_what_mergekit_reads_is_read(which, place):
     merged(place, EQUAL[which])
     a, b, out = (weights(place / name) for name in ("a", "b", "out"))
     assert all(torch.allclose(out[name], (a[name] + b[name]) / 2) for name in a)
+
+
+def test_documents_on_the_lines_of_their_dashes_are_all_read(place):
+    text = "--- {name: first, merge_method: linear, models: [{model: a}, {model: b}], parameters: {weight: 1}}\n"
+    merged(place, text + "--- {merge_method: passthrough, models: [{model: first}]}\n")
+    assert all(
+        torch.equal(tensor, weights(place / "out-first")[name]) for name, tensor in weights(place / "out").items()
+    )
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "della", "sce"])
+def test_a_base_with_nothing_added_is_written_as_it_is(place, method):
+    slices = "slices:\n- sources: [{model: a, layer_range: [0, 3], parameters: {weight: 1}}]\n"
+    written = merged(place, f"merge_method: {method}\nbase_model: a\ndtype: float16\n{slices}")
+    a, out = weights(place / "a"), weights(place / "out")
+    assert all(torch.equal(out[name], tensor.half()) for name, tensor in a.items())
+    assert written.account == f"{len(a)} tensors written: {len(a)} copied from a in float16"
 
 
 def test_a_slice_without_layers_gives_the_head(place):
@@ -188,7 +223,7 @@ HEAD = "merge_method: linear\nparameters: {weight: 1}\n"
         (HEAD + "slices:\n- sources: [{model: a, layer_range: [0, -1]}]", "layers are not counted from the last"),
         (
             HEAD + "slices:\n- sources: [{model: a, layer_range: [0, 1], weight: 0.3}]",
-            "weight: belongs below parameters",
+            "sources[0].weight: unknown key here; it belongs below parameters",
         ),
         (HEAD + "modules: {text: {}, vision: {}}\n", "modules: expected one, such as {default: {slices: ...}}"),
     ],

@@ -92,6 +92,7 @@ def test_the_base_is_merged_too_where_a_method_knows_no_task_vectors():
             {"merge_method": "slerp", "models": [{"model": "b", "parameters": {"t": 1}}], "base_model": "a"},
             "slerp needs the parameter t; it has one value for all models: give it in the file's parameters",
         ),
+        ({"out_path": "x"}, "out_path: unknown key here; the result's folder is an argument of the command"),
         ({"select_topk": 0.1}, "select_topk: unknown key here; it belongs below parameters"),
         ({"pad_to_multiple_of": 8}, "pad_to_multiple_of: unknown key here; it belongs below tokenizer"),
         ({"models": [{"model": "a", "weight": 1}]}, "models[0].weight: unknown key here; it belongs below parameters"),
@@ -156,7 +157,7 @@ def test_a_key_in_the_wrong_place_is_told_where_it_belongs(keys, message):
     ],
 )
 def test_parameters_without_effect_are_told(keys, notes):
-    found = list(parse(**keys).unread_parameters())
+    found = parse(**keys).notes()
     assert len(found) == len(notes)
     assert all(note in one for note, one in zip(notes, found, strict=True))
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, PrivateAttr
@@ -15,6 +16,8 @@ from pydantic import BaseModel, PrivateAttr
 from olmfast.config.loading import parse_yaml
 from olmfast.errors import InputError
 from olmfast.weights.files import read_text
+
+Named = TypeVar("Named")
 
 
 class FromFile(BaseModel):
@@ -71,6 +74,22 @@ def read_documents(path: Path) -> list[Document]:
     if len(found) == 1:
         return [Document(found[0].data, text, found[0].anchored)]
     return found
+
+
+def in_order(documents: Sequence[tuple[str | None, Named, Collection[str]]]) -> list[Named]:
+    """Documents in the order that they are made in, the result's last: the one without a name, else the last.
+
+    Each is its name, itself and the models that it names, perhaps with a revision or an adapter; what it uses of other
+    documents comes before it. Raises graphlib.CycleError for those that use each other.
+    """
+    result = next((place for place, (name, _, _) in enumerate(documents) if name is None), len(documents) - 1)
+    places = {name: place for place, (name, _, _) in enumerate(documents) if place != result}
+    order = TopologicalSorter[int]()
+    for place, (_, _, models) in enumerate(documents):
+        used = {re.split("[+@]", model)[0] for model in models}
+        order.add(place, *(places[name] for name in places if name in used and places[name] != place))
+    made = [place for place in order.static_order() if place != result]
+    return [documents[place][1] for place in (*made, result)]
 
 
 def _document(data: object, text: str, path: Path) -> Document:

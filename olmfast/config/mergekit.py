@@ -8,18 +8,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from graphlib import CycleError
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from olmfast.config.documents import FromFile, read_documents
+from olmfast.config.documents import FromFile, in_order, read_documents
+from olmfast.config.groups import Group, Source, group_faults, unread_parameters
 from olmfast.config.loading import explain, unknown_key
-from olmfast.config.parameters import IGNORED, NAMES, Parameters, parameter_given
+from olmfast.config.parameters import NAMES, Parameters
 from olmfast.config.tagged import refuse_dataflow
 from olmfast.errors import InputError, did_you_mean, show
-from olmfast.weights.methods import METHODS, Method, Parameter
+from olmfast.weights.methods import METHODS, Method
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -222,7 +223,7 @@ class MergeConfig(_Strict, FromFile):
         faults = [
             *self._slice_faults(),
             *self._parameter_faults(),
-            *(fault for group in self.groups() for fault in _group_faults(self, group)),
+            *(f for group in self.groups() for f in group_faults(self.merge_method, group, self.parameters)),
         ]
         if faults:
             raise ValueError("\n".join(faults))
@@ -241,31 +242,14 @@ class MergeConfig(_Strict, FromFile):
             sources.append(Source(self.base_model, {}))
         return [Group("models", sources, self.base_model, {})]
 
-    def unread_parameters(self) -> Iterator[str]:
-        """What is said of parameters where the method reads none of that name; mergekit ignores them, too."""
-        method, per = self.merge_method, {p.name: p.per for p in self.method.parameters}
-        scopes = [self.parameters, *(part.parameters for part in self.slices or ())]
-        foreign = [name for scope in scopes for name in scope if name not in per]
-        of_all, of_base = list[str](), list[str]()
-        for group in self.groups():
-            based = group.base if self.method.base in ("required", "optional") else None
-            for source in group.sources:
-                foreign += [name for name in source.parameters if name not in per]
-                of_all += [name for name in source.parameters if per.get(name) == "merge"]
-                of_base += [name for name in source.parameters if per.get(name) == "term" and source.model == based]
-        for names, why in (
-            (foreign, f"not read by {method}"),
-            (of_all, f"not read where a model has it: {method} has one value for all, from the file's or slice's own"),
-            (of_base, f"not read where the base_model has it: {method} takes what the others are apart from it"),
-        ):
-            listed = ", ".join(name for name in dict.fromkeys(names) if name not in IGNORED)
-            if listed:
-                yield f"parameters: {listed}: {why}"
+    def notes(self) -> list[str]:
+        """What is told of a file that can be merged: parameters that have no effect."""
+        return list(unread_parameters(self.merge_method, self.groups(), self.parameters))
 
     def _slice_faults(self) -> Iterator[str]:
         """Slices without layers, of which only the first and the last say something (whose embedding or head is
         taken), and slices of another method."""
-        slices = self.slices or ()
+        slices: Sequence[Slice] = self.slices or ()
         empty = [i for i, part in enumerate(slices) if part.n_layers == 0]
         if empty and len(empty) == len(slices):
             yield f"slices[0]: an empty layer_range, {list(slices[0].sources[0].layer_range)}: no layers at all"
@@ -293,93 +277,6 @@ class MergeConfig(_Strict, FromFile):
                     yield f"{place}.{name}: {unknown_key(name, NAMES, _PLACES)}"
 
 
-@dataclass(frozen=True)
-class Source:
-    """A model in a group, with its own parameters and, in a slice, its layers."""
-
-    model: str
-    parameters: Parameters
-    layer_range: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class Group:
-    """Models that are merged with each other."""
-
-    name: str
-    sources: list[Source]
-    base: str | None
-    parameters: Parameters
-
-    @property
-    def models(self) -> list[str]:
-        """The models' names."""
-        return [source.model for source in self.sources]
-
-    @property
-    def n_layers(self) -> int:
-        """How many layers a slice makes."""
-        begin, end = self.sources[0].layer_range or (0, 0)
-        return end - begin
-
-    def layer_range(self, model: str) -> tuple[int, int] | None:
-        """The layers of one of its models; None for all."""
-        return next(source.layer_range for source in self.sources if source.model == model)
-
-    def terms(self, method: Method) -> list[Source]:
-        """The models that are terms of the merge, in order: all, or all but the base of task vectors."""
-        if method.base == "none":
-            return self.sources
-        others = [source for source in self.sources if source.model != self.base]
-        if method.base != "term":
-            return others
-        return [*(source for source in self.sources if source.model == self.base), *others]
-
-
-def _group_faults(config: MergeConfig, group: Group) -> Iterator[str]:
-    """What a method requires of the models it is given."""
-    method, name = config.method, config.merge_method
-    models = [source.model for source in group.sources]
-    twice = next((model for model in models if models.count(model) > 1), None)
-    if twice is not None:
-        yield (
-            f"{group.name}: {show(twice)} is listed twice, and a model merged with itself is itself; to repeat layers "
-            "of it, give them in slices of their own"
-        )
-        return
-    if method.base in ("required", "term") and group.base is None:
-        yield f"base_model: required by {name}"
-        return
-    if method.base != "none" and group.base is not None and group.base not in models:
-        hint = did_you_mean(group.base, models)
-        yield f"{group.name}: the base_model {show(group.base)} is not among the sources{hint}"
-        return
-    terms = group.terms(method)
-    least, most = method.n_terms
-    if not terms and (least, most) == (1, None):
-        return  # nothing is added to the base, which is how some write out a model with its adapter
-    if len(terms) < least or (most is not None and len(terms) > most):
-        wanted = f"{least}" if least == most else f"at least {least}"
-        besides = " besides base_model" if method.base in ("required", "optional") and group.base else ""
-        listed = ", ".join(source.model for source in terms) or "none"
-        yield f"{group.name}: {name} takes {wanted} model{'s' * (wanted != '1')}{besides}, got {len(terms)}: {listed}"
-        return
-    outer, own = (group.parameters, config.parameters), [source.parameters for source in terms]
-    for parameter in method.parameters:
-        if parameter.default is None and not parameter_given(parameter, outer, own):
-            yield f"{group.name}: {name} needs the parameter {parameter.name}{_whose(group, parameter, terms)}"
-
-
-def _whose(group: Group, parameter: Parameter, terms: Sequence[Source]) -> str:
-    """Which models a required parameter is missing for, or where it should have been given."""
-    if parameter.per == "merge":
-        misplaced = any(parameter.name in source.parameters for source in group.sources)
-        return "; it has one value for all models: give it in the file's parameters" if misplaced else ""
-    lacking = [source.model for source in terms if parameter.name not in source.parameters]
-    merged = ", the base_model, which this method merges like the others," if group.base in lacking else ""
-    return f" of every model; {', '.join(lacking)}{merged} has none"
-
-
 def is_merge_file(data: Mapping[str, Any]) -> bool:
     """Whether a YAML file is a merge file, perhaps with misspelt keys, rather than a run's configuration."""
     models = data.get("models")
@@ -390,7 +287,8 @@ def is_merge_file(data: Mapping[str, Any]) -> bool:
 def load_merge_config(source: str | Path | Mapping[str, Any]) -> MergeConfig:
     """Read and check a merge file, or what one holds, whose paths are then relative to the working directory.
 
-    Of a file with several documents, the last one, which has those before it as `earlier`.
+    Of a file with several documents, the one without a name, or else the last, which has the others as `earlier`, in
+    the order that they are made in.
     Raises InputError that lists every fault, unknown keys with a suggestion.
     """
     refuse_dataflow(source)
@@ -413,19 +311,25 @@ def load_merge_config(source: str | Path | Mapping[str, Any]) -> MergeConfig:
     faults += _name_faults(configs, str(path))
     if faults:
         raise InputError("\n".join(faults))
-    configs[-1]._earlier = tuple(configs[:-1])
-    return configs[-1]
+    try:
+        *earlier, last = in_order([(one.name, one, one.model_names) for one in configs])
+    except CycleError as error:
+        circle = ", ".join(str(configs[place].name) for place in error.args[1])
+        raise InputError(f"{path}: documents use each other: {circle}") from error
+    last._earlier = tuple(earlier)
+    return last
 
 
 def _name_faults(configs: Sequence[MergeConfig], where: str) -> Iterator[str]:
-    """Earlier documents need names that are folders' names and differ."""
-    names = [config.name for config in configs[:-1]]
-    for name in names:
-        if name is None:
-            yield f"{where}: a document before the last has no name, so that nothing could use it; give it a name"
-        elif not re.fullmatch(r"[\w.-]+", name) or name in (".", ".."):
+    """All documents but the one that gives the result need names, which are folders' names and differ."""
+    names = [config.name for config in configs]
+    if names.count(None) > 1:
+        yield f"{where}: several documents have no name, so that nothing could use them; only the result's needs none"
+    made = [name for name in (names if None in names else names[:-1]) if name is not None]
+    for name in made:
+        if not re.fullmatch(r"[\w.-]+", name) or name in (".", ".."):
             yield f"{where}: name: expected letters, digits, dots and dashes, got {show(name)}"
-        elif names.count(name) > 1:
+        elif made.count(name) > 1:
             yield f"{where}: two documents have the name {show(name)}"
 
 
@@ -483,6 +387,7 @@ _TOP = {*MergeConfig.model_fields, "modules", *_OTHER_FILES}
 _OF_GENOMES = ("allow_negative_weights", "smooth", "layer_granularity", "filters")
 # Keys that are given where they are none -> where they belong; later ones win.
 _PLACES: dict[str, str] = {
+    "out_path": "the result's folder is an argument of the command, and documents use each other by name",
     **dict.fromkeys(_OF_GENOMES, "it is a key of mergekit-evolve's genomes and changes no merge: leave it out"),
     **dict.fromkeys(SliceSource.model_fields, "it belongs in an entry of sources, beside model"),
     **dict.fromkeys(Slice.model_fields, "it belongs in an entry of slices"),

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from olmfast.config.mergekit import Group, MergeConfig
+from olmfast.config.groups import Group
+from olmfast.config.mergekit import MergeConfig
 from olmfast.config.parameters import settings_of
 from olmfast.errors import InputError
 from olmfast.output.beside import auto_maps, files_beside, texts_without_code
@@ -60,7 +61,7 @@ def plan_merge(
     with Skeletons() as skeletons:
         spelling = align_names(pool, base, skeletons)
         notes, faults = find_differences(pool, base, skeletons, allow_mismatch, config.vocabulary is not None)
-        notes = [*config.unread_parameters(), *notes]
+        notes = [*config.notes(), *notes]
         vocabulary, tokens = plan_tokens(config, pool, base, skeletons)
         planner = _Planner(config, pool, base, seed, skeletons, spelling, vocabulary, tokens)
         planner.faults += faults

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from olmfast.config.mergekit import Group
+from olmfast.config.groups import Group
 from olmfast.errors import InputError
 from olmfast.static.spelling import shapes_of
 from olmfast.weights.architecture import FAMILIES, numbered, stated_blocks

@@ -162,6 +162,18 @@ def test_documents_on_the_lines_of_their_dashes_are_all_read(place):
     )
 
 
+def test_documents_may_stand_in_any_order(place):
+    *before, result = DOCUMENTS.split("---\n")
+    merged(place, "---\n".join([result, *reversed(before)]))
+    turned = weights(place / "out")
+    merged(place, DOCUMENTS, overwrite=True)
+    assert all(torch.equal(tensor, turned[name]) for name, tensor in weights(place / "out").items())
+    assert {path.name for path in place.iterdir()} == {*"abc", "m.yml", "out", "out-first", "out-second"}
+    circle = DOCUMENTS.replace("model: c}]\n---", "model: first}]\n---").replace("{model: b}]", "{model: second}]")
+    with pytest.raises(InputError, match=r"documents use each other: (first, second, first|second, first, second)"):
+        merged(place, circle)
+
+
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "della", "sce"])
 def test_a_base_with_nothing_added_is_written_as_it_is(place, method):
     slices = "slices:\n- sources: [{model: a, layer_range: [0, 3], parameters: {weight: 1}}]\n"

@@ -342,6 +342,7 @@ def test_a_file_that_cannot_be_used_is_named_with_the_item(tmp_path, data, messa
         ({"question": "q", "choices": ["a", "b"], "answer": True}, "must be an index or one of A, B, got True"),
         ({"question": "q", "choices": ["a", "b"]}, "'answer' must be an index or one of A, B, got None"),
         ({"choices": ["a", "b"], "answer": 0}, "or question and choices, got 'choices, answer'"),
+        ({"ctx": "q", "endings": ["a", "b"]}, "named by fields: {prompt: ..., choices: ..., answer: ...}"),
         (
             {"conversation": [{"from": "gpt", "value": "a"}], "choices": ["a", "b"], "answer": 0},
             "no question: expected a message before the expected answer",

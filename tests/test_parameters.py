@@ -94,6 +94,10 @@ def test_a_genome_of_mergekit_evolve_stands_as_it_is(tmp_path):
     optional = {"tokenizer_source": None, "layer_granularity": 2, "normalize": False, "smooth": True}
     config = load_config({**data, "evolve": {**section, **optional, "allow_negative_weights": True}})
     assert (config.models, config.ancestor) == (["donor1", "donor2"], "donor0")
+    section["base_model"] = {"model": {"path": "donor0"}, "override_architecture": "LlamaForCausalLM"}
+    section["models"] = ["donor1", {"model": "donor2", "lora": {"path": "x", "revision": "v"}}]
+    mapped = load_config({**data, "evolve": section})
+    assert (mapped.models, mapped.ancestor) == (["donor1", "donor2+x@v"], "donor0")
     assert config.evolve == Evolve(
         merge_method="dare_ties", layer_granularity=2, normalize=False, smooth=True, allow_negative_weights=True
     )

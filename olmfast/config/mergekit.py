@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from olmfast.config.documents import FromFile, in_order, read_documents
 from olmfast.config.groups import Group, Source, group_faults, unread_parameters
 from olmfast.config.loading import explain, unknown_key
+from olmfast.config.naming import parse_model
 from olmfast.config.parameters import NAMES, Parameters
 from olmfast.config.tagged import refuse_dataflow
 from olmfast.errors import InputError, did_you_mean, show
@@ -34,27 +35,10 @@ DtypeKey = Annotated[Dtype | None, BeforeValidator(_strip_torch)]
 
 def _parse_tokenizer_source(value: object) -> object:
     """mergekit's first versions wrote `model:` before a model's name."""
-    return _parse_model(value.removeprefix("model:") if isinstance(value, str) else value)
+    return parse_model(value.removeprefix("model:") if isinstance(value, str) else value)
 
 
-def _parse_model(value: object) -> object:
-    """A model's name, or `model+adapter`; mergekit also writes {model: {path, revision}, lora: {path, revision}}."""
-    if isinstance(value, dict) and set(value) <= {"model", "lora", "override_architecture", "path", "revision"}:
-        names = [_parse_path(value.get("model", value)), _parse_path(value.get("lora"))]
-        if names[0] is not None and (names[1] is not None or not value.get("lora")):
-            return "+".join(name for name in names if name is not None)
-    return value
-
-
-def _parse_path(value: object) -> str | None:
-    """`path` or `path@revision` of a path, or of {path, revision}; None for anything else."""
-    entry = {"path": value} if isinstance(value, str) else value
-    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-        return None
-    return f"{entry['path']}@{entry['revision']}" if entry.get("revision") else str(entry["path"])
-
-
-Model = Annotated[str, BeforeValidator(_parse_model)]
+Model = Annotated[str, BeforeValidator(parse_model)]
 TokenizerSource = Annotated[str, BeforeValidator(_parse_tokenizer_source)]
 
 

@@ -427,7 +427,7 @@ def parse_config(data: dict[str, Any], where: str, folder: Path) -> RunConfig:
     except ValidationError as error:
         # A wrong default is reported where it is given, not once more for each dataset that takes it.
         faults = [fault for fault in error.errors() if fault["loc"][:3] not in inherited]
-        raise explain(where, faults, _known_keys) from error
+        raise explain(where, faults, _known_keys, _OF_EVOLVE) from error
     config._config_dir, config._notes = folder, tuple(notes)
     return config
 
@@ -468,6 +468,13 @@ def _join_base(data: dict[str, Any]) -> Iterator[str]:
         data["models"] = [*models, base]
         listed = [name for name in models if isinstance(name, str)]
         yield f"base_model_name: {base} is not in models and joins them{did_you_mean(base, listed)}"
+
+
+# Keys of mergekit-evolve's files -> where what they hold belongs.
+_OF_EVOLVE = {
+    "genome": "what it holds belongs below evolve",
+    "tasks": "tasks of lm-evaluation-harness belong below dataset, as NAME: {lm_eval: TASK}",
+}
 
 
 def _known_keys(location: Location) -> Iterable[str]:

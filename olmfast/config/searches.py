@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from olmfast.config.naming import parse_model
 from olmfast.errors import InputError, show
 
 # Keys of mergekit-evolve's genome that stand at the top level here.
@@ -153,6 +154,9 @@ def lift_genome(data: dict[str, Any], where: str) -> dict[str, Any]:
         return data
     data, section = dict(data), dict(section)
     for key, top in LIFTED.items():
+        named = section.get(key)
+        if isinstance(named, (dict, list)):
+            section[key] = [parse_model(one) for one in named] if isinstance(named, list) else parse_model(named)
         if key in section and data.get(top, section[key]) != section[key]:
             raise InputError(f"{where}: evolve.{key}: is given as {top} too, in another way; give one of them")
         if key in section:

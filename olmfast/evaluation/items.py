@@ -100,10 +100,12 @@ class Item:
         if turns is None and question is not None:
             raise InputError(f"{self.where}: is a multiple choice, which mode {mode!r} does not read; use mode choice")
         keys = ", ".join(map(str, data)) or "none"
+        more, fields = "", "{prompt: ..., response: ...}"
+        if mode in CHOICES:
+            more, fields = ", or question and choices", "{prompt: ..., choices: ..., answer: ...}"
         raise InputError(
-            f"{self.where}: expected 'conversation', 'conversations', 'messages' or 'prompt' and 'response'"
-            f"{', or question and choices' if mode in CHOICES else ''}, got {show(keys)}; other keys are named by "
-            "fields: {prompt: ..., response: ...}"
+            f"{self.where}: expected 'conversation', 'conversations', 'messages' or 'prompt' and 'response'{more}, got "
+            f"{show(keys)}; other keys are named by fields: {fields}"
         )
 
     def _places(self) -> list[dict[str, Any]]:

@@ -142,7 +142,11 @@ def test_absolute_paths_and_the_home_folder_stay_what_they_are(monkeypatch):
         ),
         ({"qqqq": 1}, "cfg.yaml: qqqq: unknown key"),
         ({"genome": {"models": ["a"]}}, "cfg.yaml: genome: unknown key here; what it holds belongs below evolve"),
-        ({"tasks": [{"name": "hellaswag"}]}, "cfg.yaml: tasks: unknown key here; tasks of lm-evaluation-harness"),
+        (
+            {"tasks": [{"name": "hellaswag"}]},
+            "cfg.yaml: tasks: unknown key here; tasks of lm-evaluation-harness belong below dataset, as "
+            "NAME: {lm_eval: TASK}",
+        ),
         ({"budget": {"evaluation": 3}}, "cfg.yaml: budget.evaluation: unknown key; did you mean 'evaluations'?"),
     ],
 )

@@ -15,7 +15,7 @@ SCORING := $(addprefix tests/test_, scoring.py batched.py selection.py search.py
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/olmfast run examples/demo/olm_config.yaml --overwrite
+	$(BIN)/olmfast run examples/demo/merge.yaml --overwrite
 
 demo-fresh: .venv/installed
 	$(BIN)/python examples/demo/fresh.py

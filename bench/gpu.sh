@@ -39,7 +39,7 @@ run() {
       --ignore tests/kernels/test_compile.py --ignore tests/kernels/test_dispatch.py ;;
     batched) part batched 60 "$PYTHON" -m pytest tests/test_batched.py -q -rf -p no:cacheprovider $parallel ;;
     demo) part demo 90 "$PYTHON" -c 'import sys; from olmfast.cli import main; sys.exit(main())' \
-      run examples/demo/olm_config.yaml --overwrite ;;
+      run examples/demo/merge.yaml --overwrite ;;
     rates)
       if [ -n "${OLMFAST_BEFORE:-}" ]; then
         PYTHONPATH=$OLMFAST_BEFORE part "rates before" 60 "$PYTHON" bench/rates.py

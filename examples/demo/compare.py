@@ -2,7 +2,8 @@
 
     python examples/demo/compare.py
 
-Needs the demo's result (`make demo`). Linear, slerp and TIES merges of the same donors are scored on the questions
+Needs the demo's result (`make demo`), or with `--config` that of another run (`--count 0`: of any, without fresh
+questions). Linear, slerp, task-arithmetic, TIES and DARE-TIES merges of the same donors are scored on the questions
 that the run was decided by: a grid of each method, of as many merges as the run evaluated candidates. The best of
 each grid is scored, beside the run's result, on questions by which nothing was chosen: the held-out ones, and fresh
 ones of three seeds. The best is always the one with the most skill retained, as in the run (`selection: mean`).
@@ -17,6 +18,7 @@ import argparse
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import combinations, product
 from math import comb
 from pathlib import Path
@@ -43,6 +45,7 @@ from olmfast.weights.sources import Expression
 
 RESAMPLES, SEED = 10_000, 0
 LAMBDAS = (0.5, 0.75, 1.0, 1.25, 1.5)
+DENSITY = 0.5  # where a grid has only one
 
 Recipes = Mapping[str, Recipe]
 """Label -> recipe."""
@@ -52,7 +55,9 @@ def merged(method: str, terms: Sequence[Recipe], base: Recipe | None = None, **s
     """A static merge of whole models, every tensor alike."""
 
     def tensor(name: str) -> Expression:
-        return merge(method, [one.tensors[name] for one in terms], base.tensors[name] if base else None, **settings)
+        drawn = {"seed": SEED, "stream": name} if method == "dare_ties" else {}
+        values = [one.tensors[name] for one in terms]
+        return merge(method, values, base.tensors[name] if base else None, **settings, **drawn)
 
     return Recipe(terms[0].base, {name: tensor(name) for name in terms[0].tensors})
 
@@ -86,25 +91,32 @@ def slerp(donors: Recipes, count: int) -> Recipes:
     return found
 
 
-def ties(donors: Recipes, count: int) -> Recipes:
+def from_a_base(method: str, donors: Recipes, count: int) -> Recipes:
     """Each donor and the average as the base; lambdas, densities, and weights: alike, or one of them double."""
     bases = {**donors, "average": merged("linear", list(donors.values()))}
     terms = {base: [donor for donor in donors if donor != base] for base in bases}
     n_weights = sum(len(others) + 1 for others in terms.values())
     lambdas = LAMBDAS[: max(1, count // n_weights)]
-    n_densities = max(1, count // (len(lambdas) * n_weights))
+    n_densities = max(1, count // (len(lambdas) * n_weights)) if method != "task_arithmetic" else 1
     found = {}
     for base, others in terms.items():
         for scale, i, double in product(lambdas, range(n_densities), [None, *others]):
-            density = (i + 1) / n_densities
-            label = f"base {base}, lambda {scale:g}, density {density:.2f}" + (f", {double} twice" if double else "")
-            weights = tuple(2.0 if donor == double else 1.0 for donor in others)
-            settings = {"density": density, "lambda": scale, "weight": weights}
-            found[label] = merged("ties", [donors[donor] for donor in others], bases[base], **settings)
+            settings = {"lambda": scale, "weight": tuple(2.0 if donor == double else 1.0 for donor in others)}
+            if method != "task_arithmetic":
+                settings["density"] = (i + 1) / n_densities if n_densities > 1 else DENSITY
+            told = ", ".join(f"{name} {value:.3g}" for name, value in settings.items() if name != "weight")
+            label = f"base {base}, {told}" + (f", {double} twice" if double else "")
+            found[label] = merged(method, [donors[donor] for donor in others], bases[base], **settings)
     return found
 
 
-GRIDS = {"linear": linear, "slerp": slerp, "TIES": ties}
+GRIDS = {
+    "linear": linear,
+    "slerp": slerp,
+    "task arithmetic": partial(from_a_base, "task_arithmetic"),
+    "TIES": partial(from_a_base, "ties"),
+    "DARE-TIES": partial(from_a_base, "dare_ties"),
+}
 
 
 def score(evaluation: Evaluation, recipes: Recipes, questions: Questions) -> Scores:
@@ -183,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Hold the demo's result against the best static merges.")
     parser.add_argument("--config", type=Path, default=CONFIG, help="of the run; default: the demo's")
     parser.add_argument("--evaluations", type=int, help="merges in each grid; default: what the run has spent")
-    parser.add_argument("--count", type=int, default=COUNT, help="fresh questions per skill and seed")
+    parser.add_argument("--count", type=int, default=COUNT, help="fresh questions per skill and seed; 0: none")
     arguments = parser.parse_args()
     config = load_config(arguments.config)
     record = Record.load(config.output_dir)
@@ -204,9 +216,11 @@ def main() -> None:
         print(told, flush=True)
     finalists[RESULT] = record.validated or record.recipe
 
-    seeds = ", ".join(map(str, SEEDS))
-    fresh = fresh_questions(inputs, arguments.count)
-    for title, questions in (("Held-out questions", inputs.holdout), (f"Fresh questions, seeds {seeds}", fresh)):
+    asked = {"Held-out questions": inputs.holdout}
+    if arguments.count:
+        seeds = ", ".join(map(str, SEEDS))
+        asked[f"Fresh questions, seeds {seeds}"] = fresh_questions(inputs, arguments.count)
+    for title, questions in asked.items():
         show(title, score(evaluation, finalists, questions), list(finalists), len(donors))
 
 

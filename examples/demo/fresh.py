@@ -17,7 +17,7 @@ from olmfast.config.datasets import DatasetConfig
 from olmfast.runs.scoreboard import evaluate
 from olmfast.terminal.runs import print_scoreboard
 
-CONFIG = Path(__file__).parent / "olm_config.yaml"
+CONFIG = Path(__file__).parent / "merge.yaml"
 SEEDS = (21, 22, 23)
 COUNT = 128
 

@@ -1,6 +1,6 @@
 """The pictures of docs/report.md: a report in Chromium, light and dark, wide and narrow.
 
-    python examples/demo/pictures.py runs/joint/report.html docs/report
+    python examples/demo/pictures.py runs/demo/report.html docs/report
 
 writes docs/report-light.png and so on, of the report that `olmfast run examples/demo/merge.yaml` leaves. Chromium is
 what OLMFAST_CHROMIUM names, or what is installed.

@@ -333,7 +333,7 @@ def test_a_candidate_of_no_numbers_scores_nan(tmp_path):
 def test_a_whole_search_decides_as_with_the_sequential_scorer(tmp_path):
     stages = {"base_select": True, "boundary_select": True, "layer_swap": True, "tensor_swap": True, "es_svd": True}
     config = tiny_run(
-        tmp_path, dtype="float64", es_norm=True, units=["*.0.mlp.*", "*.1.self_attn.*"], direction="backward", **stages
+        tmp_path, dtype="float64", es_norm=True, units=["*.0.mlp.down*", "*.1.self_attn.[qo]*"], direction="backward", **stages
     )
     results = [
         run(load_config(config, {"scorer": scorer, "output_dir": f"out_{scorer}"}))

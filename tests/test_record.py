@@ -343,7 +343,7 @@ def test_the_report_has_the_originals_layout_and_beside_it_what_olmfast_knows(fi
     assert list(data["olmfast"]) == [
         *("version", "config", "places", "donors", "tokenizer", "datasets", "samples", "left_out", "environment"),
         *("status", "steps", "recipe", "evaluations", "ledger_bytes", "elapsed_s"),
-        *("donors_holdout", "selection", "holdout", "recipe_digest", "account", "verdict", "answers"),
+        *("donors_holdout", "selection", "holdout", "recipe_digest", "account", "verdict", "answers", "expected"),
     ]
     for step in data["olmfast"]["steps"].values():
         keys = ["stage", "unit", "winner", "changed", "metrics", "dropped", "order", "truncated"]

@@ -332,9 +332,8 @@ def test_a_candidate_of_no_numbers_scores_nan(tmp_path):
 @pytest.mark.usefixtures("float64_throughout")
 def test_a_whole_search_decides_as_with_the_sequential_scorer(tmp_path):
     stages = {"base_select": True, "boundary_select": True, "layer_swap": True, "tensor_swap": True, "es_svd": True}
-    config = tiny_run(
-        tmp_path, dtype="float64", es_norm=True, units=["*.0.mlp.down*", "*.1.self_attn.[qo]*"], direction="backward", **stages
-    )
+    units = ["*.0.mlp.down*", "*.1.self_attn.[qo]*"]
+    config = tiny_run(tmp_path, dtype="float64", es_norm=True, units=units, direction="backward", **stages)
     results = [
         run(load_config(config, {"scorer": scorer, "output_dir": f"out_{scorer}"}))
         for scorer in ("batched", "sequential")

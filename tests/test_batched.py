@@ -16,7 +16,7 @@ from olmfast import run
 from olmfast.config.datasets import DatasetConfig
 from olmfast.config.run import load_config
 from olmfast.errors import InputError
-from olmfast.evaluation import memory
+from olmfast.evaluation import generation, memory
 from olmfast.evaluation.batched import BatchedScorer
 from olmfast.evaluation.blocks import BlockwiseModel
 from olmfast.evaluation.blueprint import draw_up
@@ -154,6 +154,18 @@ def test_a_sweep_keeps_as_many_boundaries_as_it_may_and_scores_the_same(backward
         assert kept == ([{2}, {1}, {0}] if backward else [{0}, {1}, {2}])
     elif limit == 1 << 30:  # what a commit makes void goes, the rest stays
         assert kept == ([{1, 2}, {1, 2}, {0, 1}] if backward else [{0}, {0, 1}, {0, 1, 2}])
+
+
+@pytest.mark.usefixtures("float64_throughout")
+def test_rows_that_are_done_may_be_decoded_on_until_the_next_look(tmp_path, monkeypatch):
+    world = World(tmp_path, "llama", torch.float64)
+    unit = world.block(1)
+    candidates = world.donors(unit)
+    looked = world.plain.score(unit, candidates)
+    monkeypatch.setitem(generation.TOKENS_APART, "cpu", 3)
+    for scorer in (world.fast, world.plain):
+        assert_same(scorer.score(unit, candidates), looked, 1e-9)
+    assert world.fast.statistics.decoded > 0
 
 
 @pytest.mark.usefixtures("float64_throughout")

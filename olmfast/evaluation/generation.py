@@ -17,6 +17,9 @@ from olmfast.evaluation.memory import Shares, is_out_of_memory
 from olmfast.evaluation.tasks import OwnTokens
 from olmfast.evaluation.trajectories import Trajectories
 
+# Device type -> tokens between two looks at which rows go on: each look waits for all work that is queued.
+TOKENS_APART = {"cuda": 8}
+
 
 class Generated(NamedTuple):
     """Greedy continuations. Of each row only the first `lengths` tokens count."""
@@ -43,6 +46,7 @@ def generate(
     from transformers import DynamicCache
 
     device = next(module.parameters()).device
+    apart = TOKENS_APART.get(device.type, 1)
     ids, mask = _left_pad(prompts, device)
     stop_ids = torch.tensor(sorted(stop), dtype=torch.long, device=device)
     limit = torch.tensor(limits, device=device)
@@ -60,7 +64,7 @@ def generate(
         alive &= ~stopped
         lengths += alive
         alive &= limit > step + 1
-        if not bool(alive.any()):
+        if (step + 1) % apart == 0 and not bool(alive.any()):
             break
         ids, positions = token[:, None], (positions[:, -1:] + 1).clamp(max=context - 1)
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
@@ -118,6 +122,7 @@ def resume(
     order = sorted(range(len(rollouts)), key=lambda index: rollouts[index].place)
     rollouts = [rollouts[index] for index in order]
     device = next(module.parameters()).device
+    apart = TOKENS_APART.get(device.type, 1)
     n_steps = max(one.limit for one in rollouts)
     cache, mask = filled_cache(
         module.config, [one.states for one in rollouts], [one.n_states for one in rollouts], n_steps
@@ -142,11 +147,13 @@ def resume(
         probabilities[rows, step] = max_prob
         lengths[rows] += left > 0
         left = torch.where(torch.isin(token, stop_ids), 0, left - 1)
+        ids, positions = token[:, None], (positions + 1).clamp(max=context - 1)
+        if (step + 1) % apart:
+            continue
         alive = left > 0
         n_alive = int(alive.sum())
         if n_alive == 0:
             break
-        ids, positions = token[:, None], (positions + 1).clamp(max=context - 1)
         if 4 * n_alive <= 3 * len(rows):
             keep = alive.nonzero()[:, 0]
             cache.batch_select_indices(keep)

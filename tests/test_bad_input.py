@@ -144,6 +144,24 @@ def test_a_folder_without_safetensors_is_named(refused, cfg):
     assert refused(cfg) == (f"{donor(cfg)}: no model.safetensors and no model.safetensors.index.json in this folder")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model-00001-of-00002.safetensors", "shards need their index: download model.safetensors.index.json too"),
+        ("m.Q4_K_M.gguf", "GGUF files are not read: take the model that they were made from"),
+    ],
+)
+def test_other_weights_in_a_folder_are_named(refused, cfg, name, message):
+    (donor(cfg) / "model.safetensors").rename(donor(cfg) / name)
+    assert refused(cfg).endswith(f"in this folder, but {name}; {message}")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_what_a_clone_without_lfs_leaves_is_told(refused, cfg, file):
+    (donor(cfg) / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 123\n")
+    assert f"{donor(cfg) / file}: is a Git LFS pointer, not the file itself; get it with git lfs pull" in refused(cfg)
+
+
 @pytest.mark.parametrize("pickled", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth"])
 def test_pickled_weights_are_not_read_and_the_message_says_how_to_convert_them(refused, cfg, pickled):
     (donor(cfg) / "model.safetensors").rename(donor(cfg) / pickled)

@@ -24,7 +24,7 @@ from olmfast.errors import FileChanged, InputError, OlmfastError, cut, told
 from olmfast.weights.architecture import Architecture, check_kinds
 from olmfast.weights.chunks import Readable
 from olmfast.weights.digests import DigestCache
-from olmfast.weights.files import check_characters, read_text, real
+from olmfast.weights.files import check_characters, check_not_pointer, read_text, real
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -363,7 +363,7 @@ def _is_an_adapter(folder: Path, name: str) -> str:
 
 
 def is_own_file(path: Path) -> bool:
-    """Whether a companion is a file. Raises InputError if it is one of elsewhere, or none at all."""
+    """Whether a companion is a file. Raises InputError if it is one of elsewhere, or none at all, or LFS's pointer."""
     if path.is_symlink():
         place = real(path)
         in_cache = place.parent.name == "blobs" and place.parent.parent.name.startswith("models--")
@@ -371,7 +371,10 @@ def is_own_file(path: Path) -> bool:
             raise InputError(f"{path}: is a link out of the model's folder, to {place}; put the file itself there")
         if not place.exists():
             raise InputError(f"{path}: is a link to {place}, which is not there; download it again")
-    return path.is_file()
+    if path.is_file():
+        check_not_pointer(path)
+        return True
+    return False
 
 
 def digest_file(path: Path) -> str:
@@ -429,7 +432,16 @@ def _open_shards(folder: Path, note: Callable[[str], None]) -> Iterator[TensorIn
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
     else:
-        raise InputError(f"{folder}: no {SINGLE} and no {INDEX} in this folder")
+        raise InputError(f"{folder}: no {SINGLE} and no {INDEX} in this folder{_instead(folder)}")
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without weights that can be read holds instead."""
+    if found := sorted(path.name for path in folder.glob("*.safetensors")):
+        return f", but {found[0]}; shards need their index: download {INDEX} too"
+    if found := sorted(path.name for path in folder.glob("*.gguf")):
+        return f", but {found[0]}; GGUF files are not read: take the model that they were made from"
+    return ""
 
 
 def _indexed(index: Path, note: Callable[[str], None]) -> Iterator[TensorInfo]:
@@ -461,6 +473,7 @@ def read_header(path: Path) -> list[TensorInfo]:
     try:
         shard = _shards.Shard(path)
     except _shards.FormatError as error:
+        check_not_pointer(path)
         raise InputError(str(error)) from error
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error

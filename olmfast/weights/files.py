@@ -11,6 +11,7 @@ from pathlib import Path
 from olmfast.errors import InputError, show
 
 LONGEST_NAME = 255  # bytes, on nearly every file system
+POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def read_bytes(path: Path) -> bytes:
@@ -21,11 +22,25 @@ def read_bytes(path: Path) -> bytes:
             mode = os.fstat(fd).st_mode
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
                 raise InputError(f"{path}: cannot be read: it is no regular file")
-            return file.read()
+            content = file.read()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:  # a null character or half of a character in its name
         raise InputError(f"{show(str(path))}: cannot be read: {error}") from error
+    check_not_pointer(path, content)
+    return content
+
+
+def check_not_pointer(path: Path, content: bytes | None = None) -> None:
+    """Raise InputError for what a clone without Git LFS holds in a file's place; without `content`, its first bytes."""
+    if content is None:
+        try:
+            with path.open("rb") as file:
+                content = file.read(len(POINTER))
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    if content.startswith(POINTER):
+        raise InputError(f"{path}: is a Git LFS pointer, not the file itself; get it with git lfs pull, or hf download")
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:

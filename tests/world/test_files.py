@@ -293,6 +293,15 @@ def test_processor_template_and_code_files_are_copied_and_the_code_is_told(tmp_p
     )
 
 
+@pytest.mark.parametrize("file", ["tokenizer.model", "tekken.json", "modeling_own.py"])
+def test_a_pointer_of_git_lfs_is_not_copied_as_if_it_were_the_file(tmp_path, file):
+    own(tmp_path)
+    (tmp_path / "a" / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 123\n")
+    with pytest.raises(InputError, match=f"{file}: is a Git LFS pointer"):
+        merged(tmp_path, TWO)
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_without_remote_code_files_neither_they_nor_what_names_them_are_in_the_result(tmp_path):
     own(tmp_path)
     merged(tmp_path, TWO, remote_code_files=False)

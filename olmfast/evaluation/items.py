@@ -100,11 +100,11 @@ class Item:
         if turns is None and question is not None:
             raise InputError(f"{self.where}: is a multiple choice, which mode {mode!r} does not read; use mode choice")
         keys = ", ".join(map(str, data)) or "none"
-        more, fields = "", "{prompt: ..., response: ...}"
+        also, fields = "", "{prompt: ..., response: ...}"
         if mode in CHOICES:
-            more, fields = ", or question and choices", "{prompt: ..., choices: ..., answer: ...}"
+            also, fields = ", or question and choices", "{prompt: ..., choices: ..., answer: ...}"
         raise InputError(
-            f"{self.where}: expected 'conversation', 'conversations', 'messages' or 'prompt' and 'response'{more}, got "
+            f"{self.where}: expected 'conversation', 'conversations', 'messages' or 'prompt' and 'response'{also}, got "
             f"{show(keys)}; other keys are named by fields: {fields}"
         )
 

@@ -160,6 +160,9 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: no {ADAPTER_CONFIG} in this folder; expected a LoRA adapter that PEFT has saved")
     settings = read_json(path)
     kind = settings.get("peft_type")
+    if kind is None:
+        advice = "; mlx_lm.fuse makes a model of an adapter of MLX" if "lora_parameters" in settings else ""
+        raise InputError(f"{path}: has no peft_type, so that it is no adapter that PEFT has saved{advice}")
     if kind != "LORA":
         raise InputError(f"{path}: peft_type {kind!r} is not supported, only LORA; merge it with PEFT first")
     faults = [

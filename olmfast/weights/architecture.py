@@ -231,7 +231,10 @@ class Architecture:
         model_type = config.get("model_type")
         if not isinstance(model_type, str) or model_type not in FAMILIES:
             known = ", ".join(sorted(FAMILIES))
-            raise InputError(f"{where}: model_type {show(model_type)} is not supported; supported are {known}")
+            raise InputError(
+                f"{where}: model_type {show(model_type)} is not supported; supported are {known}; merges that need no "
+                "evaluation take any (olmfast merge)"
+            )
         n_blocks = config.get("num_hidden_layers", config.get("n_layer"))
         if type(n_blocks) is not int or n_blocks < 1:
             raise InputError(f"{where}: expected the number of layers as a positive number, got {show(n_blocks)}")

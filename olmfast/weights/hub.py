@@ -61,6 +61,11 @@ def resolve(name: str, models_dir: Path, folder: Path, download: bool = True, of
     for candidate in folders_of(name, models_dir, folder):
         if candidate != stored:
             return candidate
+    for candidate in (models_dir / name, folder / os.path.expanduser(name)):
+        if os.path.isfile(candidate):
+            raise InputError(f"{candidate}: is a file; name the folder that it lies in, with its config.json")
+    if address := re.match(r"(?:https?://)?(?:www\.)?(?:huggingface|hf)\.co/([\w-][\w.-]*/[\w.-]+)", name):
+        raise InputError(f"{cut(name)}: is an address; name the model {address[1]}")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@.+)?", name):
         if os.path.isdir(stored):
             return stored  # unfinished, and no hub id: opening it names what is missing

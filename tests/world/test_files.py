@@ -246,6 +246,19 @@ def test_what_cannot_run_is_said_in_words_that_help(text, message, place):
     assert not list(place.glob("out*"))
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a/model.safetensors", "a/model.safetensors: is a file; name the folder that it lies in, with its config.json"),
+        ("https://huggingface.co/org/name/tree/main", "is an address; name the model org/name"),
+        ("hf.co/org/name", "is an address; name the model org/name"),
+    ],
+)
+def test_what_names_no_model_is_told_as_what_it_is(name, message, place):
+    with pytest.raises(InputError, match=re.escape(message)):
+        merged(place, f"merge_method: linear\nmodels: [{{model: '{name}'}}, {{model: b}}]\nparameters: {{weight: 1}}\n")
+
+
 # Files beside the weights.
 
 BESIDE = {

@@ -249,7 +249,7 @@ def test_what_cannot_run_is_said_in_words_that_help(text, message, place):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a/model.safetensors", "a/model.safetensors: is a file; name the folder that it lies in, with its config.json"),
+        ("a/model.safetensors", "is a file; name the folder that it lies in, with its config.json"),
         ("https://huggingface.co/org/name/tree/main", "is an address; name the model org/name"),
         ("hf.co/org/name", "is an address; name the model org/name"),
     ],

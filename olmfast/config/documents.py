@@ -77,17 +77,20 @@ def read_documents(path: Path) -> list[Document]:
 
 
 def in_order(documents: Sequence[tuple[str | None, Named, Collection[str]]]) -> list[Named]:
-    """Documents in the order that they are made in, the result's last: the one without a name, else the last.
+    """Documents in the order that they are made in, the result's last: the one without a name, else the last unused.
 
     Each is its name, itself and the models that it names, perhaps with a revision or an adapter; what it uses of other
     documents comes before it. Raises graphlib.CycleError for those that use each other.
     """
-    result = next((place for place, (name, _, _) in enumerate(documents) if name is None), len(documents) - 1)
-    places = {name: place for place, (name, _, _) in enumerate(documents) if place != result}
-    order = TopologicalSorter[int]()
+    places = {name: place for place, (name, _, _) in enumerate(documents) if name is not None}
+    order, used = TopologicalSorter[int](), set[int]()
     for place, (_, _, models) in enumerate(documents):
-        used = {re.split("[+@]", model)[0] for model in models}
-        order.add(place, *(places[name] for name in places if name in used and places[name] != place))
+        named = {re.split("[+@]", model)[0] for model in models}
+        uses = [places[name] for name in places if name in named and places[name] != place]
+        order.add(place, *uses)
+        used |= {*uses}
+    last = max((place for place in range(len(documents)) if place not in used), default=0)
+    result = next((place for place, (name, _, _) in enumerate(documents) if name is None), last)
     made = [place for place in order.static_order() if place != result]
     return [documents[place][1] for place in (*made, result)]
 

@@ -271,8 +271,8 @@ def is_merge_file(data: Mapping[str, Any]) -> bool:
 def load_merge_config(source: str | Path | Mapping[str, Any]) -> MergeConfig:
     """Read and check a merge file, or what one holds, whose paths are then relative to the working directory.
 
-    Of a file with several documents, the one without a name, or else the last, which has the others as `earlier`, in
-    the order that they are made in.
+    Of a file with several documents, the one without a name, or else the last that no other uses, which has the others
+    as `earlier`, in the order that they are made in.
     Raises InputError that lists every fault, unknown keys with a suggestion.
     """
     refuse_dataflow(source)
@@ -305,11 +305,11 @@ def load_merge_config(source: str | Path | Mapping[str, Any]) -> MergeConfig:
 
 
 def _name_faults(configs: Sequence[MergeConfig], where: str) -> Iterator[str]:
-    """All documents but the one that gives the result need names, which are folders' names and differ."""
+    """All documents but the one that gives the result need names; those of several are folders' names and differ."""
     names = [config.name for config in configs]
     if names.count(None) > 1:
         yield f"{where}: several documents have no name, so that nothing could use them; only the result's needs none"
-    made = [name for name in (names if None in names else names[:-1]) if name is not None]
+    made = [name for name in names if name is not None] if len(names) > 1 else []
     for name in made:
         if not re.fullmatch(r"[\w.-]+", name) or name in (".", ".."):
             yield f"{where}: name: expected letters, digits, dots and dashes, got {show(name)}"

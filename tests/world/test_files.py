@@ -169,6 +169,9 @@ def test_documents_may_stand_in_any_order(place):
     merged(place, DOCUMENTS, overwrite=True)
     assert all(torch.equal(tensor, turned[name]) for name, tensor in weights(place / "out").items())
     assert {path.name for path in place.iterdir()} == {*"abc", "m.yml", "out", "out-first", "out-second"}
+    named = "---\n".join([f"name: third\n{result}", before[0]])  # the last that no other uses gives the result
+    merged(place, named, overwrite=True)
+    assert all(torch.equal(tensor, turned[name]) for name, tensor in weights(place / "out").items())
     circle = DOCUMENTS.replace("model: c}]\n---", "model: first}]\n---").replace("{model: b}]", "{model: second}]")
     with pytest.raises(InputError, match=r"documents use each other: (first, second, first|second, first, second)"):
         merged(place, circle)

@@ -227,8 +227,10 @@ class MergeConfig(_Strict, FromFile):
         return [Group("models", sources, self.base_model, {})]
 
     def notes(self) -> list[str]:
-        """What is told of a file that can be merged: parameters that have no effect."""
-        return list(unread_parameters(self.merge_method, self.groups(), self.parameters))
+        """What is told of a file that can be merged: parameters and keys that have no effect."""
+        residual = any(part.residual_weight is not None for part in self.slices or ())
+        unread = ["slices: residual_weight: not read, as in mergekit"] if residual else []
+        return [*unread_parameters(self.merge_method, self.groups(), self.parameters), *unread]
 
     def _slice_faults(self) -> Iterator[str]:
         """Slices without layers, of which only the first and the last say something (whose embedding or head is

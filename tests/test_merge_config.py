@@ -154,7 +154,7 @@ def test_a_key_in_the_wrong_place_is_told_where_it_belongs(keys, message):
             ["weight: not read where the base_model has it"],
         ),
         ({"base_model": "a"}, []),
-        ({"models": None, "slices": [{**SLICE, "residual_weight": 0.5}]}, ["residual_weight: not read, as in mergekit"]),
+        ({"models": None, "slices": [{**SLICE, "residual_weight": 0.5}]}, ["residual_weight: not read"]),
     ],
 )
 def test_parameters_without_effect_are_told(keys, notes):

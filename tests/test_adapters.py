@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -38,7 +37,7 @@ from olmfast.weights.adapters import AdaptedModel
 from olmfast.weights.checkpoint import Checkpoint
 from olmfast.weights.chunks import CHUNK
 from olmfast.weights.digests import DigestCache
-from olmfast.weights.hub import ADAPTER, common_model, parts_of, resolve
+from olmfast.weights.hub import ADAPTER, resolve
 from olmfast.weights.pool import Pool
 from olmfast.weights.sources import Sources
 
@@ -371,35 +370,7 @@ def test_folders_that_are_no_adapter_or_no_model_are_told_apart(place, tmp_path)
     assert "no tensor model.layers.0.mlp.down_proj.weight in gpt_neox" in message("gpt_neox+ad1")
 
 
-# ---- names
-
-
-def test_a_plus_in_the_name_of_a_folder_that_exists_is_part_of_it(tmp_path):
-    for folder in ("a+b", "models/c+d", "a+b+c", "org_x+y"):
-        (tmp_path / folder).mkdir(parents=True)
-    for name, parts in {
-        "a+b": ["a+b"],
-        "a+b+ad": ["a+b", "ad"],
-        "a+b+c+ad": ["a+b+c", "ad"],
-        "x+a+b": ["x", "a+b"],
-        "models/c+d+a+b": ["models/c+d", "a+b"],
-        f"{tmp_path}/models/c+d+e": [f"{tmp_path}/models/c+d", "e"],
-        "org/x+y": ["org/x+y"],
-        "org/base@v1+org/ad@main": ["org/base@v1", "org/ad@main"],
-        "plain": ["plain"],
-    }.items():
-        assert parts_of(name, tmp_path, tmp_path) == parts, name
-
-
-def test_the_model_that_all_names_are_adapters_of_is_found(tmp_path):
-    for names, expected in {
-        ("a+x", "a+y"): "a",
-        ("a+x", "a"): "a",
-        ("a+x", "b+x"): None,
-        ("a", "a"): None,
-        ("a+x+y", "a+x"): "a",
-    }.items():
-        assert common_model(names, tmp_path, tmp_path) == expected
+# ---- from the Hub
 
 
 def test_an_adapter_of_the_hub_is_downloaded_without_what_lies_beside_it(place, tmp_path, monkeypatch):
@@ -422,30 +393,6 @@ def test_an_adapter_of_the_hub_is_downloaded_without_what_lies_beside_it(place, 
     asked.clear()
     assert resolve("org/ad@v2", tmp_path, tmp_path, of=ADAPTER) == tmp_path / "org_ad@v2"
     assert not asked
-
-
-def test_mergekits_spellings_of_an_adapted_model_are_one():
-    entries = [
-        "org/base@v1+org/ad@v2",
-        {"model": {"path": "org/base", "revision": "v1"}, "lora": {"path": "org/ad", "revision": "v2"}},
-        {"model": "org/base@v1", "lora": "org/ad@v2", "override_architecture": None},
-    ]
-    for entry in entries:
-        config = load_merge_config({"merge_method": "passthrough", "models": [{"model": entry}]})
-        assert config.model_names == ["org/base@v1+org/ad@v2"]
-
-
-@pytest.mark.parametrize(
-    ("keys", "name"),
-    [({"revision": "v1"}, "org/a@v1"), ({"lora": "org/ad"}, "org/a+org/ad"), ({"adapter": "x"}, "org/a+x")],
-)
-def test_what_belongs_to_a_models_name_is_said_to(keys, name):
-    merged = {"merge_method": "passthrough", "models": [{"model": "org/a", **keys}]}
-    source = {"model": "org/a", "layer_range": [0, 1], **keys}
-    sliced = {"merge_method": "passthrough", "slices": [{"sources": [source]}]}
-    for config in (merged, sliced):
-        with pytest.raises(InputError, match=f"is part of the model's name; write model: {re.escape(name)}"):
-            load_merge_config(config)
 
 
 # ---- wherever a model stands

@@ -28,11 +28,12 @@ test: .venv/installed
 
 # The scoring tests as an older processor rounds, with two threads: no promise may rest on one machine's rounding.
 test-portable: export OMP_NUM_THREADS = 2
+test-portable: export OMP_WAIT_POLICY = passive
 test-portable: export ATEN_CPU_CAPABILITY = avx2
 test-portable: export ONEDNN_MAX_CPU_ISA = AVX2
 test-portable: export MKL_ENABLE_INSTRUCTIONS = AVX2
 test-portable: .venv/installed
-	$(BIN)/pytest $(SCORING) -k "not every_family or llama or gemma2"
+	$(BIN)/pytest $(SCORING) -n 2 -k "not every_family or llama or gemma2"
 
 # Kills, full disks and changed models; `make soak KILLS=100 EVERY=10 CHANGES=10 SEED=1`: fewer, and others.
 KILLS ?= 1000

@@ -127,7 +127,7 @@ def _mmlu(path: Path, limit: int, of_question: bool) -> list[Conversation]:
     except InputError as error:
         raise InputError(
             f"{error}; a table with a header is read with fields: {{prompt: ..., response: ...}}"
-        ) from None
+        ) from error
     examples = [example for shots in worked_examples(path) for example in read_questions(shots)]
     if not questions:
         raise InputError(f"{path}: holds no questions")

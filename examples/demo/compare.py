@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import combinations, product
@@ -55,7 +55,7 @@ def merged(method: str, terms: Sequence[Recipe], base: Recipe | None = None, **s
     """A static merge of whole models, every tensor alike."""
 
     def tensor(name: str) -> Expression:
-        drawn = {"seed": SEED, "stream": name} if method == "dare_ties" else {}
+        drawn: dict[str, Any] = {"seed": SEED, "stream": name} if method == "dare_ties" else {}
         values = [one.tensors[name] for one in terms]
         return merge(method, values, base.tensors[name] if base else None, **settings, **drawn)
 
@@ -110,7 +110,7 @@ def from_a_base(method: str, donors: Recipes, count: int) -> Recipes:
     return found
 
 
-GRIDS = {
+GRIDS: Mapping[str, Callable[[Recipes, int], Recipes]] = {
     "linear": linear,
     "slerp": slerp,
     "task arithmetic": partial(from_a_base, "task_arithmetic"),

@@ -75,7 +75,7 @@ def print_plan(plan: Estimate, as_json: bool) -> None:
             "blocks are streamed, two of them in memory at a time, which costs time, most where answers are decoded"
         )
     print(
-        f"time: about {timedelta(seconds=math.ceil(plan.seconds))} at the {plan.flop_per_s / 1e9:.0f} GFLOP/s that a "
+        f"time: about {timedelta(seconds=math.ceil(plan.seconds))} at the {plan.flop_per_s / 1e9:.3g} GFLOP/s that a "
         "trial product reached (an estimate: decoding and everything but matrix products add to it, racing and equal "
         f"donors reduce it); {timedelta(seconds=math.ceil(plan.scoring_s))} of it for what is scored besides"
     )

@@ -40,10 +40,12 @@ class Threads:
     def __init__(self, n, address=None, device=None):  # noqa: ARG002
         self.n, self.asked, self.ended = n, [], threading.Event()
         self.lock, self.turn = threading.Lock(), threading.Lock()
+        self.started = []
         Threads.latest = self
 
     def start(self):
-        return {"worker": Worker(), "thread": ThreadPoolExecutor(1), "dead": False}
+        self.started.append(ThreadPoolExecutor(1))
+        return {"worker": Worker(), "thread": self.started[-1], "dead": False}
 
     def ask(self, handle, method, *args):
         future = Future()
@@ -85,6 +87,8 @@ class Threads:
 
     def close(self):
         self.ended.set()
+        for thread in self.started:  # what it is at would change settings under whatever comes next
+            thread.shutdown(cancel_futures=True)
 
 
 @pytest.fixture

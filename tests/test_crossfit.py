@@ -128,3 +128,7 @@ def step(unit: str, *scores: float | None, gain: float | None = 0.1, changed: bo
 def test_what_is_expected_of_new_questions_is_what_each_half_led_to_on_the_other(steps, expected):
     found = expected_skill(steps, {"a": (0.0, 1.0)})
     assert found == (None if expected is None else pytest.approx(expected))
+
+
+def test_nothing_is_expected_where_no_dataset_tells_the_donors_apart():
+    assert expected_skill([step(ROW, 0.4, 0.6)], {}) is None

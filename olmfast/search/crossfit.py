@@ -112,7 +112,7 @@ def expected_skill(steps: Iterable[Outcome], spans: Mapping[str, tuple[float, fl
         if not outcome.changed:
             continue
         crossed = {name: _crossed(outcome.metrics.get(name, {})) for name in spans}
-        if not is_fitted and all(math.isfinite(mean) for mean in crossed.values()):
+        if crossed and not is_fitted and all(math.isfinite(mean) for mean in crossed.values()):
             expected, is_fitted = skill_retained(crossed, spans), outcome.unit == ROW
         elif expected is not None:
             expected += outcome.gain or 0.0

@@ -13,7 +13,7 @@ import torch
 
 from olmfast import kernels
 from olmfast.kernels.spherical import coefficients, products_ref
-from olmfast.weights import combining, row_wise
+from olmfast.weights import combining, overlap, row_wise
 from olmfast.weights.chunks import Held, Operands, Piece, Setting, Settings
 from olmfast.weights.fused import Sum
 from olmfast.weights.task_vectors import (
@@ -173,6 +173,7 @@ def _nearswap(operands: Operands, settings: Settings) -> Piece:
 _WEIGHT = Parameter("weight", None, "term")
 _DENSITY, _LAMBDA = Parameter("density", 1.0, "term"), Parameter("lambda", 1.0)
 _GAMMA, _EPSILON = Parameter("gamma", 0.01, "term"), Parameter("epsilon", 0.15, "term")
+_CHANGE = Parameter("epsilon", overlap.EPSILON)
 
 
 def _task_vectors(method: TaskVectors, source: str, *parameters: Parameter, whole: Whole | None = None) -> Method:
@@ -242,6 +243,13 @@ METHODS: dict[str, Method] = {
     "breadcrumbs_ties": _task_vectors(TaskVectors(keep_between, signs=True), "arXiv 2312.06795", _GAMMA),
     "model_stock": Method(_model_stock, "arXiv 2403.19522", (Parameter("filter_wise", False),), "required", (2, None)),
     "sce": Method(sce, "arXiv 2408.07990", (Parameter("select_topk", 1.0),), "required"),
+    "ram": Method(overlap.ram, "arXiv 2601.13572", (_CHANGE,), "required"),
+    "ramplus_tl": Method(
+        overlap.ram_plus,
+        "arXiv 2601.13572",
+        (Parameter("r", overlap.RATIO), Parameter("alpha", overlap.CLIP), _CHANGE),
+        "required",
+    ),
     "arcee_fusion": Method(arcee_fusion, "mergekit's behaviour", (), "required", (1, 1)),
     "passthrough": Method(
         _summed(lambda _, settings: [settings.each("scale", 0)]),

@@ -47,6 +47,8 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
     "breadcrumbs_ties": [{"density": 0.6, "gamma": 0.02}],
     "model_stock": [{}, {"filter_wise": True}],
     "sce": [{"select_topk": 0.4}, {}],
+    "ram": [{}, {"epsilon": 0.03}, {"epsilon": [0.01, 0.05]}],
+    "ramplus_tl": [{"epsilon": 0.03}, {"r": 0.6, "alpha": 4.0, "epsilon": 0.02}, {"r": [0.1, 0.9], "epsilon": 0.03}],
     "arcee_fusion": [{}],
     "passthrough": [{}, {"scale": [{"filter": "down_proj", "value": 0.5}, {"value": 1.0}]}],
 }

@@ -32,6 +32,7 @@ from olmfast.weights.methods import METHODS
 from olmfast.weights.pool import Pool
 from olmfast.weights.skeletons import Skeletons
 from olmfast.weights.sources import Expression
+from olmfast.weights.ties import untied
 from olmfast.weights.vocabulary import Vocabulary, tokenizer_texts
 
 # Methods that draw random numbers: their masks depend on the seed and the tensor's name.
@@ -157,10 +158,7 @@ class _Planner:
         if self.vocabulary is not None:
             config = with_vocabulary(config, self.vocabulary, self.tokens.keys, self.pool, self.base)
         if self.spelling.untied or (self.head_written and self.base.architecture.tied_in_config):
-            config["tie_word_embeddings"] = False
-            inner = config.get("text_config")
-            if isinstance(inner, dict) and inner.get("tie_word_embeddings"):
-                config["text_config"] = {**inner, "tie_word_embeddings": False}
+            config = untied(config)
         dtype = self.dtypes.most_common(1)[0][0] if self.dtypes else None
         keys = [key for key in DTYPE_KEYS if key in config] or ["dtype"]
         if (self.config.dtype or self.config.out_dtype) and dtype is not None:

@@ -6,13 +6,14 @@ a shared one twice, or buffers that are computed anyway. What is what, Transform
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from olmfast.output.writer import COMPUTED, TIED
 from olmfast.weights.checkpoint import Checkpoint
 from olmfast.weights.pool import Pool
 from olmfast.weights.skeletons import Skeleton, Skeletons
+from olmfast.weights.ties import tied_groups
 
 
 @dataclass
@@ -86,7 +87,7 @@ def _rename(pool: Pool, base: Checkpoint, known: Mapping[str, Skeleton]) -> None
 
 def _align_ties(pool: Pool, base: Checkpoint, known: Mapping[str, Skeleton], done: Spelling) -> None:
     """A parameter that is another's is stored once where it is the same, and by all models where it is not."""
-    for group in _tied_groups(known.values()):
+    for group in tied_groups(skeleton.tied for skeleton in known.values()):
         stored = {donor.name: _stored(donor, base, known, group) for donor in pool}
         if len({tuple(sorted(names)) for names in stored.values()}) == 1:
             continue
@@ -106,15 +107,6 @@ def _align_ties(pool: Pool, base: Checkpoint, known: Mapping[str, Skeleton], don
                 if name not in donor.tensors and stored[donor.name]:
                     donor.tensors[name] = donor.tensors[stored[donor.name][0]]
                     done.untied = True
-
-
-def _tied_groups(skeletons: Iterable[Skeleton]) -> list[list[str]]:
-    """Parameters that are one, the one that holds the values first."""
-    groups: dict[str, dict[str, None]] = {}
-    for skeleton in skeletons:
-        for target, source in skeleton.tied.items():
-            groups.setdefault(source, {source: None})[target] = None
-    return [list(group) for group in groups.values()]
 
 
 def _stored(donor: Checkpoint, base: Checkpoint, known: Mapping[str, Skeleton], group: list[str]) -> list[str]:

@@ -7,7 +7,7 @@ What an adapter computes is what counts: where PEFT's `merge_and_unload` compute
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod, sqrt
 from pathlib import Path
@@ -15,11 +15,12 @@ from typing import Any
 
 from olmfast.errors import InputError
 from olmfast.weights.adapted import Added, LowRank, RowsReplaced, replaced
-from olmfast.weights.architecture import FAMILIES
+from olmfast.weights.architecture import FAMILIES, is_known, numbered
 from olmfast.weights.checkpoint import ADAPTER_CONFIG, Checkpoint, Tensor, TensorInfo, read_header, read_json
 from olmfast.weights.digests import DigestCache
 from olmfast.weights.hub import ADAPTER, ADAPTER_WEIGHTS, parts_of, resolve
 from olmfast.weights.skeletons import Skeletons
+from olmfast.weights.ties import Ties, ties_of, untied
 from olmfast.weights.tokenizer_files import token_ids
 
 PREFIX = "base_model.model."  # of every name in an adapter's file
@@ -102,6 +103,8 @@ class AdaptedModel(Checkpoint):
         held = _read_weights(folder / ADAPTER_WEIGHTS)
         applied = _Application(base, settings, held, folder)
         self.tensors, self.config, self.architecture = applied.tensors(), base.config, base.architecture
+        if applied.unties:
+            self.config = untied(base.config)
         self._resize(base, folder)
         self.file_names = {name: base.file_names.get(name, name) for name in self.tensors}
         self.tokenizer_folder = base.tokenizer_folder
@@ -217,23 +220,29 @@ def _read_weights(path: Path) -> _Held:
 
 
 class _Application:
-    """One adapter on one model: which tensor becomes what. Everything that does not fit is collected."""
+    """One adapter on one model: which tensor becomes what. Everything that does not fit is collected.
+
+    `unties` says that config.json has to untie, once `tensors` have been asked for.
+    """
 
     def __init__(self, base: Checkpoint, settings: Mapping[str, Any], held: _Held, folder: Path) -> None:
         self.base, self.settings, self.held, self.file = base, settings, held, folder / ADAPTER_WEIGHTS
         self.head, self.embedding = base.architecture.family.head, base.architecture.family.embedding
-        self.canonical = _spelling(held.parameters(), base)
+        parameters = held.parameters()
+        with Skeletons() as skeletons:
+            # Of a type that is not in the table, Transformers says what is tied; inside blocks nothing is.
+            asks = not is_known(base.config) and any(numbered(parameter) is None for parameter in parameters)
+            self.ties = ties_of(base, skeletons if asks else None)
+            self.canonical = _spelling(parameters, base, self.ties, skeletons)
         self.faults: list[str] = []
+        self.unties = False
 
     def tensors(self) -> dict[str, Tensor]:
         """Canonical name -> the tensor of the adapted model. Raises InputError with everything that is wrong."""
-        tied = self.base.is_tied and self.embedding in self.base.tensors
         changed: dict[str, Tensor] = {}
         for parameter in self.held.parameters():
             name = self.canonical(parameter)
-            source = self.base.tensors.get(name or "")
-            if source is None and name == self.head and tied:
-                source = self.base.tensors[self.embedding]
+            source = None if name is None else self.base.tensors.get(self.ties.stored(name))
             if name is None or source is None:
                 self.faults.append(f"no tensor {parameter} in {self.base.name}")
                 continue
@@ -241,21 +250,28 @@ class _Application:
             if tensor is not None:
                 changed[name] = tensor
         self._refuse()
-        if tied:
-            self._untie(changed)
         found = {**self.base.tensors, **changed}
-        if tied and self.embedding in changed and self.head not in changed:
-            found.pop(self.head, None)  # it follows the embedding
+        touched = [(group, [name for name in group if name in changed]) for group in self.ties.groups]
+        touched = [(group, names) for group, names in touched if names]
+        if any(self._parts([changed[name] for name in names]) for _, names in touched):
+            self.unties = self.ties.in_config
+            apart, faults = self.ties.parted(self.base.tensors, changed)
+            self.faults += faults
+            found |= apart
+        else:
+            for group, names in touched:
+                found[group[0]] = changed[names[0]]
+                found = {name: tensor for name, tensor in found.items() if name not in group[1:]}
+        self._refuse()
         return dict(sorted(found.items()))
 
-    def _untie(self, changed: dict[str, Tensor]) -> None:
-        """Of a tied model, the head that the adapted one has: the embedding's, or one of its own."""
-        if self.settings.get("ensure_weight_tying"):
-            changed.pop(self.head, None)
-            return
-        rows_alone = isinstance(changed.get(self.embedding), RowsReplaced)  # which PEFT gives a tied head too
-        if {self.head, self.embedding} & set(changed) and not rows_alone:
-            changed.setdefault(self.head, self.base.tensors[self.embedding])
+    def _parts(self, changed: Sequence[Tensor]) -> bool:
+        """Whether parameters that are one are no longer, where the adapter has these changes for some of them.
+
+        Rows that an embedding gets of its own, PEFT gives a tied head too.
+        """
+        rows_alone = all(isinstance(tensor, RowsReplaced) for tensor in changed)
+        return not (rows_alone or self.settings.get("ensure_weight_tying"))
 
     def _changed(self, parameter: str, name: str, source: Tensor) -> Tensor | None:
         """One tensor as the adapter has it; None if something is wrong with it."""
@@ -368,23 +384,26 @@ def _parameters(base: Checkpoint) -> dict[str, str]:
     return {**files, **slots, **{name: name for name in names}}
 
 
-def _spelling(wanted: Collection[str], base: Checkpoint) -> Callable[[str], str | None]:
+def _spelling(
+    wanted: Collection[str], base: Checkpoint, ties: Ties, skeletons: Skeletons
+) -> Callable[[str], str | None]:
     """From an adapter's parameters to canonical names. What the base's own names do not tell, Transformers says.
 
     They may lie in a module around, or inside, the base's: an adapter of a bare decoder says `layers.0` where the model
     with a head says `model.layers.0`.
     """
-    known = _parameters(base)
+    known = {**{name: name for group in ties.groups for name in group}, **_parameters(base)}
     unknown = [parameter for parameter in wanted if parameter not in known]
     if not unknown:
         return known.get
     for before, after in _changes_of_prefix(unknown[0], known):
         if all(parameter.startswith(before) and after + parameter[len(before) :] in known for parameter in wanted):
             return lambda parameter: known.get(after + parameter[len(before) :])
-    with Skeletons() as skeletons:  # as if the adapter's parameters were tensors of a file, of any version
-        skeleton = skeletons.examine(base.config, dict.fromkeys([*base.tensors, *unknown], ()))
+    # As if the adapter's parameters were tensors of a file, of any version.
+    skeleton = skeletons.examine(base.config, dict.fromkeys([*base.tensors, *unknown], ()))
     places = {name: place for name, place in skeleton.modules.items() if name not in skeleton.converted}
     names = {place: name for name, place in places.items() if name in base.tensors}
+    names |= {name: name for group in ties.groups for name in group if name not in base.tensors}
     return {**{parameter: names.get(places.get(parameter, "")) for parameter in unknown}, **known}.get
 
 

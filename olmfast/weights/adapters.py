@@ -22,6 +22,7 @@ from olmfast.weights.hub import ADAPTER, ADAPTER_WEIGHTS, parts_of, resolve
 from olmfast.weights.skeletons import Skeletons
 from olmfast.weights.ties import Ties, ties_of, untied
 from olmfast.weights.tokenizer_files import token_ids
+from olmfast.weights.wrappers import own_names
 
 PREFIX = "base_model.model."  # of every name in an adapter's file
 
@@ -195,9 +196,10 @@ def _read_weights(path: Path) -> _Held:
         advice = "only pickled weights, which can run code" if pickled else "download it again"
         advice += "; if its repository has only a .bin file, load it with PEFT and save_pretrained it"
         raise InputError(f"{path.parent}: no {path.name} in this folder; {advice}")
-    held, faults = _Held(), list[str]()
-    for info in read_header(path):
-        name = info.name.removeprefix(PREFIX)
+    held, faults, infos = _Held(), list[str](), read_header(path)
+    own = own_names([info.name for info in infos], str(path), "front")
+    for info in infos:
+        name = own[info.name].removeprefix(PREFIX)
         if ".original_module." in name:
             continue  # the base's, which old versions of PEFT saved as well
         if found := _PART.fullmatch(name):

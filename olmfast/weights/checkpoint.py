@@ -21,10 +21,11 @@ import xxhash
 
 from olmfast import _shards
 from olmfast.errors import FileChanged, InputError, OlmfastError, cut, told
-from olmfast.weights.architecture import Architecture, check_kinds
+from olmfast.weights.architecture import Architecture, check_kinds, is_known
 from olmfast.weights.chunks import Readable
 from olmfast.weights.digests import DigestCache
 from olmfast.weights.files import check_characters, check_not_pointer, read_text, real
+from olmfast.weights.wrappers import Module, own_names
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -235,13 +236,17 @@ class Checkpoint:
         if not any_family:
             self.architecture = Architecture.from_config(self.config, where)
         self.notes: list[str] = []
-        stored = {info.name: info for info in _open_shards(folder, self.notes.append)}
+        infos = {info.name: info for info in _open_shards(folder, self.notes.append)}
+        # No type of the table has a part `module`; the code that a model brings may have one.
+        module: Module = "anywhere" if is_known(self.config) else "never" if self.config.get("auto_map") else "front"
+        own = own_names(infos, str(folder), module)
+        if odd := [name for name in infos if own[name] != name]:
+            self.notes.append(f"{folder}: {odd[0]} is read as {own[odd[0]]}, as what torch.compile or DDP wrapped")
+        stored = {own[name]: info for name, info in infos.items()}
         if any_family:
             self.architecture = Architecture.from_names(self.config, where, stored)
-        self.tensors: dict[str, Tensor] = {
-            canonical: stored[name] for canonical, name in sorted(self.architecture.canonical(stored).items())
-        }
-        self.file_names = {canonical: info.name for canonical, info in self.tensors.items()}
+        self.file_names = dict(sorted(self.architecture.canonical(stored).items()))
+        self.tensors: dict[str, Tensor] = {canonical: stored[name] for canonical, name in self.file_names.items()}
         self.digests = digests or DigestCache()
 
     @property

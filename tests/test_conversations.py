@@ -317,8 +317,9 @@ TURN = {"from": "human", "value": "hello"}
         ([{"conversation": [{"from": "robot", "value": "b"}]}], ": item 0: expected a message with 'from'"),
         ([{"conversation": [{"from": ["gpt"], "value": "b"}]}], ": item 0: expected a message with 'from'"),
         ([{"conversation": [TURN, {"from": "gpt", "value": 4}]}], ": item 0: expected a message with 'from'"),
-        ([{"conversation": ["hello", "hi"]}], ": item 0: expected a message with 'from'"),
-        ([{"prompt": ["a"], "response": "b"}], ": item 0: expected a message with 'from'"),
+        ([{"conversation": ["hello", 3]}], ": item 0: expected a message with 'from'"),
+        ([{"prompt": ["a"], "response": "b"}], ": item 0: prompt: expected a text or a list of messages, got ['a']"),
+        ([{"question": "a", "answer": ["b", "c"]}], ": item 0: answer: expected a text or a list of messages, got ['b"),
         ([{"prompt": "a", "response": "b", "history": ["c"]}], ": item 0: history: expected pairs of question and"),
         ([{"prompt": "\ud800", "response": "b"}], ": item 0: holds half of a character"),
     ],
@@ -375,10 +376,12 @@ def test_a_csv_that_is_not_mmlus_is_named_with_the_line(tmp_path, text, message)
     assert message in refusal(tmp_path, text, "choice", "physics_dev.csv")
 
 
-def test_a_csv_with_a_header_is_said_to_need_fields(tmp_path):
-    found = refusal(tmp_path, "Question,Correct Answer\nq?,a\n", "exact", "gpqa.csv")
+def test_a_csv_with_a_header_of_other_names_is_said_to_need_fields(tmp_path):
+    found = refusal(tmp_path, "Task,Correct Answer\nq?,a\n", "exact", "gpqa.csv")
     assert ":1: expected question, A, B" in found
     assert found.endswith("; a table with a header is read with fields: {prompt: ..., response: ...}")
+    found = refusal(tmp_path, "Question,Correct Answer\nq?,a\n", "exact", "gpqa.csv")
+    assert "without an expected answer; of the keys 'Question, Correct Answer', fields: {prompt: ...," in found
 
 
 def test_missing_worked_examples_are_named(mmlu):

@@ -20,6 +20,7 @@ Mode = Literal[
 ]
 Template = Literal["auto", "tokenizer", "chatml", "raw"]
 Wanted = Literal["prompt", "response", "system", "choices", "answer"]  # of an item of a dataset
+Fields = Mapping[Wanted, str | list[str]]  # the keys that hold it: several, if each holds an option of a choice
 HAN = "[\u4e00-\u9fff]"
 MODES: tuple[str, ...] = Mode.__args__  # type: ignore[attr-defined]
 
@@ -36,7 +37,7 @@ class DatasetConfig(BaseModel):
         json_schema_extra={"required": [], "anyOf": [{"required": ["mode"]}, {"required": ["lm_eval"]}]},
     )
     mode: Mode
-    fields: dict[Wanted, str] | None = None
+    fields: dict[Wanted, str | list[str]] | None = None
     think: bool = True
     weight: float = Field(default=1.0, ge=0)
     strict: bool = False
@@ -73,11 +74,19 @@ class DatasetConfig(BaseModel):
     def _check(self) -> DatasetConfig:
         if self.of_question and self.mode in ("likelihood", "choice", "diversity", "quality"):
             raise ValueError(f"of_question: mode {self.mode} is of answers; use exact or perplexity")
+        for name, key in (self.fields or {}).items():
+            if isinstance(key, list) and (name != "choices" or len(key) < 2):
+                raise ValueError(f"fields: {name}: expected a key, or for choices one for each option, got {show(key)}")
         if self.lm_eval is None and (self.split or self.lm_eval_path):
             raise ValueError("split, lm_eval_path: are of a task; add lm_eval: TASK")
         if self.lm_eval and (self.file or self.fields or self.subjects):
             raise ValueError("lm_eval: a task has its own documents; leave file, fields and subjects out")
         return self
+
+
+def one_or_more(keys: str | list[str]) -> list[str]:
+    """The keys of one entry of `fields`."""
+    return [keys] if isinstance(keys, str) else keys
 
 
 # Dataset keys that may be given at the top level, as the default of every dataset.
@@ -173,7 +182,7 @@ def read_dataset_option(text: str, option: str = "--dataset") -> tuple[str, dict
             f"{option} {text}: expected FILE:MODE[,KEY=VALUE...], such as math.json:exact_match,think=false"
         )
     entry: dict[str, Any] = {"mode": found["mode"]}
-    for part in found["more"].split(",")[1:]:
+    for part in re.split(r",(?![^\[{]*[\]}])", found["more"])[1:]:  # not those of a list
         key, separator, value = part.partition("=")
         if not separator:
             raise InputError(f"{option} {text}: expected KEY=VALUE after a comma, got {show(part)}")

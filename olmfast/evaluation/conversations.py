@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from olmfast.config.datasets import DatasetConfig, Wanted
-from olmfast.errors import InputError, show, told
+from olmfast.config.datasets import DatasetConfig, Fields, one_or_more
+from olmfast.errors import InputError, show
 from olmfast.evaluation import harness
-from olmfast.evaluation.items import NO_ANSWER, Conversation, Item
+from olmfast.evaluation.item_files import items_in
+from olmfast.evaluation.items import KNOWN, NO_ANSWER, Conversation, Item, spelled
 from olmfast.evaluation.metrics import CHOICES, GENERATIVE
-from olmfast.evaluation.mmlu import LETTERS, Subject, csv_rows, read_mmlu, read_questions, worked_examples
-from olmfast.weights.files import read_text
+from olmfast.evaluation.mmlu import LETTERS, Subject, is_mmlu_file, read_mmlu, read_questions, worked_examples
 
 
 class Conversations(NamedTuple):
@@ -50,23 +47,23 @@ def subjects_of(path: Path, entry: DatasetConfig) -> list[Subject]:
 
 
 def load_conversations(
-    path: Path, mode: str, limit: int, fields: Mapping[Wanted, str] | None = None, *, of_question: bool = False
+    path: Path, mode: str, limit: int, fields: Fields | None = None, *, of_question: bool = False
 ) -> Conversations:
-    """The first `limit` conversations of a file: JSON, JSON Lines, an MMLU .csv, or with `fields` a .csv with a header.
+    """The first `limit` conversations of a file: JSON, JSON Lines, a table with a header, or without one as MMLU's.
 
     `fields` maps prompt, response, system, choices and answer to the keys of the items. Items without the expected
     answer that the mode needs, and those with tool calls, are left out. `of_question`: the questions' texts alone.
     Raises InputError naming the file and the item that no mode can use, or saying that no item is left.
     """
-    if path.suffix == ".csv" and not fields:
+    if is_mmlu_file(path) and not fields:
         return Conversations(_mmlu(path, limit, of_question), Counter())
     usable, left_out = [], Counter[str]()
-    items = _table(path) if path.suffix == ".csv" else _items(path)
+    items = items_in(path, {key for keys in (fields or {}).values() for key in one_or_more(keys)} or KNOWN)
     for number, data in enumerate(items[:limit]):
         where = f"{path}: item {number}"
         if not isinstance(data, dict):
             raise InputError(f"{where}: expected an object, got {type(data).__name__}")
-        found = Item(where, data, fields or {}).conversation(mode)
+        found = Item(where, data if fields else spelled(data), fields or {}).conversation(mode)
         if isinstance(found, Conversation) and not found.response and mode not in GENERATIVE and not of_question:
             found = NO_ANSWER
         if isinstance(found, str):
@@ -75,45 +72,12 @@ def load_conversations(
             usable.append(replace(found.question if of_question else found, number=number))
     if not usable:
         counted = ", ".join(f"{n} {why}" for why, n in left_out.items())
-        raise InputError(f"{path}: no item can be scored by mode {mode}: {counted}")
+        more, first = "", items[0]
+        if NO_ANSWER in left_out and isinstance(first, dict) and not fields:
+            keys = show(", ".join(map(str, first)))
+            more = f"; of the keys {keys}, fields: {{prompt: ..., response: ...}} says which are meant"
+        raise InputError(f"{path}: no item can be scored by mode {mode}: {counted}{more}")
     return Conversations(usable, left_out)
-
-
-def _table(path: Path) -> list[Any]:
-    """The rows of a .csv by the names in its first line."""
-    header, *rows = csv_rows(path) or [[]]
-    return [dict(zip(header, row, strict=False)) for row in rows]
-
-
-def _items(path: Path) -> list[Any]:
-    if not os.path.lexists(path):
-        raise InputError(f"{path}: no such dataset file")
-    text = read_text(path, "utf-8-sig")
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number without end
-        data = _json_lines(path, text, error)
-    if isinstance(data, dict):
-        data = [data]
-    if not isinstance(data, list) or not data:
-        what = "an empty list" if data == [] else show(data)
-        raise InputError(f"{path}: expected a list of conversations, got {what}")
-    return data
-
-
-def _json_lines(path: Path, text: str, error: Exception) -> list[Any]:
-    lines: list[Any] = []
-    # Not splitlines(): a JSON string may hold U+2028 and other ends of line as they are.
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            lines += [json.loads(line)] if line.strip() else []
-        except (ValueError, RecursionError) as fault:
-            if not lines:
-                break
-            raise InputError(f"{path}:{number}: not JSON: {told(fault)}") from fault
-    if not lines:
-        raise InputError(f"{path}: neither JSON nor JSON Lines: {told(error)}") from error
-    return lines
 
 
 def _mmlu(path: Path, limit: int, of_question: bool) -> list[Conversation]:

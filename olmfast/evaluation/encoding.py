@@ -14,7 +14,7 @@ from olmfast.errors import InputError, show, told
 from olmfast.evaluation.conversations import conversations_of, subjects_of
 from olmfast.evaluation.items import Conversation
 from olmfast.evaluation.metrics import CHOICES, GENERATIVE
-from olmfast.evaluation.mmlu import worked_examples
+from olmfast.evaluation.mmlu import is_mmlu_file, worked_examples
 from olmfast.evaluation.rendering import rendered, silenced
 
 CHATML = (
@@ -66,7 +66,7 @@ def _load(path: Path, name: str, config: DatasetConfig, tokenizer: Any, context:
     conversations, reasons = conversations_of(path, config)
     is_task = config.lm_eval is not None
     is_folder = path.is_dir() and not is_task
-    is_mmlu = not is_task and (is_folder or (path.suffix == ".csv" and not config.fields))
+    is_mmlu = not is_task and (is_folder or (not config.fields and is_mmlu_file(path)))
     where = f"lm_eval: {config.lm_eval}" if is_task else str(path)
     encode = Encoder(tokenizer, config, raw_by_default=is_mmlu or is_task, where=where)
     encoded = encode.all(conversations)

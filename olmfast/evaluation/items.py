@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
+from math import isfinite
 from typing import Any
 
-from olmfast.config.datasets import Wanted
+from olmfast.config.datasets import Fields, Wanted, one_or_more
 from olmfast.errors import InputError, show
 from olmfast.evaluation.metrics import CHOICES
 
@@ -22,12 +24,15 @@ TOOL_ROLES = (
 )
 TOOL_KEYS = ("tool_calls", "function_call")
 TURNS = ("conversation", "conversations", "messages")
-OF_CHOICES = ("question", "question_stem")  # what a multiple choice asks
-QUESTIONS = ("prompt", "instruction", *OF_CHOICES, "query", "problem")
-ANSWERS = ("response", "completion", "output", "answer", "solution", "chosen")
+OF_CHOICES = ("question", "question_stem", "query", "problem")  # what a multiple choice asks
+QUESTIONS = ("prompt", "instruction", *OF_CHOICES, "input", "inputs")
+WHOLE = "chosen"  # of a preference: the answer, or all messages up to it
+ANSWERS = ("response", "completion", "output", "answer", "solution", WHOLE, "target", "targets", "canonical_solution")
 MORE = ("input", "context")  # what an instruction is about: alpaca, dolly
 SYSTEM, HISTORY = ("system", "system_prompt"), "history"
 OPTIONS, RIGHT = ("choices", "options"), ("answer", "answerKey", "label")
+KNOWN = {*TURNS, *QUESTIONS, WHOLE}  # by one of these an item is known
+_SPELLED = {key.lower() for key in (*KNOWN, *ANSWERS, *MORE, *SYSTEM, HISTORY, *OPTIONS, *RIGHT)}
 FINAL = "####"  # GSM8K: the steps before it, the answer after it
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -56,7 +61,7 @@ class Item:
 
     where: str
     data: dict[str, Any]
-    fields: Mapping[Wanted, str] = field(default_factory=dict)
+    fields: Fields = field(default_factory=dict)
 
     def conversation(self, mode: str) -> Conversation | str:
         """The conversation, or why the item is left out. Raises InputError for one that no mode can use."""
@@ -77,26 +82,37 @@ class Item:
         data = self.data
         if self.fields:
             asked, answer = self._field("prompt"), self._field("response")
+            self._check_texts({"prompt": asked}, {"response": answer})
             return [*_system(self._field("system")), *_asked(asked), *_answered(answer)]
         system = _system(_first(data, SYSTEM))
         turns = next((data[key] for key in TURNS if key in data), None)
         if isinstance(turns, list) and turns:
             # The original OLM, whose key is `conversation`, reads nothing beside it.
+            turns = _alternating(turns)
             return turns if "conversation" in data or _begins_with_system(turns) else [*system, *turns]
         question = next((key for key in QUESTIONS if key in data), None)
-        is_choice = question in OF_CHOICES and any(key in place for place in self._places() for key in OPTIONS)
+        if turns is None and question is None and _asks(data.get(WHOLE)):
+            return [*([] if _begins_with_system(data[WHOLE]) else system), *data[WHOLE]]
+        is_choice = question in OF_CHOICES and self._given_options() is not None
         if turns is None and question is not None and (mode in CHOICES or not is_choice):
-            answer = next((data[key] for key in ANSWERS if key in data), None)
+            answered = next((key for key in ANSWERS if key in data), ANSWERS[0])
+            answer = data.get(answered)
             if isinstance(answer, str) and FINAL in answer and question == "question":
                 answer = answer.rpartition(FINAL)[2].strip()
             asked = data[question]
             if isinstance(asked, dict) and isinstance(asked.get("stem"), str):  # ARC and others as AI2 publishes them
                 asked = asked["stem"]
-            more = [text for key in MORE if isinstance(text := data.get(key), str) and text.strip()]
+            self._check_texts({question: asked}, {} if mode in CHOICES else {answered: answer})
+            about = [key for key in MORE if key != question]
+            more = [text for key in about if isinstance(text := data.get(key), str) and text.strip()]
             if isinstance(asked, str):
                 asked = "\n\n".join([asked, *more])
             before = [*system, *_history(self.where, data.get(HISTORY))]
-            return [*before, *_asked(asked), *([] if mode in CHOICES else _answered(answer))]
+            if mode in CHOICES:
+                return [*before, *_asked(asked)]
+            if _asks(answer) and len(answer) - 1 > len(_asked(asked)):  # what was said before, beside its last question
+                return [*([] if _begins_with_system(answer) else before), *answer]
+            return [*before, *_asked(asked), *_answered(answer)]
         if turns is None and question is not None:
             raise InputError(f"{self.where}: is a multiple choice, which mode {mode!r} does not read; use mode choice")
         keys = ", ".join(map(str, data)) or "none"
@@ -108,6 +124,28 @@ class Item:
             f"{show(keys)}; other keys are named by fields: {fields}"
         )
 
+    def _check_texts(self, asked: Mapping[str, Any], answered: Mapping[str, Any]) -> None:
+        """Raise InputError for a question that is no text and no messages, or an answer that is no number either."""
+        for key, value in {**asked, **answered}.items():
+            fits = isinstance(value, str) or bool(_messages(value))
+            if not fits and (key in asked or isinstance(value, (bool, list, dict))):
+                raise InputError(f"{self.where}: {key}: expected a text or a list of messages, got {show(value)}")
+
+    def _given_options(self) -> Any:
+        """What holds the options of a multiple choice; None if nothing does."""
+        keys = self.fields.get("choices")
+        if keys is not None:
+            return {key: self._at("choices", key) for key in keys} if isinstance(keys, list) else self._field("choices")
+        found = next((place[key] for place in self._places() for key in OPTIONS if key in place), None)
+        if found is not None:
+            return found
+        lettered = {letter: self.data[letter] for letter in takewhile(self._has_text, LETTERS)}  # C-Eval, CMMLU
+        return lettered if len(lettered) > 1 else None
+
+    def _has_text(self, key: str) -> bool:
+        value = self.data.get(key)
+        return value is not None and not isinstance(value, (list, dict)) and str(value).strip() != ""
+
     def _places(self) -> list[dict[str, Any]]:
         """What may hold the options: the item, and its question where that holds more than a text."""
         asked = self.data.get("question")
@@ -115,18 +153,20 @@ class Item:
 
     def _field(self, name: Wanted) -> Any:
         """What the key that `fields` names holds; None where it names none. Raises InputError if it is missing."""
-        key = self.fields.get(name)
-        if key is not None and key not in self.data:
+        keys = self.fields.get(name)
+        return None if keys is None else self._at(name, one_or_more(keys)[0])
+
+    def _at(self, name: Wanted, key: str) -> Any:
+        if key not in self.data:
             raise InputError(
                 f"{self.where}: fields: {name}: no key {show(key)}, got {show(', '.join(map(str, self.data)))}"
             )
-        return None if key is None else self.data[key]
+        return self.data[key]
 
     def _with_options(self, conversation: Conversation, mode: str) -> Conversation | str:
         """The question with its options listed, as a multiple choice asks it."""
         data = self.data
-        found = next((place[key] for place in self._places() for key in OPTIONS if key in place), None)
-        choices, labels = _options(self._field("choices") or found)
+        choices, labels = _options(self._given_options())
         if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
             raise InputError(f"{self.where}: mode {mode!r} needs 'choices', a list of 2 to {len(LETTERS)} options")
         right = self._field("answer") if "answer" in self.fields else _first(data, RIGHT)
@@ -141,6 +181,12 @@ class Item:
         listed = "\n".join(f"{letter}. {text}" for letter, text in zip(letters, choices, strict=True))
         asked = {"role": "user", "content": f"{question['content']}\n{listed}\nAnswer:"}
         return Conversation((*context, asked), letter, letters)
+
+
+def spelled(data: dict[str, Any]) -> dict[str, Any]:
+    """An item with its known keys in small letters, as some files have `Question` and `INSTRUCTION`."""
+    odd = {key: key.lower() for key in data if key not in _SPELLED and key.lower() in _SPELLED}
+    return {**data, **{small: data[key] for key, small in odd.items() if small not in data}} if odd else data
 
 
 def _options(given: Any) -> tuple[Any, list[Any]]:
@@ -184,6 +230,19 @@ def _begins_with_system(turns: list[Any]) -> bool:
     return isinstance(role, str) and ROLES.get(role.lower()) == "system"
 
 
+def _alternating(turns: list[Any]) -> list[Any]:
+    """Turns that are texts alone are the user's and the model's in turn (LIMA, UltraChat)."""
+    if not all(isinstance(turn, str) for turn in turns):
+        return turns
+    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(turns)]
+
+
+def _asks(value: Any) -> bool:
+    """Whether messages hold a question, and not the answer alone."""
+    roles = [turn.get("from", turn.get("role")) for turn in _messages(value)]
+    return any(isinstance(role, str) and ROLES.get(role.lower()) == "user" for role in roles)
+
+
 def _history(where: str, pairs: Any) -> list[Any]:
     """Earlier turns beside a pair: [[question, answer], ...], as alpaca files of several turns have them."""
     if not pairs:
@@ -204,7 +263,8 @@ def _answered(answer: Any) -> list[Any]:
     if listed := _messages(answer):
         return listed[-1:]
     is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
-    text = "" if answer is None else str(answer) if is_number else answer
+    missing = answer is None or (is_number and not isfinite(answer))  # NaN is how pandas writes nothing
+    text = "" if missing else str(answer) if is_number else answer
     return [{"role": "assistant", "content": text}]
 
 

@@ -122,6 +122,18 @@ def csv_rows(path: Path) -> list[list[str]]:
         raise InputError(f"{path}: not CSV in UTF-8: {told(error)}") from error
 
 
+def is_mmlu_file(path: Path) -> bool:
+    """Whether a file is read as one of MMLU's, which have no header, where its columns are not named.
+
+    It is a .csv whose first line does not name columns of a question and its answer. Raises InputError where it cannot
+    be read.
+    """
+    if path.suffix != ".csv":
+        return False
+    first = next(iter(csv_rows(path)), [])
+    return not ({"question", "prompt", "instruction"} & {cell.strip().lower() for cell in first})
+
+
 def worked_examples(path: Path) -> list[Path]:
     """The files beside one of MMLU's that its prompts are made of: the subject's worked examples."""
     subject, _, split = path.stem.rpartition("_")

@@ -1,0 +1,148 @@
+"""What a dataset file lists: JSON, JSON Lines and tables, compressed or not, in the shapes that other tools write."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import zlib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from olmfast.errors import InputError, show, told
+from olmfast.weights.files import read_bytes
+
+GZIP = b"\x1f\x8b"
+# First bytes of what is not read -> what it is.
+_OTHERS = {
+    b"PAR1": "a parquet file",
+    b"ARROW1": "an Arrow file",
+    b"\xff\xff\xff\xff": "an Arrow file",
+    b"PK\x03\x04": "a zip archive",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+}
+_TABLES = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file is a table by its name: .csv or .tsv, compressed or not."""
+    return _suffix(path) in _SEPARATORS
+
+
+def items_in(path: Path, keys: Collection[str]) -> list[Any]:
+    """The items of a file; `keys` are those by which one is known. Raises InputError for a file that lists none."""
+    if not os.path.lexists(path):
+        raise InputError(f"{path}: no such dataset file")
+    text = _text(path)
+    if is_table(path):
+        return _rows(path, text)
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number without end
+        data = _json_lines(path, text, error)
+    if isinstance(data, dict):
+        data = _listed(path, data, keys)
+    if not isinstance(data, list) or not data:
+        what = "an empty list" if data == [] else show(data)
+        raise InputError(f"{path}: expected a list of conversations, got {what}")
+    return data
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+
+
+def _text(path: Path) -> str:
+    content = read_bytes(path)
+    if content.startswith(GZIP):
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(f"{path}: not readable as gzip: {told(error)}") from error
+    for begin, what in _OTHERS.items():
+        if content.startswith(begin):
+            advice = "unpack it"
+            if begin in _TABLES:
+                advice = "write it as JSON Lines, with to_json of the package datasets or with pandas"
+            raise InputError(f"{path}: is {what}, which is not read; {advice}")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: cannot be read: not UTF-8 text") from error
+
+
+def _rows(path: Path, text: str) -> list[Any]:
+    """The rows of a table by the names in its first line."""
+    try:
+        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=_SEPARATORS[_suffix(path)]))
+    except csv.Error as error:
+        raise InputError(f"{path}: not CSV in UTF-8: {told(error)}") from error
+    header, *cells = [row for row in rows if row] or [[]]
+    if not cells:
+        raise InputError(f"{path}: holds no rows")
+    return [dict(zip(header, row, strict=False)) for row in cells]
+
+
+def _json_lines(path: Path, text: str, error: Exception) -> list[Any]:
+    lines: list[Any] = []
+    # Not splitlines(): a JSON string may hold U+2028 and other ends of line as they are.
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            lines += [json.loads(line)] if line.strip() else []
+        except (ValueError, RecursionError) as fault:
+            if not lines:
+                break
+            raise InputError(f"{path}:{number}: not JSON: {told(fault)}") from fault
+    if not lines:
+        raise InputError(f"{path}: neither JSON nor JSON Lines: {told(error)}") from error
+    return lines
+
+
+def _listed(path: Path, data: dict[str, Any], keys: Collection[str]) -> list[Any]:
+    """The items of an object: itself, or the list in it, or its columns."""
+    known = [key for key in data if key in keys or key.lower() in keys]
+    if any(_is_column(data[key]) for key in known):
+        return _transposed(path, data)
+    if known:
+        return [data]
+    names, rows = data.get("columns"), data.get("data")  # pandas, orient="split"
+    if isinstance(names, list) and isinstance(rows, list) and all(isinstance(row, list) for row in rows):
+        return [dict(zip(map(str, names), row, strict=False)) for row in rows]
+    lists = {key: value for key, value in data.items() if _are_objects(value)}
+    if len(lists) > 1:
+        raise InputError(f"{path}: holds several lists, {show(', '.join(lists))}; write the one to be used as a file")
+    for found in lists.values():  # the Hub's viewer has a row and its number
+        return [item["row"] if isinstance(item.get("row"), dict) else item for item in found]
+    if data and all(key.isdecimal() and isinstance(value, dict) for key, value in data.items()):
+        return list(data.values())
+    return [data]
+
+
+def _is_column(value: Any) -> bool:
+    """Whether a known key holds its values for all items: texts or lists, one after another or by number."""
+    if isinstance(value, dict):
+        return bool(value) and all(key.isdecimal() for key in value)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and (all(isinstance(one, str) for one in value) or all(_are_objects(one) for one in value))
+    )
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+
+
+def _transposed(path: Path, data: dict[str, Any]) -> list[Any]:
+    """Columns (key -> values) as items."""
+    columns = {key: list(value.values()) if isinstance(value, dict) else value for key, value in data.items()}
+    lengths = {len(column) if isinstance(column, list) else 0 for column in columns.values()}
+    if len(lengths) > 1:
+        raise InputError(f"{path}: has columns of different lengths, or beside them what is none")
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

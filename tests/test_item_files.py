@@ -1,0 +1,179 @@
+"""Dataset files in the shapes that tools and authors give them: containers, columns, tables, compression, key names."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from olmfast.config.datasets import parse_datasets, read_dataset_option
+from olmfast.errors import InputError
+from olmfast.evaluation.conversations import load_conversations
+from olmfast.evaluation.encoding import load_datasets
+from olmfast.evaluation.items import Conversation
+from olmfast.testing import tiny_tokenizer
+
+PAIRS = [{"question": "1+1=", "answer": "2"}, {"question": "2+2=", "answer": "4"}]
+EXPECTED = [(("1+1=",), "2"), (("2+2=",), "4")]
+
+
+def said(found: list[Conversation]) -> list[tuple[tuple[str, ...], str]]:
+    return [(tuple(message["content"] for message in one.messages), one.response) for one in found]
+
+
+def load(path: Path, content: Any, mode: str = "exact", **keys: Any) -> list[Conversation]:
+    text = content if isinstance(content, (str, bytes)) else json.dumps(content)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load_conversations(path, mode, 200, **keys).usable
+
+
+def refusal(path: Path, content: Any, mode: str = "exact", **keys: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        load(path, content, mode, **keys)
+    assert str(caught.value).startswith(str(path))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"data": PAIRS, "version": 2},
+        {"features": [], "rows": [{"row_idx": i, "row": row} for i, row in enumerate(PAIRS)], "num_rows_total": 2},
+        {"0": PAIRS[0], "1": PAIRS[1]},
+        {"question": ["1+1=", "2+2="], "answer": ["2", "4"]},
+        {"question": {"0": "1+1=", "1": "2+2="}, "answer": {"0": "2", "1": "4"}},
+        {"columns": ["question", "answer"], "index": [0, 1], "data": [["1+1=", "2"], ["2+2=", "4"]]},
+        {"messages": [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for (q,), a in EXPECTED]},
+    ],
+    ids=["in a key", "the Hub's viewer", "by number", "columns", "pandas", "pandas split", "columns of messages"],
+)
+def test_items_lie_in_what_other_tools_write(content, tmp_path):
+    assert said(load(tmp_path / "x.json", content)) == EXPECTED
+
+
+ALONE = {"messages": [{"role": "user", "content": "1+1="}, {"from": "gpt", "value": "2"}]}
+
+
+@pytest.mark.parametrize("item", [PAIRS[0], ALONE])
+def test_one_item_alone_is_a_file_of_one(item, tmp_path):
+    assert said(load(tmp_path / "x.json", item)) == EXPECTED[:1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"train": PAIRS, "test": PAIRS}, "holds several lists, 'train, test'; write the one to be used as a file"),
+        ({"question": ["1+1=", "2+2="], "answer": ["2"]}, "has columns of different lengths"),
+        (
+            {"question": ["1+1=", "2+2="], "answer": "2"},
+            "has columns of different lengths, or beside them what is none",
+        ),
+        ({"info": {"a": 1}}, "item 0: expected 'conversation'"),
+    ],
+)
+def test_which_items_are_meant_is_not_guessed(content, message, tmp_path):
+    assert message in refusal(tmp_path / "x.json", content)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("x.jsonl", "\n".join(map(json.dumps, PAIRS))),
+        ("x.csv", 'id,question,answer\n0,1+1=,2\n1,"2+2=",4\n'),
+        ("x.tsv", "question\tanswer\n1+1=\t2\n2+2=\t4\n"),
+    ],
+)
+def test_a_file_may_be_compressed_and_a_table_has_its_names_in_the_first_line(name, text, tmp_path):
+    assert said(load(tmp_path / name, text)) == EXPECTED
+    assert said(load(tmp_path / f"{name}.gz", gzip.compress(text.encode()))) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PAR1\x15\x04", "is a parquet file, which is not read; write it as JSON Lines"),
+        (b"\xff\xff\xff\xff\x10", "is an Arrow file, which is not read; write it as JSON Lines"),
+        (b"PK\x03\x04", "is a zip archive, which is not read; unpack it"),
+        (b"\x28\xb5\x2f\xfd", "is compressed by zstd, which is not read; unpack it"),
+        (gzip.compress(b"[]" * 99)[:-9], "not readable as gzip"),
+    ],
+)
+def test_what_is_not_read_is_told_as_what_it_is(content, message, tmp_path):
+    assert message in refusal(tmp_path / "x.parquet", content)
+
+
+def test_a_table_with_a_header_is_no_file_of_mmlu(tmp_path):
+    rows = "question,A,B,C,D,answer\n2+2=,3,4,5,6,B\n"
+    (tmp_path / "val.csv").write_text(rows)
+    entries = parse_datasets({"val.csv": {"mode": "choice"}}, "x")
+    (sample,) = load_datasets(tmp_path, entries, tiny_tokenizer(), 2048)["val.csv"].samples
+    assert sample.options
+    (found,) = load(tmp_path / "val.csv", rows, "choice")
+    assert said([found]) == [(("2+2=\nA. 3\nB. 4\nC. 5\nD. 6\nAnswer:",), "B")]
+
+
+@pytest.mark.parametrize(
+    ("item", "answer"),
+    [
+        ({"Question": "q", "A": "a", "B": "b", "C": "c", "D": "d", "Answer": "C"}, "C"),
+        ({"question": "q", "A": "a", "B": "b", "C": None, "answer": "b"}, "B"),
+        ({"query": "q", "options": ["a", "b"], "answer": 0}, "A"),
+    ],
+)
+def test_options_under_letters_are_options(item, answer, tmp_path):
+    (found,) = load(tmp_path / "x.json", [item], "choice")
+    assert found.response == answer
+    assert len(found.options) == (4 if item.get("D") else 2)
+    # The letter alone is no answer to a question without its options.
+    assert "is a multiple choice" in refusal(tmp_path / "x.json", [item], "exact")
+
+
+def test_options_may_lie_in_keys_of_their_own(tmp_path):
+    fields = {"prompt": "goal", "choices": ["sol1", "sol2"], "answer": "label"}
+    item = {"goal": "q", "sol1": "a", "sol2": "b"}
+    for label, letter in ((1, "B"), ("sol1", "A"), ("b", "B"), ("0", "A")):
+        (found,) = load(tmp_path / "x.json", [{**item, "label": label}], "choice", fields=fields)
+        assert said([found]) == [(("q\nA. a\nB. b\nAnswer:",), letter)]
+    message = "item 0: fields: choices: no key 'sol3', got 'goal, sol1, sol2, label'"
+    wrong = {**fields, "choices": ["sol1", "sol3"]}
+    assert message in refusal(tmp_path / "x.json", [{**item, "label": 0}], "choice", fields=wrong)
+    for keys in ({"prompt": ["a", "b"]}, {"choices": ["a"]}):
+        with pytest.raises(InputError, match=r"expected a key, or for choices one for each option, got \["):
+            parse_datasets({"x.json": {"mode": "choice", "fields": keys}}, "x")
+    _, entry = read_dataset_option("x.json:choice,fields.choices=[sol1, sol2],samples=3")
+    assert entry == {"mode": "choice", "fields": {"choices": ["sol1", "sol2"]}, "samples": 3}
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def model(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize(
+    ("item", "asked"),
+    [
+        ({"chosen": [user("q"), model("a")], "rejected": [user("q"), model("b")]}, ("q",)),
+        ({"system": "s", "chosen": [user("q"), model("a")]}, ("s", "q")),
+        ({"prompt": "r", "chosen": [user("q"), model("p"), user("r"), model("a")]}, ("q", "p", "r")),
+        ({"prompt": "q", "system": "s", "chosen": [user("q"), model("a")]}, ("s", "q")),
+        ({"prompt": [user("q"), model("p"), user("r")], "chosen": [model("a")]}, ("q", "p", "r")),
+        ({"conversations": ["q", "p", "r", "a"]}, ("q", "p", "r")),
+        ({"INSTRUCTION": "q", "RESPONSE": "a"}, ("q",)),
+        ({"input": "q", "output": "a"}, ("q",)),
+        ({"inputs": "q", "targets": "a"}, ("q",)),
+        ({"prompt": "q", "canonical_solution": "a", "test": "t"}, ("q",)),
+    ],
+)
+def test_what_was_said_before_an_answer_is_asked_with_it(item, asked, tmp_path):
+    assert said(load(tmp_path / "x.json", [item])) == [(asked, "a")]
+
+
+@pytest.mark.parametrize("missing", [float("nan"), None, float("inf")])
+def test_a_number_that_is_none_is_no_answer(missing, tmp_path):
+    assert "1 without an expected answer" in refusal(tmp_path / "x.json", [{"question": "q", "answer": missing}])

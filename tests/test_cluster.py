@@ -32,10 +32,11 @@ from olmfast.weights.pool import Pool
 
 class Threads:
     """A fleet of real workers, each in a thread of this process. `faults` maps the number of an errand, counted over
-    all workers, to what happens to the worker that gets it: `die`, or `sleep` until the fleet is closed; 0: all
-    others."""
+    all workers, to what happens to the worker that gets it: `die`, or nothing; 0: all others. The worker that gets the
+    `hangs`-th errand to score sleeps until the fleet is closed."""
 
     faults: ClassVar[dict[int, str]] = {}
+    hangs: ClassVar[int] = 0
 
     def __init__(self, n, address=None, device=None):  # noqa: ARG002
         self.n, self.asked, self.ended = n, [], threading.Event()
@@ -53,13 +54,14 @@ class Threads:
         return future
 
     def _do(self, handle, method, args, future):
-        fault = ""
+        fault, hangs = "", False
         if method == "errand":
             with self.lock:
                 self.asked.append(args[3])
                 fault = self.faults.get(len(self.asked), self.faults.get(0, ""))
-        if fault == "sleep":
-            self.ended.wait(60)
+                hangs = args[3] == "score" and self.asked.count("score") == self.hangs
+        if hangs:
+            self.ended.wait()
         handle["dead"] = handle["dead"] or fault == "die"
         if handle["dead"]:
             future.set_exception(Lost("killed by the test"))
@@ -96,6 +98,7 @@ def threads(monkeypatch):
     monkeypatch.setattr("olmfast.runs.session.RayFleet", Threads)
     monkeypatch.setattr("olmfast.runs.inputs.check_installed", lambda: None)
     monkeypatch.setattr(Threads, "faults", {})
+    monkeypatch.setattr(Threads, "hangs", 0)
     yield Threads
     Threads.latest.close()
 
@@ -196,7 +199,7 @@ def test_workers_that_die_make_no_difference_and_others_take_their_place(config,
 
 def test_the_work_of_one_that_hangs_is_done_by_others(config, threads, monkeypatch):
     monkeypatch.setattr(crew, "GRACE_S", 0.3)
-    threads.faults[20] = "sleep"
+    monkeypatch.setattr(threads, "hangs", 10)
     assert sum("is slow: another does the same" in note for note in with_workers(config, 2)) >= 1
 
 

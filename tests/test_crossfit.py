@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from olmfast.evaluation.scores import Scores
 from olmfast.search.acceptance import Gain, Scale, passes
-from olmfast.search.crossfit import ROW, TRAINED, CrossFit, expected_skill
+from olmfast.search.crossfit import TRAINED, CrossFit, expected_skill, scores_crossed
 from olmfast.search.halves import Halves, set_aside
 from olmfast.search.log import Outcome
 
@@ -112,14 +112,37 @@ def step(unit: str, *scores: float | None, gain: float | None = 0.1, changed: bo
     return Outcome("gradient", unit, TRAINED[-1], changed, {"a": dict(zip(TRAINED, scores, strict=False))}, gain=gain)
 
 
+def test_what_goes_on_from_each_half_is_tested_against_it_and_not_against_a_mean_that_knows_the_answers():
+    n = 40
+    noise = 0.2 * torch.randn(5, n, generator=torch.Generator().manual_seed(0))
+    halves = Halves.of({"a": n}, 0, {})
+    trained = torch.tensor([0.1, 0.5, 0.5, 0.1])[:, None] + noise[:4]  # on questions of their own, means score 0.1
+    before = torch.full((1, n), 0.8) + noise[4:]  # and what each half had led to 0.8 on those of the other
+    decide = CrossFit(halves, Scale({"a": (0.0, 1.0)}), 0.05).of_trained
+    assert decide(scored({"a": trained})).winner == 0
+    decision = decide(scored({"a": trained}), scored({"a": before}))
+    assert decision.winner == 3
+    assert decision.gain.mean == pytest.approx(0.3, abs=0.1)
+
+
+def test_scores_crossed_are_of_questions_that_did_not_train():
+    halves = Halves.of({"a": 6}, 0, {})
+    first, second = (half["a"] for half in halves)
+    every = scored({"a": torch.arange(24.0).view(4, 6)})
+    own = every.rows([0]), every.rows([1]).limited_to({"a": second}), every.rows([2]).limited_to({"a": first})
+    crossed = scores_crossed(own[0].followed_by(own[1]).followed_by(own[2]))
+    assert crossed.samples["a"][0].tolist() == [12.0 + i if i in first else 6.0 + i for i in range(6)]
+
+
 @pytest.mark.parametrize(
     ("steps", "expected"),
     [
         ([step("part", 0.6, 0.8, 0.1)], 0.3),  # not 0.9, of the mean of both, which has seen every question
-        ([step("part", 0.6, 0.8), step(ROW, 0.4, 0.6)], 0.5),
-        ([step(ROW, 0.4, 0.6), step(ROW, 0.0, 0.0, gain=0.02)], 0.52),  # all was fitted to all questions before
-        ([step(ROW, 0.4, 0.6), step("block 3", gain=0.02)], 0.52),
-        ([step(ROW, 0.4, 0.6), step("part", 0.1, 0.1, changed=False)], 0.5),
+        ([step("part", 0.6, 0.8), step("row", 0.4, 0.6)], 0.5),
+        ([step("row", 0.4, 0.6), step("block 3", gain=0.02)], 0.52),
+        ([step("row", 0.4, 0.6), step("block 3", gain=0.02), step("row", 0.0, 0.0, gain=0.03)], 0.55),
+        ([step("block 3", gain=0.02), step("row", 0.4, 0.6)], 0.5),
+        ([step("row", 0.4, 0.6), step("part", 0.1, 0.1, changed=False)], 0.5),
         ([step("model", None, 0.2), step("part", 0.6, 0.8)], 0.3),
         ([step("block 3")], None),
         ([], None),
@@ -131,4 +154,4 @@ def test_what_is_expected_of_new_questions_is_what_each_half_led_to_on_the_other
 
 
 def test_nothing_is_expected_where_no_dataset_tells_the_donors_apart():
-    assert expected_skill([step(ROW, 0.4, 0.6)], {}) is None
+    assert expected_skill([step("row", 0.4, 0.6)], {}) is None

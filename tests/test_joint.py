@@ -189,6 +189,10 @@ def test_the_search_finds_which_donor_has_what_where_the_usual_merges_do_not(tmp
     board = result.holdout
     assert board.retained("merged") > 0.1 + max(board.retained(label) for label in board.rows if label != "merged")
     assert any(one.changed for key, one in result.record.steps.items() if key.startswith("gradient"))
+    lines, tensor = result.record.standing.lines, "model.layers.0.mlp.up_proj.weight"
+    first, second, both = (recipe.tensors[tensor].numbers for recipe in (*lines, result.record.recipe))
+    torch.testing.assert_close(both, (first + second) / 2)  # the result is the mean of what each half led to
+    assert not torch.equal(first, second)
     validated = result.record.values["validation"]["skill"]
     assert validated["start"] < list(validated.values())[-1]
     told, held_out = result.verdict.foretold[0], board.retained("merged")
@@ -202,6 +206,17 @@ def test_the_plain_average_of_equal_donors_is_left_as_it_is_where_nothing_is_bet
     board = result.holdout
     assert board.retained("merged") > max(board.retained(donor) for donor in board.donors)
     assert board.retained("merged") >= board.retained("start") - 1e-6
+
+
+def test_training_begins_at_the_best_start_also_where_it_is_not_proved_better_than_a_donor(tmp_path, monkeypatch):
+    asked = []
+    slopes = BatchedScorer.slopes
+    monkeypatch.setattr(BatchedScorer, "slopes", lambda *args: asked.append(args[1]) or slopes(*args))
+    result = run(skilled_run(tmp_path, n=12, noise=0.05, mode="exact", budget=40, significance=1e-12))
+    assert not result.record.steps["start"].changed
+    moved = asked[0].values["model.layers.0.mlp.up_proj.weight"]
+    assert dict(moved.settings)["weight"] == pytest.approx([1 / 3] * 3)
+    assert result.recipe.tensors == whole(result.recipe.base, result.recipe.tensors).tensors
 
 
 def test_donors_that_are_copies_leave_nothing_to_search(tmp_path):
@@ -366,10 +381,11 @@ def test_a_dataset_of_one_question_and_validation_of_its_own_are_no_obstacle(tmp
 def test_a_larger_budget_continues_from_where_the_smaller_one_ended(tmp_path):
     config = scattered_run(tmp_path)
     whole_run = run(load_config(config, {"output_dir": str(tmp_path / "whole"), "budget": 60}))
-    for budget in (12, 35, 60):
+    for budget in (12, 22, 35, 60):
         parts = run(load_config(config, {"budget": budget}), resume=True)
-    assert parts.record.steps.keys() == whole_run.record.steps.keys()
-    assert parts.recipe == whole_run.recipe
+    assert parts.record.steps == whole_run.record.steps
+    assert parts.record.standing == whole_run.record.standing
+    assert sum(one.changed for key, one in parts.record.steps.items() if key.startswith("gradient")) == 2
 
 
 def test_a_descent_takes_as_many_steps_as_the_budget_pays_for(tmp_path, monkeypatch):

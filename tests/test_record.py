@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,17 @@ def test_a_record_that_is_loaded_is_the_one_that_was_written(tmp_path):
     assert record.values == {"holdout": {"rows": {"merged": {"sums.json": None}}}, "donors": ["a", "b"]}
     assert (record.evaluations, record.elapsed_s) == (5, 1.235)
     assert_same(Record.load(tmp_path), record)
+
+
+def test_what_training_goes_on_from_is_written_when_it_changes_and_read_back(tmp_path):
+    record = begun(tmp_path)
+    one, two = whole("donor0", ("a", "b")), whole("donor1", ("a", "b"))
+    kept = replace(record.standing, lines=(one, two), crossed={"a": ["float64", [[0.1, 1 / 3]], [[0, 1]]]})
+    for index, now in enumerate((kept, kept, replace(kept, lines=(), crossed={}))):
+        record.add(f"layers/{index}", OUTCOME, now, 5, 1.0)
+        assert Record.load(tmp_path).standing == record.standing == now
+    written = [json.loads(line)["change"].keys() & {"lines", "crossed"} for line in lines(tmp_path)[-3:]]
+    assert written == [{"lines", "crossed"}, set(), {"lines", "crossed"}]
 
 
 @pytest.mark.parametrize(

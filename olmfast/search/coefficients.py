@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from olmfast.evaluation.scorer import Candidate, Direction, side_by_side
-from olmfast.search.crossfit import ROW, TRAINED, CrossFit
+from olmfast.search.crossfit import TRAINED, CrossFit
 from olmfast.search.halves import Indices
 from olmfast.search.loop import GRADIENT, N_TRAINED, Search, Step, Trained
 from olmfast.search.sampling import Point, Sampler
@@ -23,8 +23,9 @@ from olmfast.weights.architecture import Architecture, Unit
 from olmfast.weights.coefficients import NONE, ByRows, TaskVectors
 from olmfast.weights.draws import normal
 from olmfast.weights.expressions import Copy, whole
-from olmfast.weights.sources import Expression
+from olmfast.weights.recipe import Recipe
 
+ROW = "row"  # the grain of which each row of a matrix is a group
 # Grain -> gradient steps: each third of the depth, its attention and its MLP apart; each row of a matrix; each tensor.
 GRAINS = {"part": 16, ROW: 200, "tensor": 60}
 # How far a coefficient moves in a step of a steady gradient: what few questions say of a row is mostly luck.
@@ -74,22 +75,23 @@ class Coefficients:
         def propose() -> list[Candidate]:
             if is_first:
                 self.search.count_lessons(self.teachers)
-            named = zip(halves, "12", strict=True)
-            jobs = [partial(self._follow, half, name, grain, number, steps) for half, name in named]
+            named = zip(halves, "12", self.search.origins[:2], strict=True)
+            jobs = [partial(self._follow, half, name, origin, grain, number, steps) for half, name, origin in named]
             found = side_by_side(self.search.scorer, jobs)
             return self._trained(found, self._rows(grain))
 
         key = f"gradient/{grain}/{number}"
         return self._take_trained(key, "gradient", grain, cost * steps + is_first, propose)
 
-    def _follow(self, half: Indices, name: str, grain: str, number: int, steps: int) -> torch.Tensor:
-        """Offsets (donors, columns) after a descent on a half's questions: the mean over its second half of steps."""
+    def _follow(self, half: Indices, name: str, origin: Recipe, grain: str, number: int, steps: int) -> torch.Tensor:
+        """Offsets (donors, columns) after a descent from a recipe on a half's questions: the mean over its second half
+        of steps."""
         groups, rate, rows = self._groups(grain), RATES[grain], self._rows(grain)
         batches = self._batches(self._counting(half), steps, f"{name}/{grain}/{number}")
         offsets = torch.zeros(len(self.vectors.donors), int(groups.max()) + 1, dtype=torch.float64)
         first, second, total = torch.zeros_like(offsets), torch.zeros_like(offsets), torch.zeros_like(offsets)
         for step, questions in enumerate(batches, 1):
-            slopes = self._slopes(offsets[:, groups], questions, rows)
+            slopes = self._slopes(origin, offsets[:, groups], questions, rows)
             # Slopes that overflowed say nothing of where to go.
             gradient = torch.zeros_like(offsets).index_add_(1, groups, slopes.nan_to_num(0.0, 0.0, 0.0))
             first = DECAYS[0] * first + (1 - DECAYS[0]) * gradient
@@ -100,7 +102,7 @@ class Coefficients:
                 total += offsets
         return (total / (steps - steps // 2))[:, groups]
 
-    def _slopes(self, offsets: torch.Tensor, questions: Indices, rows: ByRows) -> torch.Tensor:
+    def _slopes(self, origin: Recipe, offsets: torch.Tensor, questions: Indices, rows: ByRows) -> torch.Tensor:
         """The loss's slopes by the coefficients, (donors, columns) float64."""
         vectors, reference, n = self.vectors, self.vectors.reference, len(self.vectors.donors)
         axes = {name: rows[name][1] if name in rows else None for name in vectors.tensors}
@@ -108,8 +110,8 @@ class Coefficients:
             name: [Direction(Copy(reference, name), Copy(donor, name), axis) for donor in vectors.donors]
             for name, axis in axes.items()
         }
-        values = vectors.moved(self.search.recipe, offsets, rows)
-        found = self.search.slopes(values, directions, questions, self.teachers)
+        moved = origin.with_values(vectors.moved(origin, offsets, rows))
+        found = self.search.slopes(moved, directions, questions, self.teachers)
         return vectors.from_reference(torch.cat([found.along[name].view(n, -1) for name in vectors.tensors], dim=1))
 
     def _rows(self, grain: str) -> ByRows:
@@ -142,16 +144,18 @@ class Coefficients:
         groups, key = self._groups(grain), f"evolution/{grain}/{number}"
         n_groups, n_donors = int(groups.max()) + 1, len(self.vectors.donors)
         means = []
-        for half, name in zip(self.crossfit.halves, "12", strict=True):
-            means.append(self._sample(half, f"{key}/{name}", grain, n_donors, n_groups)[:, groups])
+        for half, name, origin in zip(self.crossfit.halves, "12", self.search.origins[:2], strict=True):
+            means.append(self._sample(half, origin, f"{key}/{name}", grain, n_donors, n_groups)[:, groups])
         return self._take_trained(key, "evolution", grain, 0.0, lambda: self._trained(means, NONE))
 
-    def _sample(self, half: Indices, key: str, grain: str, n_donors: int, n_groups: int) -> torch.Tensor:
+    def _sample(
+        self, half: Indices, origin: Recipe, key: str, grain: str, n_donors: int, n_groups: int
+    ) -> torch.Tensor:
         groups = self._groups(grain)
 
         def candidate(label: str, point: Point) -> Candidate:
             offsets = torch.from_numpy(point).view(n_donors, n_groups)
-            return Candidate(label, self.vectors.moved(self.search.recipe, offsets[:, groups]))
+            return Candidate(label, recipe=origin.with_values(self.vectors.moved(origin, offsets[:, groups])))
 
         unit = Unit(grain, "model", self.unit.tensors, self.unit.blocks)
         sampler = Sampler(self.search, unit, key, half, candidate, np.zeros(n_donors * n_groups), SIGMA)
@@ -194,10 +198,15 @@ class Coefficients:
 
     def _trained(self, offsets: Sequence[torch.Tensor], rows: ByRows) -> list[Candidate]:
         """The incumbent, what each half led to, and the mean of both."""
-        recipe = self.search.recipe
         every = [*offsets, torch.stack(list(offsets)).mean(dim=0)]
-        moved: list[dict[str, Expression]] = [self.vectors.moved(recipe, own, rows) for own in every]
-        return [Candidate("current"), *(Candidate(label, own) for label, own in zip(TRAINED, moved, strict=True))]
+        moved = [
+            origin.with_values(self.vectors.moved(origin, own, rows))
+            for origin, own in zip(self.search.origins, every, strict=True)
+        ]
+        return [
+            Candidate("current"),
+            *(Candidate(label, recipe=own) for label, own in zip(TRAINED, moved, strict=True)),
+        ]
 
     def _groups(self, grain: str) -> torch.Tensor:
         """The group that each column belongs to, (columns,)."""

@@ -3,7 +3,8 @@
 The two directions are tested together: the answers of each half's pick to the other half's questions, against the
 incumbent's, so that every question tests and none has picked what it tests (cross-fitting, Chernozhukov et al.,
 arXiv 1608.00060). What is committed after a passed test is what all questions pick, or the mean of what was trained
-on each half.
+on each half. That mean has seen all questions: what is trained next goes on from what each half led to, and is tested
+against it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from olmfast.search.ranking import skill_retained
 
 FIRST, SECOND, MEAN = 1, 2, 3  # rows of a step with trained candidates: see `CrossFit.of_trained`
 TRAINED = ("by the first half", "by the second half", "mean of both")  # and what they are called
-ROW = "row"  # the grain of steps that fit a coefficient to each row of a matrix
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,20 @@ class CrossFit:
         best = self._pick(scores, rows, None)
         return self._decided(best, gain)
 
-    def of_trained(self, scores: Scores) -> Decision:
+    def of_trained(self, scores: Scores, crossed: Scores | None = None) -> Decision:
         """Among the incumbent (row 0), what was trained on the first half and scored on the second (row 1), the other
-        way round (row 2), and the mean of both, scored on all questions (row 3)."""
-        gain = self._gain(scores, [(FIRST, self.halves.second), (SECOND, self.halves.first)])
+        way round (row 2), and the mean of both, scored on all questions (row 3).
+
+        Where the incumbent is such a mean, `crossed` are the scores of what it is the mean of, as `scores_crossed` has
+        them.
+        """
+        gain = self._gain(scores, [(FIRST, self.halves.second), (SECOND, self.halves.first)], crossed)
         skills = [self.scale.skill(_means(scores, row)) for row in (0, MEAN)]
-        return self._decided(MEAN if skills[1] > skills[0] else 0, gain)
+        return self._decided(MEAN if skills[1] >= skills[0] else 0, gain)  # both are at most as good as the donors
+
+    def best(self, scores: Scores, rows: Sequence[int]) -> int:
+        """The row with the highest expected skill, whether it would pass a test or not."""
+        return self._pick(scores, rows, None)
 
     def _decided(self, best: int, gain: Gain) -> Decision:
         self.n_tests += 1
@@ -90,33 +98,40 @@ class CrossFit:
                 best, winner = expected, row
         return winner
 
-    def _gain(self, scores: Scores, tested: Sequence[tuple[int, Indices]]) -> Gain:
-        """What rows gain over the incumbent on the questions that test each of them, all together."""
+    def _gain(self, scores: Scores, tested: Sequence[tuple[int, Indices]], before: Scores | None = None) -> Gain:
+        """What rows gain over the incumbent, or over the one candidate of `before`, on the questions that test each of
+        them, all together."""
         new: dict[str, list[torch.Tensor]] = {}
         old: dict[str, list[torch.Tensor]] = {}
         for row, half in tested:
             for name, answers in _answers(scores, row, half).items():
                 new.setdefault(name, []).append(answers)
-                old.setdefault(name, []).append(_answers(scores, 0, half)[name])
+                old.setdefault(name, []).append(_answers(before or scores, 0, half)[name])
         return self.scale.gain(*({name: torch.cat(parts) for name, parts in own.items()} for own in (new, old)))
 
 
 def expected_skill(steps: Iterable[Outcome], spans: Mapping[str, tuple[float, float]]) -> float | None:
     """The skill retained that new questions may be expected to show of what the steps led to; None if unknown.
 
-    It is that of what was trained on each half of the questions, scored on the other half. A step by row fits the
-    questions too closely for any after it to be seen so: of later steps the gains are added.
+    It is that of what was trained on each half of the questions, scored on the other half. Any other step after it
+    goes on from the mean of both, which has seen all questions: from then on the gains are added.
     """
-    expected, is_fitted = None, False
+    expected, is_mixed = None, False
     for outcome in steps:
         if not outcome.changed:
             continue
         crossed = {name: _crossed(outcome.metrics.get(name, {})) for name in spans}
-        if crossed and not is_fitted and all(math.isfinite(mean) for mean in crossed.values()):
-            expected, is_fitted = skill_retained(crossed, spans), outcome.unit == ROW
+        if crossed and not is_mixed and all(math.isfinite(mean) for mean in crossed.values()):
+            expected = skill_retained(crossed, spans)
         elif expected is not None:
-            expected += outcome.gain or 0.0
+            expected, is_mixed = expected + (outcome.gain or 0.0), True
     return expected
+
+
+def scores_crossed(scores: Scores) -> Scores:
+    """Of a step with trained candidates, each half's scores on the other half: those of one candidate on all
+    questions, none of which it was trained on."""
+    return scores.rows([FIRST]).filled_by(scores.rows([SECOND]))
 
 
 def _crossed(means: Mapping[str, float | None]) -> float:

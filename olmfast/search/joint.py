@@ -80,7 +80,7 @@ class Joint:
             usual = starts(self.search, self.vectors, self.given)
             return [Candidate("best donor"), *(Candidate(label, recipe=recipe) for label, recipe in usual.items())]
 
-        return self.search.take(Step("start", "start", unit, propose))
+        return self.search.take(Step("start", "start", unit, propose, begins=True))
 
 
 def starts(search: Search, vectors: TaskVectors, given: Mapping[str, Expression] | None = None) -> dict[str, Recipe]:

@@ -56,23 +56,30 @@ class Standing:
     """What the next step starts from.
 
     `recipe` is None before the first step. `scores` are the current model's, `Scores.to_json` of one candidate, empty
-    where they are not known; `scorer` is `Scorer.state`.
+    where they are not known; `scorer` is `Scorer.state`. `lines` are what training on each half of the questions goes
+    on from, and `crossed` their scores, each line's on the other half, as `scores` are: see `search/loop.py`.
     """
 
     recipe: Recipe | None = None
     scores: Mapping[str, Any] = field(default_factory=dict)
     scorer: Mapping[str, Any] = field(default_factory=dict)
+    lines: tuple[Recipe, ...] = ()
+    crossed: Mapping[str, Any] = field(default_factory=dict)
 
     def change_to(self, now: Standing) -> Change:
         """What has to be recorded to get from here to `now`."""
-        scores, scorer = _difference(self.scores, now.scores), _difference(self.scorer, now.scorer)
-        before, recipe = self.recipe, now.recipe
-        if before is None or recipe is None:
-            return Change(recipe, None, scores, scorer)
-        if before.tensors.keys() != recipe.tensors.keys() or replace(before, tensors=recipe.tensors) != recipe:
-            return Change(recipe, None, scores, scorer)
-        changed = {name: value for name, value in recipe.tensors.items() if value != before.tensors[name]}
-        return Change(None, replace(recipe, tensors=changed) if changed else None, scores, scorer)
+        before, recipe, part = self.recipe, now.recipe, None
+        if before is not None and recipe is not None and _have_same_tensors(before, recipe):
+            changed = {name: value for name, value in recipe.tensors.items() if value != before.tensors[name]}
+            recipe, part = None, replace(before, tensors=changed) if changed else None
+        return Change(
+            recipe,
+            part,
+            _difference(self.scores, now.scores),
+            _difference(self.scorer, now.scorer),
+            now.lines if now.lines != self.lines else None,
+            _difference(self.crossed, now.crossed),
+        )
 
     def changed_by(self, change: Change) -> Standing:
         """What `change_to` was given."""
@@ -81,33 +88,46 @@ class Standing:
             if recipe is None:
                 raise ValueError("changes tensors of a recipe that no line before it gives")
             recipe = recipe.with_values(change.part.tensors)
-        return Standing(recipe, _merged(self.scores, change.scores), _merged(self.scorer, change.scorer))
+        return Standing(
+            recipe,
+            _merged(self.scores, change.scores),
+            _merged(self.scorer, change.scorer),
+            self.lines if change.lines is None else change.lines,
+            _merged(self.crossed, change.crossed),
+        )
 
 
 @dataclass(frozen=True)
 class Change:
     """What differs between two standings; its size does not depend on the model's.
 
-    `recipe` is given whole where more than tensors' expressions differ; `part` holds only those tensors. In `scores`
-    and `scorer`, None marks an entry that is gone.
+    `recipe` is given whole where more than tensors' expressions differ; `part` holds only those tensors. `lines` is
+    None where they are the same. In the mappings, None marks an entry that is gone.
     """
 
     recipe: Recipe | None = None
     part: Recipe | None = None
     scores: Mapping[str, Any] = field(default_factory=dict)
     scorer: Mapping[str, Any] = field(default_factory=dict)
+    lines: tuple[Recipe, ...] | None = None
+    crossed: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, without what has not changed."""
         recipes = {"recipe": self.recipe, "part": self.part}
-        written = {key: recipe.to_json() for key, recipe in recipes.items() if recipe is not None}
-        return written | {key: part for key, part in (("scores", self.scores), ("scorer", self.scorer)) if part}
+        written: dict[str, Any] = {key: recipe.to_json() for key, recipe in recipes.items() if recipe is not None}
+        if self.lines is not None:
+            written["lines"] = [recipe.to_json() for recipe in self.lines]
+        parts = {"scores": self.scores, "scorer": self.scorer, "crossed": self.crossed}
+        return written | {key: part for key, part in parts.items() if part}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Change:
         """Read what `to_json` wrote."""
         recipe, part = (Recipe.from_json(data[key]) if key in data else None for key in ("recipe", "part"))
-        return cls(recipe, part, dict(data.get("scores", {})), dict(data.get("scorer", {})))
+        lines = tuple(map(Recipe.from_json, data["lines"])) if "lines" in data else None
+        scores, scorer, crossed = (dict(data.get(key, {})) for key in ("scores", "scorer", "crossed"))
+        return cls(recipe, part, scores, scorer, lines, crossed)
 
 
 @dataclass(frozen=True)
@@ -271,6 +291,11 @@ def disk_error(path: Path, error: OSError) -> OlmfastError:
         f"{path}: cannot be written: {error.strerror}; everything decided so far is saved; "
         "free some space and use --resume"
     )
+
+
+def _have_same_tensors(one: Recipe, other: Recipe) -> bool:
+    """Whether two recipes differ in tensors' expressions at most."""
+    return one.tensors.keys() == other.tensors.keys() and replace(one, tensors=other.tensors) == other
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

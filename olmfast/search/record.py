@@ -221,7 +221,7 @@ class Record:
         self.standing = self.standing.changed_by(entry.change)
 
     def _remove_superseded(self) -> None:
-        recipes = [*self._snapshots.values(), *([self.recipe] if self.recipe else [])]
+        recipes = [*self._snapshots.values(), *self.standing.lines, *([self.recipe] if self.recipe else [])]
         expressions = {expression for recipe in recipes for expression in recipe.tensors.values()}
         needed = {leaf.file for e in expressions for leaf in leaves(e) if isinstance(leaf, Stored)}
         for path in (self.folder / REFINED).glob("*.safetensors*"):

@@ -9,11 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.scores import Scores
 from olmfast.search.acceptance import Gain, Scale, passes
-from olmfast.search.crossfit import TRAINED, CrossFit, expected_skill, scores_crossed
+from olmfast.search.crossfit import TRAINED, CrossFit, expected_skill
 from olmfast.search.halves import Halves, set_aside
+from olmfast.search.lines import Lines
 from olmfast.search.log import Outcome
+from olmfast.weights.expressions import whole
 
 SCALE = Scale({"a": (0.2, 1.0), "b": (0.0, 0.5)})
 
@@ -130,7 +133,7 @@ def test_scores_crossed_are_of_questions_that_did_not_train():
     first, second = (half["a"] for half in halves)
     every = scored({"a": torch.arange(24.0).view(4, 6)})
     own = every.rows([0]), every.rows([1]).limited_to({"a": second}), every.rows([2]).limited_to({"a": first})
-    crossed = scores_crossed(own[0].followed_by(own[1]).followed_by(own[2]))
+    crossed = Lines.trained([Candidate("")] * 3, own[0].followed_by(own[1]).followed_by(own[2]), whole("a", ())).crossed
     assert crossed.samples["a"][0].tolist() == [12.0 + i if i in first else 6.0 + i for i in range(6)]
 
 

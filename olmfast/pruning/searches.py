@@ -174,9 +174,9 @@ class AlphaSearch:
 
     def _slopes(self, weights: Sequence[float], questions: dict[str, list[int]]) -> torch.Tensor:
         """How the loss changes with the weight of each layer of the run, (layers,) float64, that of the lowest 0."""
-        merged = self.search.recipe.with_values(self.target.values(weights))
+        values = self.target.values(weights)
         directions = {name: self._directions(name) for name in self.unit.tensors}
-        found = self.search.slopes(merged, directions, questions, {}, self.weights)
+        found = self.search.slopes(values, directions, questions, {}, self.weights)
         along = torch.stack([found.along[name] for name in self.unit.tensors]).sum(dim=0)
         return torch.cat([along.new_zeros(1), along])
 

@@ -110,8 +110,9 @@ class Coefficients:
             name: [Direction(Copy(reference, name), Copy(donor, name), axis) for donor in vectors.donors]
             for name, axis in axes.items()
         }
-        moved = origin.with_values(vectors.moved(origin, offsets, rows))
-        found = self.search.slopes(moved, directions, questions, self.teachers)
+        moved, current = origin.with_values(vectors.moved(origin, offsets, rows)), self.search.recipe
+        values = {name: value for name, value in moved.tensors.items() if value != current.tensors.get(name)}
+        found = self.search.slopes(values, directions, questions, self.teachers)
         return vectors.from_reference(torch.cat([found.along[name].view(n, -1) for name in vectors.tensors], dim=1))
 
     def _rows(self, grain: str) -> ByRows:

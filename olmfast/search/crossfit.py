@@ -56,8 +56,7 @@ class CrossFit:
         """Among the incumbent (row 0), what was trained on the first half and scored on the second (row 1), the other
         way round (row 2), and the mean of both, scored on all questions (row 3).
 
-        Where the incumbent is such a mean, `crossed` are the scores of what it is the mean of, as `scores_crossed` has
-        them.
+        Where the incumbent is such a mean, `crossed` are the scores of what it is the mean of: see `search/lines.py`.
         """
         gain = self._gain(scores, [(FIRST, self.halves.second), (SECOND, self.halves.first)], crossed)
         skills = [self.scale.skill(_means(scores, row)) for row in (0, MEAN)]
@@ -126,12 +125,6 @@ def expected_skill(steps: Iterable[Outcome], spans: Mapping[str, tuple[float, fl
         elif expected is not None:
             expected, is_mixed = expected + (outcome.gain or 0.0), True
     return expected
-
-
-def scores_crossed(scores: Scores) -> Scores:
-    """Of a step with trained candidates, each half's scores on the other half: those of one candidate on all
-    questions, none of which it was trained on."""
-    return scores.rows([FIRST]).filled_by(scores.rows([SECOND]))
 
 
 def _crossed(means: Mapping[str, float | None]) -> float:

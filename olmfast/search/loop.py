@@ -24,8 +24,9 @@ from olmfast.evaluation.scores import Scores
 from olmfast.observer import Observer
 from olmfast.search.acceptance import Gain
 from olmfast.search.costs import Costs
-from olmfast.search.crossfit import FIRST, MEAN, SECOND, CrossFit, Decision, scores_crossed
+from olmfast.search.crossfit import FIRST, MEAN, SECOND, CrossFit, Decision
 from olmfast.search.halves import Indices
+from olmfast.search.lines import Lines
 from olmfast.search.log import Outcome, Standing
 from olmfast.search.racing import heats, left_to_score
 from olmfast.search.ranking import Rules, choose, is_degraded
@@ -34,7 +35,7 @@ from olmfast.search.spans import real_spans
 from olmfast.weights.architecture import Architecture, Unit
 from olmfast.weights.chunks import Readable
 from olmfast.weights.recipe import Recipe
-from olmfast.weights.sources import Sources
+from olmfast.weights.sources import Expression, Sources
 
 GRADIENT = 3  # evaluations that a gradient counts as: one forward pass, and two on the way back
 N_TRAINED = 2  # evaluations that trained candidates take: each half's on the other, and the mean of both on all
@@ -100,10 +101,7 @@ class Search:
         self._started = time.monotonic()
         self._evaluations: float = self.record.evaluations
         self._current: Scores | None = None  # scores of the current recipe, if they are known
-        # What training on each half goes on from; empty: from the current recipe. Their scores, each line's on the
-        # other half, where they have been trained: the current recipe is their mean then.
-        self._lines: tuple[Recipe, ...] = ()
-        self._crossed: Scores | None = None
+        self._lines = Lines()
         self._costs = Costs()  # of a candidate, in seconds
         self._costs.add("earlier sessions", self._evaluations, self._spent_before)
         self._recall()
@@ -126,10 +124,8 @@ class Search:
 
     @property
     def origins(self) -> tuple[Recipe, ...]:
-        """What training goes on from: on the first half, on the second, and the mean of both."""
-        if not self._lines:
-            return (self.recipe,) * 3
-        return (*self._lines, self.recipe if self._crossed is not None else self._lines[0])
+        """What training goes on from: on the first half, on the second, and their mean."""
+        return self._lines.origins(self.recipe)
 
     def saved_dtype(self, tensor: str) -> torch.dtype:
         """The dtype the result stores this tensor in."""
@@ -154,7 +150,7 @@ class Search:
         """Continue from another recipe, whose scores are not known."""
         self.recipe = recipe
         self.scorer.commit(recipe)
-        self._current, self._lines, self._crossed = None, (), None
+        self._current, self._lines = None, Lines()
 
     def take(self, step: Step) -> Outcome:
         """Propose, evaluate, select, commit, record; or the recorded outcome if the step was taken before."""
@@ -186,7 +182,12 @@ class Search:
         before = self.recipe
         if step.commit and winner != 0:
             self.recipe = self._stored(step, candidates[winner])
-        self._set_lines(step, scores, candidates, alive, winner, before)
+            is_mean = step.trained is not None and step.tested
+            self._lines = Lines.trained(candidates, scores, before) if is_mean else Lines()
+        elif step.begins and self.crossfit is not None:
+            best = candidates[self.crossfit.best(scores, alive)].of(before)
+            if best != before and builds_alike(before, best, self.sources.pool):
+                self._lines = Lines.begun(best)
         sampled = step.questions is not None and not step.commit  # what a sample wrote is not the current model's
         self.scorer.commit(self.recipe, None if sampled else candidates[winner].label)
         if step.questions is None and (step.commit or candidates[0].is_current):
@@ -202,8 +203,8 @@ class Search:
             outcome.spans = {name: list(span) for name, span in found.items() if span is not None}
         counted = self._counted(len(candidates))
         self._evaluations += counted
-        known, crossed = (own.to_json() if own is not None else {} for own in (self._current, self._crossed))
-        standing = Standing(self.recipe, known, self.scorer.state, self._lines, crossed)
+        known, crossed = (own.to_json() if own is not None else {} for own in (self._current, self._lines.crossed))
+        standing = Standing(self.recipe, known, self.scorer.state, self._lines.recipes, crossed)
         self.record.add(step.key, outcome, standing, self._evaluations, self.elapsed_s)
         self._costs.add(step.stage, counted, self.elapsed_s - began)
         self.observer.chosen(outcome)
@@ -216,29 +217,7 @@ class Search:
             self.scorer.state = standing.scorer
         if standing.scores:
             self._current = Scores.from_json(standing.scores)
-        self._lines = standing.lines
-        if standing.crossed:
-            self._crossed = Scores.from_json(standing.crossed)
-
-    def _set_lines(
-        self,
-        step: Step,
-        scores: Scores,
-        candidates: Sequence[Candidate],
-        alive: list[int],
-        winner: int,
-        before: Recipe,
-    ) -> None:
-        """Set what training goes on from, after a step on the recipe `before`."""
-        if step.commit and winner != 0:
-            self._lines, self._crossed = (), None
-            if step.trained is not None:
-                self._lines = tuple(candidates[row].of(before) for row in (FIRST, SECOND))
-                self._crossed = scores_crossed(scores)
-        elif step.begins and self.crossfit is not None:
-            best = candidates[self.crossfit.best(scores, alive)].of(before)
-            if best != before and builds_alike(before, best, self.sources.pool):
-                self._lines = (best, best)
+        self._lines = Lines.recalled(standing)
 
     def _choose(self, scores: Scores, alive: list[int]) -> list[int]:
         return [choose(scores, alive, self.rules)]
@@ -252,21 +231,19 @@ class Search:
 
     def slopes(
         self,
-        recipe: Recipe,
+        values: Mapping[str, Expression],
         directions: Mapping[str, Sequence[Direction]],
         questions: Indices,
         teachers: Mapping[str, Candidate],
         weights: Mapping[str, float] | None = None,
     ) -> Slopes:
-        """The slopes of a recipe's loss on some questions: each dataset counts by `weights`, or by its weight on the
-        scale. The recipe builds as the current one does."""
+        """The slopes of the loss on some questions with tensors of the current model changed: each dataset counts by
+        `weights`, or by its weight on the scale."""
         if weights is None:
             assert self.crossfit is not None
             weights = {name: self.crossfit.scale.weight(name) for name in questions}
         with self._counting:
             self._scored += GRADIENT * sum(map(len, questions.values()))
-        current = self.recipe.tensors
-        values = {name: value for name, value in recipe.tensors.items() if value != current.get(name)}
         return self.scorer.slopes(Candidate("slopes", values), directions, questions, weights, teachers)
 
     def count_gradient(self, n_questions: int) -> None:
@@ -296,7 +273,7 @@ class Search:
         if step.trained is None:
             return self.crossfit.of_candidates(scores, alive)
         whole = len(alive) == len(candidates) == 1 + MEAN  # else two of them are the same
-        return self.crossfit.of_trained(scores, self._crossed) if whole else Decision(0)
+        return self.crossfit.of_trained(scores, self._lines.crossed) if whole else Decision(0)
 
     def _distinct(self, candidates: Sequence[Candidate]) -> tuple[list[Candidate], dict[str, int]]:
         """Candidates of different bytes, and for each label that is left out the row of its equal."""

@@ -62,7 +62,7 @@ def merged(method: str, terms: Sequence[Recipe], base: Recipe | None = None, **s
     return Recipe(terms[0].base, {name: tensor(name) for name in terms[0].tensors})
 
 
-def linear(donors: Recipes, count: int) -> Recipes:
+def linear(donors: Recipes, count: int, ancestor: str | None = None) -> Recipes:  # noqa: ARG001
     """Weights on the finest lattice of the donors' simplex that has at most `count` points."""
     n, steps = len(donors), 1
     while comb(steps + n, n - 1) <= count:
@@ -75,7 +75,7 @@ def linear(donors: Recipes, count: int) -> Recipes:
     return found
 
 
-def slerp(donors: Recipes, count: int) -> Recipes:
+def slerp(donors: Recipes, count: int, ancestor: str | None = None) -> Recipes:  # noqa: ARG001
     """Pairs, and pairs of pairs, at the finest even spacing of t that has at most `count` merges."""
     pairs = list(combinations(donors, 2))
     splits = [(one, other) for one, other in combinations(pairs, 2) if not set(one) & set(other)]
@@ -91,9 +91,12 @@ def slerp(donors: Recipes, count: int) -> Recipes:
     return found
 
 
-def from_a_base(method: str, donors: Recipes, count: int) -> Recipes:
-    """Each donor and the average as the base; lambdas, densities, and weights: alike, or one of them double."""
+def from_a_base(method: str, donors: Recipes, count: int, ancestor: str | None = None) -> Recipes:
+    """The donors' ancestor as the base, or where none is known each donor and the average; lambdas, densities, and
+    weights: alike, or one of them double."""
     bases = {**donors, "average": merged("linear", list(donors.values()))}
+    if ancestor is not None:
+        bases = {ancestor: donors[ancestor]}
     terms = {base: [donor for donor in donors if donor != base] for base in bases}
     n_weights = sum(len(others) + 1 for others in terms.values())
     lambdas = LAMBDAS[: max(1, count // n_weights)]
@@ -110,13 +113,19 @@ def from_a_base(method: str, donors: Recipes, count: int) -> Recipes:
     return found
 
 
-GRIDS: Mapping[str, Callable[[Recipes, int], Recipes]] = {
+GRIDS: Mapping[str, Callable[[Recipes, int, str | None], Recipes]] = {
     "linear": linear,
     "slerp": slerp,
     "task arithmetic": partial(from_a_base, "task_arithmetic"),
     "TIES": partial(from_a_base, "ties"),
     "DARE-TIES": partial(from_a_base, "dare_ties"),
 }
+
+
+def ancestor_of(record: Record, donors: Recipes) -> str | None:
+    """The donor that the others were made from, as the run found it."""
+    name = record.values.get("anchor", {}).get("model")
+    return name if name in donors else None
 
 
 def score(evaluation: Evaluation, recipes: Recipes, questions: Questions) -> Scores:
@@ -207,7 +216,8 @@ def main() -> None:
     finalists = {**donors, AVERAGE: merged("linear", list(donors.values()))}
     for method, grid in GRIDS.items():
         started = time.monotonic()
-        recipes = grid(donors, arguments.evaluations or int(record.evaluations))
+        count = arguments.evaluations or int(record.evaluations)
+        recipes = grid(donors, count, ancestor_of(record, donors))
         found = skill(score(evaluation, {**donors, **recipes}, inputs.selection), len(donors))[len(donors) :]
         label = list(recipes)[int(found.argmax())]
         finalists[f"best {method}"] = recipes[label]

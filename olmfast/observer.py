@@ -24,6 +24,9 @@ class Observer:
     def candidate(self, label: str) -> None:
         """One candidate has been evaluated."""
 
+    def spent(self, evaluations: float) -> None:
+        """So many evaluations have been spent, those of a step that goes along gradients as it goes on."""
+
     def chosen(self, outcome: Outcome) -> None:
         """A step has been taken and recorded."""
 

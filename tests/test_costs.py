@@ -149,6 +149,19 @@ def test_candidates_scored_in_parts_count_once():
     assert forecast.done == 4
 
 
+def test_a_step_along_gradients_counts_as_it_goes_on_and_is_put_right_at_its_end():
+    clock, plan = Clock(), steps([CHEAP] * 2)
+    forecast = Forecast(Schedule(tuple(plan), done=10), clock)
+    forecast.begin(CHEAP, "0", 4)
+    for spent, done in ((10.5, 10.5), (12.25, 12.25), (30, 14)):
+        forecast.spent(spent)
+        assert forecast.done == done
+    forecast.end()
+    assert forecast.done == 14
+    forecast.spent(13.4)
+    assert (forecast.done, forecast.total) == (13.4, 17.4)
+
+
 def test_what_fits_is_cut_in_the_order_of_the_steps():
     plan = [PlannedStep("held-out", "donors", 2, 8.0, counts=False), *steps([CHEAP, DEAR])]
     cut = list(within(plan, 6))

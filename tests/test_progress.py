@@ -8,7 +8,7 @@ from olmfast import load_config, run
 from olmfast.search.costs import PlannedStep, Schedule
 from olmfast.search.log import Outcome
 from olmfast.terminal.progress import Bars, Lines, TimeLeft, Watcher
-from olmfast.testing import tiny_run
+from olmfast.testing import skilled_run, tiny_run
 
 
 class Clock:
@@ -88,6 +88,25 @@ def test_bars_count_to_the_budget_and_show_the_time_that_was_learnt():
     assert task.completed == 4
     bars.chosen(outcome())
     assert (task.completed, str(column.render(task))) == (4, "0:07:55")  # 19 steps of 25 s
+
+
+def test_a_descent_says_how_far_it_is(tmp_path, capsys):
+    class Hurried(Lines):
+        """For which each look at the clock is 5 s after the last."""
+
+        def __init__(self):
+            self.now = 0.0
+            super().__init__(verbose=False, clock=self.tick)
+
+        def tick(self):
+            self.now += 5.0
+            return self.now
+
+    run(skilled_run(tmp_path, n=12, budget=30), observer=Hurried())
+    descent = [line for line in shown(capsys) if "evaluations; gradient part;" in line]
+    told = [int(line.split()[2]) for line in descent]
+    assert len(set(told)) > 4
+    assert told == sorted(told)
 
 
 @pytest.mark.parametrize("keys", [{}, {"improve_all": "all"}, {"budget": 13}, {"racing": {"rungs": [2, 4]}}])

@@ -41,6 +41,10 @@ class Watcher(Observer):
         """One more is done."""
         self.forecast.candidate(label)
 
+    def spent(self, evaluations: float) -> None:
+        """As the search counts them."""
+        self.forecast.spent(evaluations)
+
     def chosen(self, outcome: Outcome) -> None:  # noqa: ARG002
         """Its step is done."""
         self.forecast.end()
@@ -60,7 +64,7 @@ class Watcher(Observer):
 
 class Lines(Watcher):
     """Plain lines, for logs and pipes, with the time since the start: one per stage, one for what changed, and how far
-    the run is every 30 s, or when the next candidate is done."""
+    the run is every 30 s, or when the next candidate or step along a gradient is done."""
 
     def __init__(self, verbose: bool, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(clock)
@@ -82,6 +86,11 @@ class Lines(Watcher):
         super().candidate(label)
         self._say_how_far()
 
+    def spent(self, evaluations: float) -> None:
+        """A line if the last one is old."""
+        super().spent(evaluations)
+        self._say_how_far()
+
     def chosen(self, outcome: Outcome) -> None:
         """A line when something changed, or for every step when verbose."""
         super().chosen(outcome)
@@ -96,7 +105,7 @@ class Lines(Watcher):
     def _say_how_far(self) -> None:
         if self.clock() - self.said >= EVERY_S:
             self.said = self.clock()
-            counted = f"{self.forecast.done} of {self.forecast.total} evaluations"
+            counted = f"{self.forecast.done:.0f} of {self.forecast.total:.0f} evaluations"
             self._print(f"{counted}; {self.where}; {told_time(self.forecast.left_s)} left")
 
     def _print(self, text: str) -> None:
@@ -160,6 +169,11 @@ class Both(Observer):
         """To each."""
         for one in self.observers:
             one.candidate(label)
+
+    def spent(self, evaluations: float) -> None:
+        """To each."""
+        for one in self.observers:
+            one.spent(evaluations)
 
     def chosen(self, outcome: Outcome) -> None:
         """To each."""

@@ -109,11 +109,13 @@ class Forecast:
         self._done = schedule.done
         self._current: tuple[PlannedStep, ...] = ()  # the step that is going on; read by threads that draw
         self._labels: set[str] = set()
+        self._reached = 0.0  # evaluations of the current step, where it counts them itself
 
     @property
     def done(self) -> float:
         """Evaluations done, of earlier sessions too."""
-        return self._done + (len(self._labels) if evaluations(self._current) else 0)
+        most = evaluations(self._current)
+        return self._done + min(most, max(len(self._labels), self._reached))
 
     @property
     def total(self) -> float:
@@ -151,6 +153,13 @@ class Forecast:
         if len(self._labels) < sum(step.n_candidates for step in self._current):
             self._labels.add(label)
 
+    def spent(self, n_evaluations: float) -> None:
+        """So many evaluations have been done, by the count of the search."""
+        if self._current:
+            self._reached = n_evaluations - self._done
+        else:
+            self._done = n_evaluations
+
     def end(self) -> None:
         """The step is over, if one was going on."""
         now = self.clock()
@@ -160,6 +169,7 @@ class Forecast:
         self._done += evaluations(self._current)
         self._current = ()
         self._labels.clear()
+        self._reached = 0.0
 
     def _expected(self, steps: Iterable[PlannedStep]) -> list[float]:
         return [self.costs.expected_s(step.kind, step.work) for step in steps]

@@ -164,7 +164,7 @@ class Search:
         began = self.elapsed_s
         if step.trained is not None:
             self._check_budget(step.stage, step.trained.evaluations + N_TRAINED)
-            self.observer.step(step.stage, step.unit.name, 1 + MEAN)  # training takes its time
+            self.observer.step(step.stage, step.unit.name, max(1, round(step.trained.evaluations + N_TRAINED)))
         candidates, twin = self._distinct(step.propose())
         if step.trained is None:
             self._check_budget(step.stage, len(candidates) * self._share(step.questions))
@@ -208,6 +208,7 @@ class Search:
         self.record.add(step.key, outcome, standing, self._evaluations, self.elapsed_s)
         self._costs.add(step.stage, counted, self.elapsed_s - began)
         self.observer.chosen(outcome)
+        self.observer.spent(self._evaluations)
         return outcome
 
     def _recall(self) -> None:
@@ -244,7 +245,9 @@ class Search:
             weights = {name: self.crossfit.scale.weight(name) for name in questions}
         with self._counting:
             self._scored += GRADIENT * sum(map(len, questions.values()))
-        return self.scorer.slopes(Candidate("slopes", values), directions, questions, weights, teachers)
+        found = self.scorer.slopes(Candidate("slopes", values), directions, questions, weights, teachers)
+        self.observer.spent(self._evaluations + self._scored / sum(self.scorer.sizes.values()))
+        return found
 
     def count_gradient(self, n_questions: int) -> None:
         """The step that is being taken has gone back through so many questions, before the run was killed."""

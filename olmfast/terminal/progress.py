@@ -71,6 +71,11 @@ class Bars(Watcher):
         super().candidate(label)
         self._show(description=f"{self.where} · {escape(label)}")
 
+    def spent(self, evaluations: float) -> None:
+        """Advances the bar."""
+        super().spent(evaluations)
+        self._show()
+
     def chosen(self, outcome: Outcome) -> None:
         """A line above the bar for what changed, or for every decision when verbose."""
         super().chosen(outcome)

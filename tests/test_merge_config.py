@@ -73,6 +73,7 @@ def test_the_base_is_merged_too_where_a_method_knows_no_task_vectors():
         ({"merge_method": "tie"}, "merge_method: expected one of linear, slerp"),
         ({"parameters": {"wieght": 1}}, "parameters.wieght: unknown key; did you mean 'weight'?"),
         ({"models": [{"model": "a", "paramters": {}}]}, "models[0].paramters: unknown key; did you mean 'parameters'?"),
+        ({"models": ["a", "b"]}, "models[0]: expected {model: a}, got 'a'"),
         ({"slices": []}, "slices: "),
         ({"models": None}, "expected either models or slices, got neither"),
         ({"models": []}, "models: expected 1 or more entries, got []"),
@@ -141,6 +142,7 @@ def test_a_key_in_the_wrong_place_is_told_where_it_belongs(keys, message):
     ("keys", "notes"),
     [
         ({"parameters": {"weight": 1, "density": 0.5, "int8_mask": True}}, ["density: not read by linear"]),
+        ({"parameters": {"weight": 1, "embed_slerp": True}}, ["embed_slerp: not read by linear"]),
         (
             {"models": [{"model": "a", "parameters": {"normalize": False, "weight": 1}}, {"model": "b"}]},
             ["normalize: not read where a model has it"],
@@ -164,7 +166,13 @@ def test_parameters_without_effect_are_told(keys, notes):
 
 
 @pytest.mark.parametrize(
-    ("layers", "message"), [([5, 4], "0 <= first <= end, got [5, 4]"), ([0, 2], "of different lengths")]
+    ("layers", "message"),
+    [
+        ([5, 4], "0 <= first <= end, got [5, 4]"),
+        ([0, 2], "of different lengths"),
+        ("0, 4", "layer_range: expected [first, end], got '0, 4'"),
+        ([4], "layer_range: expected [first, end], got [4]"),
+    ],
 )
 def test_layer_ranges_that_make_no_slice_are_refused(layers, message):
     sources = [{"model": "a", "layer_range": layers}, {"model": "b", "layer_range": [0, 3]}]

@@ -42,6 +42,12 @@ Model = Annotated[str, BeforeValidator(parse_model)]
 TokenizerSource = Annotated[str, BeforeValidator(_parse_tokenizer_source)]
 
 
+def _check_range(value: object) -> object:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise ValueError(f"expected [first, end], got {show(value)}")
+    return value
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
@@ -59,6 +65,8 @@ class _OfModel(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, value: object) -> object:
+        if isinstance(value, str):
+            raise ValueError(f"expected {{model: {value}}}, got {show(value)}")
         if isinstance(value, dict) and isinstance(value.get("model"), str):
             for key, spelling in PARTS_OF_NAMES.items():
                 if isinstance(value.get(key), str):
@@ -74,7 +82,7 @@ class MergedModel(_OfModel):
 class SliceSource(_OfModel):
     """A model's layers that go into a slice; `layer_range` is half-open."""
 
-    layer_range: tuple[int, int]
+    layer_range: Annotated[tuple[int, int], BeforeValidator(_check_range)]
 
     @model_validator(mode="after")
     def _check(self) -> SliceSource:

@@ -84,7 +84,9 @@ def _readable(value: object) -> object:
 
 # Accepted and without effect: bit masks would save no memory here.
 IGNORED = ("int8_mask",)
-NAMES = (*dict.fromkeys(parameter.name for method in METHODS.values() for parameter in method.parameters), *IGNORED)
+EARLIER = ("embed_slerp",)  # of mergekit's first versions; today's merges embeddings as it merges everything
+_READ = dict.fromkeys(parameter.name for method in METHODS.values() for parameter in method.parameters)
+NAMES = (*_READ, *IGNORED, *EARLIER)
 Parameters = Annotated[
     dict[str, Annotated[tuple[Varying, ...], BeforeValidator(_parse_parameter)]], BeforeValidator(_readable)
 ]

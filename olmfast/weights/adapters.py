@@ -11,9 +11,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod, sqrt
 from pathlib import Path
+from sys import float_info
 from typing import Any
 
-from olmfast.errors import InputError
+from olmfast.errors import InputError, show
 from olmfast.weights.adapted import Added, LowRank, RowsReplaced, replaced
 from olmfast.weights.architecture import FAMILIES, is_known, numbered
 from olmfast.weights.checkpoint import ADAPTER_CONFIG, Checkpoint, Tensor, TensorInfo, read_header, read_json
@@ -180,13 +181,25 @@ def _read_settings(folder: Path) -> dict[str, Any]:
             f"{path}: init_lora_weights {start!r}: was trained against a base that it has changed; save it with PEFT's "
             "path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
         )
-    for key, kinds in (("r", int), ("lora_alpha", (int, float)), ("rank_pattern", dict), ("alpha_pattern", dict)):
-        value = settings.get(key, {} if key.endswith("pattern") else None)
-        if not isinstance(value or {} if kinds is dict else value, kinds) or isinstance(value, bool):
-            faults.append(f"{path}: {key}: expected {'a mapping' if kinds is dict else 'a number'}, got {value!r}")
+    faults += [f"{path}: {fault}" for fault in _number_faults(settings)]
     if faults:
         raise InputError("\n".join(faults))
     return settings
+
+
+def _number_faults(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the ranks, which are divided by, and the alphas, which need only be finite."""
+    for key, patterns, is_rank in (("r", "rank_pattern", True), ("lora_alpha", "alpha_pattern", False)):
+        given = settings.get(patterns) or {}
+        if not isinstance(given, dict):
+            yield f"{patterns}: expected a mapping, got {given!r}"
+            given = {}
+        values = {key: settings.get(key), **{f"{patterns}: {name!r}": one for name, one in given.items()}}
+        for where, value in values.items():
+            kinds = (int,) if is_rank else (int, float)
+            if type(value) not in kinds or not abs(value) <= float_info.max or (is_rank and value < 1):
+                wanted = "a whole number from 1" if is_rank else "a number"
+                yield f"{where}: expected {wanted}, got {show(value)}"
 
 
 def _read_weights(path: Path) -> _Held:
@@ -362,7 +375,7 @@ class _Application:
             try:
                 if re.match(rf"(.*\.)?({pattern})$", module):
                     return float(value)
-            except (re.error, TypeError, ValueError) as error:
+            except re.error as error:
                 raise InputError(
                     f"{self.file.parent / ADAPTER_CONFIG}: {patterns}: {pattern!r}: {value!r}: {error}"
                 ) from error

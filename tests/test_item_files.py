@@ -177,3 +177,12 @@ def test_what_was_said_before_an_answer_is_asked_with_it(item, asked, tmp_path):
 @pytest.mark.parametrize("missing", [float("nan"), None, float("inf")])
 def test_a_number_that_is_none_is_no_answer(missing, tmp_path):
     assert "1 without an expected answer" in refusal(tmp_path / "x.json", [{"question": "q", "answer": missing}])
+
+
+@pytest.mark.parametrize("name", ["data-00000-of-00001.arrow", "data/train-00000-of-00001.parquet"])
+def test_a_folder_of_the_hub_is_told_as_what_it_is(name, tmp_path):
+    (tmp_path / "set" / name).parent.mkdir(parents=True)
+    (tmp_path / "set" / name).write_bytes(b"")
+    entries = parse_datasets({"set": {"mode": "exact"}}, "x")
+    with pytest.raises(InputError, match=f"it holds {Path(name).name}: write that as JSON Lines, with to_json"):
+        load_datasets(tmp_path, entries, tiny_tokenizer(), 2048)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from olmfast.config.mergekit import MergeConfig, load_merge_config, parse_merge_config
+from olmfast.config.mergekit import MergeConfig, is_merge_file, load_merge_config, parse_merge_config
 from olmfast.config.parameters import settings_of
 from olmfast.errors import InputError
 
@@ -179,6 +179,13 @@ def test_layer_ranges_that_make_no_slice_are_refused(layers, message):
     with pytest.raises(InputError) as caught:
         parse(models=None, slices=[{"sources": sources}])
     assert message in str(caught.value)
+
+
+def test_a_run_whose_models_are_described_is_still_a_run():
+    described = {"models": [{"model": "a"}]}
+    assert is_merge_file(described)
+    assert is_merge_file({**described, "dataset": {}, "merge_method": "ties"})
+    assert not is_merge_file({**described, "dataset": {}})
 
 
 def test_every_fault_is_told_at_once():

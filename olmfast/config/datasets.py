@@ -68,6 +68,8 @@ class DatasetConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _with_mode(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            raise ValueError(f"expected how it is scored, such as {{mode: exact_match}}, got {show(data)}")
         return {"mode": "exact", **data} if isinstance(data, dict) and data.get("lm_eval") else data
 
     @model_validator(mode="after")

@@ -162,9 +162,35 @@ def explain(
     `known` gives the keys that exist at the location of an unknown one, `places` says where a key belongs that is one
     elsewhere.
     """
-    lines = [line for fault in faults for line in _explain_one(where, fault, known, places)]
+    lines = [line for fault in _of_one_kind(faults) for line in _explain_one(where, fault, known, places)]
     more = [f"{where}: {len(lines) - MOST_FAULTS} more faults"] if len(lines) > MOST_FAULTS else []
     return InputError("\n".join(lines[:MOST_FAULTS] + more))
+
+
+# How pydantic names, in a location, the kinds of values that a key may have.
+_KIND = re.compile(r"constrained-\w+|bool|int|float|str|(list|dict|tuple|literal|function-[\w-]+)\[.*\]")
+
+
+def _of_one_kind(faults: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The faults of a value that may be of several kinds as one: of the kind that it is, or with all kinds as `or`."""
+    found: list[Mapping[str, Any]] = []
+    kinds: dict[Location, list[Mapping[str, Any]]] = {}
+    for fault in faults:
+        location: Location = fault["loc"]
+        place = next((i for i, part in enumerate(location) if i and _KIND.fullmatch(str(part))), None)
+        if place is None:
+            found.append(fault)
+            continue
+        first = location[:place] not in kinds
+        kinds.setdefault(location[:place], []).append({**fault, "loc": location[:place] + location[place + 1 :]})
+        if first:
+            found.append({"several": location[:place]})
+    for i in reversed(range(len(found))):
+        if "several" in found[i]:
+            own = kinds[found[i]["several"]]
+            inside = [fault for fault in own if len(fault["loc"]) > len(found[i]["several"])]
+            found[i : i + 1] = inside or [{**own[0], "or": own[1:]}]
+    return found
 
 
 def unknown_key(key: str, known: Iterable[str], places: Mapping[str, str]) -> str:
@@ -176,24 +202,38 @@ def _explain_one(
     where: str, fault: Mapping[str, Any], known: Callable[[Location], Iterable[str]], places: Mapping[str, str]
 ) -> list[str]:
     location: Location = tuple(part for part in fault["loc"] if not str(part).startswith("function-"))
-    kind, given, context = fault["type"], fault["input"], fault.get("ctx", {})
-    message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
-    if kind == "extra_forbidden":
-        message = unknown_key(str(location[-1]), known(location), places)
-    elif kind == "missing":
-        message = "entry is missing" if isinstance(location[-1], int) else "required key is missing"
-    elif kind in ("too_short", "too_long"):
-        bound = context.get("min_length", context.get("max_length"))
-        message = f"expected {bound} {'or more ' * (kind == 'too_short')}entries, got {show(given)}"
-    elif kind == "literal_error":
-        allowed = context["expected"]
-        message = f"expected {allowed}, got {show(given)}"
-        message += did_you_mean(given, re.findall(r"'([^']+)'", allowed)) if isinstance(given, str) else ""
-    elif kind == "path_type":
-        message = f"expected a path, got {show(given)}"
-    elif kind != "value_error":
-        message = re.sub(r" or (instance of|object to extract fields from).*", " of keys", message)
-        message += f", got {show(given)}"
+    message = _message(location, fault, known, places)
+    got = f", got {show(fault['input'])}"
+    for other in fault.get("or", ()):
+        wanted = _message(location, other, known, places).removeprefix("expected ").removesuffix(got)
+        message = f"{message.removesuffix(got)}, or {wanted}{got}"
     parts = (f"[{part}]" if isinstance(part, int) else f".{told(part)}" for part in location)
     name = "".join(parts).lstrip(".")
     return [f"{where}: {name}: {line}" if name else f"{where}: {line}" for line in message.split("\n")]
+
+
+def _message(
+    location: Location, fault: Mapping[str, Any], known: Callable[[Location], Iterable[str]], places: Mapping[str, str]
+) -> str:
+    kind, given, context = fault["type"], fault["input"], fault.get("ctx", {})
+    message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
+    if kind == "extra_forbidden":
+        return unknown_key(str(location[-1]), known(location), places)
+    if kind == "missing":
+        return "entry is missing" if isinstance(location[-1], int) else "required key is missing"
+    if kind in ("too_short", "too_long"):
+        bound = context.get("min_length", context.get("max_length"))
+        return f"expected {bound} {'or more ' * (kind == 'too_short')}entries, got {show(given)}"
+    if kind == "literal_error":
+        allowed = context["expected"]
+        hint = did_you_mean(given, re.findall(r"'([^']+)'", allowed)) if isinstance(given, str) else ""
+        return f"expected {allowed}, got {show(given)}{hint}"
+    if kind == "path_type":
+        return f"expected a path, got {show(given)}"
+    if kind == "dict_type":
+        return f"expected a mapping of keys to values, got {show(given)}"
+    if kind == "value_error":
+        return str(message)
+    message = re.sub(r", (unable to .*|got a number with a fractional part)", "", message)
+    message = re.sub(r" or (instance of|object to extract fields from).*", " of keys", message)
+    return f"{message}, got {show(given)}"

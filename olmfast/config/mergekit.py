@@ -275,6 +275,7 @@ def is_merge_file(data: Mapping[str, Any]) -> bool:
     """Whether a YAML file is a merge file, perhaps with misspelt keys, rather than a run's configuration."""
     models = data.get("models")
     described = isinstance(models, list) and any(isinstance(entry, dict) for entry in models)
+    described = described and "dataset" not in data
     return described or any(key in data for key in ("merge_method", "slices"))
 
 

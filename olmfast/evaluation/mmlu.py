@@ -86,11 +86,19 @@ def subjects_in(folder: Path) -> list[str]:
     except OSError as error:
         raise InputError(
             f"{folder}: is no folder of MMLU: expected test/<subject>{TEST} and dev/<subject>{DEV}: {test}: "
-            f"{error.strerror}"
+            f"{error.strerror}{_advice(folder)}"
         ) from error
     if not names:
         raise InputError(f"{folder}: is no folder of MMLU: {test} holds no <subject>{TEST}")
     return names
+
+
+def _advice(folder: Path) -> str:
+    """What to do with a folder of the Hub, or of the package datasets."""
+    tables = [
+        path.name for pattern in ("*.arrow", "*.parquet", "*/*.arrow", "*/*.parquet") for path in folder.glob(pattern)
+    ]
+    return f"; it holds {tables[0]}: write that as JSON Lines, with to_json of the package datasets" if tables else ""
 
 
 def _read(folder: Path, name: str, n_shots: int, limit: int | None, style: Style) -> Subject:

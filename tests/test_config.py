@@ -163,7 +163,7 @@ def test_an_unknown_key_is_an_error_with_a_suggestion(keys, message):
         ({"dataset": {"a": None}}, "dataset.a: expected a valid dictionary of keys, got None"),
         ({"dataset": {"a": "exact"}}, "dataset.a: expected how it is scored, such as {mode: exact_match}, got 'exact'"),
         ({"dataset": ["a"]}, "dataset: expected a mapping of keys to values, got ['a']"),
-        ({"dataset": {"a": {"mode": "exact", "fields": {"prompt": 3}}}}, "prompt: expected a valid string, or a valid list"),
+        ({"dataset": {"a": {"mode": "exact", "fields": {"prompt": 3}}}}, "prompt: expected a valid string, or a"),
         ({"validation": 1}, "validation: expected less than or equal to 0.5, or a mapping of keys to values, got 1"),
         ({"validation": {"a": {"mode": "x"}}}, "validation.a.mode: expected 'exact_match', 'bigram_loss'"),
         ({"workers": "many"}, "workers: expected a valid integer, or 'auto', got 'many'"),

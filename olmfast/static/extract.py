@@ -10,7 +10,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from olmfast.errors import FileChanged, InputError, Interrupted
 from olmfast.output.card import adapter_card
 from olmfast.output.folder import OutputFolder, check_space
 from olmfast.output.writer import write_json, write_text, writing
+from olmfast.weights.architecture import is_known
 from olmfast.weights.checkpoint import FLOATS, Checkpoint, Tensor
 from olmfast.weights.devices import pick_device
 from olmfast.weights.draws import normal
@@ -30,6 +31,7 @@ from olmfast.weights.examination import Unknown, build, read_config
 from olmfast.weights.hub import ADAPTER
 from olmfast.weights.pool import Pool
 from olmfast.weights.skeletons import Skeletons
+from olmfast.weights.ties import Ties, ties_of
 
 OVERSAMPLED, ITERATIONS = 16, 3
 PREFIX = "base_model.model."  # PEFT's, of every name in an adapter's file
@@ -64,6 +66,7 @@ class Extraction:
     left_out: dict[str, str] = field(default_factory=dict)
     has_biases: bool = False
     is_tied: bool = False
+    ensures_tying: bool = False
 
     def n_bytes(self, rank: int) -> int:
         """Bytes of the adapter's tensors."""
@@ -205,6 +208,7 @@ class _Sorter:
         self.live = _blueprint(base)
         with Skeletons() as skeletons:
             skeleton = skeletons.examine(base.config, {name: tensor.shape for name, tensor in tensors.items()})
+            self.ties = ties_of(base, None if is_known(base.config) else skeletons) if is_tied else Ties()
         self.places = {name: place for name, place in skeleton.modules.items() if name not in skeleton.converted}
         self.names = {place: name for name, place in self.places.items()}
 
@@ -221,8 +225,8 @@ class _Sorter:
                 self.plan.left_out[name] = "which are no floating-point numbers"
             elif (kind := _kind(module)) and leaf == "bias":
                 biases.append((path, tensor))
-            elif kind == "embedding" and self.plan.is_tied and name == self.base.architecture.family.embedding:
-                self._save_tied(path, tensor)
+            elif kind == "embedding" and (tied := self.ties.with_(name)):
+                self._save_tied(tied, tensor)
             elif kind and len(tensor.shape) == 2:
                 turned = kind != "linear"
                 shape = (tensor.shape[1], tensor.shape[0]) if turned else (tensor.shape[0], tensor.shape[1])
@@ -230,31 +234,55 @@ class _Sorter:
                 self.plan.modules.append(Module(path, name, shape, kind, turned))
             elif path not in self.plan.saved:
                 self._save(name, path, module)
+        self._leave_out_twice()
         updated = {module.name for module in self.plan.modules}
-        for path, tensor in biases:
+        for path, tensor in (bias for bias in biases if not self._is_saved(bias[0])):
             self.plan.has_biases = True
             self.plan.whole[f"{path}.base_layer.bias" if path in updated else f"{path}.bias"] = tensor
         if not self.plan.modules:
             raise InputError(
-                f"{self.base.name}: no linear layer or embedding differs, so there is nothing of a rank to extract; "
-                f"what differs: {_few(changed)}"
+                f"{self.base.name}: no linear layer or embedding differs that is not part of what is saved whole, so "
+                f"there is nothing of a rank to extract; what differs: {_few(changed)}"
             )
+        self.plan.ensures_tying = bool(self.ties.groups and not self.ties.in_config and self.plan.saved)
         return self.plan
 
     def _save(self, name: str, path: str, module: Any) -> None:
         """A module whole, with what of it has not changed: PEFT wants all of it."""
-        own = [f"{path}.{leaf}" for leaf, _ in module.named_parameters()]
-        if not all(parameter in self.names for parameter in own):
+        own = {
+            parameter: self._tensor(parameter)
+            for leaf, _ in module.named_parameters()
+            if (parameter := f"{path}.{leaf}")
+        }
+        whole = {parameter: tensor for parameter, tensor in own.items() if tensor is not None}
+        if len(whole) < len(own):
             self.plan.left_out[name] = "of a module that the file has not whole"
             return
         self.plan.saved.append(path)
-        self.plan.whole |= {parameter: self.tensors[self.names[parameter]] for parameter in own}
+        self.plan.whole |= whole
 
-    def _save_tied(self, path: str, tensor: Tensor) -> None:
-        """A tied embedding whole, and as the head: a low-rank update would change it on one side only."""
-        self.plan.saved.append(path)
-        head = self.places[self.base.architecture.family.head]
-        self.plan.whole |= {f"{path}.weight": tensor, head: tensor}
+    def _save_tied(self, tied: Sequence[str], tensor: Tensor) -> None:
+        """A tied embedding whole, and as what is tied to it: a low-rank update would change it on one side only."""
+        places = [self.places.get(name, name) for name in tied]
+        if self.ties.in_config:  # PEFT ties no more than a head to an embedding: it is told of each
+            for path in (place.rpartition(".")[0] for place in places):
+                self._save(tied[0], path, self.live[path])
+            return
+        self.plan.saved.append(places[0].rpartition(".")[0])
+        self.plan.whole |= dict.fromkeys(places, tensor)
+
+    def _tensor(self, parameter: str) -> Tensor | None:
+        """What fills a parameter of the live module; None if the file has nothing for it."""
+        name = self.names.get(parameter, parameter)
+        return self.tensors.get(self.ties.stored(name))
+
+    def _leave_out_twice(self) -> None:
+        """What lies in a module that is saved whole is in it."""
+        self.plan.saved = [path for path in dict.fromkeys(self.plan.saved) if not self._is_saved(path)]
+        self.plan.modules = [module for module in self.plan.modules if not self._is_saved(module.name)]
+
+    def _is_saved(self, path: str) -> bool:
+        return any(path.startswith(f"{other}.") for other in self.plan.saved)
 
 
 def _blueprint(base: Checkpoint) -> dict[str, Any]:
@@ -266,9 +294,15 @@ def _blueprint(base: Checkpoint) -> dict[str, Any]:
 
 
 def _kind(module: Any) -> str:
-    """What PEFT can update by a low-rank product: `linear`, `conv1d` (stored the other way round) or `embedding`."""
+    """What PEFT can update by a low-rank product: `linear`, `conv1d` (stored the other way round) or `embedding`.
+
+    It looks up the rows of an embedding itself, as one that finds them in another way (by position) does not.
+    """
     from transformers.pytorch_utils import Conv1D
 
+    looks_up = getattr(type(module), "forward", None) is torch.nn.Embedding.forward or hasattr(module, "embed_scale")
+    if isinstance(module, torch.nn.Embedding) and not looks_up:
+        return ""
     kinds = {torch.nn.Linear: "linear", Conv1D: "conv1d", torch.nn.Embedding: "embedding"}
     return next((name for kind, name in kinds.items() if isinstance(module, kind)), "")
 
@@ -375,7 +409,7 @@ def _settings(plan: Extraction, base: Checkpoint, rank: int) -> dict[str, Any]:
         "modules_to_save": plan.saved or None,
         "bias": "all" if plan.has_biases else "none",
         "fan_in_fan_out": any(module.turned and module.kind == "linear" for module in plan.modules),
-        "ensure_weight_tying": bool(plan.is_tied and plan.saved),
+        "ensure_weight_tying": plan.ensures_tying,
         "lora_dropout": 0.0,
         "inference_mode": True,
     }

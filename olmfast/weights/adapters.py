@@ -268,7 +268,7 @@ class _Application:
         found = {**self.base.tensors, **changed}
         touched = [(group, [name for name in group if name in changed]) for group in self.ties.groups]
         touched = [(group, names) for group, names in touched if names]
-        if any(self._parts([changed[name] for name in names]) for _, names in touched):
+        if any(self._parts(group, changed) for group, _ in touched):
             self.unties = self.ties.in_config
             apart, faults = self.ties.parted(self.base.tensors, changed)
             self.faults += faults
@@ -280,13 +280,15 @@ class _Application:
         self._refuse()
         return dict(sorted(found.items()))
 
-    def _parts(self, changed: Sequence[Tensor]) -> bool:
+    def _parts(self, group: Sequence[str], changed: Mapping[str, Tensor]) -> bool:
         """Whether parameters that are one are no longer, where the adapter has these changes for some of them.
 
         Rows that an embedding gets of its own, PEFT gives a tied head too.
         """
-        rows_alone = all(isinstance(tensor, RowsReplaced) for tensor in changed)
-        return not (rows_alone or self.settings.get("ensure_weight_tying"))
+        own = [changed[name] for name in group if name in changed]
+        rows_alone = all(isinstance(tensor, RowsReplaced) for tensor in own)
+        as_one = len(own) == len(group) and len({tensor.known_digest(self.base.digests) for tensor in own}) == 1
+        return not (rows_alone or as_one or self.settings.get("ensure_weight_tying"))
 
     def _changed(self, parameter: str, name: str, source: Tensor) -> Tensor | None:
         """One tensor as the adapter has it; None if something is wrong with it."""
@@ -390,10 +392,9 @@ class _Application:
             raise InputError("\n".join(f"{self.file}: {fault}{of}" for fault in faults[:3]) + more)
 
 
-def _parameters(base: Checkpoint) -> dict[str, str]:
+def _parameters(base: Checkpoint, ties: Ties) -> dict[str, str]:
     """Parameter of the live module, or name in files -> canonical name."""
-    head = base.architecture.family.head
-    names = [*base.tensors, *([head] if head not in base.tensors else [])]
+    names = [*base.tensors, *(name for group in ties.groups for name in group if name not in base.tensors)]
     slots = {slot.parameter: name for name in names if not (slot := base.architecture.slot(name)).index}
     files = {file: name for name, file in base.file_names.items()}
     return {**files, **slots, **{name: name for name in names}}
@@ -407,7 +408,7 @@ def _spelling(
     They may lie in a module around, or inside, the base's: an adapter of a bare decoder says `layers.0` where the model
     with a head says `model.layers.0`.
     """
-    known = {**{name: name for group in ties.groups for name in group}, **_parameters(base)}
+    known = _parameters(base, ties)
     unknown = [parameter for parameter in wanted if parameter not in known]
     if not unknown:
         return known.get

@@ -28,6 +28,10 @@ class Ties:
         """The name under which a parameter's tensor is stored: its own, unless it is tied."""
         return next((group[0] for group in self.groups if name in group), name)
 
+    def with_(self, name: str) -> Sequence[str]:
+        """The names of the parameters that are one with this one, its own among them; empty if none are."""
+        return next((group for group in self.groups if name in group), ())
+
     def parted(
         self, tensors: Mapping[str, Tensor], changed: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], list[str]]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from olmfast import cli
-from olmfast.testing import FAMILIES, tiny_pair
+from olmfast.testing import FAMILIES, tiny_pair, tiny_run
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # no test rests on how fast a machine is
 hypothesis.settings.load_profile("untimed")
@@ -53,6 +53,42 @@ def olmfast(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
         return (caught.value.code or 0, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory) -> Path:
+    """A folder with donors and a config that runs; see `cfg`."""
+    folder = tmp_path_factory.mktemp("good")
+    tiny_run(folder, 2, layer_swap=True, tensor_swap=True, es_norm=True, units=["*.0.self_attn.q_proj"])
+    return folder
+
+
+@pytest.fixture
+def cfg(good, tmp_path) -> Path:
+    """The config of a copy of `good`, for tests to break."""
+    return shutil.copytree(good, tmp_path / "run") / "cfg.yaml"
+
+
+@pytest.fixture
+def refused(olmfast, tmp_path) -> Callable[..., str]:
+    """The message that `olmfast run` refuses its arguments with, once it is clear that nothing was written."""
+
+    def call(*arguments: object) -> str:
+        before = snapshot(tmp_path)
+        code, out, err = olmfast("run", *arguments, "-q")
+        assert code == 2, err
+        assert out == ""
+        assert err.startswith("olmfast: ")
+        assert "Traceback" not in err
+        assert snapshot(tmp_path) == before
+        return err.removeprefix("olmfast: ").rstrip("\n")
+
+    return call
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every path below a folder with its size and time of change."""
+    return {str(p): (p.lstat().st_size, p.lstat().st_mtime_ns) for p in folder.rglob("*")}
 
 
 class Wide:

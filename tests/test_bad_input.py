@@ -109,9 +109,16 @@ def test_a_folder_without_safetensors_is_named(refused, cfg):
     [
         ("model-00001-of-00002.safetensors", "shards need their index: download model.safetensors.index.json too"),
         ("m.Q4_K_M.gguf", "GGUF files are not read: take the model that they were made from"),
+        ("consolidated.safetensors", "weights in their authors' own format: take those for Transformers"),
+        ("model.fp16.safetensors", "rename it to model.safetensors if it is the whole model"),
+        ("zero_to_fp32.py", "a DeepSpeed checkpoint; zero_to_fp32.py --safe_serialization makes a model of it"),
+        ("__0_0.distcp", "a distributed checkpoint; save_pretrained of what trained it makes a model of it"),
+        ("tf_model.h5", "weights of another framework; convert them with Transformers"),
+        ("checkpoint-10/model.safetensors", "name that folder"),
     ],
 )
 def test_other_weights_in_a_folder_are_named(refused, cfg, name, message):
+    (donor(cfg) / name).parent.mkdir(exist_ok=True)
     (donor(cfg) / "model.safetensors").rename(donor(cfg) / name)
     assert refused(cfg).endswith(f"in this folder, but {name}; {message}")
 

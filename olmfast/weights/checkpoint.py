@@ -25,6 +25,7 @@ from olmfast.weights.architecture import Architecture, check_kinds, is_known
 from olmfast.weights.chunks import Readable
 from olmfast.weights.digests import DigestCache
 from olmfast.weights.files import check_characters, check_not_pointer, read_text, real
+from olmfast.weights.formats import instead
 from olmfast.weights.wrappers import Module, own_names
 
 DTYPES: dict[str, torch.dtype] = {
@@ -437,16 +438,7 @@ def _open_shards(folder: Path, note: Callable[[str], None]) -> Iterator[TensorIn
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
     else:
-        raise InputError(f"{folder}: no {SINGLE} and no {INDEX} in this folder{_instead(folder)}")
-
-
-def _instead(folder: Path) -> str:
-    """What a folder without weights that can be read holds instead."""
-    if found := sorted(path.name for path in folder.glob("*.safetensors")):
-        return f", but {found[0]}; shards need their index: download {INDEX} too"
-    if found := sorted(path.name for path in folder.glob("*.gguf")):
-        return f", but {found[0]}; GGUF files are not read: take the model that they were made from"
-    return ""
+        raise InputError(f"{folder}: no {SINGLE} and no {INDEX} in this folder{instead(folder)}")
 
 
 def _indexed(index: Path, note: Callable[[str], None]) -> Iterator[TensorInfo]:

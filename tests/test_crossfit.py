@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.scores import Scores
 from olmfast.search.acceptance import Gain, Scale, passes
-from olmfast.search.crossfit import TRAINED, CrossFit, expected_skill
+from olmfast.search.crossfit import TRAINED, CrossFit, Decision, expected_skill
 from olmfast.search.halves import Halves, set_aside
 from olmfast.search.lines import Lines
 from olmfast.search.log import Outcome
@@ -115,17 +115,30 @@ def step(unit: str, *scores: float | None, gain: float | None = 0.1, changed: bo
     return Outcome("gradient", unit, TRAINED[-1], changed, {"a": dict(zip(TRAINED, scores, strict=False))}, gain=gain)
 
 
-def test_what_goes_on_from_each_half_is_tested_against_it_and_not_against_a_mean_that_knows_the_answers():
-    n = 40
-    noise = 0.2 * torch.randn(5, n, generator=torch.Generator().manual_seed(0))
-    halves = Halves.of({"a": n}, 0, {})
-    trained = torch.tensor([0.1, 0.5, 0.5, 0.1])[:, None] + noise[:4]  # on questions of their own, means score 0.1
-    before = torch.full((1, n), 0.8) + noise[4:]  # and what each half had led to 0.8 on those of the other
-    decide = CrossFit(halves, Scale({"a": (0.0, 1.0)}), 0.05).of_trained
-    assert decide(scored({"a": trained})).winner == 0
-    decision = decide(scored({"a": trained}), scored({"a": before}))
+def decided(trained: float, last: float, begun: float, n: int = 40) -> Decision:
+    """On what scores `trained` on the questions that test it, where the mean that knows the answers scores 0.1.
+
+    It goes on from what scores `last` there, and training began where a model scores `begun`.
+    """
+    noise = 0.2 * torch.randn(6, n, generator=torch.Generator().manual_seed(0))
+    scores = torch.tensor([0.1, trained, trained, 0.1])[:, None] + noise[:4]
+    crossed = torch.tensor([begun, last])[:, None] + noise[4:]
+    crossfit = CrossFit(Halves.of({"a": n}, 0, {}), Scale({"a": (0.0, 1.0)}), 0.05)
+    return crossfit.of_trained(scored({"a": scores}), scored({"a": crossed}))
+
+
+def test_what_goes_on_from_each_half_is_compared_with_it_and_not_with_a_mean_that_knows_the_answers():
+    decision = decided(trained=0.5, last=0.8, begun=0.9)
     assert decision.winner == 3
     assert decision.gain.mean == pytest.approx(0.3, abs=0.1)
+    assert decided(trained=0.85, last=0.7, begun=1.0).winner == 0
+
+
+def test_how_far_training_goes_need_not_be_proved_step_by_step_but_that_it_leads_somewhere():
+    small = decided(trained=0.5, last=0.52, begun=0.9)
+    assert not passes(small.gain, 0.05, 1)
+    assert small.winner == 3
+    assert decided(trained=0.5, last=0.52, begun=0.52).winner == 0
 
 
 def test_scores_crossed_are_of_questions_that_did_not_train():
@@ -133,8 +146,12 @@ def test_scores_crossed_are_of_questions_that_did_not_train():
     first, second = (half["a"] for half in halves)
     every = scored({"a": torch.arange(24.0).view(4, 6)})
     own = every.rows([0]), every.rows([1]).limited_to({"a": second}), every.rows([2]).limited_to({"a": first})
-    crossed = Lines.trained([Candidate("")] * 3, own[0].followed_by(own[1]).followed_by(own[2]), whole("a", ())).crossed
-    assert crossed.samples["a"][0].tolist() == [12.0 + i if i in first else 6.0 + i for i in range(6)]
+    scores, recipe = own[0].followed_by(own[1]).followed_by(own[2]), whole("a", ())
+    lines = Lines().trained([Candidate("")] * 3, scores, recipe)
+    expected = [12.0 + i if i in first else 6.0 + i for i in range(6)]
+    assert lines.crossed.samples["a"].tolist() == [[0.0, 1.0, 2.0, 3.0, 4.0, 5.0], expected]
+    again = lines.trained([Candidate("")] * 3, scores.rows([1, 1, 2]), recipe)  # what began is kept
+    assert again.crossed.samples["a"].tolist() == lines.crossed.samples["a"].tolist()
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,9 @@
 The two directions are tested together: the answers of each half's pick to the other half's questions, against the
 incumbent's, so that every question tests and none has picked what it tests (cross-fitting, Chernozhukov et al.,
 arXiv 1608.00060). What is committed after a passed test is what all questions pick, or the mean of what was trained
-on each half. That mean has seen all questions: what is trained next goes on from what each half led to, and is tested
-against it.
+on each half. That mean has seen all questions: what is trained next goes on from what each half led to, and has to be
+better than that on the other half. Beyond chance it has to be better than what was current when training began: how
+far training goes is chosen among a few steps in a row, which few questions could not prove one by one.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class CrossFit:
         if picks == [0, 0]:
             return Decision(0)
         tested = [(pick, other) for pick, other in zip(picks, reversed(list(self.halves)), strict=True)]
-        gain = self._gain(scores, tested)
+        gain = self._gain(scores, tested, scores)
         best = self._pick(scores, rows, None)
         return self._decided(best, gain)
 
@@ -56,11 +57,15 @@ class CrossFit:
         """Among the incumbent (row 0), what was trained on the first half and scored on the second (row 1), the other
         way round (row 2), and the mean of both, scored on all questions (row 3).
 
-        Where the incumbent is such a mean, `crossed` are the scores of what it is the mean of: see `search/lines.py`.
+        Where the incumbent is such a mean, `crossed` are the scores of what was current before training, and of what
+        the incumbent is the mean of: see `search/lines.py`.
         """
-        gain = self._gain(scores, [(FIRST, self.halves.second), (SECOND, self.halves.first)], crossed)
+        tested = [(FIRST, self.halves.second), (SECOND, self.halves.first)]
+        begun, last = (scores, scores) if crossed is None else (crossed.rows([0]), crossed.rows([1]))
+        gain, in_all = self._gain(scores, tested, last), self._gain(scores, tested, begun)
         skills = [self.scale.skill(_means(scores, row)) for row in (0, MEAN)]
-        return self._decided(MEAN if skills[1] >= skills[0] else 0, gain)  # both are at most as good as the donors
+        is_better = skills[1] >= skills[0] and gain.mean > 0  # skills are at most 1: equal where both are
+        return Decision(self._decided(MEAN if is_better else 0, in_all).winner, gain)
 
     def best(self, scores: Scores, rows: Sequence[int]) -> int:
         """The row with the highest expected skill, whether it would pass a test or not."""
@@ -97,15 +102,15 @@ class CrossFit:
                 best, winner = expected, row
         return winner
 
-    def _gain(self, scores: Scores, tested: Sequence[tuple[int, Indices]], before: Scores | None = None) -> Gain:
-        """What rows gain over the incumbent, or over the one candidate of `before`, on the questions that test each of
-        them, all together."""
+    def _gain(self, scores: Scores, tested: Sequence[tuple[int, Indices]], before: Scores) -> Gain:
+        """What rows gain over the first candidate of `before`, on the questions that test each of them, all
+        together."""
         new: dict[str, list[torch.Tensor]] = {}
         old: dict[str, list[torch.Tensor]] = {}
         for row, half in tested:
             for name, answers in _answers(scores, row, half).items():
                 new.setdefault(name, []).append(answers)
-                old.setdefault(name, []).append(_answers(before or scores, 0, half)[name])
+                old.setdefault(name, []).append(_answers(before, 0, half)[name])
         return self.scale.gain(*({name: torch.cat(parts) for name, parts in own.items()} for own in (new, old)))
 
 

@@ -1,7 +1,7 @@
 """What training goes on from: a line of models for each half of the questions.
 
 The mean of both lines is what is committed. It has seen the answers to all questions, so that nothing trained later
-could be tested against it; each line's next model is tested against its last one, on the other half.
+could be compared with it; each line's next model is compared with its last one, on the other half.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from olmfast.weights.recipe import Recipe
 @dataclass(frozen=True)
 class Lines:
     """`recipes` are the last models of the first half's line and of the second's, empty where both go on from the
-    current recipe. `crossed` are their scores, each line's on the other half, those of one candidate; None where
-    neither has been trained."""
+    current recipe. `crossed` are the scores of two candidates: of what was current when training began, and of the
+    lines, each on the other half; None where neither has been trained."""
 
     recipes: tuple[Recipe, ...] = ()
     crossed: Scores | None = None
@@ -36,11 +36,11 @@ class Lines:
         """Both begin at a recipe that nothing has been trained for."""
         return cls((recipe, recipe))
 
-    @classmethod
-    def trained(cls, candidates: Sequence[Candidate], scores: Scores, before: Recipe) -> Lines:
-        """What a step with trained candidates, on the recipe `before`, led to."""
+    def trained(self, candidates: Sequence[Candidate], scores: Scores, before: Recipe) -> Lines:
+        """What a step with trained candidates, on the recipe `before`, leads to."""
         first, second = (candidates[row].of(before) for row in (FIRST, SECOND))
-        return cls((first, second), scores.rows([FIRST]).filled_by(scores.rows([SECOND])))
+        begun = scores.rows([0]) if self.crossed is None else self.crossed.rows([0])
+        return Lines((first, second), begun.followed_by(scores.rows([FIRST]).filled_by(scores.rows([SECOND]))))
 
     @classmethod
     def recalled(cls, standing: Standing) -> Lines:

@@ -57,7 +57,7 @@ class Standing:
 
     `recipe` is None before the first step. `scores` are the current model's, `Scores.to_json` of one candidate, empty
     where they are not known; `scorer` is `Scorer.state`. `lines` are what training on each half of the questions goes
-    on from, and `crossed` their scores, each line's on the other half, as `scores` are: see `search/loop.py`.
+    on from, and `crossed` the scores that it is compared with, as `scores` are: see `search/lines.py`.
     """
 
     recipe: Recipe | None = None

@@ -183,7 +183,7 @@ class Search:
         if step.commit and winner != 0:
             self.recipe = self._stored(step, candidates[winner])
             is_mean = step.trained is not None and step.tested
-            self._lines = Lines.trained(candidates, scores, before) if is_mean else Lines()
+            self._lines = self._lines.trained(candidates, scores, before) if is_mean else Lines()
         elif step.begins and self.crossfit is not None:
             best = candidates[self.crossfit.best(scores, alive)].of(before)
             if best != before and builds_alike(before, best, self.sources.pool):

@@ -185,7 +185,7 @@ def scattered_run(folder: Path, **keys) -> Path:
 
 @pytest.mark.usefixtures("few_steps")
 def test_the_search_finds_which_donor_has_what_where_the_usual_merges_do_not(tmp_path):
-    result = run(scattered_run(tmp_path, budget=150))
+    result = run(scattered_run(tmp_path, budget=60))
     board = result.holdout
     assert board.retained("merged") > 0.1 + max(board.retained(label) for label in board.rows if label != "merged")
     assert any(one.changed for key, one in result.record.steps.items() if key.startswith("gradient"))
@@ -197,8 +197,9 @@ def test_the_search_finds_which_donor_has_what_where_the_usual_merges_do_not(tmp
     assert told[1:] in report(result.output_dir).read_text()
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_the_plain_average_of_equal_donors_is_left_as_it_is_where_nothing_is_better(tmp_path):
-    result = run(skilled_run(tmp_path, n=40, held_out=60, noise=0.05, mode="exact", budget=120))
+    result = run(skilled_run(tmp_path, n=40, held_out=60, noise=0.05, mode="exact", budget=60))
     board = result.holdout
     assert board.retained("merged") > max(board.retained(donor) for donor in board.donors)
     assert board.retained("merged") >= board.retained("start") - 1e-6

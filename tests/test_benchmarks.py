@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -16,6 +17,7 @@ import yaml
 
 from olmfast import load_config, run
 from olmfast.search.record import Record
+from olmfast.testing import skilled_run
 from olmfast.weights.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -107,6 +109,30 @@ def test_the_demo_is_compared_with_static_merges(example, config):
         assert [float(cell) for cell in scored[label]] == pytest.approx(told, abs=6e-4)
 
 
+def test_runs_on_several_draws_are_compared_with_static_merges(example, tmp_path):
+    settings = yaml.safe_load(skilled_run(tmp_path, n=12, n_donors=2, budget=8).read_text())
+    questions = {name: json.loads((tmp_path / name).read_text()) for name in settings["dataset"]}
+    configs = [tmp_path / f"draw{draw}.yaml" for draw in (0, 1)]
+    for draw, path in enumerate(configs):
+        folder = tmp_path / path.stem
+        folder.mkdir()
+        parts = {"dataset": {}, "holdout": {}}
+        for name, own in questions.items():
+            for key, drawn in (("dataset", own[draw::2]), ("holdout", own[1 - draw :: 2])):
+                (folder / f"{key}-{name}").write_text(json.dumps(drawn))
+                parts[key][f"{key}-{name}"] = settings["dataset"][name]
+        keys = {"dataset_dir": str(folder), "output_dir": f"out{draw}"}
+        path.write_text(yaml.safe_dump({**settings, **parts, **keys}))
+        run(path)
+    printed = example(DEMO / "draws.py", *configs, "--merges", 1)
+    rows = {row[0]: row[1:4] for row in rows_of(printed)}
+    assert [label.split()[-1] for label in rows][3:-1] == ["linear", "slerp", "arithmetic", "TIES", "DARE-TIES", "merged"]
+    boards = [Record.load(load_config(path).output_dir).values["holdout"]["skill_retained"] for path in configs]
+    for label in ("donor0", "donor1", "plain average", "merged"):
+        told = [board[label] for board in boards]
+        assert [float(cell) for cell in rows[label]] == pytest.approx([*told, sum(told) / 2], abs=6e-4)
+
+
 def test_the_demos_searches_are_drawn_against_their_budgets(example, tmp_path):
     picture, runs = tmp_path / "curve.svg", tmp_path / "runs"
     printed = example(DEMO / "curve.py", picture, "--budgets", 8, "--samples", 4, "--runs", runs)
@@ -148,5 +174,5 @@ def test_the_ways_to_prune_are_compared(example, tmp_path):
 
 def test_no_example_is_forgotten():
     known = {"foreign_merge.py", "compare.py", "fresh.py", "skills.py", "train.py", "pool.py", "ways.py", "curve.py"}
-    known |= {"ceilings.py", "pictures.py"}  # tried in test_cluster and test_report
+    known |= {"draws.py", "ceilings.py", "pictures.py"}  # the last two are tried in test_cluster and test_report
     assert {path.name for path in EXAMPLES.rglob("*.py")} == known

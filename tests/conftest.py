@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from olmfast import cli
-from olmfast.testing import FAMILIES, tiny_pair, tiny_run
+from olmfast.testing import FAMILIES, tiny_model, tiny_pair, tiny_run
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # no test rests on how fast a machine is
 hypothesis.settings.load_profile("untimed")
@@ -40,6 +40,16 @@ def place(pair, tmp_path) -> Path:
     (tmp_path / "important").mkdir()
     (tmp_path / "important" / "thesis.txt").write_text("the only copy")
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def llamas(tmp_path_factory) -> Path:
+    """Two bfloat16 Llamas of three blocks: a in one file, b in shards."""
+    folder = tmp_path_factory.mktemp("llamas")
+    for seed, name in enumerate("ab"):
+        size = "20KB" if name == "b" else "5GB"
+        tiny_model(folder / name, "llama", seed, dtype=torch.bfloat16, num_hidden_layers=3, shard_size=size)
+    return folder
 
 
 @pytest.fixture

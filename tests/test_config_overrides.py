@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from configs import ORIGINAL, parse, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,60 +17,6 @@ from olmfast.config.datasets import MODES, DatasetConfig
 from olmfast.config.run import FREE_TO_CHANGE, PLACES, RunConfig, load_config, parse_config
 from olmfast.config.searches import Dataflow, Evolve
 from olmfast.errors import InputError
-
-ORIGINAL = """
-models_dir: models
-output_dir: out/merged
-dataset_dir: data/sharegpt
-models:
-  - Qwen/Qwen2.5-7B-Instruct
-  - Qwen/Qwen2.5-Coder-7B-Instruct
-  - ./local/fine-tune
-base_model_name: Qwen/Qwen2.5-Coder-7B-Instruct
-dataset:
-  gsm8k.v2.json:
-    mode: exact_match
-    think: false
-  gpqa.json:
-    mode: bigram_loss
-  writing.json:
-    mode: diversity
-    think: true
-base_select: true
-boundary_select: true
-layer_swap: true
-tensor_swap: true
-skip_norm: true
-es_svd: true
-es_norm: true
-load_merge_report: true
-direction: backward
-samples: "50"
-improve_all: gpqa.json
-markov: 1
-max_models: 2
-es_svd_generations: 2
-es_svd_sigma: 1e-1
-es_norm_generations: 5
-es_norm_sigma: 1e-5
-selection: ranks
-metric_dir: metrics
-"""
-
-
-def plain(**keys: Any) -> dict[str, Any]:
-    """The smallest config, with `keys` set."""
-    return {
-        "models_dir": "models",
-        "output_dir": "out",
-        "models": ["alpha", "beta"],
-        "dataset": {"sums.json": {"mode": "exact"}},
-        **keys,
-    }
-
-
-def parse(**keys: Any) -> RunConfig:
-    return parse_config(plain(**keys), "cfg.yaml", Path("/data/me"))
 
 
 def write(folder: Path, text: str) -> Path:
@@ -257,4 +204,3 @@ def test_the_example_of_the_documentation_loads():
     text = (Path(__file__).parents[1] / "docs" / "config.md").read_text(encoding="utf-8")
     example = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1]
     assert parse_config(yaml.safe_load(example), "docs", Path()).is_joint
-

@@ -11,49 +11,21 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from llamas import merged, tensors
+from safetensors.torch import save_file
 
-from olmfast.config.mergekit import load_merge_config
 from olmfast.errors import InputError
-from olmfast.static.write import Written, merge
 from olmfast.testing import FAMILIES, tiny_model
 from olmfast.weights.chunks import Held, Operands, Scratch
 from olmfast.weights.methods import METHODS
 
-OPTIONS = ("overwrite", "allow_nonfinite", "shard_size", "seed", "max_ram")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    """Two bfloat16 Llamas of three blocks: a in one file, b in shards."""
-    folder = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate("ab"):
-        size = "20KB" if name == "b" else "5GB"
-        tiny_model(folder / name, "llama", seed, dtype=torch.bfloat16, num_hidden_layers=3, shard_size=size)
-    return folder
-
 
 @pytest.fixture
-def place(models, tmp_path) -> Path:
+def place(llamas, tmp_path) -> Path:
     """A folder of one test's own, with copies of the models."""
     for name in "ab":
-        shutil.copytree(models / name, tmp_path / name)
+        shutil.copytree(llamas / name, tmp_path / name)
     return tmp_path
-
-
-def merged(place: Path, method: str = "linear", names: str = "ab", **keys: Any) -> Written:
-    options = {key: keys.pop(key) for key in OPTIONS if key in keys}
-    if "slices" not in keys:
-        keys.setdefault("models", [{"model": name} for name in names])
-    if method == "linear":
-        keys.setdefault("parameters", {"weight": 0.5})
-    path = place / "m.yml"
-    path.write_text(yaml.safe_dump({"merge_method": method, **keys}))
-    return merge(load_merge_config(path), place / "out", **options)
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def change(folder: Path, **changed: torch.Tensor | None) -> None:
@@ -344,4 +316,3 @@ def test_a_density_beyond_0_and_1_keeps_all_or_nothing(name, density, same_as):
     method = METHODS[name]
     found = [method.prepare(operands, method.settings({"density": one}))(0, 64).clone() for one in (density, same_as)]
     assert torch.equal(*found)
-

@@ -9,38 +9,25 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from llamas import merged, tensors
 
 from olmfast.config.mergekit import load_merge_config
 from olmfast.errors import InputError, Interrupted, OlmfastError
 from olmfast.observer import Observer
 from olmfast.static.mergekit import plan_merge
-from olmfast.static.write import Written, merge, write_merge
-from olmfast.testing import tiny_model, tiny_run
-
-OPTIONS = ("overwrite", "allow_nonfinite", "shard_size", "seed", "max_ram")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    """Two bfloat16 Llamas of three blocks: a in one file, b in shards."""
-    folder = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate("ab"):
-        size = "20KB" if name == "b" else "5GB"
-        tiny_model(folder / name, "llama", seed, dtype=torch.bfloat16, num_hidden_layers=3, shard_size=size)
-    return folder
+from olmfast.static.write import merge, write_merge
+from olmfast.testing import tiny_run
 
 
 @pytest.fixture
-def place(models, tmp_path) -> Path:
+def place(llamas, tmp_path) -> Path:
     """A folder of one test's own, with copies of the models."""
     for name in "ab":
-        shutil.copytree(models / name, tmp_path / name)
+        shutil.copytree(llamas / name, tmp_path / name)
     return tmp_path
 
 
@@ -49,21 +36,6 @@ def told(written) -> Observer:
     observer = Observer()
     observer.written = written
     return observer
-
-
-def merged(place: Path, method: str = "linear", names: str = "ab", **keys: Any) -> Written:
-    options = {key: keys.pop(key) for key in OPTIONS if key in keys}
-    if "slices" not in keys:
-        keys.setdefault("models", [{"model": name} for name in names])
-    if method == "linear":
-        keys.setdefault("parameters", {"weight": 0.5})
-    path = place / "m.yml"
-    path.write_text(yaml.safe_dump({"merge_method": method, **keys}))
-    return merge(load_merge_config(path), place / "out", **options)
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def test_an_output_that_is_there_is_not_touched_unless_asked(place, olmfast):
@@ -235,4 +207,3 @@ def test_a_file_that_is_meant_for_the_other_command_says_so(place, tmp_path, olm
     code, _, error = olmfast("check", file)
     assert code == 2
     assert "merge_methd: unknown key; did you mean 'merge_method'?" in error
-

@@ -62,7 +62,7 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check olmfast kernels bench examples
 	rm -rf build/typecheck build/lib*  # else modules that are gone would be installed again
-	$(BIN)/python -m pip install --quiet --no-deps --target build/typecheck .
+	$(BIN)/python setup.py --quiet build_py --build-lib build/typecheck
 	cd build && MYPYPATH=typecheck ../$(BIN)/mypy --config-file ../pyproject.toml
 	cd build && MYPYPATH=typecheck:../bench:../examples/demo ../$(BIN)/mypy --config-file ../pyproject.toml ../bench ../examples
 	cp pyproject.toml build/typecheck && cd build/typecheck && ../../$(BIN)/lint-imports --no-logo --no-cache

@@ -139,7 +139,9 @@ def main() -> None:
         draws.append(Draw(inputs, Record.load(config.output_dir), *places))
     first = draws[0].inputs
     donors = {name: whole(name, first.pool.tensors) for name in first.pool.names}
-    assert all(list(draw.inputs.pool.names) == list(donors) for draw in draws), "the runs have other models"
+    for path, draw in zip(arguments.configs, draws, strict=True):
+        if list(draw.inputs.pool.names) != list(donors):
+            raise SystemExit(f"{path}: models: expected those of {arguments.configs[0]}, {', '.join(donors)}")
     evaluation = Evaluation(donors[first.config.base_name], first.pool, first.settings, draws[0].record.folder)
     count = arguments.merges or max(int(draw.record.evaluations) for draw in draws)
 

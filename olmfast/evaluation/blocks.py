@@ -87,6 +87,7 @@ class BlockwiseModel:
     def __init__(self, module: Any, architecture: Architecture, residency: Residency = RESIDENT) -> None:
         family = architecture.family
         self.module, self.context, self.visit = module, architecture.context, residency.visit
+        self.is_resident = residency is RESIDENT  # all blocks are in memory, all along
         self.blocks = list(module.get_submodule(family.blocks))
         norm = next(name for name in family.other_boundary if architecture.is_norm(name.rsplit(".", 1)[0]))
         self.head = head_of(module, self.blocks, module.get_submodule(norm.rsplit(".", 1)[0]))

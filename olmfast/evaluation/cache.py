@@ -18,17 +18,20 @@ class Kept(NamedTuple):
 
 
 def filled_cache(
-    config: Any, inputs: Sequence[Sequence[Kept]], lengths: Sequence[int], room: int
-) -> tuple[Any, torch.Tensor]:
-    """A cache that holds the states of several inputs, with room for more tokens, and the mask of what is in it.
+    config: Any, inputs: Sequence[Sequence[Kept]], lengths: Sequence[int], room: int, fixed: bool = False
+) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """A cache that holds the states of several inputs, with room for more tokens, the mask of what is in it, and where
+    the next token goes, (1,) on the device.
 
     Each input has its keys and values per block, of which the first `lengths` tokens count. They are aligned on the
-    right.
+    right. A `fixed` cache shows its room from the beginning, so that its shapes never change; where the next token goes
+    is read by it then, and counted up by whoever feeds a token.
     """
     from transformers import DynamicCache
 
     width = max(lengths)
     cache = DynamicCache(config=config)
+    filled_to = torch.tensor([width], device=inputs[0][0].keys.device)
     places: dict[tuple[tuple[int, int], ...], tuple[torch.Tensor, ...]] = {}
     for block in range(len(inputs[0])):
         # What one pass has computed lies in one tensor, and is copied at once.
@@ -46,15 +49,15 @@ def filled_cache(
                 into_row, into_token, from_row, from_token = places[key]
                 buffer[into_row, :, into_token] = getattr(inputs[rows[0][0]][block], part)[from_row, :, from_token]
             filled.append(buffer)
-        if block < len(cache.layers) and cache.layers[block].is_sliding:
+        if block < len(cache.layers) and cache.layers[block].is_sliding and not fixed:
             cache.update(filled[0][:, :, :width], filled[1][:, :, :width], block)
-        else:
-            layer = _roomy_layer()(filled[0], filled[1], width)
+        else:  # where it is fixed, the mask leaves out what has slid out of the window
+            layer = _roomy_layer()(filled[0], filled[1], width, filled_to if fixed else None)
             cache.layers[block : block + 1] = [layer]
     mask = torch.zeros(len(inputs), width, dtype=torch.long)
     for row, n in enumerate(lengths):
         mask[row, width - n :] = 1
-    return cache, mask.to(first.device)
+    return cache, mask.to(first.device), filled_to
 
 
 def _places(
@@ -72,27 +75,40 @@ def _places(
 def _roomy_layer() -> Any:
     """A class of cache layers over buffers with room to grow: (rows, heads, room, head size), `length` tokens filled.
 
-    Transformers' own copies everything it holds for each new token. Made once, when Transformers is there: a class of
-    every call's own would hold that call's buffers until the garbage collector comes.
+    With `filled_to`, (1,), which layers share, it is that which says how many, and the whole buffers are shown:
+    attention's mask leaves out the rest. Transformers' own layer copies everything it holds for each new token. Made once, when
+    Transformers is there: a class of every call's own would hold that call's buffers until the garbage collector comes.
     """
     from transformers.cache_utils import DynamicLayer
 
     class RoomyLayer(DynamicLayer):  # type: ignore[misc]
-        def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+        def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int, filled_to: torch.Tensor | None) -> None:
             super().__init__()
-            self.buffers, self.length = (keys, values), length
+            self.buffers, self.length, self.filled_to = (keys, values), length, filled_to
             self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
             self._show()
 
         def _show(self) -> None:
-            self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
+            shown = None if self.filled_to is not None else self.length
+            self.keys, self.values = (buffer[:, :, :shown] for buffer in self.buffers)
 
         def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> Any:
             begin, self.length = self.length, self.length + key_states.shape[2]
             for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
-                buffer[:, :, begin : self.length] = new
+                if self.filled_to is None:
+                    buffer[:, :, begin : self.length] = new
+                else:
+                    buffer.index_copy_(2, self.filled_to, new)
             self._show()
             return self.keys, self.values
+
+        def get_seq_length(self) -> Any:
+            return super().get_seq_length() if self.filled_to is None else self.filled_to[0]
+
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            if self.filled_to is None:
+                return self.length + query_length, 0
+            return self.buffers[0].shape[2], 0
 
         def batch_select_indices(self, indices: torch.Tensor) -> None:
             self.buffers = (self.buffers[0][indices], self.buffers[1][indices])

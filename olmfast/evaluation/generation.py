@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from olmfast.evaluation.cache import Kept, filled_cache
 from olmfast.evaluation.cohort import Cohort, Statistics
 from olmfast.evaluation.leaves import Leaf, computing_for
 from olmfast.evaluation.memory import Shares, is_out_of_memory
+from olmfast.evaluation.replay import Replayed
 from olmfast.evaluation.tasks import OwnTokens
 from olmfast.evaluation.trajectories import Trajectories
 
@@ -113,59 +115,120 @@ class Rollout:
 
 @torch.inference_mode()
 def resume(
-    module: Any, rollouts: Sequence[Rollout], leaves: Sequence[Leaf], context: int, stop: Collection[int]
+    module: Any,
+    rollouts: Sequence[Rollout],
+    leaves: Sequence[Leaf],
+    context: int,
+    stop: Collection[int],
+    fixed: bool | None = None,
 ) -> list[OwnTokens]:
     """What follows each rollout, decoded in one batch, each with its candidate's values in `leaves`.
 
-    The last token may be a stop token. Rows that are done leave the batch once they are a quarter of it.
+    The last token may be a stop token. Rows that are done leave the batch once they are a quarter of it, or a half
+    where all shapes stay `fixed` from step to step, so that a GPU can replay them (None: on a GPU, if the module's
+    blocks are in its memory and need nothing of the host).
     """
     order = sorted(range(len(rollouts)), key=lambda index: rollouts[index].place)
-    rollouts = [rollouts[index] for index in order]
-    device = next(module.parameters()).device
-    apart = TOKENS_APART.get(device.type, 1)
-    n_steps = max(one.limit for one in rollouts)
-    cache, mask = filled_cache(
-        module.config, [one.states for one in rollouts], [one.n_states for one in rollouts], n_steps
-    )
-    stop_ids = torch.tensor(sorted(stop), dtype=torch.long, device=device)
-    ids = torch.tensor([[one.own.tokens[-1]] for one in rollouts], device=device)
-    positions = mask.sum(1, keepdim=True)
-    left = torch.tensor([one.limit for one in rollouts], device=device)
-    rows = torch.arange(len(rollouts), device=device)  # which rollout each row of the batch is
-    width = mask.shape[1]
-    mask = torch.cat([mask, mask.new_ones(len(rollouts), n_steps)], dim=1)
-    places, counts = np.unique([one.place for one in rollouts], return_counts=True)
-    tokens = torch.zeros(len(rollouts), n_steps, dtype=torch.long, device=device)
-    probabilities: torch.Tensor | None = None
-    lengths = torch.zeros(len(rollouts), dtype=torch.long, device=device)
-    for step in range(n_steps):
-        with computing_for(leaves, places.tolist(), counts.tolist()):
-            token, max_prob = _next_tokens(module, ids, mask[:, : width + step + 1], positions, cache)
-        if probabilities is None:
-            probabilities = max_prob.new_zeros(len(rollouts), n_steps)
-        tokens[rows, step] = token  # what comes after a row's end is not read
-        probabilities[rows, step] = max_prob
-        lengths[rows] += left > 0
-        left = torch.where(torch.isin(token, stop_ids), 0, left - 1)
-        ids, positions = token[:, None], (positions + 1).clamp(max=context - 1)
-        if (step + 1) % apart:
-            continue
-        alive = left > 0
-        n_alive = int(alive.sum())
-        if n_alive == 0:
-            break
-        if 4 * n_alive <= 3 * len(rows):
-            keep = alive.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            rows, left, mask, ids, positions = rows[keep], left[keep], mask[keep], ids[keep], positions[keep]
-            places, counts = np.unique([rollouts[row].place for row in rows.tolist()], return_counts=True)
-    assert probabilities is not None
-    tokens, probabilities = tokens.cpu(), probabilities.cpu()  # at once
-    found = {
-        index: OwnTokens(tokens[row, :n].tolist(), probabilities[row, :n])
-        for row, (index, n) in enumerate(zip(order, lengths.tolist(), strict=True))
-    }
+    decoding = _Decoding(module, [rollouts[index] for index in order], leaves, context, stop, fixed)
+    found = dict(zip(order, decoding.run(), strict=True))
     return [found[index] for index in range(len(order))]
+
+
+_NEEDS_THE_HOST: WeakSet[Any] = WeakSet()  # modules whose steps could not be captured
+
+
+class _Decoding:
+    """Rollouts in one batch, by candidate: what they feed next, and what was found. A step changes all of it in place."""
+
+    def __init__(
+        self,
+        module: Any,
+        rollouts: Sequence[Rollout],
+        leaves: Sequence[Leaf],
+        context: int,
+        stop: Collection[int],
+        fixed: bool | None,
+    ) -> None:
+        self.module, self.rollouts, self.leaves, self.context = module, rollouts, leaves, context
+        self.device = device = next(module.parameters()).device
+        self.fixed = device.type == "cuda" and module not in _NEEDS_THE_HOST if fixed is None else fixed
+        self.n_steps = max(one.limit for one in rollouts)
+        lengths = [one.n_states for one in rollouts]
+        self.cache, mask, self.filled_to = filled_cache(
+            module.config, [one.states for one in rollouts], lengths, self.n_steps, self.fixed
+        )
+        self.width = mask.shape[1]
+        self.positions = mask.sum(1, keepdim=True)
+        self.mask = torch.cat([mask, mask.new_zeros(len(rollouts), self.n_steps)], dim=1)
+        self.stop = torch.tensor(sorted(stop), dtype=torch.long, device=device)
+        self.ids = torch.tensor([[one.own.tokens[-1]] for one in rollouts], device=device)
+        self.left = torch.tensor([one.limit for one in rollouts], device=device)
+        self.lengths = torch.zeros_like(self.left)
+        self.n_done = torch.zeros(1, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(len(rollouts), self.n_steps, dtype=torch.long, device=device)
+        dtype = torch.promote_types(module.get_output_embeddings().weight.dtype, torch.float32)
+        self.probabilities = torch.zeros(len(rollouts), self.n_steps, dtype=dtype, device=device)
+        self.rows = list(range(len(rollouts)))  # which rollout each row of the batch is
+        self._found: dict[int, OwnTokens] = {}
+        self._count()
+
+    def run(self) -> list[OwnTokens]:
+        """What follows each rollout."""
+        step = Replayed(self._step, self.device) if self.fixed else self._step
+        apart = TOKENS_APART.get(self.device.type, 1)
+        for n in range(1, self.n_steps + 1):
+            step()
+            if n % apart and n < self.n_steps:
+                continue
+            alive = (self.left > 0).cpu()
+            if n == self.n_steps or not alive.any():
+                break
+            if int(alive.sum()) <= len(self.rows) * (0.5 if self.fixed else 0.75):
+                self._keep(alive)
+                if isinstance(step, Replayed):
+                    step.changed()
+        if isinstance(step, Replayed) and step.is_refused:
+            _NEEDS_THE_HOST.add(self.module)
+        self._take(torch.ones(len(self.rows), dtype=torch.bool))
+        return [self._found[row] for row in range(len(self.rollouts))]
+
+    def _step(self) -> None:
+        """Feed a token to each row. What comes after a row's end is not read."""
+        self.mask.index_fill_(1, self.filled_to, 1)
+        mask = self.mask if self.fixed else self.mask[:, : self.width + 1]
+        with computing_for(self.leaves, self.places, self.counts):
+            token, max_prob = _next_tokens(self.module, self.ids, mask, self.positions, self.cache)
+        self.tokens.index_copy_(1, self.n_done, token[:, None])
+        self.probabilities.index_copy_(1, self.n_done, max_prob[:, None].to(self.probabilities.dtype))
+        self.lengths += self.left > 0
+        self.left.copy_(torch.where((token[:, None] == self.stop).any(1), 0, self.left - 1))
+        self.ids.copy_(token[:, None])
+        self.positions.add_(1).clamp_(max=self.context - 1)
+        self.n_done += 1
+        self.filled_to += 1
+        self.width += 1
+
+    def _keep(self, alive: torch.Tensor) -> None:
+        """Go on with these rows only, (rows,) on the CPU."""
+        self._take(~alive)
+        keep = alive.nonzero()[:, 0].to(self.device)
+        self.cache.batch_select_indices(keep)
+        for name in ("ids", "positions", "left", "lengths", "mask", "tokens", "probabilities"):
+            setattr(self, name, getattr(self, name)[keep])
+        self.rows = [row for row, goes_on in zip(self.rows, alive.tolist(), strict=True) if goes_on]
+        self._count()
+
+    def _take(self, done: torch.Tensor) -> None:
+        """Fetch what was found in these rows, (rows,) on the CPU."""
+        tokens, probabilities, lengths = self.tokens.cpu(), self.probabilities.cpu(), self.lengths.tolist()
+        for at in done.nonzero()[:, 0].tolist():
+            n = lengths[at]
+            self._found[self.rows[at]] = OwnTokens(tokens[at, :n].tolist(), probabilities[at, :n])
+
+    def _count(self) -> None:
+        """Which candidates the rows are of, and how many of each."""
+        places, counts = np.unique([self.rollouts[row].place for row in self.rows], return_counts=True)
+        self.places, self.counts = places.tolist(), counts.tolist()
 
 
 class RolloutQueue:
@@ -208,7 +271,8 @@ class RolloutQueue:
             chosen = [one for one, own in zip(chosen, generative, strict=True) if own == kind]
         stop = self.trajectories.stop_tokens if generative[0] else ()
         try:
-            ends = resume(self.blockwise.module, chosen, self.cohort.leaves, self.blockwise.context, stop)
+            fixed = None if self.blockwise.is_resident else False
+            ends = resume(self.blockwise.module, chosen, self.cohort.leaves, self.blockwise.context, stop, fixed)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or len(chosen) == 1:
                 raise

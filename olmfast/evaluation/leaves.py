@@ -7,6 +7,7 @@ by its own weights; everything else sees an ordinary batch of K times the rows.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -67,7 +68,7 @@ class StackedLeaf:
         first, last = candidates[0], candidates[-1]
         if list(candidates) == list(range(first, last + 1)):  # a view: stacks are large
             return {name: value[first : last + 1] for name, value in self.values.items()}
-        return {name: value[list(candidates)] for name, value in self.values.items()}
+        return {name: value[_rows(tuple(candidates), value.device)] for name, value in self.values.items()}
 
     def _linear(self, x: torch.Tensor, values: dict[str, torch.Tensor], k: int) -> torch.Tensor:
         weight, bias = self.module.weight, self.module.bias
@@ -87,17 +88,24 @@ class ScaledLeaf:
 
     def each(self, x: torch.Tensor, candidates: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
         """See `Leaf.each`."""
-        index = torch.tensor(candidates, device=x.device)
-        factors = self.factors[index.repeat_interleave(torch.tensor(counts, device=x.device))]
+        rows = [candidate for candidate, count in zip(candidates, counts, strict=True) for _ in range(count)]
+        factors = self.factors[_rows(tuple(rows), x.device)]
         return self._shift(linear(x, self.module.weight) * factors.view(len(x), *[1] * (x.dim() - 2), -1))
 
     def shared(self, x: torch.Tensor, candidates: Sequence[int]) -> torch.Tensor:
         """See `Leaf.shared`."""
-        factors = self.factors[list(candidates)].view(len(candidates), *[1] * (x.dim() - 1), -1)
+        factors = self.factors[_rows(tuple(candidates), x.device)].view(len(candidates), *[1] * (x.dim() - 1), -1)
         return self._shift((linear(x, self.module.weight) * factors).flatten(0, 1))
 
     def _shift(self, out: torch.Tensor) -> torch.Tensor:
         return out if self.module.bias is None else out.add_(self.module.bias)
+
+
+@functools.lru_cache(maxsize=64)
+def _rows(rows: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Rows of a stack, to index it by: sent to the device once, not at each step of decoding, which may be captured."""
+    with torch.inference_mode(False):
+        return torch.tensor(rows, device=device)
 
 
 def is_stackable(model: WorkingModel, name: str) -> bool:

@@ -1,0 +1,76 @@
+"""Work that is queued on a GPU again and again: captured as a CUDA graph, and replayed by one launch.
+
+A step of decoding is a thousand small kernels, which Python queues more slowly than a GPU runs them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from olmfast.evaluation.memory import is_out_of_memory
+
+
+class Replayed:
+    """Does `work` at each call: on a GPU from the second on as a CUDA graph; elsewhere by calling it.
+
+    The work takes and leaves everything in memory that stays where it is. Its first call, which is not captured, compiles
+    and loads what it launches. `changed` says that the memory is another one now. Work that waits for the device cannot
+    be captured; it goes on being called, and `is_captured` stays False.
+    """
+
+    def __init__(self, work: Callable[[], None], device: torch.device) -> None:
+        self.work, self.device = work, device
+        self._graph: Any = None
+        self._was_called = self.is_refused = False
+
+    def __call__(self) -> None:
+        """Queue the work on the current stream."""
+        if self._graph is None and self._was_called and not self.is_refused and self.device.type == "cuda":
+            self._graph = self._captured()
+        if self._graph is not None:
+            self._graph.replay()
+            return
+        self.work()
+        self._was_called = True
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether calls replay a graph."""
+        return self._graph is not None
+
+    def changed(self) -> None:
+        """The work has other memory: capture it anew."""
+        self._graph = None
+
+    def _captured(self) -> Any:
+        """The work as a graph, or None. What is captured is not done."""
+        graph, stream, current = torch.cuda.CUDAGraph(), _stream(self.device), torch.cuda.current_stream(self.device)
+        failure: Exception | None = None
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            # Other threads go on with what they do: bringing the next weights.
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self.work()
+            except Exception as error:
+                failure = error
+            try:
+                graph.capture_end()
+            except RuntimeError as error:
+                failure = failure or error
+        current.wait_stream(stream)
+        if failure is None:
+            return graph
+        if is_out_of_memory(failure) or not isinstance(failure, RuntimeError):
+            raise failure
+        self.is_refused = True
+        return None
+
+
+@functools.cache
+def _stream(device: torch.device) -> Any:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -1,0 +1,124 @@
+"""Decoding on from states gives what the model gives token by token, whether shapes grow or stay as a GPU replays them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from olmfast.evaluation import generation
+from olmfast.evaluation.blocks import BlockwiseModel, Recorder
+from olmfast.evaluation.cache import Kept
+from olmfast.evaluation.generation import Rollout, resume
+from olmfast.evaluation.leaves import ScaledLeaf, StackedLeaf
+from olmfast.evaluation.model import WorkingModel
+from olmfast.evaluation.replay import Replayed
+from olmfast.evaluation.tasks import OwnTokens
+from olmfast.testing import FAMILIES, tiny_model
+from olmfast.weights.expressions import whole
+from olmfast.weights.pool import Pool
+from olmfast.weights.sources import Sources
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LENGTHS = (5, 19, 12, 23, 8, 30, 17)  # also longer than the window of those whose attention slides
+LIMITS = (3, 25, 14, 21, 1, 9, 25)
+STOP = (20, 21)
+
+
+class World:
+    """A tiny model, and its states after some prompts."""
+
+    def __init__(self, folder, family, device=DEVICE, dtype=torch.float64):
+        tiny_model(folder / "d0", family, 0, dtype=torch.float32, num_hidden_layers=3, n_layer=3)
+        pool = Pool.open(["d0"], folder, folder)
+        self.model = WorkingModel(whole("d0", pool.tensors), Sources(pool, folder), device, dtype)
+        self.module, self.device = self.model.module, device
+        self.blockwise = BlockwiseModel(self.module, pool.architecture)
+        dice = torch.Generator().manual_seed(1)
+        self.prompts = [torch.randint(6, 100, (n,), generator=dice).tolist() for n in LENGTHS]
+        self.recorder = Recorder()
+        with torch.inference_mode():
+            ids = self.blockwise.pad(self.prompts)
+            self.blockwise.run(self.blockwise.enter(ids), 0, len(self.blockwise.blocks), self.recorder)
+
+    def rollouts(self, candidates=1):
+        """The prompts in turn, by candidates in turn; of each its last token is still to be fed."""
+        states = self.recorder.states
+        return [
+            Rollout(
+                row % candidates, row, OwnTokens(prompt[-1:], torch.zeros(1)),
+                [Kept(*states[block], row) for block in sorted(states)], len(prompt) - 1, limit,
+            )
+            for row, (prompt, limit) in enumerate(zip(self.prompts, LIMITS, strict=True))
+        ]  # fmt: skip
+
+    def resumed(self, leaves=(), candidates=1, **how):
+        return resume(self.module, self.rollouts(candidates), leaves, self.blockwise.context, STOP, **how)
+
+    @torch.inference_mode()
+    def plainly(self, row):
+        """One prompt's continuation, everything computed anew for each token."""
+        tokens = []
+        while len(tokens) < LIMITS[row] and not (tokens and tokens[-1] in STOP):
+            ids = torch.tensor([self.prompts[row] + tokens], device=self.device)
+            tokens.append(int(self.module(input_ids=ids, use_cache=False).logits[0, -1].argmax()))
+        return tokens
+
+
+def assert_same(one, other):
+    assert [own.tokens for own in one] == [own.tokens for own in other]
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a.max_prob, b.max_prob, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("float64_throughout")
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_fixed_shapes_decode_what_growing_ones_do_in_every_family(family, tmp_path):
+    world = World(tmp_path, family)
+    growing, fixed = world.resumed(fixed=False), world.resumed(fixed=True)
+    assert_same(fixed, growing)
+    assert len({tuple(own.tokens) for own in growing}) > 3
+    assert [own.tokens for own in growing] == [world.plainly(row) for row in range(len(LENGTHS))]
+
+
+@pytest.mark.usefixtures("float64_throughout")
+@pytest.mark.parametrize("candidates", [1, 3])
+@pytest.mark.parametrize("kind", [StackedLeaf, ScaledLeaf])
+def test_each_candidate_decodes_by_its_own_values(kind, candidates, tmp_path):
+    world = World(tmp_path, "llama")
+    linear = world.blockwise.blocks[1].mlp.up_proj
+    factors = torch.exp(torch.randn(candidates, len(linear.weight), device=DEVICE, dtype=linear.weight.dtype))
+    values = [(linear.weight * own[:, None]).detach() for own in factors]
+    leaf = kind(linear, factors if kind is ScaledLeaf else {"weight": torch.stack(values)})
+    growing, fixed = (world.resumed([leaf], candidates, fixed=fixed) for fixed in (False, True))
+    assert_same(fixed, growing)
+    for k in range(candidates):
+        linear.weight.data = values[k]
+        alone = world.resumed(fixed=False)  # from the same states; its values are the candidate's from here on
+        assert_same(growing[k::candidates], alone[k::candidates])
+        assert candidates == 1 or [own.tokens for own in alone] != [own.tokens for own in growing]
+
+
+def test_what_cannot_be_captured_is_called_as_it_is(tmp_path):
+    world = World(tmp_path, "llama")
+    attention, calls = world.blockwise.blocks[1].self_attn, []
+    attention.register_forward_pre_hook(lambda *_: calls.append(float(world.module.model.norm.weight.sum())))
+    expected = world.resumed(fixed=False)
+    for _ in range(2):
+        assert_same(world.resumed(), expected)
+    if DEVICE.type == "cuda":
+        assert world.module in generation._NEEDS_THE_HOST
+    other = World(tmp_path, "llama")
+    assert_same(other.resumed(), expected)
+    assert other.module not in generation._NEEDS_THE_HOST
+
+
+def test_work_is_done_once_a_call():
+    count = torch.zeros(1, dtype=torch.long, device=DEVICE)
+    replayed = Replayed(lambda: count.add_(1), DEVICE)
+    for n in range(1, 6):
+        replayed()
+        assert int(count) == n
+    assert replayed.is_captured == (DEVICE.type == "cuda")
+    replayed.changed()
+    replayed()
+    assert int(count) == 6

@@ -28,6 +28,7 @@ measured. Then, for each kind of candidate:
 - `of matmul`: two operations for each token and parameter of these blocks, as a share of the rate of one large product
   in the same dtype. It counts what olmfast leaves out (most of the last block's MLP, and what comes before the
   changed module, once for all candidates), so that with few blocks it can exceed 100 %.
+- `busy`: the share of the time in which the GPU had something to do, for blocks, by torch.profiler.
 - `plain` is the first candidate by `baseline.py`. In float32, on a CPU, that does not round offspring to bfloat16 as
   olmfast does, and mean scores differ by as much.
 
@@ -412,12 +413,15 @@ def measure(
                 call = partial(scorer.score, unit, candidates, names)
                 ours.seconds[part] = remaining.median(call)
                 rate = len(ours.labels) * plain.tokens[part] / ours.seconds[part]
+                # Of many candidates the profiler's own work takes longer than all else.
+                profiled = GPU and kind == "block"
                 report(
                     f"{kind}, {len(ours.labels)} candidates, {part}", f"{rate:,.0f} tokens/s",
                     f"plain inference {plain.rates[part]:,.0f}", rate / plain.rates[part],
                     f"{plain.operations * rate / plain.matmul:.1%} of matmul",
                     unit=ours.unit.name, seconds=f"{ours.seconds[part]:.3g}",
                     decoded=f"{ours.decoded if part == 'all three' else 0} tokens",
+                    busy=f"{busy_share(call):.0%}" if profiled else "-",
                 )  # fmt: skip
         benchmark.pedantic(lambda: None, rounds=1)
         reserved = torch.cuda.max_memory_reserved(DEVICE) if GPU else None
@@ -428,6 +432,22 @@ def measure(
         padding=f"{scorer.statistics.padding:.1%}",
     )  # fmt: skip
     return peak.n_bytes, found
+
+
+def busy_share(call: Callable[[], object]) -> float:
+    """The share of a call's time in which the GPU computes or copies; the profiler slows the host down a little."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        seconds = elapsed(call, DEVICE)
+    on_gpu = [e.time_range for e in profiler.events() if e.device_type == DeviceType.CUDA]
+    spans = sorted((span.start, span.end) for span in on_gpu)  # microseconds
+    busy, until = 0.0, 0.0
+    for begin, end in spans:
+        busy += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return busy / 1e6 / seconds
 
 
 def plain_rates(report: Report, engine: Session, shape: Shape, block: int, remaining: Remaining) -> Plain:

@@ -16,7 +16,7 @@ from olmfast import run
 from olmfast.config.datasets import DatasetConfig
 from olmfast.config.run import load_config
 from olmfast.errors import InputError
-from olmfast.evaluation import generation, memory
+from olmfast.evaluation import generation, memory, passes
 from olmfast.evaluation.batched import BatchedScorer
 from olmfast.evaluation.blocks import BlockwiseModel
 from olmfast.evaluation.blueprint import draw_up
@@ -169,8 +169,9 @@ def test_rows_that_are_done_may_be_decoded_on_until_the_next_look(tmp_path, monk
 
 
 @pytest.mark.usefixtures("float64_throughout")
-@pytest.mark.parametrize("batch_tokens", [40, 150, 8192])
-def test_candidates_may_be_split_in_any_way(batch_tokens, tmp_path):
+@pytest.mark.parametrize(("batch_tokens", "ahead"), [(40, 0), (40, 2), (150, 1), (8192, 0)])
+def test_candidates_may_be_split_in_any_way_and_read_later(batch_tokens, ahead, tmp_path, monkeypatch):
+    monkeypatch.setitem(passes.PASSES_AHEAD, "cpu", ahead)
     world = World(tmp_path, "qwen2", torch.float64)
     scorer = world.scorer(batch_tokens)
     unit = world.pool.architecture.module_units(world.tensors)[9]
@@ -183,8 +184,9 @@ def test_candidates_may_be_split_in_any_way(batch_tokens, tmp_path):
 
 
 @pytest.mark.usefixtures("float64_throughout")
-@pytest.mark.parametrize("fits", [2, 7, 20])
-def test_what_does_not_fit_the_memory_is_halved_and_scores_the_same(fits, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("fits", "ahead"), [(2, 0), (2, 2), (7, 1), (20, 0)])
+def test_what_does_not_fit_the_memory_is_halved_and_scores_the_same(fits, ahead, tmp_path, monkeypatch):
+    monkeypatch.setitem(passes.PASSES_AHEAD, "cpu", ahead)
     world = World(tmp_path, "llama", torch.float64)
     unit = world.block(1)
     candidates = world.donors(unit)

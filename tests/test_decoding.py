@@ -1,4 +1,4 @@
-"""Decoding on from states gives what the model gives token by token, whether shapes grow or stay as a GPU replays them."""
+"""Decoding on from states gives what the model gives token by token, whether shapes grow or stay for a GPU's replay."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ import torch
 from olmfast.evaluation.forwards import replaced
 from olmfast.evaluation.head import head_of
 from olmfast.evaluation.residency import RESIDENT, Residency
+from olmfast.evaluation.transit import sent
 from olmfast.weights.architecture import Architecture
 
 WIDTH_STEP = 8  # widths are multiples of it, so that few are recorded; of less, where that were an eighth or more
@@ -103,7 +104,7 @@ class BlockwiseModel:
         ids = torch.zeros(len(inputs), self.width([len(ids) for ids in inputs]), dtype=torch.long)
         for row, tokens in enumerate(inputs):
             ids[row, : len(tokens)] = torch.tensor(tokens)
-        return ids.to(self.device)
+        return sent(ids, self.device)
 
     def pad_hidden(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """Activations (tokens, hidden) of several inputs as one batch (batch, width, hidden), zeros after each."""

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from olmfast.evaluation.transit import sent
+
 
 class Kept(NamedTuple):
     """One input's keys and values in a block: a row of (rows, heads, width, head size), from its first token on."""
@@ -31,7 +33,7 @@ def filled_cache(
 
     width = max(lengths)
     cache = DynamicCache(config=config)
-    filled_to = torch.tensor([width], device=inputs[0][0].keys.device)
+    filled_to = sent([width], inputs[0][0].keys.device)
     places: dict[tuple[tuple[int, int], ...], tuple[torch.Tensor, ...]] = {}
     for block in range(len(inputs[0])):
         # What one pass has computed lies in one tensor, and is copied at once.
@@ -57,7 +59,7 @@ def filled_cache(
     mask = torch.zeros(len(inputs), width, dtype=torch.long)
     for row, n in enumerate(lengths):
         mask[row, width - n :] = 1
-    return cache, mask.to(first.device), filled_to
+    return cache, sent(mask, first.device), filled_to
 
 
 def _places(
@@ -68,7 +70,7 @@ def _places(
     into_row, from_row = (torch.tensor(column).repeat_interleave(counts) for column in zip(*rows, strict=True))
     from_token = torch.cat([torch.arange(lengths[row]) for row, _ in rows])
     into_token = from_token + (width - counts).repeat_interleave(counts)
-    return tuple(index.to(device) for index in (into_row, into_token, from_row, from_token))
+    return tuple(sent(index, device) for index in (into_row, into_token, from_row, from_token))
 
 
 @functools.cache
@@ -76,13 +78,17 @@ def _roomy_layer() -> Any:
     """A class of cache layers over buffers with room to grow: (rows, heads, room, head size), `length` tokens filled.
 
     With `filled_to`, (1,), which layers share, it is that which says how many, and the whole buffers are shown:
-    attention's mask leaves out the rest. Transformers' own layer copies everything it holds for each new token. Made once, when
-    Transformers is there: a class of every call's own would hold that call's buffers until the garbage collector comes.
+    attention's mask leaves out the rest. Transformers' own layer copies everything it holds for each new token.
+
+    Made once, when Transformers is there: a class of every call's own would hold that call's buffers until the garbage
+    collector comes.
     """
     from transformers.cache_utils import DynamicLayer
 
     class RoomyLayer(DynamicLayer):  # type: ignore[misc]
-        def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int, filled_to: torch.Tensor | None) -> None:
+        def __init__(
+            self, keys: torch.Tensor, values: torch.Tensor, length: int, filled_to: torch.Tensor | None
+        ) -> None:
             super().__init__()
             self.buffers, self.length, self.filled_to = (keys, values), length, filled_to
             self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True

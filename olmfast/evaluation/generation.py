@@ -18,6 +18,7 @@ from olmfast.evaluation.memory import Shares, is_out_of_memory
 from olmfast.evaluation.replay import Replayed
 from olmfast.evaluation.tasks import OwnTokens
 from olmfast.evaluation.trajectories import Trajectories
+from olmfast.evaluation.transit import Fetched, sent
 
 # Device type -> tokens between two looks at which rows go on: each look waits for all work that is queued.
 TOKENS_APART = {"cuda": 8}
@@ -138,7 +139,10 @@ _NEEDS_THE_HOST: WeakSet[Any] = WeakSet()  # modules whose steps could not be ca
 
 
 class _Decoding:
-    """Rollouts in one batch, by candidate: what they feed next, and what was found. A step changes all of it in place."""
+    """Rollouts in one batch, by candidate: what they feed next, and what was found.
+
+    A step changes all of it in place.
+    """
 
     def __init__(
         self,
@@ -160,9 +164,9 @@ class _Decoding:
         self.width = mask.shape[1]
         self.positions = mask.sum(1, keepdim=True)
         self.mask = torch.cat([mask, mask.new_zeros(len(rollouts), self.n_steps)], dim=1)
-        self.stop = torch.tensor(sorted(stop), dtype=torch.long, device=device)
-        self.ids = torch.tensor([[one.own.tokens[-1]] for one in rollouts], device=device)
-        self.left = torch.tensor([one.limit for one in rollouts], device=device)
+        self.stop = sent(torch.tensor(sorted(stop), dtype=torch.long), device)
+        self.ids = sent([[one.own.tokens[-1]] for one in rollouts], device)
+        self.left = sent([one.limit for one in rollouts], device)
         self.lengths = torch.zeros_like(self.left)
         self.n_done = torch.zeros(1, dtype=torch.long, device=device)
         self.tokens = torch.zeros(len(rollouts), self.n_steps, dtype=torch.long, device=device)
@@ -211,7 +215,7 @@ class _Decoding:
     def _keep(self, alive: torch.Tensor) -> None:
         """Go on with these rows only, (rows,) on the CPU."""
         self._take(~alive)
-        keep = alive.nonzero()[:, 0].to(self.device)
+        keep = sent(alive.nonzero()[:, 0], self.device)
         self.cache.batch_select_indices(keep)
         for name in ("ids", "positions", "left", "lengths", "mask", "tokens", "probabilities"):
             setattr(self, name, getattr(self, name)[keep])
@@ -220,7 +224,8 @@ class _Decoding:
 
     def _take(self, done: torch.Tensor) -> None:
         """Fetch what was found in these rows, (rows,) on the CPU."""
-        tokens, probabilities, lengths = self.tokens.cpu(), self.probabilities.cpu(), self.lengths.tolist()
+        tokens, probabilities, counts = Fetched([self.tokens, self.probabilities, self.lengths]).wait()
+        lengths = counts.tolist()
         for at in done.nonzero()[:, 0].tolist():
             n = lengths[at]
             self._found[self.rows[at]] = OwnTokens(tokens[at, :n].tolist(), probabilities[at, :n])

@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from olmfast import kernels
 from olmfast.evaluation.forwards import replaced
 from olmfast.evaluation.model import WorkingModel
+from olmfast.evaluation.transit import sent
 from olmfast.weights.offspring import NormOffspring
 from olmfast.weights.sources import Expression
 
@@ -105,7 +106,7 @@ class ScaledLeaf:
 def _rows(rows: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Rows of a stack, to index it by: sent to the device once, not at each step of decoding, which may be captured."""
     with torch.inference_mode(False):
-        return torch.tensor(rows, device=device)
+        return sent(rows, device)
 
 
 def is_stackable(model: WorkingModel, name: str) -> bool:

@@ -1,7 +1,11 @@
-"""Forward passes of several candidates on a batch of tasks: what one pass tells is scored, the rest decoded on."""
+"""Forward passes of several candidates on a batch of tasks: what one pass tells is scored, the rest decoded on.
+
+On a GPU the next passes are queued before the host reads what the last ones found.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +20,10 @@ from olmfast.evaluation.memory import Memory, Shares, is_out_of_memory
 from olmfast.evaluation.suffix import Suffix
 from olmfast.evaluation.tasks import Task
 from olmfast.evaluation.trajectories import Trajectories
+from olmfast.evaluation.transit import Fetched, sent
 
+# Device type -> passes that may be queued on it and not read yet. Their keys and values are kept until they are.
+PASSES_AHEAD = {"cuda": 1}
 MEASURED_TOKENS = 512  # in the pass whose memory is measured
 
 
@@ -29,6 +36,18 @@ class _Batch:
     numbers: list[int]
     rollouts: list[Rollout] = field(default_factory=list)
     suffix: Suffix | None = None
+
+
+@dataclass
+class _Found:
+    """What a pass of some candidates (places) has computed, on its way to the host."""
+
+    batch: _Batch
+    places: list[int]
+    suffix: Suffix
+    recorder: Recorder | None
+    choices: Fetched  # per task that is a choice: its options' logits, (K, options)
+    tokens: Fetched | None  # of all labels of the others: TokenScores, (K, labels) each
 
 
 class Passes:
@@ -69,20 +88,24 @@ class Passes:
         does not fit the memory is halved, and goes on.
         """
         waiting = [_Batch(list(range(len(cohort.rows))), list(numbers)) for numbers in part]
+        unread: deque[_Found] = deque()
+        ahead = PASSES_AHEAD.get(self.blockwise.device.type, 0)
         while waiting:
-            planned, fits = self._planned(cohort.first or 0, waiting), True
+            planned, fits, is_least = self._planned(cohort.first or 0, waiting), True, False
             try:
-                self._sweep(cohort, planned)
+                self._sweep(cohort, planned, unread)
             except (RuntimeError, MemoryError) as error:
-                left = waiting[0]
+                left = planned[0][0]
                 is_least = len(planned) == len(left.places) == len(left.numbers) == 1
-                if not is_out_of_memory(error) or is_least:
+                if not is_out_of_memory(error) or (is_least and not unread):
                     raise
                 fits = False
-            if not fits:  # out of the handler, whose traceback holds what has been computed
-                self._halve(waiting, len(planned))
-            while waiting and not waiting[0].places:
+            while unread and (len(unread) > ahead or not planned or not fits):
+                self._read(cohort, unread.popleft())
+            while waiting and not waiting[0].places and not any(found.batch is waiting[0] for found in unread):
                 yield waiting.pop(0).rollouts
+            if not fits and not is_least:  # out of the handler, whose traceback holds what has been computed
+                self._halve(waiting, len(planned))
 
     def _planned(self, first: int, waiting: Sequence[_Batch]) -> list[tuple[_Batch, list[int]]]:
         """The passes that go through the blocks next: a batch each, and candidates."""
@@ -103,8 +126,10 @@ class Passes:
                 planned.append((batch, chosen))
         return planned
 
-    def _sweep(self, cohort: Cohort, planned: Sequence[tuple[_Batch, list[int]]]) -> None:
+    def _sweep(self, cohort: Cohort, planned: Sequence[tuple[_Batch, list[int]]], unread: deque[_Found]) -> None:
         """Passes of some candidates on a batch each, all of them through one block before the next."""
+        if not planned:
+            return
         passes: list[tuple[_Batch, list[int], Suffix, Passing]] = []
         first = cohort.first or 0
         with self.blockwise.visit(first):
@@ -121,7 +146,7 @@ class Passes:
         self.blockwise.run_together([passing for *_, passing in passes], first + 1, len(self.blockwise.blocks))
         while passes:
             batch, places, suffix, passing = passes.pop(0)
-            batch.rollouts += self._scored(cohort, places, batch.numbers, suffix, passing)
+            unread.append(self._found(batch, places, suffix, passing))
             batch.places = batch.places[len(places) :]
 
     def _halve(self, waiting: list[_Batch], n_passes: int) -> None:
@@ -142,22 +167,39 @@ class Passes:
         waiting[:0] = [_Batch(places, numbers) for places, numbers in halves]
         waiting[0].rollouts += batch.rollouts
 
-    def _scored(
-        self, cohort: Cohort, places: list[int], numbers: list[int], suffix: Suffix, passing: Passing
-    ) -> list[Rollout]:
-        """Score what a pass of some candidates tells; returns what it does not."""
-        tasks, k = [self.trajectories.tasks[number] for number in numbers], len(places)
-        hidden, recorder = passing.hidden, passing.recorder
+    def _found(self, batch: _Batch, places: list[int], suffix: Suffix, passing: Passing) -> _Found:
+        """Have computed and sent to the host what a pass of some candidates tells."""
+        tasks, k = [self.trajectories.tasks[number] for number in batch.numbers], len(places)
+        hidden = passing.hidden
         n_blocks = len(self.blockwise.blocks) - suffix.first
         self.statistics.passes += 1
         self.statistics.tokens += k * n_blocks * sum(len(task.ids) for task in tasks)
         self.statistics.padded += n_blocks * hidden.shape[:2].numel()
         taken = suffix.needed.of(hidden)
         needed = torch.split(taken.view(k, -1, taken.shape[-1]), [len(task.labels) for task in tasks], dim=1)
-        self._score_choices(cohort, places, tasks, needed)
+        choices = [
+            self.blockwise.head.logits(at_labels[:, 0], sent(task.sample.options, hidden.device))
+            for task, at_labels in zip(tasks, needed, strict=True)
+            if task.sample.options
+        ]
+        others = [(task, at_labels) for task, at_labels in zip(tasks, needed, strict=True) if not task.sample.options]
+        tokens = None
+        if others:
+            labels = sent([label for task, _ in others for label in task.labels], hidden.device)
+            flat = torch.cat([at_labels for _, at_labels in others], dim=1).flatten(0, 1)
+            tokens = Fetched([part.view(k, -1) for part in self.blockwise.head.token_scores(flat, labels.repeat(k))])
+        return _Found(batch, places, suffix, passing.recorder, Fetched(choices), tokens)
+
+    def _read(self, cohort: Cohort, found: _Found) -> None:
+        """Score what a pass tells; what it does not is the batch's to decode."""
+        numbers, places, suffix = found.batch.numbers, found.places, found.suffix
+        tasks = [self.trajectories.tasks[number] for number in numbers]
+        for task, of_options in zip([task for task in tasks if task.sample.options], found.choices.wait(), strict=True):
+            for i, place in enumerate(places):
+                cohort.scores.set(cohort.rows[place], task.name, task.index, task.choice(of_options[i]))
         rollouts: list[Rollout] = []
         leaving: list[int] = []  # their rows in the pass
-        for at, logits, argmax in self._logits(needed, tasks):
+        for at, logits, argmax in _by_task(tasks, found.tokens):
             task, number = tasks[at], numbers[at]
             for i, place in enumerate(places):
                 of_one = metrics.ResponseLogits(*(part[i] for part in logits))
@@ -172,49 +214,24 @@ class Passes:
                     states = self._states_below(number, suffix)
                     rollouts.append(Rollout(place, number, own, states, n_states, task.limit - len(own.tokens)))
                     leaving.append(i * len(tasks) + at)
-        if recorder is not None and rollouts:
-            self._take_along(rollouts, leaving, recorder, suffix.first)
-        return rollouts
+        if found.recorder is not None and rollouts:
+            self._take_along(rollouts, leaving, found.recorder, suffix.first)
+        found.batch.rollouts += rollouts
 
     def _needed(self, numbers: Sequence[int]) -> Needed:
         """The positions that predict the tasks' labels, task by task."""
         tasks, device = [self.trajectories.tasks[number] for number in numbers], self.blockwise.device
         rows = [torch.full((len(task.labels),), row) for row, task in enumerate(tasks)]
         columns = [torch.arange(len(task.labels)) + len(task.sample.prompt) - 1 for task in tasks]
-        return Needed(len(tasks), torch.cat(rows).to(device), torch.cat(columns).to(device))
-
-    def _score_choices(
-        self, cohort: Cohort, places: Sequence[int], tasks: Sequence[Task], needed: Sequence[torch.Tensor]
-    ) -> None:
-        """Score what is a choice. `needed` holds per task what leaves the last block there, (K, labels, hidden)."""
-        for task, at_labels in zip(tasks, needed, strict=True):
-            if task.sample.options:
-                options = torch.tensor(task.sample.options, device=at_labels.device)
-                logits = self.blockwise.head.logits(at_labels[:, 0], options).cpu()
-                for i, place in enumerate(places):
-                    cohort.scores.set(cohort.rows[place], task.name, task.index, task.choice(logits[i]))
-
-    def _logits(
-        self, needed: Sequence[torch.Tensor], tasks: Sequence[Task]
-    ) -> Iterator[tuple[int, metrics.ResponseLogits, torch.Tensor]]:
-        """Per task that is no choice: its place, its logits and the argmax at its labels, (K, labels) on the CPU."""
-        places = [at for at, task in enumerate(tasks) if not task.sample.options]
-        if not places:
-            return
-        hidden = torch.cat([needed[at] for at in places], dim=1)
-        labels = torch.tensor([label for at in places for label in tasks[at].labels], device=hidden.device)
-        found = self.blockwise.head.token_scores(hidden.flatten(0, 1), labels.repeat(len(hidden)))
-        counts = [len(tasks[at].labels) for at in places]
-        parts = [torch.split(part.cpu().view(len(hidden), -1), counts, dim=1) for part in found]
-        for at, max_logit, argmax, logsumexp, label_logit in zip(places, *parts, strict=True):
-            yield at, metrics.ResponseLogits(max_logit, label_logit, logsumexp), argmax
+        return Needed(len(tasks), sent(torch.cat(rows), device), sent(torch.cat(columns), device))
 
     def _take_along(self, rollouts: Sequence[Rollout], rows: Sequence[int], recorder: Recorder, first: int) -> None:
         """Keep the keys and values of these rows of a pass, from block `first` on, and let the others go."""
         width = max(one.n_states for one in rollouts)
+        chosen = sent(rows, self.blockwise.device)
         for block in range(first, len(self.blockwise.blocks)):
             keys, values = recorder.states[block]
-            at = torch.tensor(rows, device=keys.device) % len(keys)  # what all candidates share is recorded once
+            at = chosen % len(keys)  # what all candidates share is recorded once
             keys, values = (part[:, :, :width].index_select(0, at) for part in (keys, values))
             for row, one in enumerate(rollouts):
                 one.states.append(Kept(keys, values, row))
@@ -231,3 +248,15 @@ class Passes:
             found = [Kept(keys, values, 0) for _, (keys, values) in sorted(recorder.states.items())]
             suffix.states_below[number] = found
         return list(suffix.states_below[number])
+
+
+def _by_task(
+    tasks: Sequence[Task], found: Fetched | None
+) -> Iterator[tuple[int, metrics.ResponseLogits, torch.Tensor]]:
+    """Per task that is no choice: its place, its logits and the argmax at its labels, (K, labels)."""
+    if found is None:
+        return
+    places = [at for at, task in enumerate(tasks) if not task.sample.options]
+    parts = [torch.split(part, [len(tasks[at].labels) for at in places], dim=1) for part in found.wait()]
+    for at, max_logit, argmax, logsumexp, label_logit in zip(places, *parts, strict=True):
+        yield at, metrics.ResponseLogits(max_logit, label_logit, logsumexp), argmax

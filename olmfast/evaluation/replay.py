@@ -17,9 +17,9 @@ from olmfast.evaluation.memory import is_out_of_memory
 class Replayed:
     """Does `work` at each call: on a GPU from the second on as a CUDA graph; elsewhere by calling it.
 
-    The work takes and leaves everything in memory that stays where it is. Its first call, which is not captured, compiles
-    and loads what it launches. `changed` says that the memory is another one now. Work that waits for the device cannot
-    be captured; it goes on being called, and `is_captured` stays False.
+    The work takes and leaves everything in memory that stays where it is. Its first call, which is not captured,
+    compiles and loads what it launches. `changed` says that the memory is another one now. Work that waits for the
+    device cannot be captured: it `is_refused`, and goes on being called.
     """
 
     def __init__(self, work: Callable[[], None], device: torch.device) -> None:

@@ -436,12 +436,11 @@ def measure(
 
 def busy_share(call: Callable[[], object]) -> float:
     """The share of a call's time in which the GPU computes or copies; the profiler slows the host down a little."""
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         seconds = elapsed(call, DEVICE)
-    on_gpu = [e.time_range for e in profiler.events() if e.device_type == DeviceType.CUDA]
+    on_gpu = [e.time_range for e in profiler.events() if e.device_type.name == "CUDA"]
     spans = sorted((span.start, span.end) for span in on_gpu)  # microseconds
     busy, until = 0.0, 0.0
     for begin, end in spans:

@@ -282,7 +282,6 @@ PYBIND11_MODULE(_shards, module) {
     if (n < 1 || n > 1024) throw std::invalid_argument("threads: expected 1 to 1024, got " + std::to_string(n));
     set_threads(n);
   }, py::arg("n"));
-  module.def("_stay_awake_for", &stay_awake_for, py::arg("microseconds"));
   module.def("_use_portable", &use_portable, py::arg("only"));
   module.def("install_guard", &install_guard);
 }

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <system_error>
@@ -15,18 +14,6 @@
 namespace olmfast {
 
 namespace {
-
-constexpr uint64_t kAwakeUs = 500;   // between the buffers of an upload
-constexpr size_t kManyThreads = 4;   // with less, whoever waits takes the time of others
-
-std::atomic<uint64_t> awake_us{kAwakeUs};
-
-// Wait awake for a while: whoever sleeps takes long to come back on a virtual machine, and more work often follows.
-template <typename Condition>
-void stay_awake(Condition happened) {
-  const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(awake_us);
-  while (!happened() && std::chrono::steady_clock::now() < until) std::this_thread::yield();
-}
 
 // Lives until the process ends: its threads may outlast static destruction.
 class Pool {
@@ -49,12 +36,11 @@ class Pool {
       n_pieces_ = n_pieces;
       next_ = 0;
       wanted_ = n_threads - 1;
-      working_ = n_threads - 1;
+      working_ = wanted_;
       ++job_;
     }
     wake_.notify_all();
     take();
-    if (n_threads >= kManyThreads) stay_awake([this] { return working_ == 0; });
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return working_ == 0; });
   }
@@ -68,9 +54,8 @@ class Pool {
 
   void help(size_t rank) {
     size_t seen = 0;
+    std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
-      if (seen != 0 && wanted_ + 1 >= kManyThreads) stay_awake([&] { return job_ != seen; });
-      std::unique_lock<std::mutex> lock(mutex_);
       wake_.wait(lock, [&] { return job_ != seen; });
       seen = job_;
       if (rank >= wanted_) continue;
@@ -86,8 +71,7 @@ class Pool {
   std::vector<std::thread> helpers_;
   void (*piece_)(void*, size_t) = nullptr;
   void* context_ = nullptr;
-  size_t n_pieces_ = 0;
-  std::atomic<size_t> wanted_{0}, working_{0}, job_{0};
+  size_t n_pieces_ = 0, wanted_ = 0, working_ = 0, job_ = 0;
   std::atomic<size_t> next_{0};
 };
 
@@ -121,8 +105,6 @@ size_t threads() {
 }
 
 void set_threads(size_t n) { n_threads = n; }
-
-void stay_awake_for(uint64_t microseconds) { awake_us = microseconds; }
 
 void parallel(size_t n_pieces, void (*piece)(void*, size_t), void* context) {
   size_t n = std::min(threads(), n_pieces);

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
 
 namespace olmfast {
 
@@ -14,8 +13,5 @@ void parallel(size_t n_pieces, void (*piece)(void*, size_t), void* context);
 // accepts 1 and more.
 size_t threads();
 void set_threads(size_t n);
-
-// How long threads of a pool of four and more look for the next pieces before they sleep.
-void stay_awake_for(uint64_t microseconds);
 
 }  // namespace olmfast

@@ -50,7 +50,9 @@ STOP = [4, 20, 21, 22]  # often met by random models
 class World:
     """A pool of three donors, every mode of dataset, and two scorers over models of their own."""
 
-    def __init__(self, folder: Path, family: str, dtype: torch.dtype, saved: torch.dtype = torch.float32, **config):
+    def __init__(
+        self, folder: Path, family: str, dtype: torch.dtype, saved: torch.dtype = torch.float32, device=CPU, **config
+    ):
         for seed in range(3):
             tiny_model(folder / f"d{seed}", family, seed, dtype=saved, num_hidden_layers=3, n_layer=3, **config)
         self.pool = Pool.open(["d0", "d1", "d2"], folder, folder)
@@ -66,7 +68,7 @@ class World:
         entries = {name: DatasetConfig(**keys) for name, keys in MODES.items()}
         self.datasets = load_datasets(folder, entries, tiny_tokenizer(), self.pool.architecture.context)
         self.plain_model, self.fast_model = (
-            WorkingModel(whole("d0", self.pool.tensors), Sources(self.pool, folder), CPU, dtype) for _ in range(2)
+            WorkingModel(whole("d0", self.pool.tensors), Sources(self.pool, folder), device, dtype) for _ in range(2)
         )
         self.plain = SequentialScorer(self.plain_model, self.datasets, tiny_tokenizer(), STOP, 4096)
         self.fast = self.scorer(4096)
@@ -133,6 +135,21 @@ def test_scores_equal_the_sequential_ones_for_every_family_unit_and_mode(family,
         assert min(spread) > 0
         if unit.kind != "model":
             world.commit(candidates[1])
+    assert world.fast.statistics.decoded > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.usefixtures("float64_throughout")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
+@pytest.mark.parametrize("batch_tokens", [150, 8192])
+def test_on_a_gpu_scores_equal_the_sequential_ones(family, batch_tokens, tmp_path):
+    world = World(tmp_path, family, torch.float64, device=torch.device("cuda"))
+    module = world.pool.architecture.module_units(world.tensors)[9]
+    world.fast = world.scorer(batch_tokens)
+    for unit in (world.block(1), module, world.block(0)):
+        candidates = [*world.donors(unit), *(world.offspring(unit) if unit is module else ())]
+        assert_same(world.fast.score(unit, candidates), world.plain.score(unit, candidates), 1e-9)
+        world.commit(candidates[1])
     assert world.fast.statistics.decoded > 0
 
 

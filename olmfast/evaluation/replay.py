@@ -43,8 +43,8 @@ class Replayed:
         return self._graph is not None
 
     def changed(self) -> None:
-        """The work has other memory: capture it anew."""
-        self._graph = None
+        """The work has other memory: call it once more, and capture it anew."""
+        self._graph, self._was_called = None, False
 
     def _captured(self) -> Any:
         """The work as a graph, or None. What is captured is not done."""

@@ -162,8 +162,9 @@ class _Collected:
         self, model: WorkingModel, directions: Mapping[str, Sequence[Direction]], questions: Questions
     ) -> None:
         self.model, self.directions = model, directions
+        kind: Any = {"dtype": torch.float64, "device": model.device}
         self.along = {
-            name: torch.zeros(len(own), *self._rows(name, own), dtype=torch.float64) for name, own in directions.items()
+            name: torch.zeros(len(own), *self._rows(name, own), **kind) for name, own in directions.items()
         }
         self.losses: dict[str, list[float]] = {name: [] for name, _, _ in questions}
         self._named = model.parameters_of(directions)
@@ -194,7 +195,7 @@ class _Collected:
                     difference = self.model.difference(direction.begin, direction.end, wide)
                     product = gradient.to(wide) * difference
                     others = [d for d in range(product.dim()) if direction.axis is not None and d != direction.axis]
-                    self.along[name][i] += product.sum(others or None, dtype=torch.float64).cpu()
+                    self.along[name][i] += product.sum(others or None, dtype=torch.float64)
             parameter.grad = None
 
     def _rows(self, name: str, directions: Sequence[Direction]) -> tuple[int, ...]:
@@ -207,7 +208,8 @@ class _Collected:
 
     def result(self) -> Slopes:
         """What has been collected."""
-        return Slopes({name: sum(own) / len(own) for name, own in self.losses.items() if own}, self.along)
+        along = {name: own.cpu() for name, own in self.along.items()}
+        return Slopes({name: sum(own) / len(own) for name, own in self.losses.items() if own}, along)
 
 
 def _through_head(
@@ -226,15 +228,17 @@ def _through_head(
     shares = torch.tensor(
         [weight / lesson.n for _, lesson, weight in questions for _ in range(lesson.n)], dtype=torch.float64
     )
-    sums = [0.0] * len(questions)
+    lost: list[torch.Tensor] = []
     for begin in range(0, len(places), HEAD_ROWS):
         own = slice(begin, begin + HEAD_ROWS)
         taken = hidden[rows[own], columns[own]].requires_grad_()
         losses = _losses(blockwise.head.all_logits(taken), predicted[own])
         gradient[rows[own], columns[own]] = _backward((losses * shares[own].to(losses)).sum(), None, taken)
         found.take()
-        for (row, _), (lesson, _), loss in zip(places[own], predicted[own], losses.detach().tolist(), strict=True):
-            sums[row] += loss / lesson.n
+        lost.append(losses.detach())
+    sums = [0.0] * len(questions)
+    for (row, _), (lesson, _), loss in zip(places, predicted, torch.cat(lost).tolist(), strict=True):
+        sums[row] += loss / lesson.n
     for row, (name, _, _) in enumerate(questions):
         found.add_loss(name, sums[row])
     return gradient

@@ -163,9 +163,7 @@ class _Collected:
     ) -> None:
         self.model, self.directions = model, directions
         kind: Any = {"dtype": torch.float64, "device": model.device}
-        self.along = {
-            name: torch.zeros(len(own), *self._rows(name, own), **kind) for name, own in directions.items()
-        }
+        self.along = {name: torch.zeros(len(own), *self._rows(name, own), **kind) for name, own in directions.items()}
         self.losses: dict[str, list[float]] = {name: [] for name, _, _ in questions}
         self._named = model.parameters_of(directions)
 

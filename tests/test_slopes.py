@@ -11,6 +11,7 @@ import torch
 from olmfast.config.datasets import DatasetConfig
 from olmfast.evaluation import lessons
 from olmfast.evaluation.batched import BatchedScorer
+from olmfast.evaluation.blocks import BlockwiseModel
 from olmfast.evaluation.encoding import load_datasets
 from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.scorer import Candidate, Direction
@@ -101,6 +102,25 @@ def test_slopes_along_rows_are_shares_of_those_along_their_tensor(family, tmp_pa
         torch.testing.assert_close(fast[name].view(2, -1).sum(dim=1), whole[name], rtol=1e-7, atol=1e-9 * size)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
+def test_what_is_held_on_the_way_up_changes_no_bit(family, tmp_path, monkeypatch):
+    world = World(tmp_path, family)
+    n_run, run = [], BlockwiseModel.run
+    monkeypatch.setattr(BlockwiseModel, "run", lambda *args: (n_run.append(args[2]), run(*args))[1])
+    found = []
+    for graph_bytes in (0, 1, 1 << 30):  # nothing, the first block, all
+        world.fast.shares.graph_bytes = graph_bytes
+        n_run.clear()
+        found.append(
+            (world.fast.slopes(world.moved(0.3, 0.2), world.directions, world.samples, world.weights, {}), len(n_run))
+        )
+    (plain, most), (first, fewer), (held, fewest) = found
+    assert most > fewer > fewest
+    for slopes in (first, held):
+        assert slopes.losses == plain.losses
+        assert all(torch.equal(slopes.along[name], plain.along[name]) for name in plain.along)
+
+
 def test_a_slope_is_what_a_small_step_changes_the_loss_by(tmp_path):
     world = World(tmp_path, "llama")
     step, at = 1e-2, (0.3, 0.2)
@@ -143,13 +163,13 @@ def test_a_pass_that_does_not_fit_is_halved(tmp_path, monkeypatch):
 
     def fail_first(model, blockwise, questions, directions, n_tokens, *rest):
         seen.append(n_tokens)
-        if len(seen) == 1:
+        if len(seen) < 3:
             raise torch.OutOfMemoryError("out of memory")
         return compute(model, blockwise, questions, directions, n_tokens, *rest)
 
     monkeypatch.setattr("olmfast.evaluation.batched.slopes_blockwise", fail_first)
     halved = world.fast.slopes(*asked)
-    assert seen[1] == seen[0] // 2
+    assert seen[1:] == [seen[0], seen[0] // 2]  # what is held on the way up is given back first
     for name, values in expected.along.items():
         torch.testing.assert_close(halved.along[name], values, rtol=1e-6, atol=1e-8)
 

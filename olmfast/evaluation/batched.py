@@ -81,17 +81,20 @@ class BatchedScorer(Planner):
     ) -> Slopes:
         """See `Scorer.slopes`. What does not fit the memory is halved."""
         while True:
-            n_tokens, sweep_bytes = self.shares.pass_tokens, self.shares.sweep_bytes
+            n_tokens, held = self.shares.pass_tokens, (self.shares.sweep_bytes, self.shares.graph_bytes)
             try:
                 questions = self.lessons.of(samples, weights, teachers)
                 known = None if teachers else self._entering(candidate, directions, samples)
                 blockwise = self._differentiable()
                 with self.model.trial(candidate):
-                    return slopes_blockwise(self.model, blockwise, questions, directions, n_tokens, known, sweep_bytes)
+                    return slopes_blockwise(self.model, blockwise, questions, directions, n_tokens, known, *held)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or n_tokens == 1:
+                if not is_out_of_memory(error) or (n_tokens == 1 and not any(held)):
                     raise
             self.statistics.splits += 1
+            if self.shares.graph_bytes:
+                self.shares.graph_bytes = 0
+                continue
             self.shares.halve_sweeps()
             self.shares.halve_passes()
 

@@ -134,8 +134,9 @@ class Shares:
     `room` (bytes) is shared out once, so that what is split how does not depend on the moment. `pass_tokens` go
     through the blocks at a time, `rollout_tokens` are decoded on, and `prefix_bytes` hold activations between units,
     with the keys and values of free runs if `keeps_states`. Where blocks are streamed, `sweep_bytes` hold those of
-    passes that go through the blocks together. Where several processes share the work they have `agreed` on all of
-    this but the sweeps, which change no sums, and measure no more.
+    passes that go through the blocks together; where they are not, `graph_bytes` hold what a gradient goes back
+    through, when nothing is stacked. Where several processes share the work they have `agreed` on all of this but
+    these two, which change no sums, and measure no more.
     """
 
     room: int
@@ -145,13 +146,15 @@ class Shares:
     keeps_states: bool = True
     agreed: bool = False
     sweep_bytes: int = 0
+    graph_bytes: int = 0
 
     @classmethod
     def of(cls, memory: Memory, batch_tokens: int, streamed: bool = False) -> Shares:
         """Those of a memory of which nothing has been measured yet."""
         pass_tokens = min(batch_tokens, CPU_TOKENS) if memory.device.type == "cpu" else batch_tokens
         sweep_bytes = int(SWEEP_SHARE * memory.room) if streamed else 0
-        return cls(memory.room, pass_tokens, batch_tokens, sweep_bytes=sweep_bytes)
+        graph_bytes = 0 if streamed else int(STACK_SHARE * memory.room)
+        return cls(memory.room, pass_tokens, batch_tokens, sweep_bytes=sweep_bytes, graph_bytes=graph_bytes)
 
     @classmethod
     def agreed_by(cls, several: Sequence[Shares]) -> Shares:
@@ -162,7 +165,7 @@ class Shares:
     def take(self, other: Shares) -> None:
         """Be the same as `other`, but for the sweeps."""
         for own in fields(self):
-            if own.name != "sweep_bytes":
+            if own.name not in ("sweep_bytes", "graph_bytes"):
                 setattr(self, own.name, getattr(other, own.name))
 
     def fit(self, n_bytes: int, n_tokens: int, state_bytes: int, n_states: int) -> None:

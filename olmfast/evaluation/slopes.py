@@ -3,7 +3,8 @@
 The loss of a question is the mean cross-entropy of its lesson's tokens (`lessons.py`), whatever its dataset's mode:
 every mode that has an expected answer falls as that does. The slope along a direction D of a weight W is <dL/dW, D>
 (Frobenius); along a row of it, that row's share of this. Weights' gradients exist a block at a time: what enters each
-block is kept, and each block is computed again on the way back (Chen et al., arXiv 1604.06174).
+block is kept. Blocks whose activations find room keep them too; the others are computed again on the way back (Chen et
+al., arXiv 1604.06174).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.rnn import pad_sequence
 
 from olmfast.evaluation.blocks import BlockwiseModel, Passing
@@ -89,9 +91,11 @@ def slopes_blockwise(
     batch_tokens: int,
     known: Known | None = None,
     sweep_bytes: int = 0,
+    graph_bytes: int = 0,
 ) -> Slopes:
     """The slopes of the live model along directions of its tensors, in batches of `batch_tokens`, of which as many go
-    through the blocks together as `sweep_bytes` hold; at least one.
+    through the blocks together as `sweep_bytes` hold; at least one. Activations inside blocks are kept up to
+    `graph_bytes`, if the blocks stay in memory.
 
     Nothing below the lowest block with a direction is gone back through; `known` says what enters that block.
     """
@@ -110,10 +114,9 @@ def slopes_blockwise(
                     blockwise.run_together(passing, 0, first)
                 else:
                     passing = [Passing(blockwise.pad_hidden([known(index) for index in batch])) for batch in sweep]
-                entering: list[list[torch.Tensor]] = []
-                for block in range(first, n_blocks):
-                    entering.append([one.hidden for one in passing])
-                    blockwise.run_together(passing, block, block + 1)
+            trail = _Trail(blockwise, graph_bytes if directions and blockwise.is_resident else 0)
+            for block in range(first, n_blocks):
+                trail.go(block, passing)
             gradients = [
                 _through_head(blockwise, one.hidden, [questions[index] for index in batch], found)
                 for batch, one in zip(sweep, passing, strict=True)
@@ -122,9 +125,10 @@ def slopes_blockwise(
                 continue  # the losses alone were asked for
             for block in reversed(range(first, n_blocks)):
                 with blockwise.visit(block, max(first, block - 1)):  # whose parameters a gradient needs, too
-                    for at, hidden in enumerate(entering.pop()):
-                        hidden = hidden.detach().requires_grad_()
-                        gradients[at] = _backward(blockwise.run(hidden, block, block + 1), gradients[at], hidden)
+                    for at, (hidden, out) in enumerate(trail.back()):
+                        out = blockwise.run(hidden, block, block + 1) if out is None else out
+                        gradients[at] = _backward(out, gradients[at], hidden)
+                        del out
                         found.take()
             if lowest is not None:
                 continue
@@ -134,6 +138,59 @@ def slopes_blockwise(
                     _backward(entered, gradient)
                     found.take()
     return found.result()
+
+
+class _Trail:
+    """What entered each block on the way up, and for the first, as far as `n_bytes` go, all that leads from there
+    to what left them."""
+
+    def __init__(self, blockwise: BlockwiseModel, n_bytes: int) -> None:
+        self.blockwise, self.room = blockwise, n_bytes
+        self._largest = 0  # of the blocks so far
+        self._steps: list[list[tuple[torch.Tensor, torch.Tensor | None]]] = []
+
+    def go(self, block: int, passing: Sequence[Passing]) -> None:
+        """Bring batches through a block."""
+        entered = [one.hidden.detach().requires_grad_() for one in passing]
+        if self.room <= self._largest:
+            with torch.no_grad():
+                self.blockwise.run_together(passing, block, block + 1)
+            self._steps.append([(hidden, None) for hidden in entered])
+            return
+        held = _Held(self.blockwise.blocks[block].parameters())
+        leaving: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        with self.blockwise.visit(block), saved_tensors_hooks(held.note, held.give):
+            for one, hidden in zip(passing, entered, strict=True):
+                out = self.blockwise.run(hidden, block, block + 1)
+                leaving.append((hidden, out))
+                one.hidden = out.detach()
+        self._steps.append(leaving)
+        self._largest = max(self._largest, held.n_bytes)
+        self.room -= held.n_bytes
+
+    def back(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """What entered the highest block that is left, by batch, and what left it if that can be gone back from."""
+        return self._steps.pop()
+
+
+class _Held:
+    """Counts the bytes that gradients hold, without those of parameters."""
+
+    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
+        self._seen = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+        self.n_bytes = 0
+
+    def note(self, saved: torch.Tensor) -> torch.Tensor:
+        """Called for each tensor that is held."""
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.n_bytes += storage.nbytes()
+        return saved
+
+    def give(self, saved: torch.Tensor) -> torch.Tensor:
+        """Called for each tensor that is needed again."""
+        return saved
 
 
 def lowest_block(architecture: Architecture, tensors: Iterable[str]) -> int | None:

@@ -55,7 +55,7 @@ def fewer(datasets: dict[str, Any], samples: int) -> dict[str, Any]:
     return {name: {**entry, "samples": samples} for name, entry in datasets.items()}
 
 
-def draw(found: dict[str, list[tuple[float, float, float]]], path: Path) -> None:
+def draw(found: dict[str, list[tuple[float, float, float]]], budgets: list[int], path: Path) -> None:
     """Held-out scores as lines, those on the selection questions thin and dashed."""
     matplotlib.rcParams["svg.hashsalt"] = "olmfast"
     figure = Figure(figsize=(7, 4))
@@ -65,9 +65,11 @@ def draw(found: dict[str, list[tuple[float, float, float]]], path: Path) -> None
         (line,) = axes.plot(x, holdout, "o-", label=name)
         axes.plot(x, selection, "--", color=line.get_color(), linewidth=0.8)
     axes.set_xscale("log")
+    axes.minorticks_off()
+    axes.set_xticks(budgets, [str(budget) for budget in budgets])
     axes.set_xlabel("evaluations of all selection questions")
     axes.set_ylabel("skill retained (dashed: on the selection questions)")
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False, fontsize="small")
     figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
 
 
@@ -80,7 +82,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/curve"), help="where the results go")
     options = parser.parse_args()
     found = {name: curve(name, options.budgets, options.samples, options.runs) for name in SEARCHES}
-    draw(found, options.picture)
+    draw(found, options.budgets, options.picture)
 
 
 if __name__ == "__main__":

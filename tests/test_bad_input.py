@@ -429,3 +429,4 @@ def test_a_pattern_that_matches_nothing_is_named(refused, cfg):
     assert refused(edit(cfg, units=["*.q_proj", "*.qproj"])) == (
         "units: '*.qproj' matches no module inside the blocks, such as model.layers.0.input_layernorm"
     )
+

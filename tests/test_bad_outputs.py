@@ -109,3 +109,4 @@ def finished(good, tmp_path_factory) -> Path:
     """The result of the good config, uninterrupted."""
     cfg = shutil.copytree(good, tmp_path_factory.mktemp("whole") / "run") / "cfg.yaml"
     return run(load_config(cfg)).output_dir
+

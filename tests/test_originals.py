@@ -23,32 +23,13 @@ DATASETS = {"long.json": {"mode": "quality"}, "math.json": {"mode": "exact"}, "t
 BASIC = {"direction": "backward", "models": ["a", "b"], "dataset": DATASETS}
 NAMED = {**BASIC, "base_model_name": "a", "improve_all": None, "metric_dir": "./metrics/", "samples": 1000}
 SWITCHED = {
-    **NAMED,
-    "direction": "forward",
-    "base_model_name": "b",
-    "base_select": "bigram",
-    "boundary_select": None,
-    "db_dir": None,
-    "models_db": None,
-    "skip_quality": False,
-    "layer_swap": False,
-    "tensor_swap": True,
+    **NAMED, "direction": "forward", "base_model_name": "b", "base_select": "bigram", "boundary_select": None,
+    "db_dir": None, "models_db": None, "skip_quality": False, "layer_swap": False, "tensor_swap": True,
 }
 NEWEST = {
-    "models": ["a", "b"],
-    "base_model_name": "c",
-    "direction": "backward",
-    "layer_swap": False,
-    "tensor_swap": True,
-    "es_svd": False,
-    "es_norm": False,
-    "skip_norm": True,
-    "base_select": False,
-    "boundary_select": False,
-    "load_merge_report": False,
-    "improve_all": "base",
-    "max_models": 25,
-    "metric_dir": "./metrics/",
+    "models": ["a", "b"], "base_model_name": "c", "direction": "backward", "layer_swap": False, "tensor_swap": True,
+    "es_svd": False, "es_norm": False, "skip_norm": True, "base_select": False, "boundary_select": False,
+    "load_merge_report": False, "improve_all": "base", "max_models": 25, "metric_dir": "./metrics/",
     "dataset": {"math.json": {"mode": "exact_match", "think": False}, "long.json": {"mode": "diversity"}},
 }
 

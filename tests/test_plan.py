@@ -150,7 +150,9 @@ def test_the_least_memory_is_the_model_one_candidate_and_what_enters_its_block(c
     monkeypatch.setattr(Memory, "used", Memory(settings.device).used)
     found = estimate(config)
     held = found.memory_bytes - live - block
-    n_tokens = sum(len(s.prompt) + len(s.response) - 1 for n in ("sums.json", "more.json") for s in datasets[n].samples)
+    n_tokens = sum(
+        len(s.prompt) + len(s.response) - 1 for n in ("sums.json", "more.json") for s in datasets[n].samples
+    )
     n_tokens += sum(len(s.prompt) + 7 for s in datasets["talk.json"].samples)
     assert held - n_tokens * 32 * 4 > 0  # what the interpreter and the libraries take already
     alone = estimate(load_config(cfg, {"scorer": "sequential"}))

@@ -17,14 +17,8 @@ from olmfast.runs.rebuild import rebuild
 from olmfast.testing import tiny_run
 
 KEYS = {
-    "candidates": ["swap", "linear"],
-    "layer_swap": True,
-    "es_norm": True,
-    "units": ["*.0.self_attn.q_proj"],
-    "es_norm_sigma": 0.05,
-    "shard_size": 20_000,
-    "base_select": True,
-    "model": {"dtype": torch.bfloat16},
+    "candidates": ["swap", "linear"], "layer_swap": True, "es_norm": True, "units": ["*.0.self_attn.q_proj"],
+    "es_norm_sigma": 0.05, "shard_size": 20_000, "base_select": True, "model": {"dtype": torch.bfloat16},
 }
 
 

@@ -114,13 +114,11 @@ def test_a_template_that_trims_and_knows_no_system_role_is_served(tmp_path):
         "<{{ m['role'] }}>{{ m['content'] | trim }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     items = [
-        {
-            "messages": [
-                {"role": "system", "content": "Be brief."},
-                {"role": "user", "content": "Hi "},
-                {"role": "assistant", "content": " ho \n"},
-            ]
-        }
+        {"messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Hi "},
+            {"role": "assistant", "content": " ho \n"},
+        ]}
     ]
     (tmp_path / "set.json").write_text(json.dumps(items))
     entry = {"set.json": DatasetConfig(mode="exact")}

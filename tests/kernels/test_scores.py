@@ -148,7 +148,10 @@ def test_a_token_does_not_depend_on_its_batch(dtype, impl, device):
     if impl == "triton":
         part = token_scores(hidden[130:150], head, labels[130:150], impl=impl)
         for first, second in zip(whole, part, strict=True):
-            assert torch.equal(first[130:150], second)
+            if device.type == "cuda":
+                assert torch.equal(first[130:150], second)
+            else:  # the interpreter's products are NumPy's, which round a row by its place in the tile
+                torch.testing.assert_close(first[130:150], second, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shared", [True, False])

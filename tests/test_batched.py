@@ -186,7 +186,7 @@ def test_rows_that_are_done_may_be_decoded_on_until_the_next_look(tmp_path, monk
 
 
 @pytest.mark.usefixtures("float64_throughout")
-@pytest.mark.parametrize(("batch_tokens", "ahead"), [(40, 0), (40, 2), (150, 1), (8192, 0)])
+@pytest.mark.parametrize(("batch_tokens", "ahead"), [(40, 2), (150, 0), (8192, 1)])
 def test_candidates_may_be_split_in_any_way_and_read_later(batch_tokens, ahead, tmp_path, monkeypatch):
     monkeypatch.setitem(passes.PASSES_AHEAD, "cpu", ahead)
     world = World(tmp_path, "qwen2", torch.float64)
@@ -201,7 +201,7 @@ def test_candidates_may_be_split_in_any_way_and_read_later(batch_tokens, ahead, 
 
 
 @pytest.mark.usefixtures("float64_throughout")
-@pytest.mark.parametrize(("fits", "ahead"), [(2, 0), (2, 2), (7, 1), (20, 0)])
+@pytest.mark.parametrize(("fits", "ahead"), [(2, 2), (7, 0), (20, 1)])
 def test_what_does_not_fit_the_memory_is_halved_and_scores_the_same(fits, ahead, tmp_path, monkeypatch):
     monkeypatch.setitem(passes.PASSES_AHEAD, "cpu", ahead)
     world = World(tmp_path, "llama", torch.float64)

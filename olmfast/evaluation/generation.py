@@ -22,6 +22,8 @@ from olmfast.evaluation.transit import Fetched, sent
 
 # Device type -> tokens between two looks at which rows go on: each look waits for all work that is queued.
 TOKENS_APART = {"cuda": 8}
+# Types of devices on which shapes stay the same from step to step, so that steps can be replayed.
+FIXED_ON = {"cuda"}
 
 
 class Generated(NamedTuple):
@@ -155,7 +157,7 @@ class _Decoding:
     ) -> None:
         self.module, self.rollouts, self.leaves, self.context = module, rollouts, leaves, context
         self.device = device = next(module.parameters()).device
-        self.fixed = device.type == "cuda" and module not in _NEEDS_THE_HOST if fixed is None else fixed
+        self.fixed = device.type in FIXED_ON and module not in _NEEDS_THE_HOST if fixed is None else fixed
         self.n_steps = max(one.limit for one in rollouts)
         lengths = [one.n_states for one in rollouts]
         self.cache, mask, self.filled_to = filled_cache(

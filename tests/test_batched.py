@@ -232,6 +232,33 @@ def test_what_does_not_fit_the_memory_is_halved_and_scores_the_same(fits, ahead,
 
 
 @pytest.mark.usefixtures("float64_throughout")
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_what_does_not_fit_while_a_pass_is_read_is_halved_too(ahead, tmp_path, monkeypatch):
+    monkeypatch.setitem(passes.PASSES_AHEAD, "cpu", ahead)
+    world = World(tmp_path, "llama", torch.float64)
+    unit, take = world.block(1), passes.Passes._take_along
+    candidates = world.donors(unit)
+
+    def crowded(self, rollouts, *rest):
+        if len(rollouts) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        take(self, rollouts, *rest)
+
+    monkeypatch.setattr(passes.Passes, "_take_along", crowded)
+    assert_same(world.fast.score(unit, candidates), world.plain.score(unit, candidates), 1e-9)
+    assert world.fast.statistics.splits > 0
+
+
+def test_a_step_that_is_not_replayed_is_told_once(tmp_path, monkeypatch):
+    world, told = World(tmp_path, "llama", torch.float32), []
+    monkeypatch.setattr(world.fast, "note", told.append)
+    generation._NEEDS_THE_HOST.add(world.fast.blockwise.module)
+    for _ in range(2):
+        world.fast.score(world.block(1), world.donors(world.block(1)))
+    assert told == ["llama: a step of decoding waits for the host, so it is not replayed"]
+
+
+@pytest.mark.usefixtures("float64_throughout")
 @pytest.mark.parametrize("fits", [2, 7])
 def test_a_prefix_that_does_not_fit_the_memory_is_halved_too(fits, tmp_path, monkeypatch):
     world = World(tmp_path, "llama", torch.float64)

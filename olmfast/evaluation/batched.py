@@ -15,7 +15,7 @@ from olmfast.evaluation.blocks import BlockwiseModel
 from olmfast.evaluation.cohort import Cohort, Statistics
 from olmfast.evaluation.division import Part
 from olmfast.evaluation.encoding import Dataset, Sample
-from olmfast.evaluation.generation import RolloutQueue
+from olmfast.evaluation.generation import RolloutQueue, needs_the_host
 from olmfast.evaluation.head import ModuleHead
 from olmfast.evaluation.leaves import Leaf, is_stackable, stack_leaves
 from olmfast.evaluation.lessons import Lessons
@@ -65,7 +65,7 @@ class BatchedScorer(Planner):
         super().__init__(
             Trajectories(datasets, model.context, tokenizer, stop_tokens, self.shares, parts), model.dtype, progress
         )
-        self.note, self._noted = note, False
+        self.note, self._noted = note, set[str]()
         self._for_slopes: BlockwiseModel | None = None
         self.lessons = Lessons(model, datasets, batch_tokens, self.stop_tokens, self._logits_of)
         self.statistics = Statistics()
@@ -89,7 +89,7 @@ class BatchedScorer(Planner):
                 with self.model.trial(candidate):
                     return slopes_blockwise(self.model, blockwise, questions, directions, n_tokens, known, *held)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or (n_tokens == 1 and not any(held)):
+                if not is_out_of_memory(error) or (n_tokens == 1 and not held[1]):
                     raise
             self.statistics.splits += 1
             if self.shares.graph_bytes:
@@ -149,12 +149,16 @@ class BatchedScorer(Planner):
         self.shares.fit(*measured, self.blockwise.state_bytes, self.trajectories.n_states)
         self.prefix = Prefix(self.model, self.blockwise, self.shares)
         self.trajectories.arrange(set(self.datasets))
-        if isinstance(self.blockwise.head, ModuleHead) and not self._noted:
-            self._noted = True
+        if isinstance(self.blockwise.head, ModuleHead):
             kind = self.architecture.model_type
-            self.note(
+            self._note_once(
                 f"{kind}: its head is more than norm, weight, bias and cap: the module's own forward gives the logits"
             )
+
+    def _note_once(self, text: str) -> None:
+        if text not in self._noted:
+            self._noted.add(text)
+            self.note(text)
 
     def let_go(self) -> None:
         """Keep no activations; they are computed again when they are wanted."""
@@ -269,3 +273,7 @@ class BatchedScorer(Planner):
                     queue.decode()
             while queue:
                 queue.decode()
+        if needs_the_host(self.blockwise.module):
+            self._note_once(
+                f"{self.architecture.model_type}: a step of decoding waits for the host, so it is not replayed"
+            )

@@ -137,7 +137,12 @@ def resume(
     return [found[index] for index in range(len(order))]
 
 
-_NEEDS_THE_HOST: WeakSet[Any] = WeakSet()  # modules whose steps could not be captured
+_NEEDS_THE_HOST: WeakSet[Any] = WeakSet()
+
+
+def needs_the_host(module: Any) -> bool:
+    """Whether a step of decoding with this module could not be captured, and is queued anew each time."""
+    return module in _NEEDS_THE_HOST
 
 
 class _Decoding:
@@ -157,7 +162,7 @@ class _Decoding:
     ) -> None:
         self.module, self.rollouts, self.leaves, self.context = module, rollouts, leaves, context
         self.device = device = next(module.parameters()).device
-        self.fixed = device.type in FIXED_ON and module not in _NEEDS_THE_HOST if fixed is None else fixed
+        self.fixed = device.type in FIXED_ON and not needs_the_host(module) if fixed is None else fixed
         self.n_steps = max(one.limit for one in rollouts)
         lengths = [one.n_states for one in rollouts]
         self.cache, mask, self.filled_to = filled_cache(

@@ -163,7 +163,7 @@ class Shares:
         return cls(**{**least, "agreed": True})
 
     def take(self, other: Shares) -> None:
-        """Be the same as `other`, but for the sweeps."""
+        """Be the same as `other`, but for what changes no sums."""
         for own in fields(self):
             if own.name not in ("sweep_bytes", "graph_bytes"):
                 setattr(self, own.name, getattr(other, own.name))

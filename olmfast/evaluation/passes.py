@@ -91,21 +91,31 @@ class Passes:
         unread: deque[_Found] = deque()
         ahead = PASSES_AHEAD.get(self.blockwise.device.type, 0)
         while waiting:
-            planned, fits, is_least = self._planned(cohort.first or 0, waiting), True, False
+            planned, fits = self._planned(cohort.first or 0, waiting), True
             try:
                 self._sweep(cohort, planned, unread)
+                while unread and (len(unread) > ahead or not planned):
+                    self._read(cohort, unread[0])
+                    unread.popleft()
             except (RuntimeError, MemoryError) as error:
-                left = planned[0][0]
-                is_least = len(planned) == len(left.places) == len(left.numbers) == 1
-                if not is_out_of_memory(error) or (is_least and not unread):
+                if not is_out_of_memory(error):
+                    raise
+                for found in reversed(unread):  # they are done again
+                    found.batch.places[:0] = found.places
+                unread.clear()
+                left = next(batch for batch in waiting if batch.places)
+                if not ahead and len(planned) <= 1 and len(left.places) == len(left.numbers) == 1:
                     raise
                 fits = False
-            while unread and (len(unread) > ahead or not planned or not fits):
-                self._read(cohort, unread.popleft())
             while waiting and not waiting[0].places and not any(found.batch is waiting[0] for found in unread):
                 yield waiting.pop(0).rollouts
-            if not fits and not is_least:  # out of the handler, whose traceback holds what has been computed
-                self._halve(waiting, len(planned))
+            if not fits:  # out of the handler, whose traceback holds what has been computed
+                self.statistics.splits += 1
+                for batch in waiting:
+                    batch.suffix = None
+                if not ahead:
+                    self._halve(waiting, len(planned))
+                ahead = 0  # what was kept unread may have been too much
 
     def _planned(self, first: int, waiting: Sequence[_Batch]) -> list[tuple[_Batch, list[int]]]:
         """The passes that go through the blocks next: a batch each, and candidates."""
@@ -151,9 +161,6 @@ class Passes:
 
     def _halve(self, waiting: list[_Batch], n_passes: int) -> None:
         """What the passes together took did not fit; nor, where there was but one, what that took."""
-        self.statistics.splits += 1
-        for batch in waiting:
-            batch.suffix = None
         if n_passes > 1:
             self.shares.halve_sweeps()
             return

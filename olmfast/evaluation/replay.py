@@ -49,14 +49,14 @@ class Replayed:
     def _captured(self) -> Any:
         """The work as a graph, or None. What is captured is not done."""
         graph, stream, current = torch.cuda.CUDAGraph(), _stream(self.device), torch.cuda.current_stream(self.device)
-        failure: Exception | None = None
+        failure: BaseException | None = None
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             # Other threads go on with what they do: bringing the next weights.
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 self.work()
-            except Exception as error:
+            except BaseException as error:  # a capture has to be ended, whatever comes
                 failure = error
             try:
                 graph.capture_end()

@@ -1,15 +1,17 @@
-"""The held-out score of three searches for the same demo, against how many evaluations each may take.
+"""The held-out score of three searches for the same merge, against how many evaluations each may take.
 
     python examples/demo/curve.py docs/search-curve.svg
 
-The joint search (merge.yaml) is begun anew for every budget, as what it does depends on it; the search by stages
-(olm_config.yaml) and plain CMA-ES over the numbers of one merge (evolve.yaml) continue from the smaller one. Prints a
-table and draws it.
+Models and questions are the demo's (merge.yaml), or those of `--config`, which may not say how to search. The joint
+search is begun anew for every budget, as what it does depends on it; the search by stages (as in olm_config.yaml) and
+plain CMA-ES over the numbers of one merge continue from the smaller one. Prints a table and draws it.
+An interrupted call is continued by the next one, from what it left in `--runs`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +23,49 @@ from olmfast import load_config, run
 from olmfast.runs.scoreboard import RESULT
 
 HERE = Path(__file__).parent
-SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
-    "joint search": ("merge.yaml", {}),
-    "search by stages": ("olm_config.yaml", {}),
-    "CMA-ES over the numbers of one merge": (
-        "evolve.yaml",
-        {"evolve": {"merge_method": "task_arithmetic", "layer_granularity": 2, "generations": 60}},
-    ),
-}
+Point = tuple[float, float, float]
+"""Evaluations taken, skill retained on the selection and on the held-out questions."""
+
+JOINT, STAGES, EVOLVE = "joint search", "search by stages", "CMA-ES over the numbers of one merge"
+PARAMETERS = {"merge_method": "task_arithmetic", "layer_granularity": 2, "generations": 60}
 
 
-def curve(name: str, budgets: list[int], samples: int | None, folder: Path) -> list[tuple[float, float, float]]:
-    """Evaluations taken, skill retained on the selection and on the held-out questions, by budget."""
-    file, overrides = SEARCHES[name]
-    found, anew = [], file == "merge.yaml"
+def searches(config: Path) -> dict[str, dict[str, Any]]:
+    """Of each search, what is set beside the keys of a config that says only what to merge, by which questions."""
+    merging = set(yaml.safe_load(config.read_text())) | set(yaml.safe_load((HERE / "merge.yaml").read_text()))
+    stages = yaml.safe_load((HERE / "olm_config.yaml").read_text())
+    return {
+        JOINT: {},
+        STAGES: {key: value for key, value in stages.items() if key not in merging},
+        EVOLVE: {"evolve": PARAMETERS},
+    }
+
+
+def curve(config: Path, name: str, budgets: list[int], samples: int | None, folder: Path) -> list[Point]:
+    """One search's points by budget, as far as it has more to try."""
+    overrides = searches(config)[name]
     if samples:
-        keys = yaml.safe_load((HERE / file).read_text())
+        keys = yaml.safe_load(config.read_text())
         overrides = {**overrides, **{key: fewer(keys[key], samples) for key in ("dataset", "holdout")}}
+    folder /= name.replace(" ", "-")
+    points = folder / "points.json"
+    found: dict[str, Point] = json.loads(points.read_text()) if points.exists() else {}
     for budget in budgets:
-        out = folder / (f"{Path(file).stem}-{budget}" if anew else Path(file).stem)
-        config = load_config(HERE / file, {"output_dir": str(out.absolute()), "budget": budget, **overrides})
-        done = run(config, resume=out.exists() and not anew, overwrite=anew)
-        if done.status == "finished" and done.record.evaluations < budget / 2:
-            break  # it has nothing more to try
-        point = (done.record.evaluations, done.selection.retained(RESULT), done.holdout.retained(RESULT))
-        print(f"{name:38} budget {budget:4}: {point[0]:6.1f} {point[1]:7.3f} {point[2]:7.3f}", flush=True)
-        found.append(point)
-    return found
+        if str(budget) not in found:
+            out = folder / (str(budget) if name == JOINT else "all")
+            keys = {**overrides, "output_dir": str(out.absolute()), "budget": budget}
+            done = run(load_config(config, keys), resume=True)
+            if done.status == "finished" and done.record.evaluations < budget / 2:
+                break  # it has nothing more to try
+            found[str(budget)] = (
+                done.record.evaluations,
+                done.selection.retained(RESULT),
+                done.holdout.retained(RESULT),
+            )
+            points.write_text(json.dumps(found))
+        evaluations, selection, holdout = found[str(budget)]
+        print(f"{name:38} budget {budget:4}: {evaluations:6.1f} {selection:7.3f} {holdout:7.3f}", flush=True)
+    return [found[str(budget)] for budget in budgets if str(budget) in found]
 
 
 def fewer(datasets: dict[str, Any], samples: int) -> dict[str, Any]:
@@ -55,7 +73,7 @@ def fewer(datasets: dict[str, Any], samples: int) -> dict[str, Any]:
     return {name: {**entry, "samples": samples} for name, entry in datasets.items()}
 
 
-def draw(found: dict[str, list[tuple[float, float, float]]], budgets: list[int], path: Path) -> None:
+def draw(found: dict[str, list[Point]], budgets: list[int], path: Path) -> None:
     """Held-out scores as lines, those on the selection questions thin and dashed."""
     matplotlib.rcParams["svg.hashsalt"] = "olmfast"
     figure = Figure(figsize=(7, 4))
@@ -77,11 +95,15 @@ def main() -> None:
     """Run, print and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("picture", type=Path)
+    parser.add_argument("--config", type=Path, default=HERE / "merge.yaml", help="what to merge, by which questions")
     parser.add_argument("--budgets", type=int, nargs="+", default=[50, 100, 200, 500])
     parser.add_argument("--samples", type=int, help="of each dataset; default: as in the configs")
     parser.add_argument("--runs", type=Path, default=Path("runs/curve"), help="where the results go")
     options = parser.parse_args()
-    found = {name: curve(name, options.budgets, options.samples, options.runs) for name in SEARCHES}
+    found = {
+        name: curve(options.config, name, options.budgets, options.samples, options.runs)
+        for name in searches(options.config)
+    }
     draw(found, options.budgets, options.picture)
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import io
 import json
+import lzma
+import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from olmfast.config.datasets import parse_datasets, read_dataset_option
@@ -88,21 +94,64 @@ def test_which_items_are_meant_is_not_guessed(content, message, tmp_path):
 )
 def test_a_file_may_be_compressed_and_a_table_has_its_names_in_the_first_line(name, text, tmp_path):
     assert said(load(tmp_path / name, text)) == EXPECTED
-    assert said(load(tmp_path / f"{name}.gz", gzip.compress(text.encode()))) == EXPECTED
+    for ending, how in (("gz", gzip), ("bz2", bz2), ("xz", lzma)):
+        assert said(load(tmp_path / f"{name}.{ending}", how.compress(text.encode()))) == EXPECTED
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"PAR1\x15\x04", "is a parquet file, which is not read; write it as JSON Lines"),
-        (b"\xff\xff\xff\xff\x10", "is an Arrow file, which is not read; write it as JSON Lines"),
+        (b"PAR1\x15\x04", "not readable by pyarrow: "),
+        (b"\xff\xff\xff\xff\x10", "not readable by pyarrow: "),
+        (b"ARROW1\0\0", "not readable by pyarrow: "),
         (b"PK\x03\x04", "is a zip archive, which is not read; unpack it"),
         (b"\x28\xb5\x2f\xfd", "is compressed by zstd, which is not read; unpack it"),
         (gzip.compress(b"[]" * 99, mtime=0)[:-9], "not readable as gzip"),
+        (bz2.compress(b"[]" * 99)[:-9], "not readable as bz2"),
+        (lzma.compress(b"[]" * 99)[:-9], "not readable as lzma"),
     ],
 )
 def test_what_is_not_read_is_told_as_what_it_is(content, message, tmp_path):
     assert message in refusal(tmp_path / "x.parquet", content)
+
+
+def columnar(kind: str, items: list[Any]) -> bytes:
+    table, memory = pyarrow.Table.from_pylist(items), io.BytesIO()
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, memory, compression="zstd")
+    else:
+        writer = pyarrow.ipc.new_file if kind == "arrow" else pyarrow.ipc.new_stream
+        with writer(memory, table.schema) as out:
+            out.write_table(table)
+    return memory.getvalue()
+
+
+# As the Hub has them: a struct's keys are there in every row, null where a row has none.
+CHAT = [
+    {"messages": [{"role": "user", "content": q, "name": None}, {"role": "assistant", "content": a, "name": "m"}]}
+    for (q,), a in EXPECTED
+]
+CHOICES = [
+    {"question": q, "choices": {"text": ["3", "4"], "label": ["A", "B"]}, "answerKey": "B"} for (q,), _ in EXPECTED
+]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "arrow of datasets"])
+def test_parquet_and_arrow_files_are_read(kind, tmp_path):
+    path = tmp_path / "train-00000-of-00001"
+    assert said(load(path, columnar(kind, PAIRS))) == EXPECTED
+    assert said(load(path, columnar(kind, CHAT))) == EXPECTED
+    assert [(one.response, len(one.options)) for one in load(path, columnar(kind, CHOICES), "choice")] == [("B", 2)] * 2
+    assert said(load(path, columnar(kind, [{"a": "1+1=", "b": 2}]), fields={"prompt": "a", "response": "b"})) == [
+        (("1+1=",), "2")
+    ]
+    assert "holds no rows" in refusal(path, columnar(kind, []))
+
+
+def test_a_parquet_file_says_which_package_reads_it(tmp_path, monkeypatch):
+    content = columnar("parquet", PAIRS)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "is a parquet file, which needs pyarrow; pip install 'olmfast[parquet]'" in refusal(tmp_path / "x", content)
 
 
 def test_a_table_with_a_header_is_no_file_of_mmlu(tmp_path):
@@ -184,5 +233,5 @@ def test_a_folder_of_the_hub_is_told_as_what_it_is(name, tmp_path):
     (tmp_path / "set" / name).parent.mkdir(parents=True)
     (tmp_path / "set" / name).write_bytes(b"")
     entries = parse_datasets({"set": {"mode": "exact"}}, "x")
-    with pytest.raises(InputError, match=f"it holds {Path(name).name}: write that as JSON Lines, with to_json"):
+    with pytest.raises(InputError, match=f"it holds {name}: name that file"):
         load_datasets(tmp_path, entries, tiny_tokenizer(), 2048)

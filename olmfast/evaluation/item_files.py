@@ -1,11 +1,16 @@
-"""What a dataset file lists: JSON, JSON Lines and tables, compressed or not, in the shapes that other tools write."""
+"""What a dataset file lists: JSON, JSON Lines and tables, compressed or not, in the shapes that other tools write.
+
+Parquet and Arrow files are read by the package pyarrow, an extra, imported when the first of them is asked for.
+"""
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import os
 import zlib
 from collections.abc import Collection
@@ -15,18 +20,11 @@ from typing import Any
 from olmfast.errors import InputError, show, told
 from olmfast.weights.files import read_bytes
 
-GZIP = b"\x1f\x8b"
+# First bytes of a compressed file -> what unpacks it.
+_PACKED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ": lzma}
 # First bytes of what is not read -> what it is.
-_OTHERS = {
-    b"PAR1": "a parquet file",
-    b"ARROW1": "an Arrow file",
-    b"\xff\xff\xff\xff": "an Arrow file",
-    b"PK\x03\x04": "a zip archive",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd",
-    b"BZh": "compressed by bzip2",
-    b"\xfd7zXZ": "compressed by xz",
-}
-_TABLES = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")
+_OTHERS = {b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "compressed by zstd"}
+PARQUET, ARROW, ARROW_STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"  # first bytes; the last is what datasets saves
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -39,7 +37,10 @@ def items_in(path: Path, keys: Collection[str]) -> list[Any]:
     """The items of a file; `keys` are those by which one is known. Raises InputError for a file that lists none."""
     if not os.path.lexists(path):
         raise InputError(f"{path}: no such dataset file")
-    text = _text(path)
+    content = _unpacked(path)
+    if content.startswith((PARQUET, ARROW, ARROW_STREAM)):
+        return _columnar(path, content)
+    text = _text(path, content)
     if is_table(path):
         return _rows(path, text)
     try:
@@ -55,26 +56,53 @@ def items_in(path: Path, keys: Collection[str]) -> list[Any]:
 
 
 def _suffix(path: Path) -> str:
-    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    return Path(path.stem).suffix if path.suffix in (".gz", ".bz2", ".xz") else path.suffix
 
 
-def _text(path: Path) -> str:
+def _unpacked(path: Path) -> bytes:
     content = read_bytes(path)
-    if content.startswith(GZIP):
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"{path}: not readable as gzip: {told(error)}") from error
+    for begin, how in _PACKED.items():
+        if content.startswith(begin):
+            try:
+                unpacked: bytes = how.decompress(content)
+            except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+                raise InputError(f"{path}: not readable as {how.__name__}: {told(error)}") from error
+            return unpacked
+    return content
+
+
+def _text(path: Path, content: bytes) -> str:
     for begin, what in _OTHERS.items():
         if content.startswith(begin):
-            advice = "unpack it"
-            if begin in _TABLES:
-                advice = "write it as JSON Lines, with to_json of the package datasets or with pandas"
-            raise InputError(f"{path}: is {what}, which is not read; {advice}")
+            raise InputError(f"{path}: is {what}, which is not read; unpack it")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: cannot be read: not UTF-8 text") from error
+
+
+def _columnar(path: Path, content: bytes) -> list[Any]:
+    """The rows of a parquet or an Arrow file by the names of its columns, values as JSON would have them."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        what = "a parquet file" if content.startswith(PARQUET) else "an Arrow file"
+        raise InputError(f"{path}: is {what}, which needs pyarrow; pip install 'olmfast[parquet]'") from error
+    try:
+        memory = pyarrow.BufferReader(content)
+        if content.startswith(PARQUET):
+            table = pyarrow.parquet.read_table(memory)
+        elif content.startswith(ARROW):
+            table = pyarrow.ipc.open_file(memory).read_all()
+        else:
+            table = pyarrow.ipc.open_stream(memory).read_all()
+        rows: list[Any] = table.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable by pyarrow: {told(error)}") from error
+    if not rows:
+        raise InputError(f"{path}: holds no rows")
+    return rows
 
 
 def _rows(path: Path, text: str) -> list[Any]:

@@ -95,10 +95,8 @@ def subjects_in(folder: Path) -> list[str]:
 
 def _advice(folder: Path) -> str:
     """What to do with a folder of the Hub, or of the package datasets."""
-    tables = [
-        path.name for pattern in ("*.arrow", "*.parquet", "*/*.arrow", "*/*.parquet") for path in folder.glob(pattern)
-    ]
-    return f"; it holds {tables[0]}: write that as JSON Lines, with to_json of the package datasets" if tables else ""
+    tables = [path for pattern in ("*.arrow", "*.parquet", "*/*.arrow", "*/*.parquet") for path in folder.glob(pattern)]
+    return f"; it holds {tables[0].relative_to(folder)}: name that file" if tables else ""
 
 
 def _read(folder: Path, name: str, n_shots: int, limit: int | None, style: Style) -> Subject:

@@ -57,7 +57,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         ({"peft_type": "ADALORA"}, {}, "peft_type 'ADALORA'"),
         ({"peft_type": None}, {}, "has no peft_type, so that it is no adapter that PEFT has saved"),
         ({"peft_type": None, "lora_parameters": {"rank": 8}}, {}, "mlx_lm.fuse makes a model of an adapter of MLX"),
-        ({"target_parameters": ["experts.gate_up_proj"]}, {}, "target_parameters: not supported"),
+        ({"target_parameters": "experts.gate_up_proj"}, {}, "target_parameters: expected a list of names, got 'exp"),
         ({"layer_replication": [[0, 2]]}, {}, "layer_replication: not supported"),
         ({"use_qalora": True}, {}, "use_qalora: not supported"),
         ({"alora_invocation_tokens": [1]}, {}, "alora_invocation_tokens: not supported"),

@@ -206,7 +206,10 @@ class LowRank(Adapted):
 
     def open(self) -> Readable:
         """See `Tensor.open`."""
-        return _Product(self)
+        a, b = (part.read().to(self.computed_in) for part in (self.a, self.b))
+        left, right = (a.T, b.T) if self.transposed else (b, a)
+        magnitude = None if self.magnitude is None else self.magnitude.read().to(self.computed_in).flatten()
+        return Product(self, self.base.open(), left, right, self.scale, magnitude=magnitude)
 
 
 class _Reading:
@@ -265,19 +268,30 @@ class _Sum(_Reading):
         self.put(values.add_(self.added[start : start + len(out)]), out)
 
 
-class _Product(_Reading):
-    """W' by blocks of whole rows that always begin at the same rows, so that values do not depend on who reads them."""
+class Product(_Reading):
+    """W + scale * left right, by blocks of whole rows that always begin at the same rows, so that values do not depend
+    on who reads them.
 
-    def __init__(self, tensor: LowRank) -> None:
+    W is what `base` holds from `offset` on, as many values as `left` (rows, rank) and `right` (rank, columns) make.
+    """
+
+    def __init__(
+        self,
+        tensor: Adapted,
+        base: Readable,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        scale: float,
+        offset: int = 0,
+        magnitude: torch.Tensor | None = None,
+    ) -> None:
         super().__init__(tensor)
-        dtype = tensor.computed_in
-        b, a = tensor.b.read().to(dtype), tensor.a.read().to(dtype)
-        self.left, self.right = (a.T, b.T) if tensor.transposed else (b, a)  # W' = W + scale * left right
-        self.base, self.scale, self.transposed = tensor.base.open(), tensor.scale, tensor.transposed
-        self.n_rows, self.n_columns = tensor.shape
+        self.base, self.left, self.right, self.scale, self.offset = base, left, right, scale, offset
+        self.n_rows, self.n_columns = left.shape[0], right.shape[1]
         self.step = max(1, CHUNK // max(1, self.n_columns))
-        self.memory = torch.empty(min(self.step, self.n_rows) * self.n_columns, dtype=dtype)
-        self.magnitude = None if tensor.magnitude is None else tensor.magnitude.read().to(dtype).flatten()
+        self.memory = torch.empty(min(self.step, self.n_rows) * self.n_columns, dtype=left.dtype)
+        self.magnitude = magnitude
+        self.transposed = isinstance(tensor, LowRank) and tensor.transposed
         self.by_column: torch.Tensor | None = None  # DoRA's factors, where output features are columns
         self.block, self.values = -1, self.memory  # what was computed last
 
@@ -309,7 +323,7 @@ class _Product(_Reading):
         """(rows, columns): W + scale * left right."""
         begin, end = block * self.step, min((block + 1) * self.step, self.n_rows)
         values = self.memory[: (end - begin) * self.n_columns]
-        self.base.read_into(values, begin * self.n_columns)
+        self.base.read_into(values, self.offset + begin * self.n_columns)
         values = values.view(end - begin, self.n_columns)
         return values.addmm_(self.left[begin:end], self.right, alpha=self.scale)
 

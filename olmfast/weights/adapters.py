@@ -8,86 +8,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from math import prod, sqrt
 from pathlib import Path
-from sys import float_info
 from typing import Any
 
-from olmfast.errors import InputError, show
+from olmfast.errors import InputError
 from olmfast.weights.adapted import Added, LowRank, RowsReplaced, replaced
+from olmfast.weights.adapter_files import AdapterWeights, read_settings, read_weights
 from olmfast.weights.architecture import FAMILIES, is_known, numbered
-from olmfast.weights.checkpoint import ADAPTER_CONFIG, Checkpoint, Tensor, TensorInfo, read_header, read_json
+from olmfast.weights.checkpoint import ADAPTER_CONFIG, Checkpoint, Tensor, TensorInfo
 from olmfast.weights.digests import DigestCache
+from olmfast.weights.experts import ExpertsLowRank, FusedExperts
 from olmfast.weights.hub import ADAPTER, ADAPTER_WEIGHTS, parts_of, resolve
 from olmfast.weights.skeletons import Skeletons
 from olmfast.weights.ties import Ties, ties_of, untied
 from olmfast.weights.tokenizer_files import token_ids
-from olmfast.weights.wrappers import own_names
-
-PREFIX = "base_model.model."  # of every name in an adapter's file
-
-# Keys of adapter_config.json that say how it was trained or where it was put in; what it holds tells that here.
-WITHOUT_EFFECT = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "bias",  # trained biases lie in the file
-    "corda_config",
-    "ephemeral_gpu_offload",
-    "eva_config",
-    "exclude_modules",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",
-    "lora_bias",  # so do these
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_core",
-    "modules_to_save",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "task_type",
-}
-READ = {
-    "alpha_pattern",
-    "ensure_weight_tying",
-    "fan_in_fan_out",
-    "init_lora_weights",
-    "lora_alpha",
-    "peft_type",
-    "r",
-    "rank_pattern",
-    "trainable_token_indices",
-    "use_dora",
-    "use_rslora",
-}
-# Ways to begin that leave the base as it is; others train against a base that they have changed.
-HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
-
-_PART = re.compile(
-    r"(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
-    r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<leaf>weight|bias))?"
-)
-_TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
-
-
-@dataclass
-class _Held:
-    """What an adapter's file holds, by module (`model.layers.0.mlp.up_proj`) or parameter (`lm_head.weight`)."""
-
-    low_rank: dict[str, dict[str, TensorInfo]] = field(default_factory=dict)
-    rows: dict[str, TensorInfo] = field(default_factory=dict)
-    whole: dict[str, TensorInfo] = field(default_factory=dict)
-
-    def parameters(self) -> list[str]:
-        """Every parameter that it changes."""
-        changed = [f"{module}.weight" for module in (*self.low_rank, *self.rows)]
-        changed += [f"{module}.bias" for module, parts in self.low_rank.items() if "lora_B.bias" in parts]
-        return list(dict.fromkeys([*changed, *self.whole]))
 
 
 class AdaptedModel(Checkpoint):
@@ -101,8 +36,8 @@ class AdaptedModel(Checkpoint):
         self.folder, self.digests = base.folder, base.digests
         self.name, self.made_of = f"{base.name}+{adapter}", (*base.made_of, adapter)
         self.folders, self.notes = (*base.folders, folder), base.notes
-        settings = _read_settings(folder)
-        held = _read_weights(folder / ADAPTER_WEIGHTS)
+        settings = read_settings(folder)
+        held = read_weights(folder / ADAPTER_WEIGHTS)
         applied = _Application(base, settings, held, folder)
         self.tensors, self.config, self.architecture = applied.tensors(), base.config, base.architecture
         if applied.unties:
@@ -154,107 +89,28 @@ def open_model(
     return model
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
-    """adapter_config.json. Raises InputError, naming them, for kinds of adapters and options that are not supported."""
-    path = folder / ADAPTER_CONFIG
-    if not path.is_file() and (folder / "config.json").is_file():
-        raise InputError(
-            f"{folder}: is a model, not a LoRA adapter; behind a '+' stands a folder with {ADAPTER_CONFIG}"
-        )
-    if not path.is_file():
-        raise InputError(f"{folder}: no {ADAPTER_CONFIG} in this folder; expected a LoRA adapter that PEFT has saved")
-    settings = read_json(path)
-    kind = settings.get("peft_type")
-    if kind is None:
-        advice = "; mlx_lm.fuse makes a model of an adapter of MLX" if "lora_parameters" in settings else ""
-        raise InputError(f"{path}: has no peft_type, so that it is no adapter that PEFT has saved{advice}")
-    if kind != "LORA":
-        raise InputError(f"{path}: peft_type {kind!r} is not supported, only LORA; merge it with PEFT first")
-    faults = [
-        f"{path}: {key}: not supported, got {value!r}; merge it with PEFT first"
-        for key, value in settings.items()
-        if value and key not in WITHOUT_EFFECT | READ
-    ]
-    start = settings.get("init_lora_weights")
-    if start not in HARMLESS_STARTS:
-        faults.append(
-            f"{path}: init_lora_weights {start!r}: was trained against a base that it has changed; save it with PEFT's "
-            "path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
-        )
-    faults += [f"{path}: {fault}" for fault in _number_faults(settings)]
-    if faults:
-        raise InputError("\n".join(faults))
-    return settings
-
-
-def _number_faults(settings: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the ranks, which are divided by, and the alphas, which need only be finite."""
-    for key, patterns, is_rank in (("r", "rank_pattern", True), ("lora_alpha", "alpha_pattern", False)):
-        given = settings.get(patterns) or {}
-        if not isinstance(given, dict):
-            yield f"{patterns}: expected a mapping, got {given!r}"
-            given = {}
-        values = {key: settings.get(key), **{f"{patterns}: {name!r}": one for name, one in given.items()}}
-        for where, value in values.items():
-            kinds = (int,) if is_rank else (int, float)
-            if type(value) not in kinds or not abs(value) <= float_info.max or (is_rank and value < 1):
-                wanted = "a whole number from 1" if is_rank else "a number"
-                yield f"{where}: expected {wanted}, got {show(value)}"
-
-
-def _read_weights(path: Path) -> _Held:
-    """What the adapter's file holds. Raises InputError for a file that is missing, or names of no LoRA."""
-    if not path.is_file():
-        pickled = path.with_suffix(".bin").is_file()
-        advice = "only pickled weights, which can run code" if pickled else "download it again"
-        advice += "; if its repository has only a .bin file, load it with PEFT and save_pretrained it"
-        raise InputError(f"{path.parent}: no {path.name} in this folder; {advice}")
-    held, faults, infos = _Held(), list[str](), read_header(path)
-    own = own_names([info.name for info in infos], str(path), "front")
-    for info in infos:
-        name = own[info.name].removeprefix(PREFIX)
-        if ".original_module." in name:
-            continue  # the base's, which old versions of PEFT saved as well
-        if found := _PART.fullmatch(name):
-            part = found["part"] + (".bias" if found["leaf"] == "bias" else "")
-            parts = held.low_rank.setdefault(found["module"], {})
-            if part in parts:
-                faults.append(f"{path}: {info.name}: {part} of this module is there twice: more than one adapter")
-            parts[part] = info
-        elif found := _TOKENS.fullmatch(name):
-            held.rows[found["module"]] = info
-        elif re.search(r"\.lora_\w+", name):
-            faults.append(f"{path}: {info.name}: not supported; merge the adapter with PEFT first")
-        else:
-            held.whole[re.sub(r"\.base_layer\.|\.modules_to_save\.(default\.)?", ".", name)] = info
-    if not faults and not held.parameters():
-        faults.append(f"{path}: holds no tensors")
-    if faults:
-        raise InputError("\n".join(faults))
-    return held
-
-
 class _Application:
     """One adapter on one model: which tensor becomes what. Everything that does not fit is collected.
 
     `unties` says that config.json has to untie, once `tensors` have been asked for.
     """
 
-    def __init__(self, base: Checkpoint, settings: Mapping[str, Any], held: _Held, folder: Path) -> None:
+    def __init__(self, base: Checkpoint, settings: Mapping[str, Any], held: AdapterWeights, folder: Path) -> None:
         self.base, self.settings, self.held, self.file = base, settings, held, folder / ADAPTER_WEIGHTS
         self.head, self.embedding = base.architecture.family.head, base.architecture.family.embedding
-        parameters = held.parameters()
+        self.faults: list[str] = []
+        self.unties = False
         with Skeletons() as skeletons:
+            self.experts = self._experts(skeletons) if settings.get("target_parameters") else {}
+            parameters = held.parameters()
             # Of a type that is not in the table, Transformers says what is tied; inside blocks nothing is.
             asks = not is_known(base.config) and any(numbered(parameter) is None for parameter in parameters)
             self.ties = ties_of(base, skeletons if asks else None)
             self.canonical = _spelling(parameters, base, self.ties, skeletons)
-        self.faults: list[str] = []
-        self.unties = False
 
     def tensors(self) -> dict[str, Tensor]:
         """Canonical name -> the tensor of the adapted model. Raises InputError with everything that is wrong."""
-        changed: dict[str, Tensor] = {}
+        changed = self._of_experts()
         for parameter in self.held.parameters():
             name = self.canonical(parameter)
             source = None if name is None else self.base.tensors.get(self.ties.stored(name))
@@ -357,6 +213,60 @@ class _Application:
             return None
         turned = of == "lora_embedding_" or self._is_turned(name, source, a, b)
         return LowRank(source, a, b, self._scale(module), turned, magnitude)
+
+    def _experts(self, skeletons: Skeletons) -> dict[str, tuple[FusedExperts | None, TensorInfo, TensorInfo]]:
+        """Parameter of fused experts -> what of the base lies in it, A and B, which are taken from `held`.
+
+        PEFT puts a wrapper around a module for each of its parameters, in the order in which Transformers declares them
+        (`gate_up_proj` before `down_proj`), and names the inner ones `base_layer`.
+        """
+        skeleton = skeletons.examine(self.base.config, dict.fromkeys(self.base.tensors, ()))
+        filled: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in skeleton.modules.items():
+            filled.setdefault(parameter, {})[name] = self.base.tensors[name]
+        wrappers: dict[str, list[str]] = {}
+        for module in self.held.low_rank:
+            wrappers.setdefault(re.sub(r"(\.base_layer)+$", "", module), []).append(module)
+        targets, experts = tuple(f".{target}" for target in self.settings["target_parameters"]), {}
+        for module, names in wrappers.items():
+            own = [name for name in filled if name.rpartition(".")[0] == module and f".{name}".endswith(targets)]
+            own.sort(key=lambda name: name.endswith(".down_proj"))
+            if own and len(own) != len(names):
+                self.faults.append(f"{module}: has {len(names)} updates for {', '.join(own)}")
+            for parameter, name in zip(own, sorted(names, key=len, reverse=True), strict=False):
+                parts = self.held.low_rank.pop(name)
+                if sorted(parts) == ["lora_A", "lora_B"]:
+                    experts[parameter] = FusedExperts.of(filled[parameter]), parts["lora_A"], parts["lora_B"]
+                else:
+                    self.faults.append(f"{parameter}: expected lora_A and lora_B, got {', '.join(sorted(parts))}")
+        return experts
+
+    def _of_experts(self) -> dict[str, Tensor]:
+        """Name -> the tensor of the adapted model, of those that lie in fused experts."""
+        ways = {name: list(fused.fits(a, b)) for name, (fused, a, b) in self.experts.items() if fused is not None}
+        told = {own[0] for own in ways.values() if len(own) == 1}  # Transformers stores those of a model alike
+        changed: dict[str, Tensor] = {}
+        for parameter, (fused, a, b) in self.experts.items():
+            rank = int(self._of_pattern("rank_pattern", "r", parameter))
+            what = None
+            if fused is None:
+                what = "only experts as Transformers fuses them are supported; merge it with PEFT first"
+            elif not ways[parameter]:
+                own = [fused.n_experts, fused.rows, fused.columns]
+                what = f"A and B have shapes {list(a.shape)} and {list(b.shape)}, {self.base.name} has {own}"
+            elif len(ways[parameter]) > 1 and len(told) != 1:
+                what = "experts are square, so that A and B could be meant either way; merge it with PEFT first"
+            elif not a.shape[0] == b.shape[1] == rank * fused.n_experts:
+                what = f"has {a.shape[0]} and {b.shape[1]} ranks, expected {rank} for each of {fused.n_experts} experts"
+            if what is not None or fused is None:
+                self.faults.append(f"{parameter}: {what}")
+                continue
+            turned = ways[parameter][0] if len(ways[parameter]) == 1 else told.copy().pop()
+            for name, source, expert, row in fused.places:
+                changed[name] = ExpertsLowRank(
+                    source, a, b, self._scale(parameter), fused.n_experts, turned, expert, row
+                )
+        return changed
 
     def _is_turned(self, name: str, source: Tensor, a: TensorInfo, b: TensorInfo) -> bool:
         """Whether a linear layer's weight is stored (in, out)."""

@@ -56,11 +56,26 @@ class _OneByOne:
     def __init__(self, tensor: ExpertsLowRank) -> None:
         self.tensor, self.base = tensor, tensor.base.open()
         self.shape, self.dtype = tensor.shape, tensor.dtype
-        a, b = (part.read().to(tensor.computed_in) for part in tensor.parts)
-        self.a, self.b = a.view(tensor.n_experts, -1, a.shape[1]), b.view(b.shape[0], -1, tensor.n_experts)
         self.n_rows, self.n_columns = tensor.shape[-2:]
+        self.left, self.right = self._factors()
         self.at = -1
         self.product: Product | None = None
+
+    def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(experts, rows, rank) and (experts, rank, columns) of the tensor's own experts."""
+        tensor = self.tensor
+        a, b, n, row = tensor.a, tensor.b, tensor.n_experts, tensor.row
+        rank, last = a.shape[0] // n, row + self.n_rows
+        experts = slice(None)
+        if len(tensor.shape) == 2:  # of the others nothing is read that can be left
+            experts = slice(tensor.first, tensor.first + 1)
+            a = a.rows(tensor.first * rank, (tensor.first + 1) * rank)
+        by_expert = a.read().to(tensor.computed_in).view(-1, rank, a.shape[1])
+        if tensor.turned:
+            every = b.read().view(-1, rank, n)[:, :, experts].to(tensor.computed_in)
+            return by_expert[:, :, row:last].transpose(1, 2), every.permute(2, 1, 0)
+        every = b.rows(row, last).read().view(-1, rank, n)[:, :, experts].to(tensor.computed_in)
+        return every.permute(2, 0, 1), by_expert
 
     def read_into(self, out: torch.Tensor, start: int) -> None:
         """See `Readable`."""
@@ -73,13 +88,9 @@ class _OneByOne:
 
     def _product(self, at: int) -> Product:
         if self.product is None or at != self.at:
-            expert = self.tensor.first + at
-            a, b = self.a[expert], self.b[:, :, expert]  # (rank, .), (., rank)
-            left, right = (a.T, b.T) if self.tensor.turned else (b, a)
-            rows = left[self.tensor.row : self.tensor.row + self.n_rows]
             offset = at * self.n_rows * self.n_columns
             self.at = at
-            self.product = Product(self.tensor, self.base, rows, right, self.tensor.scale, offset)
+            self.product = Product(self.tensor, self.base, self.left[at], self.right[at], self.tensor.scale, offset)
         return self.product
 
 

@@ -304,12 +304,16 @@ def evaluate_command(
             "evaluate: expected either --dataset FILE:MODE or --config CFG, or --mmlu DIR, or --lm-eval TASKS"
         )
     boundary.quiet_libraries()
+
+    def note(text: str) -> None:
+        print(text, file=sys.stderr)
+
     given = {"samples": samples, "max_new_tokens": max_new_tokens}
     common = {key: value for key, value in given.items() if value is not None}
     if config is not None:
         places = {"models_dir": None if models_dir is None else str(models_dir.absolute())}
         loaded = load_config(config, _overrides([], **common, **places, device=device, dtype=dtype))
-        boards = evaluate_like(loaded, model, against or [], lambda text: print(text, file=sys.stderr))
+        boards = evaluate_like(loaded, model, against or [], note)
         print_scoreboards(boards, as_json, model)
         return
     entries = {
@@ -317,7 +321,7 @@ def evaluate_command(
         for name, entry in by_name(map(read_dataset_option, dataset or []), "--dataset").items()
     }
     place, device, dtype = models_dir or Path("models"), device or "auto", dtype or "auto"
-    board = evaluate(model, entries, against or [], models_dir=place, device=device, dtype=dtype)
+    board = evaluate(model, entries, against or [], models_dir=place, device=device, dtype=dtype, note=note)
     print_scoreboard(board, "Scores", as_json, model)
 
 

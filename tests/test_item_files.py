@@ -115,6 +115,24 @@ def test_what_is_not_read_is_told_as_what_it_is(content, message, tmp_path):
     assert message in refusal(tmp_path / "x.parquet", content)
 
 
+def test_a_row_of_more_cells_than_names_is_an_error_that_names_its_line(tmp_path):
+    table = 'question,answer\n"a\nb, then?",1\nWhat is it, then?,a dog\n'
+    told = refusal(tmp_path / "x.csv", table)
+    assert ":4: has 3 cells, and the first line names 2; quote a cell that holds ','" in told
+
+
+@pytest.mark.parametrize("header", ["input,output", "query,response", "problem,solution", "inputs,targets"])
+def test_a_csv_with_any_known_names_is_no_file_of_mmlu(header, tmp_path):
+    assert said(load(tmp_path / "x.csv", f"{header}\n1+1=,2\n2+2=,4\n")) == EXPECTED
+
+
+def test_a_long_cell_and_a_lone_line_are_read(tmp_path):
+    (long,) = load(tmp_path / "x.csv", f"question,answer\n{'x' * 200_000},2\n")
+    assert len(long.messages[0]["content"]) == 200_000
+    (lone,) = load(tmp_path / "x.jsonl", json.dumps({"conversations": ["1+1=", "2"]}))
+    assert said([lone]) == EXPECTED[:1]
+
+
 def columnar(kind: str, items: list[Any]) -> bytes:
     table, memory = pyarrow.Table.from_pylist(items), io.BytesIO()
     if kind == "parquet":
@@ -189,8 +207,8 @@ def test_options_may_lie_in_keys_of_their_own(tmp_path):
     message = "item 0: fields: choices: no key 'sol3', got 'goal, sol1, sol2, label'"
     wrong = {**fields, "choices": ["sol1", "sol3"]}
     assert message in refusal(tmp_path / "x.json", [{**item, "label": 0}], "choice", fields=wrong)
-    for keys in ({"prompt": ["a", "b"]}, {"choices": ["a"]}):
-        with pytest.raises(InputError, match=r"expected a key, or for choices one for each option, got \["):
+    for keys in ({"response": ["a", "b"]}, {"choices": ["a"]}):
+        with pytest.raises(InputError, match=r"expected a key, or several for prompt and choices, got \["):
             parse_datasets({"x.json": {"mode": "choice", "fields": keys}}, "x")
     _, entry = read_dataset_option("x.json:choice,fields.choices=[sol1, sol2],samples=3")
     assert entry == {"mode": "choice", "fields": {"choices": ["sol1", "sol2"]}, "samples": 3}

@@ -20,7 +20,7 @@ Mode = Literal[
 ]
 Template = Literal["auto", "tokenizer", "chatml", "raw"]
 Wanted = Literal["prompt", "response", "system", "choices", "answer"]  # of an item of a dataset
-Fields = Mapping[Wanted, str | list[str]]  # the keys that hold it: several, if each holds an option of a choice
+Fields = Mapping[Wanted, str | list[str]]  # the keys that hold it; of several each has an option, or part of the prompt
 HAN = "[\u4e00-\u9fff]"
 MODES: tuple[str, ...] = Mode.__args__  # type: ignore[attr-defined]
 
@@ -77,8 +77,8 @@ class DatasetConfig(BaseModel):
         if self.of_question and self.mode in ("likelihood", "choice", "diversity", "quality"):
             raise ValueError(f"of_question: mode {self.mode} is of answers; use exact or perplexity")
         for name, key in (self.fields or {}).items():
-            if isinstance(key, list) and (name != "choices" or len(key) < 2):
-                raise ValueError(f"fields: {name}: expected a key, or for choices one for each option, got {show(key)}")
+            if isinstance(key, list) and (name not in ("choices", "prompt") or len(key) < 2):
+                raise ValueError(f"fields: {name}: expected a key, or several for prompt and choices, got {show(key)}")
         if self.lm_eval is None and (self.split or self.lm_eval_path):
             raise ValueError("split, lm_eval_path: are of a task; add lm_eval: TASK")
         if self.lm_eval and (self.file or self.fields or self.subjects):

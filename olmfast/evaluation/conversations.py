@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from olmfast.config.datasets import DatasetConfig, Fields, one_or_more
 from olmfast.errors import InputError, show
@@ -14,6 +14,9 @@ from olmfast.evaluation.item_files import items_in
 from olmfast.evaluation.items import KNOWN, NO_ANSWER, Conversation, Item, spelled
 from olmfast.evaluation.metrics import CHOICES, GENERATIVE
 from olmfast.evaluation.mmlu import LETTERS, Subject, is_mmlu_file, read_mmlu, read_questions, worked_examples
+from olmfast.evaluation.options import first_index
+
+SUSPICIOUS = 16  # questions of a choice from which on they cannot all have the same right letter by chance
 
 
 class Conversations(NamedTuple):
@@ -59,11 +62,16 @@ def load_conversations(
         return Conversations(_mmlu(path, limit, of_question), Counter())
     usable, left_out = [], Counter[str]()
     items = items_in(path, {key for keys in (fields or {}).values() for key in one_or_more(keys)} or KNOWN)
+
+    def item(number: int, data: dict[Any, Any], first: int = 0) -> Item:
+        return Item(f"{path}: item {number}", data if fields else spelled(data), fields or {}, first)
+
+    known = [item(number, data) for number, data in enumerate(items) if isinstance(data, dict)]
+    first = first_index(one.option_index() for one in known) if mode in CHOICES else 0
     for number, data in enumerate(items[:limit]):
-        where = f"{path}: item {number}"
         if not isinstance(data, dict):
-            raise InputError(f"{where}: expected an object, got {type(data).__name__}")
-        found = Item(where, data if fields else spelled(data), fields or {}).conversation(mode)
+            raise InputError(f"{path}: item {number}: expected an object, got {type(data).__name__}")
+        found = item(number, data, first).conversation(mode)
         if isinstance(found, Conversation) and not found.response and mode not in GENERATIVE and not of_question:
             found = NO_ANSWER
         if isinstance(found, str):
@@ -75,8 +83,14 @@ def load_conversations(
         more, first = "", items[0]
         if NO_ANSWER in left_out and isinstance(first, dict) and not fields:
             keys = show(", ".join(map(str, first)))
-            more = f"; of the keys {keys}, fields: {{prompt: ..., response: ...}} says which are meant"
+            wanted = "choices: ..., answer: ..." if mode in CHOICES else "response: ..."
+            more = f"; of the keys {keys}, fields: {{prompt: ..., {wanted}}} says which are meant"
         raise InputError(f"{path}: no item can be scored by mode {mode}: {counted}{more}")
+    if mode in CHOICES and len(usable) >= SUSPICIOUS and len({one.response for one in usable}) == 1:
+        raise InputError(
+            f"{path}: the right option is always {usable[0].response}, so that a model need not read the questions; "
+            "write the file with its options in random order"
+        )
     return Conversations(usable, left_out)
 
 

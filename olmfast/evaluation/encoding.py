@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,15 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# What a template that asks for the date is told, so that a score does not depend on the day: Llama 3.2's own, where it
+# has no clock. A macro in front of the template hides the clock that Transformers gives it.
+CLOCK, TODAY = "strftime_now", datetime(2024, 7, 26)
+NO_CLOCK = (
+    f"{{%- macro {CLOCK}(format) -%}}{{{{ format"
+    + "".join(f" | replace('%{part}', '{TODAY.strftime(f'%{part}')}')" for part in "aAbBdeFHIjmMpSTyY")
+    + " }}{%- endmacro -%}"
+)
+REFUSED = "refused by the chat template"
 THINK = "<think>"
 NO_THINKING = f"{THINK}\n\n</think>\n\n"
 
@@ -69,7 +80,7 @@ def _load(path: Path, name: str, config: DatasetConfig, tokenizer: Any, context:
     is_mmlu = not is_task and (is_folder or (not config.fields and is_mmlu_file(path)))
     where = f"lm_eval: {config.lm_eval}" if is_task else str(path)
     encode = Encoder(tokenizer, config, raw_by_default=is_mmlu or is_task, where=where)
-    encoded = encode.all(conversations)
+    encoded = encode.all(conversations, reasons)
     generates = config.mode in GENERATIVE
     fitting = [s for s in encoded if len(s.prompt) + (1 if generates else len(s.response)) <= context]
     if is_task:
@@ -94,12 +105,17 @@ def _load(path: Path, name: str, config: DatasetConfig, tokenizer: Any, context:
     return Dataset(name, config, tuple(fitting), reasons, digest)
 
 
+class _Refused(Exception):
+    """Messages that a chat template does not take; says why."""
+
+
 class Encoder:
     """Turns a conversation into prompt and response ids under one dataset's settings."""
 
     def __init__(self, tokenizer: Any, config: DatasetConfig, raw_by_default: bool, where: str) -> None:
         self.tokenizer, self.config, self.where = tokenizer, config, where
         self.template = config.template
+        self.in_parts = False  # whether a message's content is a list of parts, as some templates want it
         if config.of_question:  # a text as it stands
             self.template = "raw"
         elif self.template == "auto":
@@ -107,17 +123,30 @@ class Encoder:
             self.template = "raw" if raw_by_default else ("tokenizer" if has_template else "chatml")
         elif self.template == "tokenizer" and not getattr(tokenizer, "chat_template", None):
             raise InputError(f"{where}: template: the tokenizer has no chat template; use chatml or raw")
+        self.own: str | None = None  # where the tokenizer's own template is not used as it stands
+        if self.template == "tokenizer" and CLOCK in (own := tokenizer.get_chat_template()):
+            self.own = NO_CLOCK + own
 
-    def all(self, conversations: Sequence[Conversation]) -> list[Sample]:
-        """The samples of conversations. Raises InputError naming the dataset, and the item that a template refuses."""
+    def all(self, conversations: Sequence[Conversation], left_out: Counter[str] | None = None) -> list[Sample]:
+        """The samples of conversations, without those that the chat template refuses, which `left_out` counts.
+
+        Raises InputError naming the dataset, and the item on which the template fails, or if it refuses all.
+        """
         if self.template == "tokenizer":
             texts = rendered(self._render, conversations, self.where)
         else:
             texts = [self._render(conversation) for conversation in conversations]
+        refused = [told for told in texts if isinstance(told, str)]
+        if refused and (len(refused) == len(texts) or left_out is None):
+            number = next(at for at, told in enumerate(texts) if isinstance(told, str))
+            raise InputError(f"{self.where}: item {conversations[number].number}: {refused[0]}")
+        if refused and left_out is not None:
+            left_out[REFUSED] += len(refused)
         with silenced():
             return [
                 replace(self._sample(asked, parts), number=asked.number)
                 for asked, parts in zip(conversations, texts, strict=True)
+                if not isinstance(parts, str)
             ]
 
     def _sample(self, conversation: Conversation, texts: tuple[str, str, str]) -> Sample:
@@ -160,20 +189,37 @@ class Encoder:
         right = (options[letters.index(conversation.response)],)
         return Sample(prompt_ids, right, options if self.config.mode in CHOICES else ())
 
-    def _render(self, conversation: Conversation) -> tuple[str, str, str]:
-        """Prompt text, answer text as the template puts it, and the end-of-turn text that follows it."""
+    def _render(self, conversation: Conversation) -> tuple[str, str, str] | str:
+        """Prompt text, answer text as the template puts it, and the end-of-turn text that follows it; or why the
+        template refuses the messages."""
         messages, answer = list(conversation.messages), conversation.response
         if self.template == "raw":
             return "\n\n".join(m["content"] for m in messages), answer, self.tokenizer.eos_token or ""
         if self.template == "chatml":
             return self._apply(messages, True, CHATML), answer, "<|im_end|>"
-        prompt = self._apply(messages, True, None)
-        whole = self._apply([*messages, {"role": "assistant", "content": answer}], False, None)
+        try:
+            prompt = self._asked(messages)
+            whole = self._apply([*messages, {"role": "assistant", "content": answer}], False, None)
+        except _Refused as refused:
+            return str(refused)
         tail = whole[len(prompt) :] if whole.startswith(prompt) else ""
         for text in (answer, answer.strip()):
             if tail.startswith(text):
                 return prompt, text, tail[len(text) :].rstrip()
         return prompt, answer, self.tokenizer.eos_token or ""
+
+    def _asked(self, messages: list[dict[str, str]]) -> str:
+        """The prompt of the tokenizer's template; one that leaves texts out is shown them as lists of parts.
+
+        Raises InputError for a template that leaves the question out all the same.
+        """
+        for self.in_parts in (False, True):
+            prompt = self._apply(messages, True, None)
+            *before, last = messages
+            other = [*before, {**last, "content": f"{last['content']} ?"}]
+            if last["content"].strip() in prompt or self._apply(other, True, None) != prompt:
+                return prompt
+        raise InputError("the chat template leaves the question out; use template: chatml, or raw")
 
     def _apply(self, messages: list[dict[str, str]], generation: bool, template: str | None) -> str:
         from jinja2 import TemplateError
@@ -187,11 +233,17 @@ class Encoder:
                 return self._apply(
                     [{"role": messages[1]["role"], "content": joined}, *messages[2:]], generation, template
                 )
-            raise InputError(f"the chat template of {self.tokenizer.name_or_path} refuses it: {told(error)}") from error
+            raise _Refused(f"the chat template refuses it: {told(error)}") from error
 
     def _apply_once(self, messages: list[dict[str, str]], generation: bool, template: str | None) -> str:
+        shown: list[Any] = messages
+        if self.in_parts:
+            shown = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
         text: str = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation, chat_template=template
+            shown,
+            tokenize=False,
+            add_generation_prompt=generation,
+            chat_template=template or self.own,
         )
         return text
 

@@ -13,7 +13,7 @@ import json
 import lzma
 import os
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,14 @@ def items_in(path: Path, keys: Collection[str]) -> list[Any]:
     text = _text(path, content)
     if is_table(path):
         return _rows(path, text)
+    if not text.strip():
+        raise InputError(f"{path}: is empty")
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number without end
         data = _json_lines(path, text, error)
+    if isinstance(data, dict) and _suffix(path) == ".jsonl":
+        data = [data]  # the only line
     if isinstance(data, dict):
         data = _listed(path, data, keys)
     if not isinstance(data, list) or not data:
@@ -105,16 +109,32 @@ def _columnar(path: Path, content: bytes) -> list[Any]:
     return rows
 
 
-def _rows(path: Path, text: str) -> list[Any]:
-    """The rows of a table by the names in its first line."""
+def cells_in(path: Path, text: str, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
+    """The lines of a table that hold anything, with the number of the one each ends in. Raises InputError for what is
+    none."""
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
-        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=_SEPARATORS[_suffix(path)]))
+        for row in reader:
+            if row:
+                yield reader.line_num, row
     except csv.Error as error:
         raise InputError(f"{path}: not CSV in UTF-8: {told(error)}") from error
-    header, *cells = [row for row in rows if row] or [[]]
-    if not cells:
+
+
+def _rows(path: Path, text: str) -> list[Any]:
+    """The rows of a table by the names in its first line."""
+    delimiter = _SEPARATORS[_suffix(path)]
+    (_, header), *rows = [*cells_in(path, text, delimiter)] or [(1, [])]
+    if not rows:
         raise InputError(f"{path}: holds no rows")
-    return [dict(zip(header, row, strict=False)) for row in cells]
+    for number, row in rows:
+        if len(row) > len(header):
+            raise InputError(
+                f"{path}:{number}: has {len(row)} cells, and the first line names {len(header)}; quote a cell that "
+                f"holds {show(delimiter)}"
+            )
+    return [dict(zip(header, row, strict=False)) for _, row in rows]
 
 
 def _json_lines(path: Path, text: str, error: Exception) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -11,6 +12,7 @@ from typing import Any
 from olmfast.config.datasets import Fields, Wanted, one_or_more
 from olmfast.errors import InputError, show
 from olmfast.evaluation.metrics import CHOICES
+from olmfast.evaluation.options import LETTERS, index_of, letter_of, options_of
 
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -24,19 +26,27 @@ TOOL_ROLES = (
 )
 TOOL_KEYS = ("tool_calls", "function_call")
 TURNS = ("conversation", "conversations", "messages")
+PAIRS = (("input", "output"), ("human", "assistant"))  # what a turn of both sides calls them: Capybara, Firefly
+TEXTS = ("text", "input_text", "output_text")  # parts of a message that are text
 OF_CHOICES = ("question", "question_stem", "query", "problem")  # what a multiple choice asks
 QUESTIONS = ("prompt", "instruction", *OF_CHOICES, "input", "inputs")
 WHOLE = "chosen"  # of a preference: the answer, or all messages up to it
 ANSWERS = ("response", "completion", "output", "answer", "solution", WHOLE, "target", "targets", "canonical_solution")
-MORE = ("input", "context")  # what an instruction is about: alpaca, dolly
+ABOUT = ("passage", "article", "body", "story")  # what a question is about, told before it: AGIEval, RACE, SVAMP
+MORE = ("input", "context")  # what an instruction is about, told after it: alpaca, dolly
 SYSTEM, HISTORY = ("system", "system_prompt"), "history"
 OPTIONS, RIGHT = ("choices", "options"), ("answer", "answerKey", "label")
 KNOWN = {*TURNS, *QUESTIONS, WHOLE}  # by one of these an item is known
-_SPELLED = {key.lower() for key in (*KNOWN, *ANSWERS, *MORE, *SYSTEM, HISTORY, *OPTIONS, *RIGHT)}
+_SPELLED = {key.lower() for key in (*KNOWN, *ANSWERS, *ABOUT, *MORE, *SYSTEM, HISTORY, *OPTIONS, *RIGHT)}
 FINAL = "####"  # GSM8K: the steps before it, the answer after it
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-NO_ANSWER, TOOL_CALLS = "without an expected answer", "with tool calls"
+NO_ANSWER, NO_QUESTION = "without an expected answer", "without a question"
+TOOL_CALLS, NO_TEXT = "with tool calls", "with images or other parts that are no text"
+UNWANTED = "with an answer that is labelled unwanted"  # KTO's `label: false`
+
+
+class _LeftOut(Exception):
+    """An item that cannot be used, while others of its file may be; says why."""
 
 
 @dataclass(frozen=True)
@@ -57,56 +67,78 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Item:
-    """One item of a file, and where it is; `fields` maps what is wanted (prompt, response, ...) to the item's keys."""
+    """One item of a file, and where it is; `fields` maps what is wanted (prompt, response, ...) to the item's keys.
+
+    `first_index` is what the number of a right option counts from.
+    """
 
     where: str
     data: dict[str, Any]
     fields: Fields = field(default_factory=dict)
+    first_index: int = 0
 
     def conversation(self, mode: str) -> Conversation | str:
-        """The conversation, or why the item is left out. Raises InputError for one that no mode can use."""
+        """The conversation, or why the item is left out. Raises InputError for one that is none."""
+        try:
+            return self._conversation(mode)
+        except _LeftOut as left_out:
+            return str(left_out)
+
+    def _conversation(self, mode: str) -> Conversation:
         turns = self._turns(mode)
         if any(_calls_tools(turn) for turn in turns):
-            return TOOL_CALLS
+            raise _LeftOut(TOOL_CALLS)
         messages = [_message(self.where, turn) for turn in turns]
         response = ""
         if messages and messages[-1]["role"] == "assistant":
             response = messages.pop()["content"]
-        if not messages or (not response.strip() and messages[-1]["role"] != "user"):
-            raise InputError(f"{self.where}: no question: expected a message before the expected answer")
+        last = messages[-1]["role"] if messages else "system"
+        if last == "system" or (last == "assistant" and not response.strip()):
+            raise _LeftOut(NO_QUESTION)
         found = Conversation(tuple(messages), response if response.strip() else "")
         return self._with_options(found, mode) if mode in CHOICES else found
+
+    def option_index(self) -> tuple[int, int] | None:
+        """The number by which a multiple choice names its right option, where it does, and how many options it has."""
+        choices, labels = options_of(self._given_options())
+        right = self._right()
+        if not isinstance(choices, list) or letter_of(right, labels, choices, None) is not None:
+            return None
+        index = index_of(right)
+        return None if index is None else (index, len(choices))
 
     def _turns(self, mode: str) -> list[Any]:
         """The messages as the item has them."""
         data = self.data
         if self.fields:
-            asked, answer = self._field("prompt"), self._field("response")
+            asked, answer = self._prompt(), self._field("response")
             self._check_texts({"prompt": asked}, {"response": answer})
             return [*_system(self._field("system")), *_asked(asked), *_answered(answer)]
         system = _system(_first(data, SYSTEM))
-        turns = next((data[key] for key in TURNS if key in data), None)
+        turns = _listed(next((data[key] for key in TURNS if key in data), None))
         if isinstance(turns, list) and turns:
             # The original OLM, whose key is `conversation`, reads nothing beside it.
             turns = _alternating(turns)
             return turns if "conversation" in data or _begins_with_system(turns) else [*system, *turns]
         question = next((key for key in QUESTIONS if key in data), None)
+        if turns == [] and question is None:
+            raise _LeftOut(NO_QUESTION)
         if turns is None and question is None and _asks(data.get(WHOLE)):
             return [*([] if _begins_with_system(data[WHOLE]) else system), *data[WHOLE]]
         is_choice = question in OF_CHOICES and self._given_options() is not None
         if turns is None and question is not None and (mode in CHOICES or not is_choice):
             answered = next((key for key in ANSWERS if key in data), ANSWERS[0])
             answer = data.get(answered)
+            if answered == "completion" and data.get("label") is False:
+                raise _LeftOut(UNWANTED)
             if isinstance(answer, str) and FINAL in answer and question == "question":
                 answer = answer.rpartition(FINAL)[2].strip()
             asked = data[question]
             if isinstance(asked, dict) and isinstance(asked.get("stem"), str):  # ARC and others as AI2 publishes them
                 asked = asked["stem"]
             self._check_texts({question: asked}, {} if mode in CHOICES else {answered: answer})
-            about = [key for key in MORE if key != question]
-            more = [text for key in about if isinstance(text := data.get(key), str) and text.strip()]
             if isinstance(asked, str):
-                asked = "\n\n".join([asked, *more])
+                asked = "\n\n".join([*self._texts(ABOUT, question), asked, *self._texts(MORE, question)])
             before = [*system, *_history(self.where, data.get(HISTORY))]
             if mode in CHOICES:
                 return [*before, *_asked(asked)]
@@ -123,6 +155,28 @@ class Item:
             f"{self.where}: expected 'conversation', 'conversations', 'messages' or 'prompt' and 'response'{also}, got "
             f"{show(keys)}; other keys are named by fields: {fields}"
         )
+
+    def _texts(self, keys: tuple[str, ...], question: str) -> list[str]:
+        """What the item says beside its question under these keys. Raises InputError for what is no text."""
+        held = {key: value for key in keys if key != question and (value := self.data.get(key)) not in (None, "")}
+        for key, value in held.items():
+            if not isinstance(value, str):
+                raise InputError(
+                    f"{self.where}: {key}: expected a text, got {show(value)}; fields: {{prompt: {question}, ...}} "
+                    "leaves it out"
+                )
+        return [text for text in held.values() if text.strip()]
+
+    def _prompt(self) -> Any:
+        """What `fields` calls the prompt; of several keys the texts one after another."""
+        keys = self.fields.get("prompt")
+        if not isinstance(keys, list):
+            return self._field("prompt")
+        held = {key: self._at("prompt", key) for key in keys}
+        for key, value in held.items():
+            if value is not None and not isinstance(value, str):
+                raise InputError(f"{self.where}: {key}: expected a text, got {show(value)}")
+        return "\n\n".join(text for text in held.values() if text and text.strip())
 
     def _check_texts(self, asked: Mapping[str, Any], answered: Mapping[str, Any]) -> None:
         """Raise InputError for a question that is no text and no messages, or an answer that is no number either."""
@@ -163,20 +217,26 @@ class Item:
             )
         return self.data[key]
 
-    def _with_options(self, conversation: Conversation, mode: str) -> Conversation | str:
+    def _right(self) -> Any:
+        """What names the right option."""
+        return self._field("answer") if "answer" in self.fields else _first(self.data, RIGHT)
+
+    def _with_options(self, conversation: Conversation, mode: str) -> Conversation:
         """The question with its options listed, as a multiple choice asks it."""
-        data = self.data
-        choices, labels = _options(self._given_options())
+        choices, labels = options_of(self._given_options())
         if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
             raise InputError(f"{self.where}: mode {mode!r} needs 'choices', a list of 2 to {len(LETTERS)} options")
-        right = self._field("answer") if "answer" in self.fields else _first(data, RIGHT)
-        if right == "":
-            return NO_ANSWER
+        right = self._right()
+        letter = letter_of(right, labels, choices, self.first_index)
+        if letter is None and (right in (None, "") or index_of(right) == -1):
+            raise _LeftOut(NO_ANSWER)
         letters = tuple(LETTERS[: len(choices)])
-        letter = _letter(right, letters, labels, choices)
         if letter is None:
             wanted = ", ".join(letters)
-            raise InputError(f"{self.where}: 'answer' must be an index or one of {wanted}, got {show(right)}")
+            raise InputError(
+                f"{self.where}: 'answer' must be an index, counted from {self.first_index}, or one of {wanted}, got "
+                f"{show(right)}"
+            )
         *context, question = conversation.messages
         listed = "\n".join(f"{letter}. {text}" for letter, text in zip(letters, choices, strict=True))
         asked = {"role": "user", "content": f"{question['content']}\n{listed}\nAnswer:"}
@@ -189,36 +249,8 @@ def spelled(data: dict[str, Any]) -> dict[str, Any]:
     return {**data, **{small: data[key] for key, small in odd.items() if small not in data}} if odd else data
 
 
-def _options(given: Any) -> tuple[Any, list[Any]]:
-    """The options of a multiple choice and what they are called, if they have names: a list of texts, or of texts with
-    their labels; lists of both (ARC on the Hub); or a mapping of labels to texts (MedQA)."""
-    if isinstance(given, dict) and "text" in given:
-        labels = given.get("label")
-        return given["text"], labels if isinstance(labels, list) else []
-    if isinstance(given, dict):
-        return list(given.values()), list(given)
-    if _messages(given) and all("text" in option for option in given):
-        return [option["text"] for option in given], [option.get("label") for option in given]
-    return given, []
-
-
-def _letter(right: Any, letters: tuple[str, ...], labels: list[Any], choices: list[Any]) -> str | None:
-    """The letter of the right option, which is named by its label, its letter, its index or its text."""
-    if isinstance(right, bool):
-        return None
-    if right in labels and labels.index(right) < len(letters):
-        return letters[labels.index(right)]
-    if isinstance(right, str) and right in letters:
-        return right
-    if isinstance(right, str) and choices.count(right) == 1:
-        return letters[choices.index(right)]
-    if isinstance(right, str) and right.isdecimal() and len(right) < 3:
-        right = int(right)
-    return letters[right] if isinstance(right, int) and 0 <= right < len(letters) else None
-
-
 def _first(data: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
-    return next((data[key] for key in keys if key in data), None)
+    return next((data[key] for key in keys if data.get(key) is not None), None)
 
 
 def _system(text: Any) -> list[Any]:
@@ -230,8 +262,21 @@ def _begins_with_system(turns: list[Any]) -> bool:
     return isinstance(role, str) and ROLES.get(role.lower()) == "system"
 
 
+def _listed(turns: Any) -> Any:
+    """Turns that are there as text, the JSON of a list."""
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        try:
+            return json.loads(turns)
+        except (ValueError, RecursionError):
+            return turns
+    return turns
+
+
 def _alternating(turns: list[Any]) -> list[Any]:
-    """Turns that are texts alone are the user's and the model's in turn (LIMA, UltraChat)."""
+    """Turns that are texts alone are the user's and the model's in turn (LIMA), as are those of a turn of both."""
+    for pair in PAIRS:
+        if all(isinstance(turn, dict) and all(isinstance(turn.get(side), str) for side in pair) for turn in turns):
+            turns = [turn[side] for turn in turns for side in pair]
     if not all(isinstance(turn, str) for turn in turns):
         return turns
     return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(turns)]
@@ -282,12 +327,21 @@ def _calls_tools(turn: Any) -> bool:
 
 def _message(where: str, turn: Any) -> dict[str, str]:
     role = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
-    content = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
-    if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
-        texts = [part.get("text") if part.get("type", "text") == "text" else None for part in content]
-        content = "\n".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else content
+    key = next((key for key in ("value", "content") if key in turn), None) if isinstance(turn, dict) else None
+    content = "" if key is not None and turn[key] is None else _text(turn[key]) if key is not None else None
     if not isinstance(role, str) or role.lower() not in ROLES or not isinstance(content, str):
         raise InputError(f"{where}: expected a message with 'from' (system, human, gpt) and 'value', got {show(turn)}")
     if not content.isascii() and any("\ud800" <= character <= "\udfff" for character in content):
         raise InputError(f"{where}: holds half of a character (a lone surrogate), which no tokenizer reads")
     return {"role": ROLES[role.lower()], "content": content}
+
+
+def _text(content: Any) -> Any:
+    """A message's text, also where it comes in parts; what is neither stays as it is."""
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return content
+    kinds = [part.get("type", "text") for part in content]
+    if any(isinstance(kind, str) and kind not in TEXTS for kind in kinds):
+        raise _LeftOut(NO_TEXT)
+    texts = [part.get("text") for part in content]
+    return "\n".join(texts) if all(isinstance(text, str) for text in texts) else content

@@ -6,15 +6,15 @@ question, A, B, C, D and the answer's letter. Cells are text, whatever they look
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from olmfast.errors import InputError, did_you_mean, show, told
+from olmfast.errors import InputError, did_you_mean, show
+from olmfast.evaluation.item_files import cells_in
+from olmfast.evaluation.items import KNOWN
 from olmfast.weights.files import read_text
 
 LETTERS = "ABCD"
@@ -122,10 +122,7 @@ def read_questions(path: Path, style: Style = "spaced") -> Iterator[Question]:
 
 def csv_rows(path: Path) -> list[list[str]]:
     """The lines of a CSV file, their cells as text. Raises InputError for any other file."""
-    try:
-        return list(csv.reader(io.StringIO(read_text(path, "utf-8-sig"), newline="")))
-    except csv.Error as error:
-        raise InputError(f"{path}: not CSV in UTF-8: {told(error)}") from error
+    return [row for _, row in cells_in(path, read_text(path, "utf-8-sig"))]
 
 
 def is_mmlu_file(path: Path) -> bool:
@@ -137,7 +134,7 @@ def is_mmlu_file(path: Path) -> bool:
     if path.suffix != ".csv":
         return False
     first = next(iter(csv_rows(path)), [])
-    return not ({"question", "prompt", "instruction"} & {cell.strip().lower() for cell in first})
+    return not (KNOWN & {cell.strip().lower() for cell in first})
 
 
 def worked_examples(path: Path) -> list[Path]:

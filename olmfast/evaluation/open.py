@@ -87,6 +87,12 @@ class Questions:
             raise InputError("\n".join(faults))
         return cls(tokenizer, stop_tokens, datasets)
 
+    @property
+    def notes(self) -> list[str]:
+        """What is left out of the datasets, and why."""
+        counts = ((name, n, why) for name, dataset in self.datasets.items() for why, n in dataset.reasons.items())
+        return [f"{name}: {n} samples {why} are left out" for name, n, why in counts]
+
     def only(self, names: Iterable[str]) -> Questions:
         """Some of the datasets."""
         return Questions(self.tokenizer, self.stop_tokens, {name: self.datasets[name] for name in names})

@@ -93,9 +93,8 @@ class Inputs:
         with _noted(faults):
             _ = pool[config.base_name].companions  # before they are used: what is used has to be what is recorded
             questions = Questions.load(pool[config.base_name], config.dataset_dir, entries)
-        for name, dataset in questions.datasets.items():
-            for why, n in dataset.reasons.items():
-                observer.note(f"{name}: {n} samples {why} are left out")
+        for note in questions.notes:
+            observer.note(note)
         for check in (check_apart, check_units, check_evolve):
             with _noted(faults):
                 check(config, pool)

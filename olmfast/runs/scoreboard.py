@@ -178,11 +178,13 @@ def evaluate(
     models_dir: str | Path = "models",
     device: str = "auto",
     dtype: str = "auto",
+    note: Callable[[str], None] = lambda _: None,
 ) -> Scoreboard:
     """Score a model on datasets (file -> the keys of a config's dataset entry), with donors if any are given.
 
     Models are folders or Hub ids in `models_dir`; missing Hub models are downloaded. With donors, the board also has
-    their plain average, and skill retained is on their scale. Raises InputError naming what is unusable.
+    their plain average, and skill retained is on their scale. `note` is told which samples are left out. Raises
+    InputError naming what is unusable.
     """
     here, name, donors = Path.cwd(), str(model), [str(donor) for donor in against]
     entries = parse_datasets({str(file): entry for file, entry in datasets.items()}, where="evaluate")
@@ -190,6 +192,8 @@ def evaluate(
     pool = Pool.open(list(dict.fromkeys([*donors, name])), here / models_dir, here)
     _check_models(pool)
     questions = Questions.load(pool[name], here, entries)
+    for text in questions.notes:
+        note(text)
     return _scored(name, donors, pool, [questions], settings)[0]
 
 
@@ -202,8 +206,8 @@ def evaluate_like(
     """Score a model as a run of the config scores: `selection` and, if there are any, `holdout` -> a scoreboard.
 
     Datasets, samples, templates, device and dtype are the config's, and so is the tokenizer, its base's; a model that
-    is none of its pool's kind has its own, which `note` is told. A joint search's selection questions are those that it
-    did not set aside. Raises InputError naming what is unusable.
+    is none of its pool's kind has its own. `note` is told of that, and which samples are left out. A joint search's
+    selection questions are those that it did not set aside. Raises InputError naming what is unusable.
     """
     name, donors = str(model), [str(donor) for donor in against]
     limits = {key: getattr(config, key) for key in ("batch_tokens", "max_ram", "max_vram", "scorer")}
@@ -223,6 +227,8 @@ def evaluate_like(
     pool = pool or Pool(found)
     _check_models(pool)
     questions = Questions.load(pool[asks], config.dataset_dir, config.questions)
+    for text in questions.notes:
+        note(text)
     inputs = Inputs(config, pool, questions, settings, ())
     parts = {"selection": inputs.selection, "holdout": inputs.holdout}
     parts = {part: asked for part, asked in parts.items() if asked.datasets}

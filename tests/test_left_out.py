@@ -153,7 +153,7 @@ def prompt_of(found: encoding.Dataset) -> str:
 
 
 def test_a_template_that_asks_for_the_date_gets_the_same_one_every_day(tmp_path):
-    template = "{%- set day = strftime_now('%d %b %Y, %A') %}{{ day }}:" "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    template = "{%- set day = strftime_now('%d %b %Y, %A') %}{{ day }}:{{ messages[0].content }}"
 
     assert prompt_of(dataset(tmp_path, [GOOD], template)) == "26 Jul 2024, Friday:2+2="
 

@@ -110,6 +110,15 @@ def test_a_full_merge_keeps_the_special_tokens_rows_of_a_unless_told_otherwise(h
         torch.testing.assert_close(plain[name], blended)
 
 
+def test_a_tied_model_a_says_that_the_others_head_is_not_used(here, linear):
+    tiny_model(here / "tied", "llama", 1, tie_word_embeddings=True)
+    make(here, "b")
+    code, said, error = linear("--model_a tied --model_b b --alpha 0.5 --output_dir out")
+    assert code == 0, error
+    assert "b: its own lm_head.weight is not used, as tied is tied; as model A it would be" in said + error
+    assert "lm_head.weight" not in weights(here / "out")
+
+
 def test_the_end_tokens_of_both_models_end_a_generation(here, linear):
     make(here, "a", "b")
     (here / "a/generation_config.json").write_text(json.dumps({"eos_token_id": 4, "temperature": 0.5}))
@@ -366,4 +375,4 @@ def test_ranking_layers_asks_for_space_where_the_result_goes(here, linear, monke
     for place in ("--output_dir roomy/full/out", ""):
         code, said, error = linear(f"{wanted} {place}")
         assert (code, said) == (2, "")
-        assert "GB free" in error
+        assert " free" in error

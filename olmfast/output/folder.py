@@ -17,6 +17,8 @@ from fnmatch import fnmatchcase
 from itertools import count
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from olmfast import _shards
 from olmfast.errors import InputError, OlmfastError
 from olmfast.output.beside import CODE, PROCESSOR
@@ -421,5 +423,5 @@ def check_space(output: Path, needed: int) -> None:
     free = free_bytes(output)
     if free < needed:
         raise InputError(
-            f"{output}: the result needs {needed / 1e9:.2f} GB and {parent_of(output)} has {free / 1e9:.2f} GB free"
+            f"{output}: the result needs {decimal(needed)} and {parent_of(output)} has {decimal(free)} free"
         )

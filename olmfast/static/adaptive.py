@@ -198,6 +198,8 @@ def plan_linear(wanted: LinearMerge) -> Plan:
     texts = _generation_config(a, b) if wanted.special_fixes else {}
     if special and wanted.layers is None:
         notes.append(f"Rows of {len(special)} special tokens are those of {a.name}")
+    if (head := a.architecture.family.head) in b.tensors and head not in a.tensors:
+        warnings = [*warnings, f"{b.name}: its own {head} is not used, as {a.name} is tied; as model A it would be"]
     notes += [f"{b.name}: {difference}; rows are merged by id" for difference in vocabulary_differences(a, b)]
     title = f"{wanted.method} (adaptive)"
     content = Content(in_order(tensors), a, a.config, a, texts)

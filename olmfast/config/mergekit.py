@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from olmfast.config.documents import FromFile, in_order, read_documents
+from olmfast.config.documents import FromFile, in_order, read_documents, used_by
 from olmfast.config.groups import Group, Source, group_faults, unread_parameters
 from olmfast.config.loading import explain, unknown_key
 from olmfast.config.naming import parse_model
@@ -171,11 +171,17 @@ class MergeConfig(_Strict, FromFile):
     tokenizer: TokenizerConfig | None = None
     chat_template: str | None = None
     _earlier: tuple[MergeConfig, ...] = PrivateAttr(())
+    _uses: dict[str, str] = PrivateAttr({})
 
     @property
     def earlier(self) -> tuple[MergeConfig, ...]:
         """The documents before this one in its file, whose names stand for their results."""
         return self._earlier
+
+    @property
+    def uses(self) -> dict[str, str]:
+        """Model -> the document of the same file whose result it is."""
+        return self._uses
 
     @property
     def method(self) -> Method:
@@ -235,10 +241,11 @@ class MergeConfig(_Strict, FromFile):
         return [Group("models", sources, self.base_model, {})]
 
     def notes(self) -> list[str]:
-        """What is told of a file that can be merged: parameters and keys that have no effect."""
+        """What is told of a file that can be merged: what a path means, parameters and keys that have no effect."""
         residual = any(part.residual_weight is not None for part in self.slices or ())
         unread = ["slices: residual_weight: not read, as in mergekit"] if residual else []
-        return [*unread_parameters(self.merge_method, self.groups(), self.parameters), *unread]
+        meant = [f"{m}: no such folder, so the document {name} is meant" for m, name in self.uses.items() if m != name]
+        return [*meant, *unread_parameters(self.merge_method, self.groups(), self.parameters), *unread]
 
     def _slice_faults(self) -> Iterator[str]:
         """Slices without layers, of which only the first and the last say something (whose embedding or head is
@@ -306,8 +313,11 @@ def load_merge_config(source: str | Path | Mapping[str, Any]) -> MergeConfig:
     faults += _name_faults(configs, str(path))
     if faults:
         raise InputError("\n".join(faults))
+    for config in configs:
+        others = {one.name for one in configs if one.name is not None} - {config.name}
+        config._uses = used_by(config.model_names, others, config.folder)
     try:
-        *earlier, last = in_order([(one.name, one, one.model_names) for one in configs])
+        *earlier, last = in_order([(one.name, one, one.uses.values()) for one in configs])
     except CycleError as error:
         circle = ", ".join(str(configs[place].name) for place in error.args[1])
         raise InputError(f"{path}: documents use each other: {circle}") from error

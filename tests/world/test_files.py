@@ -98,6 +98,63 @@ def test_check_reads_the_documents_too(place):
     assert len([tensor for tensor in plan.content.tensors if "up_proj" in tensor.name]) == 4
 
 
+CHAIN = """
+name: first
+merge_method: linear
+models: [{model: a}, {model: b}]
+parameters: {weight: 0.5}
+---
+name: second
+merge_method: slerp
+base_model: first
+models: [{model: c}]
+parameters: {t: 0}
+---
+merge_method: linear
+models: [{model: second, parameters: {weight: 1}}, {model: c, parameters: {weight: 1}}]
+"""
+
+
+def test_a_document_may_use_one_that_uses_another(place):
+    merged(place, CHAIN)
+    a, b, c, out = (weights(place / name) for name in ("a", "b", "c", "out"))
+    assert all(torch.allclose(out[name], ((a[name] + b[name]) / 2 + c[name]) / 2, atol=1e-6) for name in a)
+
+
+def test_a_result_that_is_in_the_way_is_found_before_the_first_document_is_written(place):
+    merged(place, "merge_method: passthrough\nmodels: [{model: a}]\n")
+    with pytest.raises(InputError, match=r"out: exists; use --overwrite"):
+        merged(place, CHAIN)
+    assert not list(place.glob("out-*"))
+
+
+def test_no_document_replaces_a_model_that_another_reads(place):
+    merged(place, CHAIN)
+    before = weights(place / "out-first")
+    changed = CHAIN.replace("{model: a}", "{model: c}").replace("model: second", "model: out-first")
+    with pytest.raises(InputError, match=r"out-first holds the model out-first"):
+        merged(place, changed, overwrite=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(place / "out-first").items())
+
+
+@pytest.mark.parametrize("path", ["./intermediates/first", "intermediates/first", "/nowhere/first"])
+def test_a_path_without_a_folder_that_ends_in_a_documents_name_is_that_document(place, path):
+    merged(place, CHAIN)
+    named = weights(place / "out")
+    merged(place, CHAIN.replace("base_model: first", f"base_model: {path}"), overwrite=True)
+    assert all(torch.equal(tensor, named[name]) for name, tensor in weights(place / "out").items())
+    assert f"second: {path}: no such folder, so the document first is meant" in check(place / "m.yml").notes
+
+
+def test_a_folder_that_is_there_and_a_hub_id_are_no_documents(place):
+    (place / "intermediates").mkdir()
+    (place / "intermediates" / "first").symlink_to(place / "c")
+    merged(place, CHAIN.replace("base_model: first", "base_model: ./intermediates/first"))
+    assert all(torch.equal(tensor, weights(place / "out")[name]) for name, tensor in weights(place / "c").items())
+    with pytest.raises(InputError, match="org/first: neither at"):
+        merged(place, CHAIN.replace("base_model: first", "base_model: org/first"), overwrite=True)
+
+
 EQUAL = {
     "a name": "name: mine\nmerge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n",
     "modules": """

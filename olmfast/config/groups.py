@@ -94,7 +94,8 @@ def _whose(group: Group, parameter: Parameter, terms: Sequence[Source]) -> str:
         return "; it has one value for all models: give it in the file's parameters" if misplaced else ""
     lacking = [source.model for source in terms if parameter.name not in source.parameters]
     merged = ", the base_model, which this method merges like the others," if group.base in lacking else ""
-    return f" of every model; {', '.join(lacking)}{merged} has none"
+    verb = "has" if len(lacking) == 1 else "have"
+    return f" of every model; {', '.join(lacking)}{merged} {verb} none"
 
 
 def unread_parameters(name: str, groups: Sequence[Group], shared: Parameters) -> Iterator[str]:

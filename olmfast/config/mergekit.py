@@ -12,7 +12,16 @@ from graphlib import CycleError
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from olmfast.config.documents import FromFile, in_order, read_documents, used_by
 from olmfast.config.groups import Group, Source, group_faults, unread_parameters
@@ -20,7 +29,7 @@ from olmfast.config.loading import explain, unknown_key
 from olmfast.config.naming import parse_model
 from olmfast.config.parameters import NAMES, Parameters
 from olmfast.config.tagged import refuse_dataflow
-from olmfast.errors import InputError, did_you_mean, show
+from olmfast.errors import InputError, did_you_mean, show, shown
 from olmfast.weights.methods import METHODS, Method
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
@@ -38,13 +47,19 @@ def _parse_tokenizer_source(value: object) -> object:
     return parse_model(value.removeprefix("model:") if isinstance(value, str) else value)
 
 
+def _check_method(value: str) -> str:
+    if value not in METHODS:
+        raise ValueError(f"expected one of {', '.join(METHODS)}, got {show(value)}{did_you_mean(value, METHODS)}")
+    return value
+
+
 Model = Annotated[str, BeforeValidator(parse_model)]
 TokenizerSource = Annotated[str, BeforeValidator(_parse_tokenizer_source)]
 
 
 def _check_range(value: object) -> object:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise ValueError(f"expected [first, end], got {show(value)}")
+        raise ValueError(f"expected [first, end], got {shown(value)}")
     return value
 
 
@@ -155,12 +170,19 @@ class TokenizerConfig(_Strict):
     tokens: Annotated[dict[str, TokenConfig], BeforeValidator(lambda given: {} if given is None else given)] = {}
     pad_to_multiple_of: int | None = Field(default=None, ge=1, lt=2**31)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check(cls, value: object) -> object:
+        if isinstance(value, str):
+            raise ValueError(f"expected {{source: {value}}}, got {show(value)}; or write tokenizer_source: {value}")
+        return value
+
 
 class MergeConfig(_Strict, FromFile):
     """A merge file. Models are named as they are written there; paths are relative to its folder."""
 
     name: str | None = None
-    merge_method: str
+    merge_method: Annotated[str, AfterValidator(_check_method)]
     base_model: Model | None = None
     models: list[MergedModel] | None = Field(None, min_length=1)
     slices: list[Slice] | None = Field(None, min_length=1)
@@ -208,12 +230,6 @@ class MergeConfig(_Strict, FromFile):
 
     @model_validator(mode="after")
     def _check(self) -> MergeConfig:
-        if self.merge_method not in METHODS:
-            known = ", ".join(METHODS)
-            raise ValueError(
-                f"merge_method: expected one of {known}, got {show(self.merge_method)}"
-                f"{did_you_mean(self.merge_method, METHODS)}"
-            )
         if (self.models is None) == (self.slices is None):
             raise ValueError("expected either models or slices, got " + ("both" if self.models else "neither"))
         if self.tokenizer is not None and self.tokenizer_source is not None:
@@ -279,11 +295,12 @@ class MergeConfig(_Strict, FromFile):
 
 
 def is_merge_file(data: Mapping[str, Any]) -> bool:
-    """Whether a YAML file is a merge file, perhaps with misspelt keys, rather than a run's configuration."""
+    """Whether a YAML file is a merge file, perhaps with misspelt keys or of another command of mergekit's, rather than
+    a run's configuration."""
     models = data.get("models")
     described = isinstance(models, list) and any(isinstance(entry, dict) for entry in models)
-    described = described and "dataset" not in data
-    return described or any(key in data for key in ("merge_method", "slices"))
+    other = described or any(key in data for key in _OTHER_FILES)
+    return (other and "dataset" not in data) or any(key in data for key in ("merge_method", "slices"))
 
 
 def load_merge_config(source: str | Path | Mapping[str, Any]) -> MergeConfig:
@@ -343,7 +360,12 @@ _OTHER_FILES = {
     "experts": "is a mixture-of-experts file (mergekit-moe), which builds a model of another architecture; "
     "olmfast merges models of one architecture",
     "experts_per_token": "is a mixture-of-experts file (mergekit-moe); olmfast merges models of one architecture",
-    "genome": "is a file of mergekit-evolve; a search is a run here: see olmfast run",
+    **dict.fromkeys(
+        ("genome", "multi_method_genome"),
+        "is not a merge file but one of mergekit-evolve; a search is a run here: see olmfast run",
+    ),
+    "stages": "is not a merge file of mergekit's; each stage is a document here (--- begins one), and its name stands "
+    "for its result in the others",
 }
 
 
@@ -372,7 +394,7 @@ def _flattened(data: dict[str, Any], where: str) -> dict[str, Any]:
         or not isinstance(inner := next(iter(modules.values())), dict)
     ):
         raise InputError(
-            f"{where}: modules: expected one, such as {{default: {{slices: ...}}}}, got {show(modules)}; models of "
+            f"{where}: modules: expected one, such as {{default: {{slices: ...}}}}, got {shown(modules)}; models of "
             "several modules are merged whole with models; slices cut their text model, the rest is the base_model's"
         )
     twice = [key for key in inner if key in data]
@@ -393,6 +415,7 @@ _OF_GENOMES = ("allow_negative_weights", "smooth", "layer_granularity", "filters
 # Keys that are given where they are none -> where they belong; later ones win.
 _PLACES: dict[str, str] = {
     "out_path": "the result's folder is an argument of the command, and documents use each other by name",
+    **dict.fromkeys(("random_seed", "seed"), "the seed is an option of the command: --seed"),
     **dict.fromkeys(_OF_GENOMES, "it is a key of mergekit-evolve's genomes and changes no merge: leave it out"),
     **dict.fromkeys(SliceSource.model_fields, "it belongs in an entry of sources, beside model"),
     **dict.fromkeys(Slice.model_fields, "it belongs in an entry of slices"),

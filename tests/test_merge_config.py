@@ -112,7 +112,7 @@ def test_the_base_is_merged_too_where_a_method_knows_no_task_vectors():
         ),
         ({"parameters": {"random_seed": 1}}, "random_seed: unknown key here; the seed is an option of the command"),
         ({"tokenizer": "union"}, "tokenizer: expected {source: union}, got 'union'; or write tokenizer_source: union"),
-        ({"multi_method_genome": {}}, "multi_method_genome: is not a merge file but one of mergekit-evolve"),
+        ({"multi_method_genome": {}}, "multi_method_genome: is a file of mergekit-evolve; a search is a run"),
         ({"stages": []}, "stages: is not a merge file of mergekit's; each stage is a document here"),
         ({"parameters": {"weight": "much"}}, "parameters.weight: expected a number"),
         ({"parameters": {"weight": 16**5000}}, "parameters.weight: expected a number"),

@@ -362,7 +362,7 @@ _OTHER_FILES = {
     "experts_per_token": "is a mixture-of-experts file (mergekit-moe); olmfast merges models of one architecture",
     **dict.fromkeys(
         ("genome", "multi_method_genome"),
-        "is not a merge file but one of mergekit-evolve; a search is a run here: see olmfast run",
+        "is a file of mergekit-evolve; a search is a run here: see olmfast run",
     ),
     "stages": "is not a merge file of mergekit's; each stage is a document here (--- begins one), and its name stands "
     "for its result in the others",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -140,6 +140,17 @@ def settings_of(
     return settings
 
 
+def entries_taken(
+    method: Method, outer: Sequence[Parameters], own: Sequence[Parameters], names: Sequence[str], output: str
+) -> Iterator[Varying]:
+    """The entries that `settings_of` takes the settings of one tensor from."""
+    for parameter in method.parameters:
+        each = [(outer, output)]
+        if parameter.per != "merge":
+            each = [([scope, *outer], name) for scope, name in zip(own, names, strict=True)]
+        yield from filter(None, (_taken(parameter, scopes, name) for scopes, name in each))
+
+
 def _filled(value: Scalar | None, parameter: Parameter, output: str) -> float:
     if value is None and parameter.default is None:
         raise _missing(parameter, output)
@@ -166,8 +177,13 @@ def _typed(value: Setting, parameter: Parameter, output: str) -> Setting:
 
 
 def _resolve(parameter: Parameter, scopes: Sequence[Parameters], tensor: str, depth: float) -> Scalar | None:
+    entry = _taken(parameter, scopes, tensor)
+    return None if entry is None else entry.at(depth)
+
+
+def _taken(parameter: Parameter, scopes: Sequence[Parameters], tensor: str) -> Varying | None:
     for scope in scopes:
         for entry in scope.get(parameter.name, ()):
             if entry.filter is None or entry.filter in tensor:
-                return entry.at(depth)
+                return entry
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from itertools import pairwise
@@ -19,6 +19,7 @@ from olmfast.weights.files import read_text
 from olmfast.weights.hub import folders_of
 
 INTERMEDIATES = "intermediates"  # the folder that mergekit-multi's users keep documents' results in
+_OF_MODELS = ("model", "path", "base_model", "tokenizer_source", "source", "chat_template")  # keys that name one
 
 Named = TypeVar("Named")
 
@@ -82,13 +83,14 @@ def read_documents(path: Path) -> list[Document]:
 def in_order(documents: Sequence[tuple[str | None, Named, Collection[str]]]) -> list[Named]:
     """Documents in the order that they are made in, the result's last: the one without a name, else the last unused.
 
-    Each is its name, itself and the names of those that it uses, which come before it. Raises graphlib.CycleError for
-    those that use each other.
+    Each is its name, itself and the models that it names, perhaps with a revision or an adapter; what it uses of other
+    documents comes before it. Raises graphlib.CycleError for those that use each other.
     """
     places = {name: place for place, (name, _, _) in enumerate(documents) if name is not None}
     order, used = TopologicalSorter[int](), set[int]()
-    for place, (_, _, names) in enumerate(documents):
-        uses = [places[name] for name in places if name in names]
+    for place, (_, _, models) in enumerate(documents):
+        named = {re.split("[+@]", model)[0] for model in models}
+        uses = [places[name] for name in places if name in named and places[name] != place]
         order.add(place, *uses)
         used |= {*uses}
     last = max((place for place in range(len(documents)) if place not in used), default=0)
@@ -97,23 +99,26 @@ def in_order(documents: Sequence[tuple[str | None, Named, Collection[str]]]) -> 
     return [documents[place][1] for place in (*made, result)]
 
 
-def used_by(models: Iterable[str], names: Collection[str], folder: Path) -> dict[str, str]:
-    """Model -> the document whose result it is, of the `models` that a document names, perhaps with adapters; `names`
-    are those of the other documents, and `folder` is that of the file.
+def by_name(value: Any, names: Collection[str], folder: Path, meant: dict[str, str], key: str = "") -> Any:
+    """The same data with the names of the other documents for the paths that mean them: `meant` gets path -> name.
 
     `./intermediates/NAME` is how mergekit-multi's users name what another document made, in the folder that it keeps
     such results in. Nothing is kept there here, so that a path without a folder means the document; a hub id does not.
+    `folder` is that of the file.
     """
-    found = {}
-    for model in models:
-        first = model.partition("+")[0]
-        path = Path(first)
-        is_path = path.is_absolute() or first.startswith((".", "~")) or path.parts[:-1] == (INTERMEDIATES,)
-        if first in names:
-            found[first] = first
-        elif is_path and path.name in names and not folders_of(first, folder, folder):
-            found[first] = path.name
-    return found
+    if isinstance(value, dict):
+        return {inner: by_name(held, names, folder, meant, inner) for inner, held in value.items()}
+    if isinstance(value, list):
+        return [by_name(held, names, folder, meant, key) for held in value]
+    if not isinstance(value, str) or key not in _OF_MODELS:
+        return value
+    model, *adapters = value.split("+")
+    path = Path(model)
+    is_path = path.is_absolute() or model.startswith((".", "~")) or path.parts[:-1] == (INTERMEDIATES,)
+    if not is_path or path.name not in names or folders_of(model, folder, folder):
+        return value
+    meant[model] = path.name
+    return "+".join([path.name, *adapters])
 
 
 def _document(data: object, text: str, path: Path) -> Document:

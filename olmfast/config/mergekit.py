@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
-from olmfast.config.documents import FromFile, in_order, read_documents, used_by
+from olmfast.config.documents import FromFile, by_name, in_order, read_documents
 from olmfast.config.entries import (
     MergedModel,
     Model,
@@ -72,17 +72,12 @@ class MergeConfig(Strict, FromFile):
     tokenizer: TokenizerConfig | None = None
     chat_template: str | None = None
     _earlier: tuple[MergeConfig, ...] = PrivateAttr(())
-    _uses: dict[str, str] = PrivateAttr({})
+    _meant: dict[str, str] = PrivateAttr({})  # path without a folder -> the document that it means
 
     @property
     def earlier(self) -> tuple[MergeConfig, ...]:
         """The documents before this one in its file, whose names stand for their results."""
         return self._earlier
-
-    @property
-    def uses(self) -> dict[str, str]:
-        """Model -> the document of the same file whose result it is."""
-        return self._uses
 
     @property
     def method(self) -> Method:
@@ -139,7 +134,7 @@ class MergeConfig(Strict, FromFile):
         """What is told of a file that can be merged: what a path means, parameters and keys that have no effect."""
         residual = any(part.residual_weight is not None for part in self.slices or ())
         unread = ["slices: residual_weight: not read, as in mergekit"] if residual else []
-        meant = [f"{m}: no such folder, so the document {name} is meant" for m, name in self.uses.items() if m != name]
+        meant = [f"{path}: no such folder, so the document {name} is meant" for path, name in self._meant.items()]
         return [*meant, *unread_parameters(self.merge_method, self.groups(), self.parameters), *unread]
 
     def _slice_faults(self) -> Iterator[str]:
@@ -197,23 +192,25 @@ def load_merge_config(source: str | Path | Mapping[str, Any]) -> MergeConfig:
     if "dataset" in documents[-1].data and not is_merge_file(documents[-1].data):
         raise InputError(f"{path}: is a run's configuration, not a merge file; use: olmfast run {path}")
     configs, faults = list[MergeConfig](), list[str]()
+    folder = path.parent.absolute()
+    names = {name for document in documents if isinstance(name := document.data.get("name"), str)}
     for place, document in enumerate(documents):
         where = str(path) if len(documents) == 1 else f"{path}: document {place + 1}"
+        meant = dict[str, str]()
+        others = {name for name in names if name != document.data.get("name")}
         try:
-            config = parse_merge_config(document.without_anchors(_TOP), where, path.parent.absolute())
+            data = by_name(document.without_anchors(_TOP), others, folder, meant)
+            config = parse_merge_config(data, where, folder)
         except InputError as error:
             faults.append(str(error))
             continue
-        config._text, config._file = document.text, path.absolute()
+        config._text, config._file, config._meant = document.text, path.absolute(), meant
         configs.append(config)
     faults += _name_faults(configs, str(path))
     if faults:
         raise InputError("\n".join(faults))
-    for config in configs:
-        others = {one.name for one in configs if one.name is not None} - {config.name}
-        config._uses = used_by(config.model_names, others, config.folder)
     try:
-        *earlier, last = in_order([(one.name, one, one.uses.values()) for one in configs])
+        *earlier, last = in_order([(one.name, one, one.model_names) for one in configs])
     except CycleError as error:
         circle = ", ".join(str(configs[place].name) for place in error.args[1])
         raise InputError(f"{path}: documents use each other: {circle}") from error

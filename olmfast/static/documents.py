@@ -53,15 +53,10 @@ class _Outlines:
 
 def _planned(document: MergeConfig, made: Mapping[str, Path], options: Mapping[str, Any]) -> Plan:
     try:
-        return plan_merge(document, made=made_for(document, made), **options)
+        return plan_merge(document, made=made, **options)
     except InputError as error:
         which = document.name or "the last document"
         raise InputError("\n".join(f"{which}: {line}" for line in str(error).splitlines())) from error
-
-
-def made_for(document: MergeConfig, made: Mapping[str, Path]) -> dict[str, Path]:
-    """The folders of the models that a document names and others make; `made` are those of the documents."""
-    return {model: made[name] for model, name in document.uses.items()}
 
 
 def output_of(document: MergeConfig, output: Path) -> Path:

@@ -22,7 +22,7 @@ from olmfast.observer import Observer
 from olmfast.output.card import merge_card
 from olmfast.output.folder import OutputFolder, check_space, parent_of
 from olmfast.output.writer import write_folder, write_text, writing
-from olmfast.static.documents import made_for, output_of, plan_documents
+from olmfast.static.documents import output_of, plan_documents
 from olmfast.static.mergekit import plan_merge
 from olmfast.static.plan import Plan, memory_bytes
 from olmfast.static.vocabularies import check_written
@@ -96,9 +96,9 @@ def merge(
         limit = read_options(device, shard_size, max_ram)[2]
         _check_outputs(plans, [OutputFolder(place, overwrite=overwrite) for place in (*places, output)], limit)
     for document, place in zip(config.earlier, places, strict=True):
-        write_merge(plan_merge(document, made=made_for(document, made), **how), place, **options)
+        write_merge(plan_merge(document, made=made, **how), place, **options)
         made[str(document.name)] = place
-    return write_merge(plan_merge(config, made=made_for(config, made), **how) if made else plans[-1], output, **options)
+    return write_merge(plan_merge(config, made=made, **how) if made else plans[-1], output, **options)
 
 
 def write_merge(

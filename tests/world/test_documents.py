@@ -144,6 +144,12 @@ def test_a_path_without_a_folder_that_ends_in_a_documents_name_is_that_document(
     assert f"second: {path}: no such folder, so the document first is meant" in check(place / "m.yml").notes
 
 
+def test_a_document_by_its_name_and_by_a_path_is_one_model(place):
+    twice = "{model: first, parameters: {weight: 1}}, {model: ./intermediates/first, parameters: {weight: 1}}"
+    with pytest.raises(InputError, match=r"document 3: models: 'first' is listed twice"):
+        merged(place, CHAIN.replace("{model: second, parameters: {weight: 1}}", twice))
+
+
 def test_a_folder_that_is_there_and_a_hub_id_are_no_documents(place):
     (place / "intermediates").mkdir()
     (place / "intermediates" / "first").symlink_to(place / "c")

@@ -39,9 +39,10 @@ class Interrupted(OlmfastError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'weight'?` for the known word closest to `word`, or nothing if none is close."""
-    close = difflib.get_close_matches(word, list(known), n=1) if len(word) <= LONGEST else []
-    return f"; did you mean {show(close[0])}?" if close else ""
+    """`; did you mean 'weight'?` for the known word closest to `word` in any case, or nothing if none is close."""
+    spelled = {one.lower(): one for one in reversed([*known])} if len(word) <= LONGEST else {}
+    close = difflib.get_close_matches(word.lower(), list(spelled), n=1)
+    return f"; did you mean {show(spelled[close[0]])}?" if close else ""
 
 
 class _Short(reprlib.Repr):
@@ -68,6 +69,11 @@ _SHORT = _Short()
 def show(value: object) -> str:
     """A value as a message quotes it: `repr`, cut where it is long."""
     return cut(_SHORT.repr(value))
+
+
+def shown(value: object) -> str:
+    """The same of what a file gives: a key without a value gives nothing."""
+    return "nothing" if value is None else show(value)
 
 
 def told(error: BaseException | str) -> str:

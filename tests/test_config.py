@@ -10,6 +10,7 @@ import pytest
 from configs import ORIGINAL, parse, plain
 
 from olmfast.config.datasets import MODES
+from olmfast.config.loading import parse_mapping
 from olmfast.config.resources import Budget
 from olmfast.config.run import load_config, parse_config
 from olmfast.errors import InputError
@@ -102,7 +103,7 @@ def test_an_unknown_key_is_an_error_with_a_suggestion(keys, message):
         ({"direction": "forwards"}, "direction: expected 'forward' or 'backward', got 'forwards'; did you mean"),
         ({"dataset": {"a": {"mode": "exact_mach"}}}, "got 'exact_mach'; did you mean 'exact_match'?"),
         ({"dataset": {"a": {}}}, "dataset.a.mode: required key is missing"),
-        ({"dataset": {"a": None}}, "dataset.a: expected a valid dictionary of keys, got None"),
+        ({"dataset": {"a": None}}, "dataset.a: expected a valid dictionary of keys, got nothing"),
         ({"dataset": {"a": "exact"}}, "dataset.a: expected how it is scored, such as {mode: exact_match}, got 'exact'"),
         ({"dataset": ["a"]}, "dataset: expected a mapping of keys to values, got ['a']"),
         ({"dataset": {"a": {"mode": "exact", "fields": {"prompt": 3}}}}, "prompt: expected a valid string, or a"),
@@ -215,6 +216,8 @@ def test_missing_keys_are_named():
     [
         ("samples: 1\nmodels: [a]\nsamples: 2\n", ":3:1: not valid YAML: key 'samples' is given twice"),
         ("dataset:\n  a: {mode: exact, mode: choice}\n", ":2:20: not valid YAML: key 'mode' is given twice"),
+        ("a: &x {b: 1}\nc: {b: 2, <<: *x, b: 3}\n", ":2:19: not valid YAML: key 'b' is given twice"),
+        ("c: {<<: [{b: 1}, a]}\n", ":1:18: not valid YAML: expected a mapping to merge, or a list of them, got 'a'"),
         ("models: [a\n", ":2:1: not valid YAML: "),
         ("? [a]\n: 1\n", ":1:3: not valid YAML: ['a'] cannot be a key"),
         ("&x {a: *x}\n", "not valid YAML: found unconstructable recursive node"),
@@ -233,6 +236,22 @@ def test_text_that_is_no_config_is_refused_with_its_place(tmp_path, text, messag
     assert str(caught.value).startswith(str(path))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("{<<: *x, a: 3}", {"a": 3, "b": 1}),
+        ("{a: 3, <<: *x}", {"a": 3, "b": 1}),
+        ("{<<: [*x, *y]}", {"a": 1, "b": 1, "c": 2}),
+        ("{<<: [*y, *x], c: 3}", {"a": 2, "b": 1, "c": 3}),
+        ("{<<: {<<: *x, a: 4}, c: 3}", {"a": 4, "b": 1, "c": 3}),
+        ("{<<: *z}", {"a": 5, "b": 1}),
+    ],
+)
+def test_own_keys_go_before_merged_ones_and_of_these_the_earlier(text, read):
+    known = "x: &x {a: 1, b: 1}\ny: &y {a: 2, c: 2}\nz: &z {<<: *x, a: 5}\n"
+    assert parse_mapping(f"{known}merged: {text}\n", "m.yml")["merged"] == read
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,7 @@ FLAT = [[[1.0] * 3, [1.0] * 2]] * 2
         ({"add_last_layer": "no"}, "add_last_layer: expected a valid boolean, got 'no'"),
         ({"layer_masks": []}, "layer_masks: unknown key; did you mean 'layer_mask'?"),
         ({"scaling_factors": {"safetensor": "f", "tensor": "t"}}, "unknown key 'safetensor'; did you mean 'safetensor"),
-        ({"scaling_factors": {"safetensors": "f"}}, "scaling_factors.tensor: expected a text, got None"),
+        ({"scaling_factors": {"safetensors": "f"}}, "scaling_factors.tensor: expected a text, got nothing"),
         ({"scaling_factors": {"safetensors": "f", "tensor": "t"}}, "f: cannot be opened: No such file"),
     ],
 )

@@ -84,7 +84,7 @@ def test_the_base_is_merged_too_where_a_method_knows_no_task_vectors():
             {"merge_method": "model_stock", "models": [{"model": "a"}], "base_model": "c"},
             "takes at least 2 models besides",
         ),
-        ({"parameters": {}}, "linear needs the parameter weight of every model; a, b has none"),
+        ({"parameters": {}}, "linear needs the parameter weight of every model; a, b have none"),
         (
             {"models": [{"model": "a", "parameters": {"weight": 1}}], "parameters": {}, "base_model": "c"},
             "of every model; c, the base_model, which this method merges like the others, has none",
@@ -101,6 +101,19 @@ def test_the_base_is_merged_too_where_a_method_knows_no_task_vectors():
         ({"parameters": {"smooth": False, "weight": 1}}, "a key of mergekit-evolve's genomes and changes no merge"),
         ({"models": [*TWO, {"model": "a"}]}, "models: 'a' is listed twice"),
         ({"dtype": "int8"}, "dtype: expected 'float32', 'bfloat16', 'float16' or 'float64', got 'int8'"),
+        ({"merge_method": "SLERP"}, "got 'SLERP'; did you mean 'slerp'?"),
+        ({"parameters": {"weight": None}}, "parameters.weight: expected a number, true or false, a list of them or of"),
+        ({"parameters": {"weight": None}}, ", got nothing"),
+        ({"merge_method": None}, "merge_method: expected a valid string, got nothing"),
+        ({"parameters": {"weight": [{"pattern": "x", "value": 1}]}}, "pattern: is the older name of filter"),
+        (
+            {"parameters": {"weight": 0.7, "filter": "mlp"}},
+            "parameters: filter: stands beside the value that it limits; write weight: [{filter: mlp, value: 0.7}]",
+        ),
+        ({"parameters": {"random_seed": 1}}, "random_seed: unknown key here; the seed is an option of the command"),
+        ({"tokenizer": "union"}, "tokenizer: expected {source: union}, got 'union'; or write tokenizer_source: union"),
+        ({"multi_method_genome": {}}, "multi_method_genome: is a file of mergekit-evolve; a search is a run"),
+        ({"stages": []}, "stages: is not a merge file of mergekit's; each stage is a document here"),
         ({"parameters": {"weight": "much"}}, "parameters.weight: expected a number"),
         ({"parameters": {"weight": 16**5000}}, "parameters.weight: expected a number"),
         ({"base_model": 16**5000}, "base_model: expected a valid string, got a number of thousands of digits"),
@@ -186,12 +199,17 @@ def test_a_run_whose_models_are_described_is_still_a_run():
     assert is_merge_file(described)
     assert is_merge_file({**described, "dataset": {}, "merge_method": "ties"})
     assert not is_merge_file({**described, "dataset": {}})
+    assert not is_merge_file({"genome": {}, "dataset": {}})
+
+
+def test_a_file_of_another_command_of_mergekits_is_no_run():
+    assert is_merge_file({"genome": {}, "task": []})
 
 
 def test_every_fault_is_told_at_once():
     with pytest.raises(InputError) as caught:
-        parse(dtype="x", nonsense=1, models=[{"model": "a", "weight": 1}])
-    assert len(str(caught.value).splitlines()) == 3
+        parse(merge_method="tie", dtype="x", nonsense=1, models=[{"model": "a", "weight": 1}])
+    assert len(str(caught.value).splitlines()) == 4
 
 
 def test_python_objects_in_yaml_are_not_made(tmp_path):

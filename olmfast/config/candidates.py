@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from olmfast.errors import did_you_mean, show
+from olmfast.errors import did_you_mean, show, shown
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class CandidateKind(BaseModel):
 def parse_candidates(value: object) -> list[CandidateKind]:
     """The entries of `candidates`. Raises ValueError for what is none."""
     if not isinstance(value, list) or not value:
-        raise ValueError(f"expected a list such as [swap, {{linear: [0.25, 0.5]}}], got {show(value)}")
+        raise ValueError(f"expected a list such as [swap, {{linear: [0.25, 0.5]}}], got {shown(value)}")
     kinds = [entry if isinstance(entry, CandidateKind) else _parse_kind(entry) for entry in value]
     methods = [kind.method for kind in kinds]
     twice = next((method for method in methods if methods.count(method) > 1), None)
@@ -56,7 +56,7 @@ def _parse_kind(entry: object) -> CandidateKind:
     known = ["swap", *BLENDS]
     if not isinstance(method, str) or method not in known:
         hint = did_you_mean(method, known) if isinstance(method, str) else ""
-        raise ValueError(f"expected one of {', '.join(known)}, got {show(entry)}{hint}")
+        raise ValueError(f"expected one of {', '.join(known)}, got {shown(entry)}{hint}")
     if method == "swap":
         if numbers is not None:
             raise ValueError(f"swap takes a donor's values unchanged and has no numbers, got {show(numbers)}")
@@ -68,7 +68,7 @@ def _parse_kind(entry: object) -> CandidateKind:
     except (TypeError, ValueError, OverflowError):
         values = ()
     if not len(values) == len(listed) > 0 or not all(math.isfinite(x) and blend.is_allowed(x) for x in values):
-        raise ValueError(f"{method}: expected {blend.allowed}, got {show(numbers)}")
+        raise ValueError(f"{method}: expected {blend.allowed}, got {shown(numbers)}")
     if len(set(values)) != len(values):
         raise ValueError(f"{method}: a number is given twice in {show(numbers)}")
     return CandidateKind(method=method, values=values)

@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, Validation
 from olmfast.config.documents import FromFile
 from olmfast.config.loading import absolute, explain, parse_yaml
 from olmfast.config.tagged import TaggedLoader, is_dataflow_file
-from olmfast.errors import InputError, did_you_mean, show
+from olmfast.errors import InputError, did_you_mean, show, shown
 from olmfast.weights.affine import Given
 from olmfast.weights.files import read_text
 
@@ -63,20 +63,20 @@ def _parse_path(value: object) -> object:
             return f"{value[0]}@{revision}"
     if isinstance(value, str):
         return value
-    raise ValueError(f"expected a model as [name, revision or null], got {show(value)}")
+    raise ValueError(f"expected a model as [name, revision or null], got {shown(value)}")
 
 
 def _parse_flag(value: object) -> object:
     """An entry of the mask: true or false, or 1 or 0."""
     if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
         return bool(value)
-    raise ValueError(f"expected true or false, got {show(value)}")
+    raise ValueError(f"expected true or false, got {shown(value)}")
 
 
 def _parse_number(value: object) -> object:
     number = _number(value)
     if number is None:
-        raise ValueError(f"expected a finite number, got {show(value)}")
+        raise ValueError(f"expected a finite number, got {shown(value)}")
     return number
 
 
@@ -213,14 +213,14 @@ def _factor(given: object, place: tuple[int, ...], sizes: Sequence[tuple[int, ..
         return number
     wide = "" if key == "bias_factors" else " or D lists of D numbers"
     if not isinstance(node, list) or not node:
-        raise ValueError(f"{where}: expected a finite number, D numbers{wide}, got {show(node)}")
+        raise ValueError(f"{where}: expected a finite number, D numbers{wide}, got {shown(node)}")
     rows = node if isinstance(node[0], list) and key != "bias_factors" else [node]
     if any(not isinstance(row, list) or len(row) != len(rows[0]) for row in rows):
         raise ValueError(f"{where}: expected D lists of D numbers, got lists of different lengths")
     values = [_number(value) for row in rows for value in row]
     if None in values:
         odd = next(value for row in rows for value in row if _number(value) is None)
-        raise ValueError(f"{where}: expected finite numbers, got {show(odd)} among them")
+        raise ValueError(f"{where}: expected finite numbers, got {shown(odd)} among them")
     shape = (len(rows), len(rows[0])) if rows is node else (len(node),)
     return Given(tuple(value for value in values if value is not None), shape)
 
@@ -233,7 +233,7 @@ def _placed(entry: dict[Any, Any], place: tuple[int, ...], sizes: tuple[int, ...
             raise ValueError(f"{where}: unknown key {show(key)}{meant}; expected {{safetensors: FILE, tensor: NAME}}")
     for key in ("safetensors", "tensor"):
         if not isinstance(entry.get(key), str):
-            raise ValueError(f"{where}.{key}: expected a text, got {show(entry.get(key))}")
+            raise ValueError(f"{where}.{key}: expected a text, got {shown(entry.get(key))}")
     return Placed(Path(entry["safetensors"]), entry["tensor"], place, sizes)
 
 

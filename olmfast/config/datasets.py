@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from olmfast.config.loading import explain
 from olmfast.config.overriding import override
-from olmfast.errors import InputError, show
+from olmfast.errors import InputError, show, shown
 
 Mode = Literal[
     "exact_match", "bigram_loss", "diversity", "exact", "bigram", "quality", "likelihood", "perplexity", "choice"
@@ -69,7 +69,7 @@ class DatasetConfig(BaseModel):
     @classmethod
     def _with_mode(cls, data: Any) -> Any:
         if isinstance(data, str):
-            raise ValueError(f"expected how it is scored, such as {{mode: exact_match}}, got {show(data)}")
+            raise ValueError(f"expected how it is scored, such as {{mode: exact_match}}, got {shown(data)}")
         return {"mode": "exact", **data} if isinstance(data, dict) and data.get("lm_eval") else data
 
     @model_validator(mode="after")

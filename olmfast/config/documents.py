@@ -16,6 +16,10 @@ from pydantic import BaseModel, PrivateAttr
 from olmfast.config.loading import parse_yaml
 from olmfast.errors import InputError
 from olmfast.weights.files import read_text
+from olmfast.weights.hub import folders_of
+
+INTERMEDIATES = "intermediates"  # the folder that mergekit-multi's users keep documents' results in
+_OF_MODELS = ("model", "path", "base_model", "tokenizer_source", "source", "chat_template")  # keys that name one
 
 Named = TypeVar("Named")
 
@@ -93,6 +97,28 @@ def in_order(documents: Sequence[tuple[str | None, Named, Collection[str]]]) -> 
     result = next((place for place, (name, _, _) in enumerate(documents) if name is None), last)
     made = [place for place in order.static_order() if place != result]
     return [documents[place][1] for place in (*made, result)]
+
+
+def by_name(value: Any, names: Collection[str], folder: Path, meant: dict[str, str], key: str = "") -> Any:
+    """The same data with the names of the other documents for the paths that mean them: `meant` gets path -> name.
+
+    `./intermediates/NAME` is how mergekit-multi's users name what another document made, in the folder that it keeps
+    such results in. Nothing is kept there here, so that a path without a folder means the document; a hub id does not.
+    `folder` is that of the file.
+    """
+    if isinstance(value, dict):
+        return {inner: by_name(held, names, folder, meant, inner) for inner, held in value.items()}
+    if isinstance(value, list):
+        return [by_name(held, names, folder, meant, key) for held in value]
+    if not isinstance(value, str) or key not in _OF_MODELS:
+        return value
+    model, *adapters = value.split("+")
+    path = Path(model)
+    is_path = path.is_absolute() or model.startswith((".", "~")) or path.parts[:-1] == (INTERMEDIATES,)
+    if not is_path or path.name not in names or folders_of(model, folder, folder):
+        return value
+    meant[model] = path.name
+    return "+".join([path.name, *adapters])
 
 
 def _document(data: object, text: str, path: Path) -> Document:

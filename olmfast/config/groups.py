@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from olmfast.config.parameters import IGNORED, Parameters, parameter_given
+from olmfast.config.parameters import IGNORED, Parameters, Varying, entries_taken, parameter_given
 from olmfast.errors import did_you_mean, show
 from olmfast.weights.methods import METHODS, Method, Parameter
 
@@ -94,7 +94,8 @@ def _whose(group: Group, parameter: Parameter, terms: Sequence[Source]) -> str:
         return "; it has one value for all models: give it in the file's parameters" if misplaced else ""
     lacking = [source.model for source in terms if parameter.name not in source.parameters]
     merged = ", the base_model, which this method merges like the others," if group.base in lacking else ""
-    return f" of every model; {', '.join(lacking)}{merged} has none"
+    verb = "has" if len(lacking) == 1 else "have"
+    return f" of every model; {', '.join(lacking)}{merged} {verb} none"
 
 
 def unread_parameters(name: str, groups: Sequence[Group], shared: Parameters) -> Iterator[str]:
@@ -117,3 +118,69 @@ def unread_parameters(name: str, groups: Sequence[Group], shared: Parameters) ->
         listed = ", ".join(key for key in dict.fromkeys(keys) if key not in IGNORED)
         if listed:
             yield f"parameters: {listed}: {why}"
+
+
+Merged = tuple[Group, str, Sequence[str]]  # a merged tensor: its group, the result's name, and what the terms call it
+
+
+def idle_entries(name: str, groups: Sequence[Group], shared: Parameters, merged: Sequence[Merged]) -> Iterator[str]:
+    """What is said of values with a filter, or behind one without, that no tensor takes; `merged` are the tensors that
+    the method `name` merges."""
+    method = METHODS[name]
+    listed = [*_limited(method, groups, shared)]
+    if not listed or not merged:
+        return
+    taken = set[int]()
+    for group, output, names in merged:
+        own = [source.parameters for source in group.terms(method)]
+        taken |= {id(entry) for entry in entries_taken(method, (group.parameters, shared), own, names, output)}
+    # A list that several slices repeat need not have an effect in each.
+    used = {(parameter.name, entries[:i]) for _, parameter, entries, i in listed if id(entries[i - 1]) in taken}
+    words = sorted({word for _, output, _ in merged for word in output.split(".")})
+    found = [
+        f"parameters: {parameter.name}: {_why_idle(entries[:i], _names(group, parameter, merged), words)}"
+        for group, parameter, entries, i in listed
+        if (parameter.name, entries[:i]) not in used
+    ]
+    yield from dict.fromkeys(found)
+
+
+def _limited(
+    method: Method, groups: Sequence[Group], shared: Parameters
+) -> Iterator[tuple[Group | None, Parameter, tuple[Varying, ...], int]]:
+    """Each value that not every tensor takes: whose it is (None: the file's), its parameter, the list that it stands
+    in, and how many are in that list up to it."""
+    for parameter in method.parameters:
+        scopes: list[tuple[Group | None, Parameters]] = [(None, shared)]
+        for group in groups:
+            sources = group.terms(method) if parameter.per != "merge" else []
+            scopes += [(group, scope) for scope in (group.parameters, *(source.parameters for source in sources))]
+        for group_or_all, scope in scopes:
+            entries = scope.get(parameter.name, ())
+            for i, entry in enumerate(entries):
+                if i or entry.filter is not None:
+                    yield group_or_all, parameter, entries, i + 1
+
+
+def _names(group: Group | None, parameter: Parameter, merged: Sequence[Merged]) -> set[str]:
+    """The names that filters of a parameter meet, in a group or in all."""
+    inside = [(output, names) for own, output, names in merged if group is None or own is group]
+    if parameter.per == "merge":
+        return {output for output, _ in inside}
+    return {name for _, names in inside for name in names}
+
+
+def _why_idle(entries: Sequence[Varying], known: Collection[str], words: Collection[str]) -> str:
+    """What keeps the last of these values from every tensor; `known` are the names that filters meet, and `words` what
+    may have been meant."""
+    *before, entry = entries
+    values = [*entry.values] if len(entry.values) > 1 else entry.values[0]
+    what = f"the value {show(values)}" if entry.filter is None else f"the filter {show(entry.filter)}"
+    if any(one.filter is None for one in before):
+        return f"{what} is never reached, as a value without a filter stands before it"
+    if entry.filter is None or any(entry.filter in tensor for tensor in known):
+        return f"{what} has no effect: every tensor takes a value that goes before it"
+    hint = did_you_mean(entry.filter, words)
+    if any(sign in entry.filter for sign in "*?[|^$"):
+        hint = "; it is looked for as it stands, and no pattern"
+    return f"{what} is part of no merged tensor's name{hint}"

@@ -11,11 +11,12 @@ from typing import Any
 
 import yaml
 
-from olmfast.errors import InputError, did_you_mean, show, told
+from olmfast.errors import InputError, did_you_mean, show, shown, told
 from olmfast.weights.files import check_characters, read_text, usable
 
 Location = tuple[str | int, ...]  # the keys and places in lists that lead to a value
 
+_MERGE, _VALUE, _TEXT = (f"tag:yaml.org,2002:{name}" for name in ("merge", "value", "str"))
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE | re.ASCII)
 LARGEST = 2**63  # no size or count is as large
 MOST_FAULTS = 30  # that are listed at once
@@ -28,7 +29,7 @@ def parse_size(value: object) -> int:
         return value
     parts = _SIZE.fullmatch(str(value)) if isinstance(value, (str, float)) else None
     if not parts or not 1 <= float(parts[1]) < 1e9:
-        raise ValueError(f"expected a size in bytes such as '5GB', got {show(value)}")
+        raise ValueError(f"expected a size in bytes such as '5GB', got {shown(value)}")
     base = 1024 if parts[3] else 1000
     return int(float(parts[1]) * base ** " KMGT".index(parts[2].upper() or " "))
 
@@ -42,14 +43,34 @@ def read_size(value: int | str, where: str) -> int:
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, which plain YAML silently overwrites."""
+    """Safe YAML that refuses a key given twice, which plain YAML silently overwrites; a mapping's own keys go before
+    those that it merges (`<<`)."""
 
     aliased = ALIASED
 
 
 def _construct_unique(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
-    return unique_pairs(loader, node.value)
+    own, result = list[tuple[yaml.Node, yaml.Node]](), dict[Any, Any]()
+    for key_node, value_node in node.value:
+        if key_node.tag == _MERGE:
+            result |= _merged(loader, value_node)
+        else:
+            key_node.tag = _TEXT if key_node.tag == _VALUE else key_node.tag  # the key `=`, as PyYAML reads it
+            own.append((key_node, value_node))
+    return result | unique_pairs(loader, own)
+
+
+def _merged(loader: yaml.SafeLoader, node: yaml.Node) -> dict[Any, Any]:
+    """What the value of a merge key, `<<: *x` or `<<: [*x, *y]`, gives; of several mappings, the earlier go before."""
+    several = isinstance(node, yaml.SequenceNode)
+    result: dict[Any, Any] = {}
+    for part in reversed(node.value) if several else [node]:
+        value = loader.construct_object(part, deep=True)
+        if not isinstance(value, dict):
+            problem = f"expected a mapping to merge, or a list of them, got {shown(value)}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=part.start_mark)
+        result |= value
+    return result
 
 
 def unique_pairs(loader: yaml.SafeLoader, pairs: Iterable[tuple[yaml.Node, yaml.Node]]) -> dict[Any, Any]:
@@ -203,7 +224,7 @@ def _explain_one(
 ) -> list[str]:
     location: Location = tuple(part for part in fault["loc"] if not str(part).startswith("function-"))
     message = _message(location, fault, known, places)
-    got = f", got {show(fault['input'])}"
+    got = f", got {shown(fault['input'])}"
     for other in fault.get("or", ()):
         wanted = _message(location, other, known, places).removeprefix("expected ").removesuffix(got)
         message = f"{message.removesuffix(got)}, or {wanted}{got}"
@@ -223,17 +244,17 @@ def _message(
         return "entry is missing" if isinstance(location[-1], int) else "required key is missing"
     if kind in ("too_short", "too_long"):
         bound = context.get("min_length", context.get("max_length"))
-        return f"expected {bound} {'or more ' * (kind == 'too_short')}entries, got {show(given)}"
+        return f"expected {bound} {'or more ' * (kind == 'too_short')}entries, got {shown(given)}"
     if kind == "literal_error":
         allowed = context["expected"]
         hint = did_you_mean(given, re.findall(r"'([^']+)'", allowed)) if isinstance(given, str) else ""
-        return f"expected {allowed}, got {show(given)}{hint}"
+        return f"expected {allowed}, got {shown(given)}{hint}"
     if kind == "path_type":
-        return f"expected a path, got {show(given)}"
+        return f"expected a path, got {shown(given)}"
     if kind == "dict_type":
-        return f"expected a mapping of keys to values, got {show(given)}"
+        return f"expected a mapping of keys to values, got {shown(given)}"
     if kind == "value_error":
         return str(message)
     message = re.sub(r", (unable to .*|got a number with a fractional part)", "", message)
     message = re.sub(r" or (instance of|object to extract fields from).*", " of keys", message)
-    return f"{message}, got {show(given)}"
+    return f"{message}, got {shown(given)}"

@@ -12,15 +12,25 @@ from graphlib import CycleError
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
-from olmfast.config.documents import FromFile, in_order, read_documents
+from olmfast.config.documents import FromFile, by_name, in_order, read_documents
+from olmfast.config.entries import (
+    MergedModel,
+    Model,
+    Slice,
+    SliceSource,
+    Strict,
+    TokenConfig,
+    TokenizerConfig,
+    TokenSource,
+)
 from olmfast.config.groups import Group, Source, group_faults, unread_parameters
 from olmfast.config.loading import explain, unknown_key
 from olmfast.config.naming import parse_model
 from olmfast.config.parameters import NAMES, Parameters
 from olmfast.config.tagged import refuse_dataflow
-from olmfast.errors import InputError, did_you_mean, show
+from olmfast.errors import InputError, did_you_mean, show, shown
 from olmfast.weights.methods import METHODS, Method
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
@@ -38,139 +48,31 @@ def _parse_tokenizer_source(value: object) -> object:
     return parse_model(value.removeprefix("model:") if isinstance(value, str) else value)
 
 
-Model = Annotated[str, BeforeValidator(parse_model)]
+def _check_method(value: str) -> str:
+    if value not in METHODS:
+        raise ValueError(f"expected one of {', '.join(METHODS)}, got {show(value)}{did_you_mean(value, METHODS)}")
+    return value
+
+
 TokenizerSource = Annotated[str, BeforeValidator(_parse_tokenizer_source)]
 
 
-def _check_range(value: object) -> object:
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise ValueError(f"expected [first, end], got {show(value)}")
-    return value
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
-
-
-# Keys that people give beside `model`, and what stands for them in its name.
-PARTS_OF_NAMES = {"revision": "{model}@{value}", "lora": "{model}+{value}", "adapter": "{model}+{value}"}
-
-
-class _OfModel(_Strict):
-    """What names a model."""
-
-    model: Model
-    parameters: Parameters = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_names(cls, value: object) -> object:
-        if isinstance(value, str):
-            raise ValueError(f"expected {{model: {value}}}, got {show(value)}")
-        if isinstance(value, dict) and isinstance(value.get("model"), str):
-            for key, spelling in PARTS_OF_NAMES.items():
-                if isinstance(value.get(key), str):
-                    name = spelling.format(model=value["model"], value=value[key])
-                    raise ValueError(f"{key}: is part of the model's name; write model: {name}")
-        return value
-
-
-class MergedModel(_OfModel):
-    """An entry of `models`."""
-
-
-class SliceSource(_OfModel):
-    """A model's layers that go into a slice; `layer_range` is half-open."""
-
-    layer_range: Annotated[tuple[int, int], BeforeValidator(_check_range)]
-
-    @model_validator(mode="after")
-    def _check(self) -> SliceSource:
-        first, end = self.layer_range
-        if not 0 <= first <= end:
-            raise ValueError(
-                f"layer_range: expected [first, end] with 0 <= first <= end, got [{first}, {end}]; the end is not "
-                "included, and layers are not counted from the last"
-            )
-        return self
-
-
-class Slice(_Strict):
-    """Consecutive layers of the result."""
-
-    sources: list[SliceSource] = Field(min_length=1)
-    base_model: Model | None = None
-    parameters: Parameters = {}
-    residual_weight: float | None = None
-    merge_method: str | None = None
-
-    @property
-    def n_layers(self) -> int:
-        """How many layers it makes."""
-        first, end = self.sources[0].layer_range
-        return end - first
-
-    @model_validator(mode="after")
-    def _check(self) -> Slice:
-        lengths = [source.layer_range[1] - source.layer_range[0] for source in self.sources]
-        if len(set(lengths)) > 1:
-            raise ValueError(f"sources: layer ranges of different lengths, {lengths}")
-        return self
-
-
-class TokenSource(_Strict):
-    """Where a token's embedding comes from: a model, another model's token, or zeros."""
-
-    kind: Literal["model", "model_token", "zero"] = "model"
-    model: Model | None = None
-    token: str | None = None
-    token_id: int | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> TokenSource:
-        if self.kind == "model_token" and (self.token is None) == (self.token_id is None):
-            raise ValueError("expected either token or token_id")
-        if self.kind != "zero" and self.model is None:
-            raise ValueError("the key 'model' is missing")
-        return self
-
-
-def _parse_token_source(value: object) -> object:
-    if isinstance(value, str) or (isinstance(value, dict) and "kind" not in value):
-        return {"model": value}
-    return value
-
-
-class TokenConfig(_Strict):
-    """An entry of `tokenizer.tokens`; `force` takes its source even for models that have the token."""
-
-    source: Annotated[TokenSource | None, BeforeValidator(_parse_token_source)] = None
-    force: bool = False
-
-
-class TokenizerConfig(_Strict):
-    """`tokenizer`: the vocabulary of the result. `source` is `union`, `base` or a model."""
-
-    source: Model = "union"
-    tokens: Annotated[dict[str, TokenConfig], BeforeValidator(lambda given: {} if given is None else given)] = {}
-    pad_to_multiple_of: int | None = Field(default=None, ge=1, lt=2**31)
-
-
-class MergeConfig(_Strict, FromFile):
+class MergeConfig(Strict, FromFile):
     """A merge file. Models are named as they are written there; paths are relative to its folder."""
 
     name: str | None = None
-    merge_method: str
+    merge_method: Annotated[str, AfterValidator(_check_method)]
     base_model: Model | None = None
     models: list[MergedModel] | None = Field(None, min_length=1)
     slices: list[Slice] | None = Field(None, min_length=1)
-    parameters: Parameters = {}
+    parameters: Parameters = Field(default_factory=dict)
     dtype: DtypeKey = None
     out_dtype: DtypeKey = None
     tokenizer_source: TokenizerSource | None = None
     tokenizer: TokenizerConfig | None = None
     chat_template: str | None = None
     _earlier: tuple[MergeConfig, ...] = PrivateAttr(())
+    _meant: dict[str, str] = PrivateAttr({})  # path without a folder -> the document that it means
 
     @property
     def earlier(self) -> tuple[MergeConfig, ...]:
@@ -202,12 +104,6 @@ class MergeConfig(_Strict, FromFile):
 
     @model_validator(mode="after")
     def _check(self) -> MergeConfig:
-        if self.merge_method not in METHODS:
-            known = ", ".join(METHODS)
-            raise ValueError(
-                f"merge_method: expected one of {known}, got {show(self.merge_method)}"
-                f"{did_you_mean(self.merge_method, METHODS)}"
-            )
         if (self.models is None) == (self.slices is None):
             raise ValueError("expected either models or slices, got " + ("both" if self.models else "neither"))
         if self.tokenizer is not None and self.tokenizer_source is not None:
@@ -235,10 +131,11 @@ class MergeConfig(_Strict, FromFile):
         return [Group("models", sources, self.base_model, {})]
 
     def notes(self) -> list[str]:
-        """What is told of a file that can be merged: parameters and keys that have no effect."""
+        """What is told of a file that can be merged: what a path means, parameters and keys that have no effect."""
         residual = any(part.residual_weight is not None for part in self.slices or ())
         unread = ["slices: residual_weight: not read, as in mergekit"] if residual else []
-        return [*unread_parameters(self.merge_method, self.groups(), self.parameters), *unread]
+        meant = [f"{path}: no such folder, so the document {name} is meant" for path, name in self._meant.items()]
+        return [*meant, *unread_parameters(self.merge_method, self.groups(), self.parameters), *unread]
 
     def _slice_faults(self) -> Iterator[str]:
         """Slices without layers, of which only the first and the last say something (whose embedding or head is
@@ -272,11 +169,12 @@ class MergeConfig(_Strict, FromFile):
 
 
 def is_merge_file(data: Mapping[str, Any]) -> bool:
-    """Whether a YAML file is a merge file, perhaps with misspelt keys, rather than a run's configuration."""
+    """Whether a YAML file is a merge file, perhaps with misspelt keys or of another command of mergekit's, rather than
+    a run's configuration."""
     models = data.get("models")
     described = isinstance(models, list) and any(isinstance(entry, dict) for entry in models)
-    described = described and "dataset" not in data
-    return described or any(key in data for key in ("merge_method", "slices"))
+    other = described or any(key in data for key in _OTHER_FILES)
+    return (other and "dataset" not in data) or any(key in data for key in ("merge_method", "slices"))
 
 
 def load_merge_config(source: str | Path | Mapping[str, Any]) -> MergeConfig:
@@ -294,14 +192,19 @@ def load_merge_config(source: str | Path | Mapping[str, Any]) -> MergeConfig:
     if "dataset" in documents[-1].data and not is_merge_file(documents[-1].data):
         raise InputError(f"{path}: is a run's configuration, not a merge file; use: olmfast run {path}")
     configs, faults = list[MergeConfig](), list[str]()
+    folder = path.parent.absolute()
+    names = {name for document in documents if isinstance(name := document.data.get("name"), str)}
     for place, document in enumerate(documents):
         where = str(path) if len(documents) == 1 else f"{path}: document {place + 1}"
+        meant = dict[str, str]()
+        others = {name for name in names if name != document.data.get("name")}
         try:
-            config = parse_merge_config(document.without_anchors(_TOP), where, path.parent.absolute())
+            data = by_name(document.without_anchors(_TOP), others, folder, meant)
+            config = parse_merge_config(data, where, folder)
         except InputError as error:
             faults.append(str(error))
             continue
-        config._text, config._file = document.text, path.absolute()
+        config._text, config._file, config._meant = document.text, path.absolute(), meant
         configs.append(config)
     faults += _name_faults(configs, str(path))
     if faults:
@@ -333,7 +236,12 @@ _OTHER_FILES = {
     "experts": "is a mixture-of-experts file (mergekit-moe), which builds a model of another architecture; "
     "olmfast merges models of one architecture",
     "experts_per_token": "is a mixture-of-experts file (mergekit-moe); olmfast merges models of one architecture",
-    "genome": "is a file of mergekit-evolve; a search is a run here: see olmfast run",
+    **dict.fromkeys(
+        ("genome", "multi_method_genome"),
+        "is a file of mergekit-evolve; a search is a run here: see olmfast run",
+    ),
+    "stages": "is not a merge file of mergekit's; each stage is a document here (--- begins one), and its name stands "
+    "for its result in the others",
 }
 
 
@@ -362,7 +270,7 @@ def _flattened(data: dict[str, Any], where: str) -> dict[str, Any]:
         or not isinstance(inner := next(iter(modules.values())), dict)
     ):
         raise InputError(
-            f"{where}: modules: expected one, such as {{default: {{slices: ...}}}}, got {show(modules)}; models of "
+            f"{where}: modules: expected one, such as {{default: {{slices: ...}}}}, got {shown(modules)}; models of "
             "several modules are merged whole with models; slices cut their text model, the rest is the base_model's"
         )
     twice = [key for key in inner if key in data]
@@ -383,6 +291,7 @@ _OF_GENOMES = ("allow_negative_weights", "smooth", "layer_granularity", "filters
 # Keys that are given where they are none -> where they belong; later ones win.
 _PLACES: dict[str, str] = {
     "out_path": "the result's folder is an argument of the command, and documents use each other by name",
+    **dict.fromkeys(("random_seed", "seed"), "the seed is an option of the command: --seed"),
     **dict.fromkeys(_OF_GENOMES, "it is a key of mergekit-evolve's genomes and changes no merge: leave it out"),
     **dict.fromkeys(SliceSource.model_fields, "it belongs in an entry of sources, beside model"),
     **dict.fromkeys(Slice.model_fields, "it belongs in an entry of slices"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import BeforeValidator
 
-from olmfast.errors import InputError, did_you_mean, show
+from olmfast.errors import InputError, cut, did_you_mean, show, shown, told
 from olmfast.weights.chunks import Setting
 from olmfast.weights.methods import METHODS, Method, Parameter
 
@@ -55,6 +55,8 @@ def _parse_parameter(value: object) -> tuple[Varying, ...]:
 
 def _parse_filtered(entry: dict[str, object]) -> Varying:
     for key in entry:
+        if key == "pattern":
+            raise ValueError("pattern: is the older name of filter; write filter")
         if key not in ("filter", "value"):
             raise ValueError(f"unknown key {show(key)}{did_you_mean(str(key), ['filter', 'value'])}")
     if "value" not in entry:
@@ -69,7 +71,8 @@ def _parse_values(value: object, wanted: str | None = None) -> Varying:
     listed = [_number(x) for x in (value if isinstance(value, list) else [value])]
     for x in listed:
         if not isinstance(x, (bool, int, float)) or not abs(x) <= sys.float_info.max:
-            raise ValueError(f"expected a number, true or false, a list of them or of {{filter, value}}, got {show(x)}")
+            kinds = "a number, true or false, a list of them or of {filter, value}"
+            raise ValueError(f"expected {kinds}, got {shown(x)}")
     if not listed:
         raise ValueError("expected at least one number, got []")
     return Varying(tuple(listed), wanted)  # type: ignore[arg-type]
@@ -78,8 +81,17 @@ def _parse_values(value: object, wanted: str | None = None) -> Varying:
 def _readable(value: object) -> object:
     """`parameters:` with nothing below it is empty; a key that is no parameter is told as such, whatever its value."""
     if isinstance(value, dict):
+        _check_filter(value)
         return {name: setting if name in NAMES else 0 for name, setting in value.items()}
     return {} if value is None else value
+
+
+def _check_filter(parameters: dict[str, object]) -> None:
+    """Raise ValueError for a filter beside the parameter that it is meant for."""
+    if "filter" in parameters:
+        name = next((name for name in parameters if name in _READ), "weight")
+        limited = f"{{filter: {told(str(parameters['filter']))}, value: {parameters.get(name, 0.5)}}}"
+        raise ValueError(f"filter: stands beside the value that it limits; write {name}: [{cut(limited)}]")
 
 
 # Accepted and without effect: bit masks would save no memory here.
@@ -128,6 +140,17 @@ def settings_of(
     return settings
 
 
+def entries_taken(
+    method: Method, outer: Sequence[Parameters], own: Sequence[Parameters], names: Sequence[str], output: str
+) -> Iterator[Varying]:
+    """The entries that `settings_of` takes the settings of one tensor from."""
+    for parameter in method.parameters:
+        each = [(outer, output)]
+        if parameter.per != "merge":
+            each = [([scope, *outer], name) for scope, name in zip(own, names, strict=True)]
+        yield from filter(None, (_taken(parameter, scopes, name) for scopes, name in each))
+
+
 def _filled(value: Scalar | None, parameter: Parameter, output: str) -> float:
     if value is None and parameter.default is None:
         raise _missing(parameter, output)
@@ -154,8 +177,13 @@ def _typed(value: Setting, parameter: Parameter, output: str) -> Setting:
 
 
 def _resolve(parameter: Parameter, scopes: Sequence[Parameters], tensor: str, depth: float) -> Scalar | None:
+    entry = _taken(parameter, scopes, tensor)
+    return None if entry is None else entry.at(depth)
+
+
+def _taken(parameter: Parameter, scopes: Sequence[Parameters], tensor: str) -> Varying | None:
     for scope in scopes:
         for entry in scope.get(parameter.name, ()):
             if entry.filter is None or entry.filter in tensor:
-                return entry.at(depth)
+                return entry
     return None

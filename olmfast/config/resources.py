@@ -7,7 +7,7 @@ import re
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from olmfast.errors import show
+from olmfast.errors import shown
 
 
 class Budget(BaseModel):
@@ -39,4 +39,4 @@ def parse_budget(value: object) -> object:
             return Budget(seconds=float(parts[1]) * unit)
     if value is None or isinstance(value, (Budget, dict)):
         return value
-    raise ValueError(f"expected a time such as '2h' or '30m', or a number of evaluations above 0, got {show(value)}")
+    raise ValueError(f"expected a time such as '2h' or '30m', or a number of evaluations above 0, got {shown(value)}")

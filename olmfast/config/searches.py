@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from olmfast.config.naming import parse_model
-from olmfast.errors import InputError, show
+from olmfast.errors import InputError, shown
 
 # Keys of mergekit-evolve's genome that stand at the top level here.
 LIFTED = {"models": "models", "base_model": "ancestor"}
@@ -31,7 +31,7 @@ def parse_windows(value: object) -> object:
         return value
     number = int(value) if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d{1,9}\s*", value) else value
     if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-        raise ValueError(f"expected a number of blocks from 0 on, or {{window: 1, slide: false}}, got {show(value)}")
+        raise ValueError(f"expected a number of blocks from 0 on, or {{window: 1, slide: false}}, got {shown(value)}")
     return Windows(window=number)
 
 

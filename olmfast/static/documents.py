@@ -6,10 +6,12 @@ of its weights stand in for it.
 
 from __future__ import annotations
 
+import shutil
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 from olmfast.config.mergekit import MergeConfig
@@ -27,19 +29,26 @@ def plan_documents(config: MergeConfig, **options: Any) -> list[Plan]:
     if not config.earlier:
         return [plan_merge(config, **options)]
     plans: list[Plan] = []
-    with TemporaryDirectory() as folder:
-        made: dict[str, Path] = {}
-        for document in (*config.earlier, config):
-            plans.append(_planned(document, made, options))
-            if document is not config:
-                made[str(document.name)] = Path(folder) / str(document.name)
-                write_outline(plans[-1].content, made[str(document.name)])
-    first = [
-        f"{d.name}: made first, by {p.title} of {len(p.pool)} models"
-        for d, p in zip(config.earlier, plans, strict=False)
-    ]
-    plans[-1] = replace(plans[-1], notes=[*plans[-1].notes, *first])
+    outlines, made = _Outlines(), dict[str, Path]()
+    for document in (*config.earlier, config):
+        plans.append(replace(_planned(document, made, options), outlines=outlines))
+        if document is not config:
+            made[str(document.name)] = outlines.folder / str(document.name)
+            write_outline(plans[-1].content, made[str(document.name)])
+    notes = list[str]()
+    for document, plan in zip(config.earlier, plans, strict=False):
+        notes.append(f"{document.name}: made first, by {plan.title} of {len(plan.pool)} models")
+        notes += [f"{document.name}: {warning}" for warning in plan.warnings]
+    plans[-1] = replace(plans[-1], notes=[*plans[-1].notes, *notes])
     return plans
+
+
+class _Outlines:
+    """The folder of what stands in for models that are still to be made; it goes with the last plan that reads it."""
+
+    def __init__(self) -> None:
+        self.folder = Path(mkdtemp(prefix="olmfast-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
 
 def _planned(document: MergeConfig, made: Mapping[str, Path], options: Mapping[str, Any]) -> Plan:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from olmfast.config.groups import Group
+from olmfast.config.groups import Group, idle_entries
 from olmfast.config.mergekit import MergeConfig
 from olmfast.config.parameters import settings_of
 from olmfast.errors import InputError
@@ -68,6 +68,7 @@ def plan_merge(
         planner.faults += faults
         tensors = planner.plan()
         written = planner.model_config()
+        notes += idle_entries(config.merge_method, planner.groups, config.parameters, planner.merged)
         notes += check_loads(base, written, tensors, skeletons)
     tokenizer = vocabulary.source if vocabulary else base.name
     texts = tokenizer_texts(vocabulary, pool[tokenizer].tokenizer_folder) if vocabulary else {}
@@ -136,6 +137,7 @@ class _Planner:
         self.tried: dict[Hashable, str | None] = {}
         self.left_out: dict[str, str] = dict(spelling.left_out)
         self.buffers: list[list[tuple[str, str]]] = []
+        self.merged: list[tuple[Group, str, list[str]]] = []  # the group, the name, and what its terms call it
         self.head_written = False
         self.dtypes: Counter[torch.dtype] = Counter()
 
@@ -285,10 +287,13 @@ class _Planner:
             return None
         try:
             outer, own = (group.parameters, config.parameters), [term.parameters for term in terms]
-            settings = settings_of(method, outer, own, [names[term.model] for term in terms], output, depth)
+            called = [names[term.model] for term in terms]
+            settings = settings_of(method, outer, own, called, output, depth)
         except InputError as error:
             self._refused(output, str(error).removeprefix(f"{output}: "))
             return None
+        if name == config.merge_method:
+            self.merged.append((group, output, called))
         has_base = method.base in ("required", "optional") and group.base is not None
         what = self._try(name, settings, len(terms), has_base)
         if what is not None:

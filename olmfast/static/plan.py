@@ -23,7 +23,8 @@ class Plan:
     `buffers` are integer tensors (model, tensor) that must be the same in all models; `recipe_text` is the merge file
     or the command, kept in the result as `recipe_file` if that is given. `token_rows` are the tensors of the result
     whose rows are those of `vocabulary`. `warnings` are what a user is told although the merge can be done. `read` are
-    the files read besides the models: what each is called -> its paths.
+    the files read besides the models: what each is called -> its paths. `outlines` keeps what stands in for models that
+    are still to be made for as long as the plan is there.
     """
 
     title: str
@@ -37,6 +38,12 @@ class Plan:
     token_rows: Sequence[str] = ()
     warnings: Sequence[str] = ()
     read: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    outlines: object = None
+
+    @property
+    def paths(self) -> dict[str, Sequence[Path]]:
+        """Everything that is read: what it is called -> its paths."""
+        return {**{f"the model {donor.name}": donor.paths for donor in self.pool}, **self.read}
 
     @property
     def n_bytes(self) -> int:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from olmfast.config.mergekit import MergeConfig, TokenSource
+from olmfast.config.entries import TokenSource
+from olmfast.config.mergekit import MergeConfig
 from olmfast.errors import InputError, OlmfastError, did_you_mean, show
 from olmfast.static.spelling import shapes_of
 from olmfast.weights import chat_templates

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,11 +91,11 @@ def merge(
     }
     how: dict[str, Any] = {"seed": seed, "allow_mismatch": allow_mismatch, "remote_code_files": remote_code_files}
     plans, made = plan_documents(config, **how), dict[str, Path]()
-    for document, plan in zip(config.earlier, plans, strict=False):
+    places = [output_of(document, output) for document in config.earlier]
+    if places:
         limit = read_options(device, shard_size, max_ram)[2]
-        check_output(plan, OutputFolder(output_of(document, output), overwrite=overwrite), limit)
-    for document in config.earlier:
-        place = output_of(document, output)
+        _check_outputs(plans, [OutputFolder(place, overwrite=overwrite) for place in (*places, output)], limit)
+    for document, place in zip(config.earlier, places, strict=True):
         write_merge(plan_merge(document, made=made, **how), place, **options)
         made[str(document.name)] = place
     return write_merge(plan_merge(config, made=made, **how) if made else plans[-1], output, **options)
@@ -169,11 +169,20 @@ def check_output(plan: Plan, folder: OutputFolder, max_ram: int | None) -> None:
 
     What a killed command left half-way on this output is put right first, as soon as the inputs have been checked.
     """
-    folder.check({**{f"the model {donor.name}": donor.paths for donor in plan.pool}, **plan.read})
+    folder.check(plan.paths)
     check_space(folder.output, plan.n_bytes)
     held = psutil.Process().memory_info().rss + memory_bytes(plan)
     if max_ram is not None and held > max_ram:
         raise InputError(f"--max-ram {max_ram}: the merge needs about {held} bytes; allow at least that")
+
+
+def _check_outputs(plans: Sequence[Plan], folders: Sequence[OutputFolder], max_ram: int | None) -> None:
+    """The same of the results of several documents, none of which may replace what a later one reads."""
+    for plan, folder in zip(plans, folders, strict=True):
+        for other in plans:
+            folder.check_apart(other.paths)
+        check_output(plan, folder, max_ram)
+    check_space(folders[-1].output, sum(plan.n_bytes for plan in plans))
 
 
 def check_buffers(plan: Plan) -> None:

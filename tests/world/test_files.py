@@ -43,61 +43,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-DOCUMENTS = """
-name: first
-merge_method: linear
-models: [{model: a}, {model: b}]
-parameters: {weight: 0.5}
----
-# another, which nobody uses
-name: second
-merge_method: passthrough
-models: [{model: c}]
----
-merge_method: passthrough
-slices:
-- sources: [{model: c, layer_range: [0, 2]}]
-- sources: [{model: first, layer_range: [1, 3]}]
-"""
-
-
-def test_a_document_may_name_the_model_of_one_before_it(place):
-    merged(place, DOCUMENTS)
-    a, b, c, out, first = (weights(place / name) for name in ("a", "b", "c", "out", "out-first"))
-    name = "model.layers.{}.mlp.up_proj.weight"
-    assert torch.equal(out[name.format(1)], c[name.format(1)])
-    assert torch.equal(out[name.format(3)], (a[name.format(2)] + b[name.format(2)]) / 2)
-    assert torch.equal(first["lm_head.weight"], out["lm_head.weight"])
-    assert weights(place / "out-second").keys() == c.keys()
-    assert "name: second" in (place / "out-second" / "mergekit_config.yml").read_text()
-    assert {path.name for path in place.iterdir()} == {*"abc", "m.yml", "out", "out-first", "out-second"}
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "message"),
-    [
-        ("[1, 3]", "[1, 9]", "the last document: slices[1]: layer_range [1, 9] of first, which has 3 layers"),
-        ("name: first\n", "", "document 1: "),
-        ("name: second", "name: first", "two documents have the name 'first'"),
-        ("name: second", "name: ../x", "name: expected letters, digits, dots and dashes, got '../x'"),
-        ("model: first", "model: frist", "frist: no such model folder"),
-        ("models: [{model: c}]", "modles: [{model: c}]", "document 2: modles: unknown key; did you mean 'models'?"),
-    ],
-)
-def test_all_documents_are_checked_before_the_first_is_written(place, before, after, message):
-    with pytest.raises(InputError) as caught:
-        merged(place, DOCUMENTS.replace(before, after))
-    assert message in str(caught.value) or (message == "document 1: " and "no name" in str(caught.value))
-    assert not list(place.glob("out*"))
-
-
-def test_check_reads_the_documents_too(place):
-    (place / "m.yml").write_text(DOCUMENTS)
-    plan = check(place / "m.yml")
-    assert "first: made first, by linear of 2 models" in plan.notes
-    assert len([tensor for tensor in plan.content.tensors if "up_proj" in tensor.name]) == 4
-
-
 EQUAL = {
     "a name": "name: mine\nmerge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n",
     "modules": """
@@ -152,29 +97,6 @@ def test_what_mergekit_reads_is_read(which, place):
     merged(place, EQUAL[which])
     a, b, out = (weights(place / name) for name in ("a", "b", "out"))
     assert all(torch.allclose(out[name], (a[name] + b[name]) / 2) for name in a)
-
-
-def test_documents_on_the_lines_of_their_dashes_are_all_read(place):
-    text = "--- {name: first, merge_method: linear, models: [{model: a}, {model: b}], parameters: {weight: 1}}\n"
-    merged(place, text + "--- {merge_method: passthrough, models: [{model: first}]}\n")
-    assert all(
-        torch.equal(tensor, weights(place / "out-first")[name]) for name, tensor in weights(place / "out").items()
-    )
-
-
-def test_documents_may_stand_in_any_order(place):
-    *before, result = DOCUMENTS.split("---\n")
-    merged(place, "---\n".join([result, *reversed(before)]))
-    turned = weights(place / "out")
-    merged(place, DOCUMENTS, overwrite=True)
-    assert all(torch.equal(tensor, turned[name]) for name, tensor in weights(place / "out").items())
-    assert {path.name for path in place.iterdir()} == {*"abc", "m.yml", "out", "out-first", "out-second"}
-    named = "---\n".join([f"name: third\n{result}", before[0]])  # the last that no other uses gives the result
-    merged(place, named, overwrite=True)
-    assert all(torch.equal(tensor, turned[name]) for name, tensor in weights(place / "out").items())
-    circle = DOCUMENTS.replace("model: c}]\n---", "model: first}]\n---").replace("{model: b}]", "{model: second}]")
-    with pytest.raises(InputError, match=r"documents use each other: (first, second, first|second, first, second)"):
-        merged(place, circle)
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "della", "sce"])

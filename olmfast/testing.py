@@ -38,6 +38,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gptj": {**_GPT2, "rotary_dim": 4},
     "gpt_neox": {**_COMMON, "num_key_value_heads": 4},
     "mixtral": {**_COMMON, "num_local_experts": 2},
+    "olmoe": {**_COMMON, "num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0},
+    "qwen3_moe": {**_COMMON, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
 }
 # Sizes under all the names that config classes have for them; `tiny_config` takes those that a class knows.
 _TINY = {

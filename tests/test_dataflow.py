@@ -62,7 +62,7 @@ def donors(family: str, dtype: torch.dtype = torch.float64, **config: Any) -> tu
 
 
 def loaded(folder: str | Path, **keys: Any) -> Any:
-    if json.loads((Path(folder) / "config.json").read_text())["model_type"] == "mixtral":
+    if json.loads((Path(folder) / "config.json").read_text())["model_type"] in ("mixtral", "olmoe", "qwen3_moe"):
         keys["experts_implementation"] = "eager"  # torch's grouped product knows no float64
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **keys).eval()
 

@@ -81,7 +81,7 @@ def test_slopes_block_by_block_are_those_through_the_whole_module(family, tmp_pa
     assert size > 0
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen3_moe"])
 def test_slopes_along_rows_are_shares_of_those_along_their_tensor(family, tmp_path):
     world = World(tmp_path, family)
     axes = {
@@ -102,7 +102,7 @@ def test_slopes_along_rows_are_shares_of_those_along_their_tensor(family, tmp_pa
         torch.testing.assert_close(fast[name].view(2, -1).sum(dim=1), whole[name], rtol=1e-7, atol=1e-9 * size)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral", "qwen3_moe"])
 def test_what_is_held_on_the_way_up_changes_no_bit(family, tmp_path, monkeypatch):
     world = World(tmp_path, family)
     n_run, run = [], BlockwiseModel.run

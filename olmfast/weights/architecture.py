@@ -40,6 +40,18 @@ class Flow:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Where the matrices of each expert lie in files, as `PATH.NUMBER.NAME.weight`; the module holds gate and up fused,
+    experts stacked. The rows of a gate are a key of the config."""
+
+    path: str = "mlp.experts"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    width_key: str = "intermediate_size"
+
+
+@dataclass(frozen=True)
 class Family:
     """How one model type names its parts. Names are canonical; `blocks` is the list of decoder layers."""
 
@@ -53,6 +65,7 @@ class Family:
     transposed: tuple[str, ...] = ()  # modules whose weights are stored (in, out)
     renames: tuple[tuple[str, str], ...] = ()  # canonical name -> module name, as regular expressions
     ignored: tuple[str, ...] = ()  # stored by some files, recomputed by the module
+    experts: Experts | None = None
     flow: Flow = Flow()
 
 
@@ -66,8 +79,10 @@ _MIXTRAL = Family(
     mlp="block_sparse_moe",
     renames=((r"\.block_sparse_moe\.gate\.", ".mlp.gate."),),
     ignored=_ROTARY,
+    experts=Experts("block_sparse_moe.experts", "w1", "w3", "w2"),
     flow=Flow((r"block_sparse_moe\.experts\.\d+\.w2",)),
 )
+_MOE = replace(_LLAMA, experts=Experts(), flow=Flow((r"mlp\.experts\.\d+\.down_proj",)))
 
 FAMILIES: dict[str, Family] = {
     "llama": replace(_LLAMA, flow=Flow(bias_key=_MLP_BIAS[0], biased=_MLP_BIAS[1])),
@@ -127,6 +142,12 @@ FAMILIES: dict[str, Family] = {
         flow=Flow((r"attention\.dense", r"mlp\.dense_4h_to_h")),
     ),
     "mixtral": _MIXTRAL,
+    "olmoe": _MOE,
+    "qwen3_moe": replace(
+        _MOE,
+        experts=Experts(width_key="moe_intermediate_size"),
+        flow=Flow((r"mlp\.(experts\.\d+\.)?down_proj",)),  # some of its blocks may have a plain MLP
+    ),
 }
 
 
@@ -153,7 +174,8 @@ _KINDS: dict[str, type] = {
 }
 _SIZES = (
     *("hidden_size", "n_embd", "vocab_size", "num_attention_heads", "n_head", "num_key_value_heads", "head_dim"),
-    *("intermediate_size", "n_inner", "num_local_experts", "num_experts_per_tok", *_CONTEXT, *N_BLOCKS),
+    *("intermediate_size", "moe_intermediate_size", "n_inner", "num_local_experts", "num_experts"),
+    *("num_experts_per_tok", *_CONTEXT, *N_BLOCKS),
 )
 _NUMBERS = (
     *("final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar", "logit_scale", "logits_scaling"),
@@ -349,21 +371,22 @@ class Architecture:
 
     def slot(self, tensor: str) -> Slot:
         """Where a canonical tensor lands in the Transformers module."""
-        expert = re.match(r"(.*)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight$", tensor)
-        if expert and self.model_type == "mixtral":
-            return self._expert_slot(f"{expert[1]}.mlp.experts", int(expert[2]), expert[3])
+        experts = self.family.experts
+        if experts is not None:
+            found = re.match(rf"(.*)\.{re.escape(experts.path)}\.(\d+)\.(\w+)\.weight$", tensor)
+            if found:
+                return self._expert_slot(experts, f"{found[1]}.mlp.experts", int(found[2]), found[3])
         name = tensor
         for pattern, replacement in self.family.renames:
             name = re.sub(pattern, replacement, name)
         return Slot(name)
 
-    def _expert_slot(self, experts: str, index: int, name: str) -> Slot:
-        """Mixtral's files hold w1, w2, w3 per expert; the module holds gate and up fused, experts stacked."""
-        width = self.config.get("intermediate_size", 0)
-        if name == "w2":
-            return Slot(f"{experts}.down_proj", (index,))
-        rows = slice(0, width) if name == "w1" else slice(width, 2 * width)
-        return Slot(f"{experts}.gate_up_proj", (index, rows))
+    def _expert_slot(self, experts: Experts, module: str, index: int, name: str) -> Slot:
+        width = self.config.get(experts.width_key, 0)
+        if name == experts.down:
+            return Slot(f"{module}.down_proj", (index,))
+        rows = slice(0, width) if name == experts.gate else slice(width, 2 * width)
+        return Slot(f"{module}.gate_up_proj", (index, rows))
 
     def model_unit(self, tensors: Sequence[str]) -> Unit:
         """Every tensor that the module uses."""

@@ -31,6 +31,12 @@ def merged(place: Path, method: str = "linear", allow: tuple[str, ...] = (), **k
     return merge(load_merge_config(place / "m.yml"), place / "out", allow_mismatch=allow)
 
 
+def merged_by(place: Path, text: str, **options: Any) -> Written:
+    """What a merge file of this text makes."""
+    (place / "m.yml").write_text(text)
+    return merge(load_merge_config(place / "m.yml"), place / "out", **options)
+
+
 def stacked(place: Path, *parts: tuple[str, int, int], **keys: Any) -> Written:
     slices = [{"sources": [{"model": model, "layer_range": [begin, end]}]} for model, begin, end in parts]
     return merged(place, "passthrough", slices=slices, **keys)

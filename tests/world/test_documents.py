@@ -2,44 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-from safetensors.torch import load_file
+from pairs import merged_by, weights
 
-from olmfast.config.mergekit import load_merge_config
 from olmfast.errors import InputError
 from olmfast.runs.check import check
-from olmfast.static.write import Written, merge
-from olmfast.testing import tiny_model
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("files")
-    for seed, name in enumerate("abc"):
-        tiny_model(folder / name, "llama", seed, num_hidden_layers=3)
-    return folder
-
-
-@pytest.fixture
-def place(models, tmp_path) -> Path:
-    """A folder with three models, none of which is written to."""
-    for name in "abc":
-        (tmp_path / name).symlink_to(models / name)
-    return tmp_path
-
-
-def merged(place: Path, text: str, **options: Any) -> Written:
-    (place / "m.yml").write_text(text)
-    return merge(load_merge_config(place / "m.yml"), place / "out", **options)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
 
 DOCUMENTS = """
 name: first
@@ -60,7 +28,7 @@ slices:
 
 
 def test_a_document_may_name_the_model_of_one_before_it(place):
-    merged(place, DOCUMENTS)
+    merged_by(place, DOCUMENTS)
     a, b, c, out, first = (weights(place / name) for name in ("a", "b", "c", "out", "out-first"))
     name = "model.layers.{}.mlp.up_proj.weight"
     assert torch.equal(out[name.format(1)], c[name.format(1)])
@@ -84,7 +52,7 @@ def test_a_document_may_name_the_model_of_one_before_it(place):
 )
 def test_all_documents_are_checked_before_the_first_is_written(place, before, after, message):
     with pytest.raises(InputError) as caught:
-        merged(place, DOCUMENTS.replace(before, after))
+        merged_by(place, DOCUMENTS.replace(before, after))
     assert message in str(caught.value) or (message == "document 1: " and "no name" in str(caught.value))
     assert not list(place.glob("out*"))
 
@@ -114,32 +82,32 @@ models: [{model: second, parameters: {weight: 1}}, {model: c, parameters: {weigh
 
 
 def test_a_document_may_use_one_that_uses_another(place):
-    merged(place, CHAIN)
+    merged_by(place, CHAIN)
     a, b, c, out = (weights(place / name) for name in ("a", "b", "c", "out"))
     assert all(torch.allclose(out[name], ((a[name] + b[name]) / 2 + c[name]) / 2, atol=1e-6) for name in a)
 
 
 def test_a_result_that_is_in_the_way_is_found_before_the_first_document_is_written(place):
-    merged(place, "merge_method: passthrough\nmodels: [{model: a}]\n")
+    merged_by(place, "merge_method: passthrough\nmodels: [{model: a}]\n")
     with pytest.raises(InputError, match=r"out: exists; use --overwrite"):
-        merged(place, CHAIN)
+        merged_by(place, CHAIN)
     assert not list(place.glob("out-*"))
 
 
 def test_no_document_replaces_a_model_that_another_reads(place):
-    merged(place, CHAIN)
+    merged_by(place, CHAIN)
     before = weights(place / "out-first")
     changed = CHAIN.replace("{model: a}", "{model: c}").replace("model: second", "model: out-first")
     with pytest.raises(InputError, match=r"out-first holds the model out-first"):
-        merged(place, changed, overwrite=True)
+        merged_by(place, changed, overwrite=True)
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(place / "out-first").items())
 
 
 @pytest.mark.parametrize("path", ["./intermediates/first", "intermediates/first", "/nowhere/first"])
 def test_a_path_without_a_folder_that_ends_in_a_documents_name_is_that_document(place, path):
-    merged(place, CHAIN)
+    merged_by(place, CHAIN)
     named = weights(place / "out")
-    merged(place, CHAIN.replace("base_model: first", f"base_model: {path}"), overwrite=True)
+    merged_by(place, CHAIN.replace("base_model: first", f"base_model: {path}"), overwrite=True)
     assert all(torch.equal(tensor, named[name]) for name, tensor in weights(place / "out").items())
     assert f"second: {path}: no such folder, so the document first is meant" in check(place / "m.yml").notes
 
@@ -147,21 +115,21 @@ def test_a_path_without_a_folder_that_ends_in_a_documents_name_is_that_document(
 def test_a_document_by_its_name_and_by_a_path_is_one_model(place):
     twice = "{model: first, parameters: {weight: 1}}, {model: ./intermediates/first, parameters: {weight: 1}}"
     with pytest.raises(InputError, match=r"document 3: models: 'first' is listed twice"):
-        merged(place, CHAIN.replace("{model: second, parameters: {weight: 1}}", twice))
+        merged_by(place, CHAIN.replace("{model: second, parameters: {weight: 1}}", twice))
 
 
 def test_a_folder_that_is_there_and_a_hub_id_are_no_documents(place):
     (place / "intermediates").mkdir()
     (place / "intermediates" / "first").symlink_to(place / "c")
-    merged(place, CHAIN.replace("base_model: first", "base_model: ./intermediates/first"))
+    merged_by(place, CHAIN.replace("base_model: first", "base_model: ./intermediates/first"))
     assert all(torch.equal(tensor, weights(place / "out")[name]) for name, tensor in weights(place / "c").items())
     with pytest.raises(InputError, match="org/first: neither at"):
-        merged(place, CHAIN.replace("base_model: first", "base_model: org/first"), overwrite=True)
+        merged_by(place, CHAIN.replace("base_model: first", "base_model: org/first"), overwrite=True)
 
 
 def test_documents_on_the_lines_of_their_dashes_are_all_read(place):
     text = "--- {name: first, merge_method: linear, models: [{model: a}, {model: b}], parameters: {weight: 1}}\n"
-    merged(place, text + "--- {merge_method: passthrough, models: [{model: first}]}\n")
+    merged_by(place, text + "--- {merge_method: passthrough, models: [{model: first}]}\n")
     assert all(
         torch.equal(tensor, weights(place / "out-first")[name]) for name, tensor in weights(place / "out").items()
     )
@@ -169,14 +137,14 @@ def test_documents_on_the_lines_of_their_dashes_are_all_read(place):
 
 def test_documents_may_stand_in_any_order(place):
     *before, result = DOCUMENTS.split("---\n")
-    merged(place, "---\n".join([result, *reversed(before)]))
+    merged_by(place, "---\n".join([result, *reversed(before)]))
     turned = weights(place / "out")
-    merged(place, DOCUMENTS, overwrite=True)
+    merged_by(place, DOCUMENTS, overwrite=True)
     assert all(torch.equal(tensor, turned[name]) for name, tensor in weights(place / "out").items())
     assert {path.name for path in place.iterdir()} == {*"abc", "m.yml", "out", "out-first", "out-second"}
     named = "---\n".join([f"name: third\n{result}", before[0]])  # the last that no other uses gives the result
-    merged(place, named, overwrite=True)
+    merged_by(place, named, overwrite=True)
     assert all(torch.equal(tensor, turned[name]) for name, tensor in weights(place / "out").items())
     circle = DOCUMENTS.replace("model: c}]\n---", "model: first}]\n---").replace("{model: b}]", "{model: second}]")
     with pytest.raises(InputError, match=r"documents use each other: (first, second, first|second, first, second)"):
-        merged(place, circle)
+        merged_by(place, circle)

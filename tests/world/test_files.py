@@ -5,43 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from pairs import merged_by, weights
 
-from olmfast.config.mergekit import load_merge_config
 from olmfast.errors import InputError
 from olmfast.runs.check import check
-from olmfast.static.write import Written, merge
 from olmfast.testing import tiny_model
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("files")
-    for seed, name in enumerate("abc"):
-        tiny_model(folder / name, "llama", seed, num_hidden_layers=3)
-    return folder
-
-
-@pytest.fixture
-def place(models, tmp_path) -> Path:
-    """A folder with three models, none of which is written to."""
-    for name in "abc":
-        (tmp_path / name).symlink_to(models / name)
-    return tmp_path
-
-
-def merged(place: Path, text: str, **options: Any) -> Written:
-    (place / "m.yml").write_text(text)
-    return merge(load_merge_config(place / "m.yml"), place / "out", **options)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
 
 EQUAL = {
     "a name": "name: mine\nmerge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n",
@@ -94,7 +65,7 @@ parameters:
 
 @pytest.mark.parametrize("which", EQUAL)
 def test_what_mergekit_reads_is_read(which, place):
-    merged(place, EQUAL[which])
+    merged_by(place, EQUAL[which])
     a, b, out = (weights(place / name) for name in ("a", "b", "out"))
     assert all(torch.allclose(out[name], (a[name] + b[name]) / 2) for name in a)
 
@@ -102,14 +73,14 @@ def test_what_mergekit_reads_is_read(which, place):
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "della", "sce"])
 def test_a_base_with_nothing_added_is_written_as_it_is(place, method):
     slices = "slices:\n- sources: [{model: a, layer_range: [0, 3], parameters: {weight: 1}}]\n"
-    written = merged(place, f"merge_method: {method}\nbase_model: a\ndtype: float16\n{slices}")
+    written = merged_by(place, f"merge_method: {method}\nbase_model: a\ndtype: float16\n{slices}")
     a, out = weights(place / "a"), weights(place / "out")
     assert all(torch.equal(out[name], tensor.half()) for name, tensor in a.items())
     assert written.account == f"{len(a)} tensors written: {len(a)} copied from a in float16"
 
 
 def test_a_slice_without_layers_gives_the_head(place):
-    merged(
+    merged_by(
         place,
         """
 merge_method: passthrough
@@ -125,7 +96,7 @@ slices:
 
 
 def test_nearswap_moves_no_value_further_than_t(place):
-    merged(place, "merge_method: nearswap\nbase_model: a\nmodels: [{model: b}]\nparameters: {t: 0.02}\n")
+    merged_by(place, "merge_method: nearswap\nbase_model: a\nmodels: [{model: b}]\nparameters: {t: 0.02}\n")
     a, b, out = (weights(place / name) for name in ("a", "b", "out"))
     for name in a:
         base, other = a[name].double(), b[name].double()
@@ -167,7 +138,7 @@ HEAD = "merge_method: linear\nparameters: {weight: 1}\n"
 )
 def test_what_cannot_run_is_said_in_words_that_help(text, message, place):
     with pytest.raises(InputError, match=re.escape(message)):
-        merged(place, text)
+        merged_by(place, text)
     assert not list(place.glob("out*"))
 
 
@@ -181,7 +152,8 @@ def test_what_cannot_run_is_said_in_words_that_help(text, message, place):
 )
 def test_what_names_no_model_is_told_as_what_it_is(name, message, place):
     with pytest.raises(InputError, match=re.escape(message)):
-        merged(place, f"merge_method: linear\nmodels: [{{model: '{name}'}}, {{model: b}}]\nparameters: {{weight: 1}}\n")
+        models = f"[{{model: '{name}'}}, {{model: b}}]"
+        merged_by(place, f"merge_method: linear\nmodels: {models}\nparameters: {{weight: 1}}\n")
 
 
 # Files beside the weights.
@@ -220,7 +192,7 @@ TWO = HEAD + "models: [{model: a}, {model: b}]"
 
 def test_processor_template_and_code_files_are_copied_and_the_code_is_told(tmp_path):
     own(tmp_path)
-    merged(tmp_path, TWO)
+    merged_by(tmp_path, TWO)
     for name, text in BESIDE.items():
         assert (tmp_path / "out" / name).read_text() == text
     assert not (tmp_path / "out" / "1_Pooling" / "pytorch_model.bin").exists()
@@ -236,13 +208,13 @@ def test_a_pointer_of_git_lfs_is_not_copied_as_if_it_were_the_file(tmp_path, fil
     own(tmp_path)
     (tmp_path / "a" / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 123\n")
     with pytest.raises(InputError, match=f"{file}: is a Git LFS pointer"):
-        merged(tmp_path, TWO)
+        merged_by(tmp_path, TWO)
     assert not list(tmp_path.glob("out*"))
 
 
 def test_without_remote_code_files_neither_they_nor_what_names_them_are_in_the_result(tmp_path):
     own(tmp_path)
-    merged(tmp_path, TWO, remote_code_files=False)
+    merged_by(tmp_path, TWO, remote_code_files=False)
     assert not list((tmp_path / "out").glob("*.py"))
     assert "auto_map" not in (tmp_path / "out" / "config.json").read_text()
     assert "auto_map" not in (tmp_path / "out" / "tokenizer_config.json").read_text()

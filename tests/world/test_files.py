@@ -151,8 +151,8 @@ def test_what_cannot_run_is_said_in_words_that_help(text, message, place):
     ],
 )
 def test_what_names_no_model_is_told_as_what_it_is(name, message, place):
+    models = f"[{{model: '{name}'}}, {{model: b}}]"
     with pytest.raises(InputError, match=re.escape(message)):
-        models = f"[{{model: '{name}'}}, {{model: b}}]"
         merged_by(place, f"merge_method: linear\nmodels: {models}\nparameters: {{weight: 1}}\n")
 
 

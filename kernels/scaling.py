@@ -42,7 +42,7 @@ def row_scale_ref(weight: Tensor, log_scale: Tensor, *, axis: int, out: Tensor) 
     dtype = compute_dtype(weight.dtype)
     scale = log_scale.to(dtype).exp()
     rows, cols = weight.shape
-    n_rows = min(rows, max(1, N_CHUNK // max(cols, 1)))
+    n_rows = max(1, min(rows, N_CHUNK // max(cols, 1)))
     for start in range(0, rows, n_rows):
         part = weight[start : start + n_rows].to(dtype)
         for j in range(scale.shape[0]):

@@ -131,6 +131,19 @@ def test_a_square_expert_is_taken_as_the_others_of_its_model_are(tmp_path):
         adapted(base, alone)
 
 
+def test_a_plain_matrix_may_be_adapted_as_a_parameter(tmp_path):
+    base = moe(tmp_path / "base", "Qwen3Moe")
+    keys = {"target_modules": "all-linear", "lora_alpha": 7, "spread": 0.2}
+    adapters = [tiny_adapter(tmp_path / "all", base, **keys)]
+    settings = json.loads((adapters[0] / ADAPTER[0]).read_text())
+    assert "gate.weight" in " ".join(settings["target_parameters"])  # the router
+    adapters.append(tiny_adapter(tmp_path / "some", base, target_parameters=["q_proj.weight", *BOTH], spread=0.2))
+    for adapter in adapters:
+        exact = by_peft(base, adapter, tmp_path / f"full-{adapter.name}")
+        for name, tensor in adapted(base, adapter).tensors.items():
+            torch.testing.assert_close(tensor.read().double(), exact[name], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])
 def test_values_of_experts_do_not_depend_on_the_reader(family, tmp_path, monkeypatch):
     base = moe(tmp_path / "base", family)
@@ -182,3 +195,22 @@ def test_adapted_experts_are_merged(tmp_path):
         torch.testing.assert_close(tensor.double(), (fulls[0][name] + fulls[1][name]) / 2, rtol=1e-5, atol=1e-6)
     _, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] | info["unexpected_keys"]
+
+
+def test_experts_saved_whole_are_refused_where_the_base_stores_each(tmp_path):
+    base = moe(tmp_path / "base", "Qwen3Moe")
+    adapter = tiny_adapter(tmp_path / "ad", base, target_modules=["q_proj"], modules_to_save=["experts"])
+    with pytest.raises(InputError, match="in base, which stores each expert by itself; merge it with PEFT first"):
+        adapted(base, adapter)
+
+
+def test_an_adapter_of_a_config_with_an_infinite_number_is_understood(tmp_path):
+    base = moe(tmp_path / "base", "Qwen3Moe")
+    adapter = tiny_adapter(tmp_path / "ad", base, target_parameters=BOTH, spread=0.2)
+    expected = {name: tensor.read() for name, tensor in adapted(base, adapter).tensors.items()}
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"time_step_limit": [0.0, {"__float__": "Infinity"}]}))
+    assert all(torch.equal(tensor.read(), expected[name]) for name, tensor in adapted(base, adapter).tensors.items())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "unheard"}))
+    with pytest.raises(InputError, match="target_parameters: Transformers has no model type 'unheard'"):
+        adapted(base, adapter)

@@ -41,12 +41,12 @@ def test_it_has_every_key_and_every_default():
     schema = run_schema()
     assert set(schema["properties"]) == {*RunConfig.model_fields, *IGNORED, *RENAMED}
     assert set(schema["$defs"]["DatasetConfig"]["properties"]) == set(DatasetConfig.model_fields)
-    assert set(schema["required"]) == {"models", "dataset"}
+    assert not schema["required"]
     defaults = {key: entry["default"] for key, entry in schema["properties"].items() if "default" in entry}
     loaded = parse_config(LEAST, "cfg", Path("/data"))
     assert parse_config({**defaults, **LEAST}, "cfg", Path("/data")) == loaded
     assert SCHEMA.is_valid({**defaults, **LEAST})
-    assert len(defaults) == len(RunConfig.model_fields) - len(schema["required"]) - len(PLACES)  # which depend
+    assert len(defaults) == len(RunConfig.model_fields) - len(["models", "dataset"]) - len(PLACES)  # which depend
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples/demo").glob("*.yaml")), ids=lambda path: path.stem)
@@ -67,7 +67,19 @@ def test_the_configs_of_the_documents_are_valid(text):
     assert SCHEMA.is_valid(yaml.safe_load(text))
 
 
+def test_a_config_says_what_to_merge_and_what_to_ask():
+    prunes = {"models": ["a"], "output_dir": "o", "prune": {"alphas_file": "fusion_alphas.json", "num_layer": 13}}
+    genome = {"evolve": {"merge_method": "ties", "models": ["a", "b"]}, "dataset": LEAST["dataset"], "output_dir": "o"}
+    for config in (prunes, genome):
+        assert (SCHEMA.is_valid(config), loads(config)) == (True, True)
+    for key in ("models", "dataset"):
+        config = {name: value for name, value in LEAST.items() if name != key}
+        assert (SCHEMA.is_valid(config), loads(config)) == (False, False)
+
+
 VALID = [
+    {"holdout": {"lm_eval": "arc_easy"}, "dataset": {"lm_eval": "arc_easy", "split": "validation"}},
+    {"evolve": {"merge_method": "ties", "base_model": "org/base", "models": ["a", "b"]}},
     *({"budget": value} for value in (None, 30, "30", "90s", "1.5 h", {"seconds": 9}, {"evaluations": "12"})),
     *({"racing": value} for value in (True, False, None, {}, {"rungs": [5, 10]}, {"confidence": "0.9"})),
     *({key: value} for key in ("shard_size", "max_ram", "max_vram") for value in (10**9, "5GB", "500 mib", "1e9"[:1])),

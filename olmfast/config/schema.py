@@ -62,8 +62,18 @@ def run_schema() -> dict[str, Any]:
     file is read.
     """
     schema = RunConfig.model_json_schema(schema_generator=_Schema)
-    schema["required"] = [key for key in schema["required"] if key not in PLACES]
+    left = [key for key in schema.pop("required") if key not in (*PLACES, "dataset", "models")]
+    genome = {"required": ["evolve"], "properties": {"evolve": {"required": ["models"]}}}
+    asked = [{"required": ["dataset"]}, {"required": ["prune"]}]
+    schema |= {"required": left, "allOf": [{"anyOf": asked}, {"anyOf": [{"required": ["models"]}, genome]}]}
     keys = schema["properties"]
+    task = {"$ref": "#/$defs/DatasetConfig", "required": ["lm_eval"]}
+    for key in ("dataset", "holdout"):
+        keys[key] = {
+            "anyOf": [{word: keys[key].pop(word) for word in tuple(keys[key]) if word != "default"}, task]
+        } | keys[key]
+    named = {"anyOf": [{"type": "string"}, {"type": "object"}]}  # of mergekit-evolve's genome
+    schema["$defs"]["Evolve"]["properties"] |= {"base_model": named, "models": {"type": "array", "items": named}}
     for key, forms in SPELLINGS.items():
         kept = {word: keys[key].pop(word) for word in ("default",) if word in keys[key]}
         keys[key] = {"anyOf": [*keys[key].get("anyOf", [keys[key]]), *forms], **kept}

@@ -193,6 +193,9 @@ def plan_linear(wanted: LinearMerge) -> Plan:
         wanted = replace(wanted, layers=ranked[: wanted.top])
         listed = ", ".join(map(str, ranked))
         notes.append(f"The ranking decides which {wanted.top} of the layers {listed} are merged and named")
+    n_alphas, n_blocks = len(wanted.layer_alphas), a.architecture.n_blocks
+    if n_alphas < n_blocks and set(wanted.layer_alphas) == set(range(n_alphas)) != set():
+        warnings = [*warnings, f"layer_alphas has {n_alphas} of {n_blocks} layers; the others have --alpha"]
     special = _special_rows(a, b) if wanted.special_fixes else []
     tensors = [_tensor(wanted, a, name, theirs.get(name, ""), special) for name in a.tensors]
     texts = _generation_config(a, b) if wanted.special_fixes else {}

@@ -303,6 +303,9 @@ def _kind(module: Any) -> str:
     looks_up = getattr(type(module), "forward", None) is torch.nn.Embedding.forward or hasattr(module, "embed_scale")
     if isinstance(module, torch.nn.Embedding) and not looks_up:
         return ""
+    routes = isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward
+    if routes:  # Llama 4's router gives more than a product, which PEFT cannot add to
+        return ""
     kinds = {torch.nn.Linear: "linear", Conv1D: "conv1d", torch.nn.Embedding: "embedding"}
     return next((name for kind, name in kinds.items() if isinstance(module, kind)), "")
 

@@ -115,7 +115,7 @@ class _Application:
             name = self.canonical(parameter)
             source = None if name is None else self.base.tensors.get(self.ties.stored(name))
             if name is None or source is None:
-                self.faults.append(f"no tensor {parameter} in {self.base.name}")
+                self.faults.append(f"no tensor {parameter} in {self.base.name}{self._why_missing(parameter)}")
                 continue
             tensor = self._changed(parameter, name, source)
             if tensor is not None:
@@ -135,6 +135,13 @@ class _Application:
                 found = {name: tensor for name, tensor in found.items() if name not in group[1:]}
         self._refuse()
         return dict(sorted(found.items()))
+
+    def _why_missing(self, parameter: str) -> str:
+        """What is known of a parameter that the base has no tensor of."""
+        each = re.compile(rf"{re.escape(parameter.rpartition('.')[0])}\.\d+\.")
+        if any(each.match(name) for name in self.base.tensors):
+            return ", which stores each expert by itself; merge it with PEFT first"
+        return ""
 
     def _parts(self, group: Sequence[str], changed: Mapping[str, Tensor]) -> bool:
         """Whether parameters that are one are no longer, where the adapter has these changes for some of them.
@@ -221,6 +228,8 @@ class _Application:
         (`gate_up_proj` before `down_proj`), and names the inner ones `base_layer`.
         """
         skeleton = skeletons.examine(self.base.config, dict.fromkeys(self.base.tensors, ()))
+        if skeleton.unknown:
+            self.faults.append(f"target_parameters: {skeleton.unknown}")
         filled: dict[str, dict[str, Tensor]] = {}
         for name, parameter in skeleton.modules.items():
             filled.setdefault(parameter, {})[name] = self.base.tensors[name]
@@ -244,7 +253,11 @@ class _Application:
     def _of_experts(self) -> dict[str, Tensor]:
         """Name -> the tensor of the adapted model, of those that lie in fused experts."""
         ways = {name: list(fused.fits(a, b)) for name, (fused, a, b) in self.experts.items() if fused is not None}
-        told = {own[0] for own in ways.values() if len(own) == 1}  # Transformers stores those of a model alike
+        told = {  # Transformers stores all experts of a model alike
+            own[0]
+            for name, own in ways.items()
+            if len(own) == 1 and (fused := self.experts[name][0]) is not None and fused.n_experts > 1
+        }
         changed: dict[str, Tensor] = {}
         for parameter, (fused, a, b) in self.experts.items():
             rank = int(self._of_pattern("rank_pattern", "r", parameter))

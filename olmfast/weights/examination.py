@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -25,11 +24,20 @@ def read_config(data: Mapping[str, Any]) -> Any:
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise Unknown(f"Transformers has no model type {kind!r}")
     try:
-        config = CONFIG_MAPPING[kind].from_dict(deepcopy(dict(data)))
+        config = CONFIG_MAPPING[kind].from_dict(_with_floats(dict(data)))
         config._attn_implementation = "eager"
     except Exception as error:  # a config class may raise anything
         raise Unknown(f"Transformers cannot read this config: {error}") from error
     return config
+
+
+def _with_floats(value: Any) -> Any:
+    """A copy in which `{"__float__": "Infinity"}` is the number, as Transformers writes it since version 5."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _with_floats(inner) for key, inner in value.items()}
+    return [_with_floats(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _model_class(config: Any) -> Any:

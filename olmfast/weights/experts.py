@@ -1,9 +1,9 @@
-"""LoRA of experts that Transformers fuses into one parameter: PEFT's `target_parameters`.
+"""LoRA of parameters, such as the experts that Transformers fuses into one: PEFT's `target_parameters`.
 
 A layer's experts are a parameter (experts, rows, columns), stored as such or as matrices for each expert. PEFT has for
 it an A (experts * rank, .), in which an expert's ranks lie together, and a B (., rank * experts), in which a rank's
 experts do; expert e is W + scale * B_e A_e or, where the first dimension of W counts inputs, W + scale * A_e' B_e'
-(`ParamWrapper.get_delta_weight` of PEFT 0.21).
+(`ParamWrapper.get_delta_weight` of PEFT 0.21). A matrix (outputs, inputs) counts as one expert.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ class FusedExperts:
         """From the tensors that fill it, by name; None for what is no fused experts, or fused in an unknown way."""
         if len(tensors) == 1:
             ((name, tensor),) = tensors.items()
-            return cls((Place(name, tensor),), *tensor.shape) if len(tensor.shape) == 3 else None
+            sizes = (1, *tensor.shape) if len(tensor.shape) == 2 else tensor.shape
+            return cls((Place(name, tensor),), *sizes) if len(sizes) == 3 else None
         places: list[Place] = []
         experts = _by_expert(tensors)
         for number, own in sorted(experts.items()):
@@ -125,14 +126,20 @@ class FusedExperts:
             for name in own:
                 places.append(Place(name, tensors[name], number, row))
                 row += tensors[name].shape[0]
-        sizes = {(sum(tensors[name].shape[0] for name in own), tensors[own[0]].shape[-1]) for own in experts.values()}
-        if sorted(experts) != list(range(len(experts))) or len(sizes) != 1 or not _are_matrices(tensors):
+        shapes = {(sum(tensors[name].shape[0] for name in own), tensors[own[0]].shape[-1]) for own in experts.values()}
+        if sorted(experts) != list(range(len(experts))) or len(shapes) != 1 or not _are_matrices(tensors):
             return None
-        return cls(tuple(places), len(experts), *sizes.pop())
+        return cls(tuple(places), len(experts), *shapes.pop())
 
     def fits(self, a: TensorInfo, b: TensorInfo) -> Iterator[bool]:
-        """In which ways (`turned`) an A and a B fit: none, one or, where an expert is square, both."""
-        for turned in (False, True) if len(a.shape) == len(b.shape) == 2 else ():
+        """In which ways (`turned`) an A and a B fit: none, one or, where an expert is square, both.
+
+        A matrix counts its outputs first.
+        """
+        is_matrix = len(self.places) == 1 and len(self.places[0].tensor.shape) == 2
+        if len(a.shape) != 2 or len(b.shape) != 2:
+            return
+        for turned in (False,) if is_matrix else (False, True):
             if (self.rows, self.columns) == ((a.shape[1], b.shape[0]) if turned else (b.shape[0], a.shape[1])):
                 yield turned
 

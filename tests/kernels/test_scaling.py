@@ -51,6 +51,13 @@ def test_any_strides(axis, impl, device, check_rounded_once):
     check_rounded_once(transposed_out, truth_of(weight, log_scale, axis), impl)
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_an_empty_weight_gives_empty_offspring(shape, axis, impl, device):
+    out = row_scale(torch.zeros(shape, device=device), torch.zeros(2, shape[axis], device=device), axis=axis, impl=impl)
+    assert out.shape == (2, *shape)
+
+
 def test_writes_all_of_out_and_only_out(dtype, impl, device, guarded):
     weight, log_scale = problem(13, 515, 2, dtype, device)
     out = guarded((2, 13, 515), dtype)

@@ -90,6 +90,8 @@ def test_what_a_question_is_about_is_asked_with_it(tmp_path):
     )
     passage = {"passage": "It rains.", "question": "Is it dry?", "options": ["(A)yes", "(B)no"], "label": "B"}
     assert asked(tmp_path, passage, "choice") == "It rains.\n\nIs it dry?\nA. (A)yes\nB. (B)no\nAnswer:"
+    assert asked(tmp_path, {"instruction": "Double it.", "input": 4, "output": 8}) == "Double it.\n\n4"
+    assert asked(tmp_path, {"instruction": "Sing.", "input": float("nan"), "output": "la"}) == "Sing."
     item = {"question": "q", "answer": "a", "context": {"title": ["t"]}}
     with pytest.raises(InputError, match=r"item 0: context: expected a text, got .*; fields: {prompt: question, "):
         load_conversations(save(tmp_path, [item]), "exact", 9)

@@ -158,21 +158,23 @@ class Item:
 
     def _texts(self, keys: tuple[str, ...], question: str) -> list[str]:
         """What the item says beside its question under these keys. Raises InputError for what is no text."""
-        held = {key: value for key in keys if key != question and (value := self.data.get(key)) not in (None, "")}
-        for key, value in held.items():
-            if not isinstance(value, str):
+        texts = []
+        for key in keys:
+            value = None if key == question else _written(self.data.get(key))
+            if value is not None and not isinstance(value, str):
                 raise InputError(
                     f"{self.where}: {key}: expected a text, got {show(value)}; fields: {{prompt: {question}, ...}} "
                     "leaves it out"
                 )
-        return [text for text in held.values() if text.strip()]
+            texts += [value] if value and value.strip() else []
+        return texts
 
     def _prompt(self) -> Any:
         """What `fields` calls the prompt; of several keys the texts one after another."""
         keys = self.fields.get("prompt")
         if not isinstance(keys, list):
             return self._field("prompt")
-        held = {key: self._at("prompt", key) for key in keys}
+        held = {key: _written(self._at("prompt", key)) for key in keys}
         for key, value in held.items():
             if value is not None and not isinstance(value, str):
                 raise InputError(f"{self.where}: {key}: expected a text, got {show(value)}")
@@ -307,10 +309,16 @@ def _answered(answer: Any) -> list[Any]:
     """An expected answer that is a text, a number, nothing, or a list of one message."""
     if listed := _messages(answer):
         return listed[-1:]
-    is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
-    missing = answer is None or (is_number and not isfinite(answer))  # NaN is how pandas writes nothing
-    text = "" if missing else str(answer) if is_number else answer
+    text = _written(answer)
+    text = "" if text is None else text
     return [{"role": "assistant", "content": text}]
+
+
+def _written(value: Any) -> Any:
+    """A number as text, and None for what is none: NaN is how pandas writes nothing."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    return None if isinstance(value, float) and not isfinite(value) else str(value)
 
 
 def _messages(value: Any) -> list[Any]:

@@ -335,7 +335,7 @@ def test_donors_whose_scores_overflow_are_refused_and_leave_nothing_behind(olmfa
     [
         (None, ": no such dataset file"),
         ("hello", ": neither JSON nor JSON Lines: "),
-        ("", ": neither JSON nor JSON Lines: "),
+        ("", ": is empty"),
         ("[]", ": expected a list of conversations, got an empty list"),
         ('[{"conversation": [{"from": "human", "value": "2+2="}]}]', ": no item can be scored by mode "),
         ('[{"prompt": "2+2=", "response": ""}]', ": no item can be scored by mode "),
@@ -361,7 +361,7 @@ def test_worked_examples_that_fill_the_context_are_named(refused, cfg):
     test = "mmlu/test/art_test.csv"
     assert refused(edit(cfg, dataset={test: {"mode": "choice", "shots": 5}})) == (
         f"{cfg.parent / test}: every sample, opened by the worked examples of {examples}, is longer than the model's "
-        "context of 128 tokens"
+        "context of 128 tokens; fewer worked examples (shots, --ntrain) make them shorter"
     )
 
 

@@ -122,11 +122,10 @@ def test_a_number_may_name_a_label_and_null_is_no_option(tmp_path):
     assert (found.response, found.options) == ("B", ("A", "B", "C"))
 
 
-def test_a_file_whose_right_option_is_always_the_same_is_refused(tmp_path):
-    items = [{"question": f"q{number}", "choices": ["a", "b"], "answer": 0} for number in range(16)]
-    with pytest.raises(InputError, match="the right option is always A, so that a model need not read the questions"):
-        load_conversations(save(tmp_path, items), "choice", 99)
-    assert len(load_conversations(save(tmp_path, items), "choice", 15).usable) == 15
+def test_the_right_option_may_not_be_the_same_one_of_all_items():
+    fields = {"prompt": "Question", "choices": ["Correct Answer", "Incorrect Answer"], "answer": "Correct Answer"}
+    with pytest.raises(ValueError, match="'Correct Answer' is one of choices, so that the right letter would"):
+        DatasetConfig(mode="choice", fields=fields)
 
 
 ALTERNATING = (

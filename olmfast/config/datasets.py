@@ -79,6 +79,12 @@ class DatasetConfig(BaseModel):
         for name, key in (self.fields or {}).items():
             if isinstance(key, list) and (name not in ("choices", "prompt") or len(key) < 2):
                 raise ValueError(f"fields: {name}: expected a key, or several for prompt and choices, got {show(key)}")
+        keys = self.fields or {}
+        if isinstance(keys.get("choices"), list) and keys.get("answer") in keys["choices"]:
+            raise ValueError(
+                f"fields: answer: {show(keys['answer'])} is one of choices, so that the right letter would always be "
+                "the same; write the file with its options in random order"
+            )
         if self.lm_eval is None and (self.split or self.lm_eval_path):
             raise ValueError("split, lm_eval_path: are of a task; add lm_eval: TASK")
         if self.lm_eval and (self.file or self.fields or self.subjects):

@@ -16,8 +16,6 @@ from olmfast.evaluation.metrics import CHOICES, GENERATIVE
 from olmfast.evaluation.mmlu import LETTERS, Subject, is_mmlu_file, read_mmlu, read_questions, worked_examples
 from olmfast.evaluation.options import first_index
 
-SUSPICIOUS = 16  # questions of a choice from which on they cannot all have the same right letter by chance
-
 
 class Conversations(NamedTuple):
     """What a dataset file holds, as far as a mode can use it, and how many items are left out, by reason."""
@@ -86,11 +84,6 @@ def load_conversations(
             wanted = "choices: ..., answer: ..." if mode in CHOICES else "response: ..."
             more = f"; of the keys {keys}, fields: {{prompt: ..., {wanted}}} says which are meant"
         raise InputError(f"{path}: no item can be scored by mode {mode}: {counted}{more}")
-    if mode in CHOICES and len(usable) >= SUSPICIOUS and len({one.response for one in usable}) == 1:
-        raise InputError(
-            f"{path}: the right option is always {usable[0].response}, so that a model need not read the questions; "
-            "write the file with its options in random order"
-        )
     return Conversations(usable, left_out)
 
 

@@ -88,6 +88,9 @@ def test_what_a_question_is_about_is_asked_with_it(tmp_path):
     assert asked(tmp_path, {"Body": "Ann had 7 eggs.", "Question": "How many?", "Answer": 7.0}) == (
         "Ann had 7 eggs.\n\nHow many?"
     )
+    assert asked(tmp_path, {"prompt": "Sum up: It rains.", "article": "It rains.", "response": "Rain."}) == (
+        "Sum up: It rains."
+    )
     passage = {"passage": "It rains.", "question": "Is it dry?", "options": ["(A)yes", "(B)no"], "label": "B"}
     assert asked(tmp_path, passage, "choice") == "It rains.\n\nIs it dry?\nA. (A)yes\nB. (B)no\nAnswer:"
     assert asked(tmp_path, {"instruction": "Double it.", "input": 4, "output": 8}) == "Double it.\n\n4"
@@ -114,6 +117,14 @@ def test_what_a_question_is_about_is_asked_with_it(tmp_path):
 def test_right_options_are_counted_from_what_the_file_says(answers, letters, tmp_path):
     items = [{**ASKED, "answer": answer} for answer in answers]
     assert [one.response for one in load_conversations(save(tmp_path, items), "choice", 9).usable] == list(letters)
+
+
+def test_an_item_that_is_not_asked_need_not_be_a_question(tmp_path):
+    fields = {"prompt": "q", "choices": ["x", "y"], "answer": "label"}
+    path = save(tmp_path, [{"q": "q", "x": "a", "y": "b", "label": 1}, {"q": "without the rest"}])
+    assert [one.response for one in load_conversations(path, "choice", 1, fields).usable] == ["B"]
+    with pytest.raises(InputError, match="item 1: fields: choices: no key 'x'"):
+        load_conversations(path, "choice", 2, fields)
 
 
 def test_a_number_may_name_a_label_and_null_is_no_option(tmp_path):

@@ -48,8 +48,13 @@ def curve(config: Path, name: str, budgets: list[int], samples: int | None, fold
         keys = yaml.safe_load(config.read_text())
         overrides = {**overrides, **{key: fewer(keys[key], samples) for key in ("dataset", "holdout")}}
     folder /= name.replace(" ", "-")
-    points = folder / "points.json"
-    found: dict[str, Point] = json.loads(points.read_text()) if points.exists() else {}
+    points, of = folder / "points.json", [config.read_text(), samples]
+    known: dict[str, Any] = json.loads(points.read_text()) if points.exists() else {"of": of, "points": {}}
+    if known["of"] != of:
+        raise SystemExit(f"{points}: is of another config or number of samples; remove {folder} or give another --runs")
+    found: dict[str, Point] = known["points"]
+    if found:
+        print(f"{name}: budgets {', '.join(found)} are taken from {points}")
     for budget in budgets:
         if str(budget) not in found:
             out = folder / (str(budget) if name == JOINT else "all")
@@ -62,7 +67,7 @@ def curve(config: Path, name: str, budgets: list[int], samples: int | None, fold
                 done.selection.retained(RESULT),
                 done.holdout.retained(RESULT),
             )
-            points.write_text(json.dumps(found))
+            points.write_text(json.dumps(known))
         evaluations, selection, holdout = found[str(budget)]
         print(f"{name:38} budget {budget:4}: {evaluations:6.1f} {selection:7.3f} {holdout:7.3f}", flush=True)
     return [found[str(budget)] for budget in budgets if str(budget) in found]

@@ -100,8 +100,11 @@ class Item:
 
     def option_index(self) -> tuple[int, int] | None:
         """The number by which a multiple choice names its right option, where it does, and how many options it has."""
-        choices, labels = options_of(self._given_options())
-        right = self._right()
+        try:
+            choices, labels = options_of(self._given_options())
+            right = self._right()
+        except InputError:  # which is told if the item is asked
+            return None
         if not isinstance(choices, list) or letter_of(right, labels, choices, None) is not None:
             return None
         index = index_of(right)
@@ -138,7 +141,8 @@ class Item:
                 asked = asked["stem"]
             self._check_texts({question: asked}, {} if mode in CHOICES else {answered: answer})
             if isinstance(asked, str):
-                asked = "\n\n".join([*self._texts(ABOUT, question), asked, *self._texts(MORE, question)])
+                about = [text for text in self._texts(ABOUT, question) if text not in asked]  # not what it quotes
+                asked = "\n\n".join([*about, asked, *self._texts(MORE, question)])
             before = [*system, *_history(self.where, data.get(HISTORY))]
             if mode in CHOICES:
                 return [*before, *_asked(asked)]

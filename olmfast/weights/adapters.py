@@ -274,7 +274,7 @@ class _Application:
             if what is not None or fused is None:
                 self.faults.append(f"{parameter}: {what}")
                 continue
-            turned = ways[parameter][0] if len(ways[parameter]) == 1 else told.copy().pop()
+            turned = ways[parameter][0] if len(ways[parameter]) == 1 else next(iter(told))
             for name, source, expert, row in fused.places:
                 changed[name] = ExpertsLowRank(
                     source, a, b, self._scale(parameter), fused.n_experts, turned, expert, row

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from olmfast.kernels.dare import dare_mask
     from olmfast.kernels.evolution import offspring_count, svd_coefficients
     from olmfast.kernels.factors import SvdFactors, svd_factors
+    from olmfast.kernels.fused import gated, rms_norm, rotate
     from olmfast.kernels.noise import svd_noise
     from olmfast.kernels.scaling import row_scale
     from olmfast.kernels.scores import TokenScores, token_scores
@@ -24,7 +25,10 @@ __all__ = [
     "SvdFactors",
     "TokenScores",
     "dare_mask",
+    "gated",
     "offspring_count",
+    "rms_norm",
+    "rotate",
     "row_scale",
     "slerp",
     "stacked_linear",
@@ -41,7 +45,10 @@ _FILES = {
     "SvdFactors": "factors",
     "TokenScores": "scores",
     "dare_mask": "dare",
+    "gated": "fused",
     "offspring_count": "evolution",
+    "rms_norm": "fused",
+    "rotate": "fused",
     "row_scale": "scaling",
     "slerp": "spherical",
     "stacked_linear": "stacked",

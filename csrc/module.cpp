@@ -17,6 +17,15 @@ namespace {
 
 using Nogil = py::call_guard<py::gil_scoped_release>;
 
+// What waits for threads when it goes.
+struct WithoutGil {
+  template <typename T>
+  void operator()(T* object) const {
+    py::gil_scoped_release nogil;
+    delete object;
+  }
+};
+
 // File names are bytes: those that are not UTF-8 come and go as Python's surrogateescape has them.
 std::string file_system_path(const py::object& path) {
   return py::module_::import("os").attr("fsencode")(path).cast<py::bytes>();
@@ -268,6 +277,12 @@ PYBIND11_MODULE(_shards, module) {
            py::arg("address"), py::arg("capacity"), py::arg("to_dtype"), py::arg("strides"))
       .def_property_readonly("n_bytes", &Transfer::n_bytes);
   module.def("copy", &run_transfers, py::arg("transfers"), Nogil());
+  py::class_<Filling, std::unique_ptr<Filling, WithoutGil>>(module, "Filling")
+      .def(py::init([](size_t n_buffers) { return std::unique_ptr<Filling, WithoutGil>(new Filling(n_buffers)); }),
+           py::arg("n_buffers"))
+      .def("add", &Filling::add, py::arg("transfers"), Nogil())
+      .def("wait", &Filling::wait, Nogil())
+      .def("release", &Filling::release);
   module.def("release_copied", &release_copied, py::arg("on"));
   define_output(module);
   define_combining(module);

@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cfenv>
+#include <memory>
 #include <numeric>
 #include <set>
 #include <stdexcept>
+#include <system_error>
 
 #include "guard.hpp"
 #include "threads.hpp"
@@ -122,23 +124,56 @@ void release(const Piece& piece) {
   release_pages(*plan.mapping, source + piece.begin * item_bytes, (piece.end - piece.begin) * item_bytes);
 }
 
+}  // namespace
+
+// Transfers cut into pieces, and what they need to stay alive until all is copied.
 struct Work {
+  std::vector<std::unique_ptr<Plan>> plans;
+  std::vector<std::shared_ptr<const Mapping>> mappings;
   std::vector<Piece> pieces;
   std::atomic<const Plan*> faulted{nullptr};
+
+  // Returns the shards that are read.
+  std::set<const Shard*> add(const std::vector<Transfer>& transfers, bool streams) {
+    std::set<const Shard*> shards;
+    for (const Transfer& transfer : transfers) {
+      if (transfer.n_bytes() == 0) continue;
+      mappings.push_back(transfer.shard->mapping());
+      plans.push_back(std::make_unique<Plan>(make_plan(transfer, *mappings.back(), streams)));
+      cut(*plans.back(), pieces);
+      shards.insert(transfer.shard.get());
+    }
+    return shards;
+  }
+
+  void do_piece(size_t i) {
+    if (faulted) return;
+    const Piece& piece = pieces[i];
+    const Mapping& map = *piece.plan->mapping;
+    // Subnormal numbers count on every thread, whatever the caller has set for its own arithmetic.
+    fenv_t environment;
+    fegetenv(&environment);
+    fesetenv(FE_DFL_ENV);
+    if (!guarded(map.data(), map.size(), move_piece, const_cast<Piece*>(&piece))) faulted = piece.plan;
+    fesetenv(&environment);
+    if (releases_copied()) release(piece);
+  }
+
+  // Throws FileError where a file could not be read, or is not the one that was opened any more.
+  void check(const std::set<const Shard*>& shards) const {
+    if (const Plan* plan = faulted) {
+      plan->shard->explain_fault(static_cast<uint64_t>(plan->source - plan->mapping->data()));
+    }
+    for (const Shard* shard : shards) shard->check_unchanged();
+  }
 };
 
-void do_piece(void* context, size_t i) {
-  auto& work = *static_cast<Work*>(context);
-  if (work.faulted) return;
-  const Piece& piece = work.pieces[i];
-  const Mapping& map = *piece.plan->mapping;
-  // Subnormal numbers count on every thread, whatever the caller has set for its own arithmetic.
-  fenv_t environment;
-  fegetenv(&environment);
-  fesetenv(FE_DFL_ENV);
-  if (!guarded(map.data(), map.size(), move_piece, const_cast<Piece*>(&piece))) work.faulted = piece.plan;
-  fesetenv(&environment);
-  if (releases_copied()) release(piece);
+namespace {
+
+uint64_t written(const std::vector<Transfer>& transfers) {
+  uint64_t n_bytes = 0;
+  for (const Transfer& transfer : transfers) n_bytes += transfer.n_elements() * width(transfer.to);
+  return n_bytes;
 }
 
 }  // namespace
@@ -182,30 +217,115 @@ void Transfer::check() const {
 }
 
 void run_transfers(const std::vector<Transfer>& transfers) {
-  std::vector<Plan> plans;
-  std::vector<std::shared_ptr<const Mapping>> mappings;  // kept alive until all is copied
-  plans.reserve(transfers.size());
   Work work;
-  uint64_t n_bytes = 0;
-  for (const Transfer& transfer : transfers) n_bytes += transfer.n_elements() * width(transfer.to);
-  std::set<const Shard*> shards;
-  for (const Transfer& transfer : transfers) {
-    if (transfer.n_bytes() == 0) continue;
-    mappings.push_back(transfer.shard->mapping());
-    plans.push_back(make_plan(transfer, *mappings.back(), n_bytes >= kStreamBytes));
-    cut(plans.back(), work.pieces);
-    shards.insert(transfer.shard.get());
-  }
+  const uint64_t n_bytes = written(transfers);
+  const std::set<const Shard*> shards = work.add(transfers, n_bytes >= kStreamBytes);
   install_guard();
   if (n_bytes <= kInlineBytes) {
-    for (size_t i = 0; i < work.pieces.size(); ++i) do_piece(&work, i);
+    for (size_t i = 0; i < work.pieces.size(); ++i) work.do_piece(i);
   } else {
-    parallel(work.pieces.size(), do_piece, &work);
+    parallel(work.pieces.size(), [](void* context, size_t i) { static_cast<Work*>(context)->do_piece(i); }, &work);
   }
-  if (const Plan* plan = work.faulted) {
-    plan->shard->explain_fault(static_cast<uint64_t>(plan->source - plan->mapping->data()));
+  work.check(shards);
+}
+
+struct Filling::Group {
+  std::vector<Transfer> transfers;  // they keep their shards
+  Work work;
+  std::set<const Shard*> shards;
+  size_t number = 0;
+  std::atomic<size_t> n_left{0};  // pieces
+};
+
+Filling::Filling(size_t n_buffers) : n_buffers_(n_buffers) {
+  if (n_buffers == 0) throw std::invalid_argument("Filling: at least one buffer is needed");
+  install_guard();
+  try {
+    thread_ = std::thread([this] { fill(); });
+  } catch (const std::system_error&) {
+    // No more threads can be started: who waits does the work.
   }
-  for (const Shard* shard : shards) shard->check_unchanged();
+}
+
+Filling::~Filling() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    is_over_ = true;
+  }
+  begun_.notify_all();
+  if (thread_.joinable()) thread_.join();
+}
+
+void Filling::add(std::vector<Transfer> transfers) {
+  auto group = std::make_unique<Group>();
+  group->transfers = std::move(transfers);
+  group->shards = group->work.add(group->transfers, written(group->transfers) >= kStreamBytes);
+  group->n_left = group->work.pieces.size();
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    group->number = n_added_++;
+    queued_.push_back(group.get());
+    groups_.push_back(std::move(group));
+  }
+  begun_.notify_all();
+}
+
+// What has been added meanwhile is one list of pieces, taken in order: those that wait for a buffer are its last.
+void Filling::fill() {
+  while (true) {
+    std::vector<std::pair<Group*, size_t>> pieces;
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      begun_.wait(lock, [&] { return is_over_ || !queued_.empty(); });
+      if (is_over_) return;
+      for (Group* group : queued_) {
+        for (size_t i = 0; i < group->work.pieces.size(); ++i) pieces.emplace_back(group, i);
+      }
+      queued_.clear();
+    }
+    auto do_one = [&](size_t i) { do_piece(*pieces[i].first, pieces[i].second); };
+    parallel(pieces.size(), [](void* context, size_t i) { (*static_cast<decltype(do_one)*>(context))(i); }, &do_one);
+  }
+}
+
+void Filling::do_piece(Group& group, size_t i) {
+  {
+    std::unique_lock<std::mutex> lock(mutex_);
+    begun_.wait(lock, [&] { return is_over_ || group.number < n_released_ + n_buffers_; });
+    if (is_over_) return;
+  }
+  group.work.do_piece(i);
+  if (--group.n_left == 0) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    filled_.notify_all();
+  }
+}
+
+void Filling::wait() {
+  std::unique_ptr<Group> group;
+  {
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (groups_.empty()) throw std::logic_error("Filling: no group is left to wait for");
+    if (groups_.front()->number >= n_released_ + n_buffers_) {
+      throw std::logic_error("Filling: the next group's buffer has not been released");
+    }
+    if (thread_.joinable()) filled_.wait(lock, [&] { return groups_.front()->n_left == 0; });
+    group = std::move(groups_.front());
+    groups_.pop_front();
+  }
+  if (!thread_.joinable()) {
+    for (size_t i = 0; i < group->work.pieces.size(); ++i) do_piece(*group, i);
+    queued_.clear();
+  }
+  group->work.check(group->shards);
+}
+
+void Filling::release() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++n_released_;
+  }
+  begun_.notify_all();
 }
 
 }  // namespace olmfast

@@ -1,9 +1,13 @@
 // Copies from mapped shards to memory of the program, checked, guarded and spread over threads.
 #pragma once
 
+#include <condition_variable>
 #include <cstdint>
+#include <deque>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "convert.hpp"
@@ -34,5 +38,40 @@ struct Transfer {
 // from a file that was truncated inside its last page are not taken for its own. Throws FileError; some
 // destinations may then hold part of the new values.
 void run_transfers(const std::vector<Transfer>& transfers);
+
+// Groups of transfers into buffers that are used in turns, done by the threads one after another without a pause:
+// while one buffer is sent on, they fill those that are free. A group is begun once the one `n_buffers` before it is
+// released. Destinations must live until the object is gone; whatever is not begun by then is left out.
+class Filling {
+ public:
+  explicit Filling(size_t n_buffers);
+  ~Filling();
+  Filling(const Filling&) = delete;
+  Filling& operator=(const Filling&) = delete;
+
+  // The transfers of the next group.
+  void add(std::vector<Transfer> transfers);
+
+  // Returns when the oldest group that has not been waited for is there. Throws FileError as `run_transfers` does,
+  // std::logic_error where there is none or its buffer has not been released.
+  void wait();
+
+  // The oldest buffer that has not been released may be overwritten. Throws nothing.
+  void release();
+
+ private:
+  struct Group;
+  void fill();
+  void do_piece(Group& group, size_t i);
+
+  const size_t n_buffers_;
+  std::mutex mutex_;
+  std::condition_variable begun_, filled_;
+  std::deque<std::unique_ptr<Group>> groups_;  // not waited for yet
+  std::vector<Group*> queued_;                 // not taken up by the threads yet
+  size_t n_added_ = 0, n_released_ = 0;
+  bool is_over_ = false;
+  std::thread thread_;
+};
 
 }  // namespace olmfast

@@ -52,6 +52,11 @@ def use_triton(
     return reason is None and (impl == "triton" or tensors[0].device.type != "cpu")
 
 
+def runs_triton(tensor: Tensor) -> bool:
+    """Whether `impl="auto"` takes Triton kernels for tensors of this one's device and dtype."""
+    return tensor.device.type != "cpu" and _obstacle(tensor.device, [tensor], KERNEL_DTYPES, True) is None
+
+
 def _obstacle(
     device: torch.device, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], mixed: bool
 ) -> str | None:

@@ -83,6 +83,24 @@ def copy(transfers: Sequence[Transfer]) -> None:
     Raises OSError, naming file and tensor; some destinations may then hold part of the new values.
     """
 
+class Filling:
+    """Groups of transfers into `n_buffers` buffers that are used in turns, done by the threads without a pause.
+
+    A group is begun once the one `n_buffers` before it is released. What they fill must live until this object is gone;
+    groups not begun by then are left out.
+    """
+
+    def __init__(self, n_buffers: int) -> None: ...
+    def add(self, transfers: Sequence[Transfer]) -> None:
+        """The transfers of the next group."""
+    def wait(self) -> None:
+        """Return when the oldest group that has not been waited for is there.
+
+        Raises what `copy` raises; RuntimeError where there is no group, or its buffer has not been released.
+        """
+    def release(self) -> None:
+        """The oldest buffer that has not been released may be overwritten."""
+
 def release_copied(on: bool) -> None:
     """Whether mapped pages are taken out of this process once they have been read: they count as its memory.
 

@@ -6,7 +6,6 @@ by its own weights; everything else sees an ordinary batch of K times the rows.
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch.nn.functional import linear
 
 from olmfast import kernels
 from olmfast.evaluation.forwards import replaced
+from olmfast.evaluation.fusing import unfused
 from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.transit import sent
 from olmfast.weights.offspring import NormOffspring
@@ -42,7 +42,7 @@ class StackedLeaf:
 
     def __init__(self, module: Any, values: Mapping[str, torch.Tensor]) -> None:
         self.module, self.values = module, dict(values)
-        self._plain = copy.copy(module)  # goes on computing by its own forward while the module's is replaced
+        self._plain = unfused(module)  # goes on computing by its own forward while the module's is replaced
 
     def each(self, x: torch.Tensor, candidates: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
         """See `Leaf.each`."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 from olmfast.evaluation.blueprint import build_module, is_tied, map_slots
+from olmfast.evaluation.fusing import fuse
 from olmfast.evaluation.residency import RESIDENT, Buffers, Residency, Streamed
 from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.upload import Uploader
@@ -54,6 +55,7 @@ class WorkingModel:
         if self._buffers is not None:
             self.residency = Streamed(module, architecture.family.blocks, self._slots, self._buffers)
         self.module = module.to(self.device)
+        fuse(self.module)
         self._parameters: dict[str, torch.nn.Parameter] = dict(self.module.named_parameters())
 
     def apply(self, values: Mapping[str, Expression]) -> None:

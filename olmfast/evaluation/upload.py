@@ -1,22 +1,26 @@
 """Donor bytes -> parameters on another device, through page-locked buffers and a stage on the device.
 
-While one buffer's bytes travel on a stream of their own, the shard engine fills the next from the mapped file, already
-in the parameter's dtype. They arrive in a stage, not in the parameters: what is queued on the device may still read
+While one buffer's bytes travel on a stream of their own, the shard engine's threads fill the next ones from the mapped
+file, already in the parameter's dtype, and pause only where none is free. They arrive in a stage, not in the parameters: what is queued on the device may still read
 these, and need not be waited for. From there they are copied on the device, in the order of its work. Into memory that
 nothing reads any more after a known event, they travel straight.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
 
-from olmfast.weights.checkpoint import TensorInfo, copy_tensors
+from olmfast import _shards
+from olmfast.weights.checkpoint import TensorInfo, copy_tensors, reading
 
-BUFFER_BYTES = 64 << 20  # small ones are filled more slowly than they travel
-N_BUFFERS = 3
+BUFFER_BYTES = 16 << 20
+N_BUFFERS = 8
+UNDERWAY = 2  # buffers whose bytes travel or are queued to, while the others are filled
 STAGE_BYTES = 512 << 20  # a block of a 7B model
 ALIGNMENT = 256
 
@@ -44,8 +48,7 @@ class Uploader:
         self._buffers = [
             torch.empty(buffer_bytes, dtype=torch.uint8, pin_memory=self._is_cuda) for _ in range(N_BUFFERS)
         ]
-        self._sent: list[torch.cuda.Event | None] = [None] * N_BUFFERS
-        self._next = 0
+        self._last: torch.cuda.Event | None = None  # after which no buffer's bytes travel
         self._stage: torch.Tensor | None = None
 
     def upload(self, pairs: Iterable[tuple[TensorInfo, torch.Tensor]]) -> None:
@@ -57,22 +60,20 @@ class Uploader:
         pairs = [(info, target) for info, target in pairs if info.n_bytes]
         arrived: list[tuple[_Piece, torch.Tensor]] = []
         begin = 0
-        for pieces, n_bytes in self._buffers_of(pairs):
-            filled = self._filled(pieces)[:n_bytes]
+        for pieces, filled in self._filled(pairs):
             if self._stream is None:
                 for piece in pieces:
                     piece.target.copy_(piece.within(filled))
                 continue
             stage = self._staged(pairs)
-            if begin + n_bytes > len(stage):
+            if begin + len(filled) > len(stage):
                 self._spread(arrived)
                 arrived, begin = [], 0
-            place = stage[begin : begin + n_bytes]
+            place = stage[begin : begin + len(filled)]
             with torch.cuda.stream(self._stream):
                 place.copy_(filled, non_blocking=True)
-            self._sent[self._next - 1] = marked(self._stream)
             arrived += [(piece, place) for piece in pieces]
-            begin += n_bytes
+            begin += len(filled)
         self._spread(arrived)
 
     def send(self, pairs: Iterable[tuple[TensorInfo, torch.Tensor]], after: torch.cuda.Event | None) -> Any:
@@ -83,14 +84,45 @@ class Uploader:
         """
         if self._stream is not None and after is not None:
             self._stream.wait_event(after)
-        for pieces, n_bytes in self._buffers_of([pair for pair in pairs if pair[0].n_bytes], straight=True):
-            filled = self._filled(pieces)[:n_bytes]
+        for pieces, filled in self._filled([pair for pair in pairs if pair[0].n_bytes], straight=True):
             with torch.cuda.stream(self._stream):  # on a CPU this does nothing
                 for piece in pieces:
                     piece.target.copy_(piece.within(filled), non_blocking=True)
-            if self._stream is not None:
-                self._sent[self._next - 1] = marked(self._stream)
         return None if self._stream is None else marked(self._stream)
+
+    def _filled(
+        self, pairs: Iterable[tuple[TensorInfo, torch.Tensor]], straight: bool = False
+    ) -> Iterator[tuple[list[_Piece], torch.Tensor]]:
+        """The tensors in pieces, as many as fit a buffer at a time, and the buffer's bytes with them in it.
+
+        Before the next is asked for, they are sent on by the stream (on a CPU: copied).
+        """
+        if self._last is not None:
+            self._last.synchronize()
+        filling, buffers = _shards.Filling(N_BUFFERS), cycle(self._buffers)
+        ahead: deque[tuple[list[_Piece], torch.Tensor]] = deque()
+        underway: deque[torch.cuda.Event] = deque()
+
+        def first() -> Iterator[tuple[list[_Piece], torch.Tensor]]:
+            with reading():
+                filling.wait()
+            yield ahead.popleft()
+            if self._stream is not None:
+                self._last = marked(self._stream)
+                underway.append(self._last)
+                if len(underway) <= UNDERWAY:
+                    return
+                underway.popleft().synchronize()
+            filling.release()
+
+        for pieces, n_bytes in self._buffers_of(pairs, straight):
+            if len(ahead) == N_BUFFERS:
+                yield from first()
+            buffer = next(buffers)[:n_bytes]
+            filling.add([piece.info.into(piece.within(buffer)) for piece in pieces])
+            ahead.append((pieces, buffer))
+        while ahead:
+            yield from first()
 
     def _buffers_of(
         self, pairs: Iterable[tuple[TensorInfo, torch.Tensor]], straight: bool = False
@@ -120,15 +152,6 @@ class Uploader:
                     pieces, begin = [], 0
         if pieces:
             yield pieces, min(begin, self.buffer_bytes)
-
-    def _filled(self, pieces: list[_Piece]) -> torch.Tensor:
-        """The next buffer, once its last bytes have left, with these pieces in it."""
-        buffer, event = self._buffers[self._next], self._sent[self._next]
-        if event is not None:
-            event.synchronize()
-        copy_tensors([piece.info.into(piece.within(buffer)) for piece in pieces])
-        self._next = (self._next + 1) % N_BUFFERS
-        return buffer
 
     def _staged(self, pairs: list[tuple[TensorInfo, torch.Tensor]]) -> torch.Tensor:
         """Memory on the device for all of it, if it may be that much."""

@@ -1,0 +1,202 @@
+"""Parts of a module that one kernel computes where its own forward queues many: RMS norms, gated MLPs, rotary embeddings.
+
+No family is known here. A part is taken where what it computes is seen to be, bit for bit, what the kernel's formula
+says, on random numbers and in the module's dtype. It then computes by a subclass of its own class, so that copies of it
+and calls with other weights do as well. Where gradients are wanted, its own forward computes.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+
+from olmfast import kernels
+from olmfast.evaluation.forwards import replaced
+
+ROTARY = "apply_rotary_pos_emb"
+ROUNDINGS = ((0.0, True), (0.0, False), (1.0, False))  # offset and `rounded_first`: Llama's, OLMo 2's, Gemma's
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+DRAWS = 4  # rows of random numbers that a formula is tried with
+
+
+def fuse(module: Any, impl: str = "auto") -> None:
+    """Let the parts of a module compute by kernels, on a GPU that they run on; elsewhere it stays as it is.
+
+    `impl` is that of the kernels: 'torch' and 'triton' are meant for tests, on any device.
+    """
+    weight = next(module.parameters())
+    if impl == "auto" and not kernels.runs_triton(weight):
+        return
+    with torch.inference_mode():
+        for part in module.modules():
+            kind = type(part)
+            found = (
+                _norm(kind, _formula_of(part), impl)
+                or _gated(kind, _gates_of(part), impl)
+                or _rotating(kind, weight.dtype, weight.device, impl)
+            )
+            if found is not None:
+                part.__class__ = found
+
+
+def unfused(module: Any) -> Any:
+    """A copy of a part that shares its weights and computes by its own forward."""
+    plain = copy.copy(module)
+    plain.__class__ = getattr(type(module), "plain", type(module))
+    return plain
+
+
+def _subclass(kind: type, forward: Callable[..., Any]) -> type:
+    """It looks like its class from outside: some code goes by the name."""
+    names = {"forward": forward, "plain": kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (kind,), names)
+
+
+# RMS norms
+
+
+def _formula_of(part: Any) -> tuple[str, float, bool] | None:
+    """The attribute that holds a norm's epsilon, its offset, and whether it rounds before it multiplies by its weight."""
+    name = next((name for name in ("variance_epsilon", "eps") if isinstance(getattr(part, name, None), float)), None)
+    parameters = dict(part.named_parameters())
+    if name is None or list(parameters) != ["weight"] or parameters["weight"].dim() != 1 or hasattr(part, "plain"):
+        return None
+    like = parameters["weight"]
+    x, weight = _random(like, DRAWS, len(like)), _random(like, len(like))
+    try:
+        expected = torch.func.functional_call(part, {"weight": weight}, (x,))
+    except TypeError:  # called with more than that
+        return None
+    for offset, rounded_first in ROUNDINGS:
+        ours = kernels.rms_norm(
+            x, weight, getattr(part, name), offset=offset, rounded_first=rounded_first, impl="torch"
+        )
+        if _same(ours, expected):
+            return name, offset, rounded_first
+    return None
+
+
+@functools.cache
+def _norm(kind: type, formula: tuple[str, float, bool] | None, impl: str) -> type | None:
+    if formula is None:
+        return None
+    epsilon, offset, rounded_first = formula
+    own = kind.forward
+
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        if torch.is_grad_enabled():
+            return own(self, x)
+        return kernels.rms_norm(
+            x, self.weight, getattr(self, epsilon), offset=offset, rounded_first=rounded_first, impl=impl
+        )
+
+    return _subclass(kind, forward)
+
+
+# Gated MLPs
+
+
+def _gates_of(part: Any) -> tuple[str, bool] | None:
+    """The activation of an MLP that is `down(activation(gate(x)) * up(x))`, and whether one Linear, `gate_up_proj`,
+    gives both; None for whatever is not."""
+    together = getattr(part, "gate_up_proj", None)
+    linears = [together] if together is not None else [getattr(part, name, None) for name in ("gate_proj", "up_proj")]
+    down = getattr(part, "down_proj", None)
+    if not all(type(linear) is torch.nn.Linear for linear in [*linears, down]) or hasattr(part, "plain"):
+        return None
+    n = down.in_features
+    if any(linear.out_features != (n if together is None else 2 * n) for linear in linears):
+        return None
+    x, leaving = _random(down.weight, DRAWS, linears[0].in_features), _random(down.weight, DRAWS, down.out_features)
+    gate, up = _random(down.weight, DRAWS, n), _random(down.weight, DRAWS, n)
+    entering: list[torch.Tensor] = []
+
+    def take(given: torch.Tensor) -> torch.Tensor:
+        entering.append(given)
+        return leaving
+
+    shown = [gate, up] if together is None else [torch.cat([gate, up], dim=-1)]
+    forwards: dict[Any, Callable[..., Any]] = {
+        linear: lambda _, out=out: out for linear, out in zip(linears, shown, strict=True)
+    }
+    with replaced({**forwards, down: take}):
+        try:
+            given = part(x)
+        except TypeError:
+            return None
+    if given is not leaving or len(entering) != 1:
+        return None
+    for activation in ACTIVATIONS:
+        if _same(kernels.gated(gate, up, activation, impl="torch"), entering[0]):
+            return activation, together is not None
+    return None
+
+
+@functools.cache
+def _gated(kind: type, gates: tuple[str, bool] | None, impl: str) -> type | None:
+    if gates is None:
+        return None
+    activation, together = gates
+    own = kind.forward
+
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        if torch.is_grad_enabled():
+            return own(self, x)
+        if together:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(kernels.gated(gate, up, activation, impl=impl))
+
+    return _subclass(kind, forward)
+
+
+# Rotary embeddings
+
+
+@functools.cache
+def _rotating(kind: type, dtype: torch.dtype, device: torch.device, impl: str) -> type | None:
+    """A class whose forward is the same code, but for the rotation that it calls."""
+    own = kind.forward
+    if not isinstance(own, FunctionType) or ROTARY not in own.__code__.co_names or hasattr(kind, "plain"):
+        return None
+    rotary = own.__globals__.get(ROTARY)
+    like = torch.empty(0, dtype=dtype, device=device)
+    q, k = (_random(like, 2, 3, heads, 8).transpose(1, 2) for heads in (4, 2))
+    cos, sin = _random(like, 1, 3, 8), _random(like, 1, 3, 8)
+    try:
+        if list(inspect.signature(rotary).parameters)[:4] != ["q", "k", "cos", "sin"]:
+            return None
+        expected = rotary(q, k, cos, sin)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if not all(map(_same, kernels.rotate(q, k, cos, sin, impl="torch"), expected)):
+        return None
+
+    def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        whole = cos.dim() == 3 and cos.shape[-1] == q.shape[-1] and cos.dtype == q.dtype == k.dtype
+        if args or kwargs or not whole or torch.is_grad_enabled():
+            return rotary(q, k, cos, sin, *args, **kwargs)
+        return kernels.rotate(q, k, cos, sin, impl=impl)
+
+    forward = FunctionType(
+        own.__code__, {**own.__globals__, ROTARY: rotate}, own.__name__, own.__defaults__, own.__closure__
+    )
+    forward.__kwdefaults__ = own.__kwdefaults__
+    return _subclass(kind, forward)
+
+
+def _random(like: torch.Tensor, *size: int) -> torch.Tensor:
+    """Draws that are the same on every machine, in another's dtype and on its device."""
+    generator = torch.Generator().manual_seed(sum(size))
+    return torch.randn(*size, generator=generator).to(like)
+
+
+def _same(ours: torch.Tensor, expected: Any) -> bool:
+    return isinstance(expected, torch.Tensor) and ours.dtype == expected.dtype and torch.equal(ours, expected)

@@ -194,15 +194,62 @@ def row_scale() -> None:
         )  # fmt: skip
 
 
+def rms_norm() -> None:
+    for shape in ((4096, 4096), (4096, 896), (4096 * 14, 64)):
+        x, weight = random(*shape, dtype=torch.bfloat16), random(shape[1], dtype=torch.bfloat16)
+
+        def rival(x: Tensor = x, weight: Tensor = weight) -> Tensor:
+            wide = x.float()
+            return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+        show(
+            f"rms_norm bfloat16 {shape[0]}x{shape[1]}", lambda: kernels.rms_norm(x, weight, 1e-6),
+            copy_of(2 * x.nbytes), rival, n_bytes=2 * x.nbytes,
+        )  # fmt: skip
+
+
+def gated() -> None:
+    silu = torch.nn.functional.silu
+    for rows, cols in ((4096, 11008), (4096, 4864)):
+        both = random(rows, 2 * cols, dtype=torch.bfloat16)
+        apart = [part.contiguous() for part in both.chunk(2, dim=-1)]
+        for kind, (gate, up) in (("", apart), (" of one product", both.chunk(2, dim=-1))):
+            n_bytes = both.nbytes * 3 // 2
+            show(
+                f"gated bfloat16 {rows}x{cols}{kind}", lambda: kernels.gated(gate, up, "silu"),
+                copy_of(n_bytes), lambda: silu(gate) * up, n_bytes=n_bytes,
+            )  # fmt: skip
+
+
+def rotate() -> None:
+    for q_heads, k_heads, size in ((32, 32, 128), (32, 8, 128), (14, 2, 64)):
+        q, k = (random(1, 4096, n, size, dtype=torch.bfloat16).transpose(1, 2) for n in (q_heads, k_heads))
+        cos, sin = random(1, 4096, size, dtype=torch.bfloat16), random(1, 4096, size, dtype=torch.bfloat16)
+
+        def turned(x: Tensor) -> Tensor:
+            half = x.shape[-1] // 2
+            return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+
+        n_bytes = 2 * (q.nbytes + k.nbytes) + cos.nbytes + sin.nbytes
+        show(
+            f"rotate bfloat16 4096x{q_heads}+{k_heads}x{size}", lambda: kernels.rotate(q, k, cos, sin),
+            copy_of(n_bytes), lambda: [x * cos[:, None] + turned(x) * sin[:, None] for x in (q, k)], n_bytes=n_bytes,
+        )  # fmt: skip
+
+
 def host() -> None:
     """Microseconds that a caller spends on a call, whatever the device does."""
     x, scale = random(64, 64), torch.zeros(2, 64, device=DEVICE)
     hidden, labels = random(64, 64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.int64, device=DEVICE)
+    heads = random(1, 64, 4, 64, dtype=torch.bfloat16).transpose(1, 2)
     calls: dict[str, Call] = {
         "weighted_sum": lambda: kernels.weighted_sum([x, x, x], [0.5, 0.3, 0.2]),
         "slerp": lambda: kernels.slerp(x, x, 0.3),
         "dare_mask": lambda: kernels.dare_mask((64, 64), 0.3, 1, device=DEVICE),
         "row_scale": lambda: kernels.row_scale(x, scale),
+        "rms_norm": lambda: kernels.rms_norm(hidden, hidden[0], 1e-6),
+        "gated": lambda: kernels.gated(hidden, hidden, "silu"),
+        "rotate": lambda: kernels.rotate(heads, heads, hidden[None], hidden[None]),
         "ties_merge": lambda: kernels.ties_merge([x, x, x], [1, 1, 1], 0.3, base=x),
         "token_scores": lambda: kernels.token_scores(hidden, hidden, labels),
         "svd_noise": lambda: kernels.svd_noise(x, x, x, scale),
@@ -225,7 +272,9 @@ def main() -> None:
     ceilings = 2 * 8192**3 / on_device(lambda: x @ x) / 1e9, 2 * (1 << 30) / on_device(copy_of(2 << 30)) / 1e6
     print(f"{torch.cuda.get_device_name()}: GEMM {ceilings[0]:.0f} TFLOP/s, copy {ceilings[1]:.0f} GB/s")
     print(f"olmfast.kernels of {kernels.__file__}", flush=True)
-    parts = (svd_noise, token_scores, weighted_sum, slerp, ties_merge, row_scale, dare_mask, host)
+    parts = (
+        svd_noise, token_scores, rms_norm, gated, rotate, weighted_sum, slerp, ties_merge, row_scale, dare_mask, host,
+    )  # fmt: skip
     unknown = set(sys.argv[1:]) - {part.__name__ for part in parts}
     if unknown:
         sys.exit(f"rates.py: {', '.join(sorted(unknown))}: not an operation")

@@ -254,6 +254,56 @@ def test_token_scores(compare: Compare, model: str, dtype: torch.dtype) -> None:
     )
 
 
+@each_model
+def test_rms_norm(compare: Compare, model: str) -> None:
+    width = MODELS[model][0][1]
+    x, weight = random(TOKENS, width), random(width)
+
+    def rival() -> Tensor:
+        wide = x.float()
+        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+    compare(
+        f"rms_norm {model} {TOKENS}x{width}", lambda: kernels.rms_norm(x, weight, 1e-6), rival,
+        copy_of(2 * x.nbytes), n_bytes=2 * x.nbytes, verify=close(1e-3),
+    )  # fmt: skip
+
+
+@each_model
+def test_gated(compare: Compare, model: str) -> None:
+    width = MODELS[model][0][0]
+    gate, up = random(TOKENS, width), random(TOKENS, width).roll(1)
+    compare(
+        f"gated {model} {TOKENS}x{width}",
+        lambda: kernels.gated(gate, up, "silu"),
+        lambda: torch.nn.functional.silu(gate) * up,
+        copy_of(3 * gate.nbytes),
+        n_bytes=3 * gate.nbytes,
+        verify=close(1e-3),
+    )
+
+
+@each_model
+def test_rotate(compare: Compare, model: str) -> None:
+    width, size = MODELS[model][0][1], 16 if TINY else 64
+    heads = random(1, TOKENS, width // size, size).transpose(1, 2)
+    phase = random(1, TOKENS, size // 2, dtype=torch.float32).repeat(1, 1, 2)
+    cos, sin = phase.cos().bfloat16(), phase.sin().bfloat16()
+
+    def turned() -> Tensor:
+        return torch.cat((-heads[..., size // 2 :], heads[..., : size // 2]), dim=-1)
+
+    n_bytes = 4 * heads.nbytes + cos.nbytes + sin.nbytes
+    compare(
+        f"rotate {model} {TOKENS}x{width // size}x{size}",
+        lambda: kernels.rotate(heads, heads, cos, sin),
+        lambda: [heads * cos[:, None] + turned() * sin[:, None] for _ in range(2)],
+        copy_of(n_bytes),
+        n_bytes=n_bytes,
+        verify=lambda ours, rival: close(1e-3)(torch.stack(ours), torch.stack(rival)),
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @each_model
 def test_weighted_sum(compare: Compare, model: str, dtype: torch.dtype) -> None:

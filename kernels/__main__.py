@@ -15,6 +15,7 @@ from olmfast.kernels._dispatch import interpreted
 from olmfast.kernels.dare import dare_mask
 from olmfast.kernels.evolution import offspring_count, svd_coefficients
 from olmfast.kernels.factors import svd_factors
+from olmfast.kernels.fused import gated, rms_norm, rotate
 from olmfast.kernels.noise import svd_noise
 from olmfast.kernels.scaling import row_scale
 from olmfast.kernels.scores import token_scores
@@ -67,6 +68,20 @@ def _cases(device: torch.device) -> Iterator[Case]:
     theta = torch.arccos(x @ y / (x.norm() * y.norm()))
     arc = (torch.sin(0.7 * theta) * a.double() + torch.sin(0.3 * theta) * b.double()) / torch.sin(theta)
     yield Case("slerp", lambda impl: slerp(a, b, 0.3, impl=impl), arc, 1e-5)
+
+    gain, x, y = random(200), a.double(), b.double()
+    normed = x * (x.square().mean(1, keepdim=True) + 1e-6).rsqrt() * gain.double()
+    yield Case("rms_norm", lambda impl: rms_norm(a, gain, 1e-6, impl=impl), normed, 1e-6)
+    yield Case("gated", lambda impl: gated(a, b, "silu", impl=impl), x * x.sigmoid() * y, 1e-6)
+    heads, phase = a.view(2, 30, 10, 100).transpose(1, 2), random(1, 30, 50).repeat(1, 1, 2)
+    turned = torch.view_as_complex(torch.stack(heads.double().chunk(2, dim=-1), -1).contiguous())
+    turned = torch.view_as_real(turned * torch.polar(torch.ones(()).to(phase).double(), phase[..., :50].double()))
+
+    def rotated(impl: str) -> Tensor:
+        return torch.cat(rotate(heads, heads[:, :2], phase.cos(), phase.sin(), impl=impl), dim=1)
+
+    both = torch.cat((turned, turned[:, :2]), dim=1)
+    yield Case("rotate", rotated, torch.cat((both[..., 0], both[..., 1]), dim=-1), 1e-6)
 
     delta = (a - weight).flatten()
     kept = delta.abs().sort(descending=True, stable=True).indices[: delta.numel() // 5]

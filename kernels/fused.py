@@ -139,8 +139,9 @@ def _rotate_rows(
     second = tl.load(x_ptr + HALF, mask=mask, other=0.0).to(tl.float32)
     cos, sin = tl.load(cos_ptr, mask=mask, other=0.0), tl.load(sin_ptr, mask=mask, other=0.0)
     # A product is rounded to the wider dtype of its two, that of cos and sin.
-    left, right = (first * cos.to(tl.float32)).to(cos.dtype), (-second * sin.to(tl.float32)).to(cos.dtype)
-    tl.store(out_ptr, (left.to(tl.float32) + right.to(tl.float32)).to(out_ptr.dtype.element_ty), mask=mask)
+    left, right = (first * cos.to(tl.float32)).to(cos.dtype), (second * sin.to(tl.float32)).to(cos.dtype)
+    # A difference, for -x is 0 - x to Triton, which turns -0 into 0.
+    tl.store(out_ptr, (left.to(tl.float32) - right.to(tl.float32)).to(out_ptr.dtype.element_ty), mask=mask)
     cos, sin = tl.load(cos_ptr + HALF, mask=mask, other=0.0), tl.load(sin_ptr + HALF, mask=mask, other=0.0)
     left, right = (second * cos.to(tl.float32)).to(cos.dtype), (first * sin.to(tl.float32)).to(cos.dtype)
     tl.store(out_ptr + HALF, (left.to(tl.float32) + right.to(tl.float32)).to(out_ptr.dtype.element_ty), mask=mask)
@@ -163,8 +164,8 @@ def _rotate_kernel(
         )  # fmt: skip
     else:
         _rotate_rows(
-            k_ptr + batch * k_batch, cos_ptr, sin_ptr, k_out_ptr + batch * k_out_batch, block - q_blocks, width, k_heads,
-            k_head, k_at, cos_at, sin_at, k_out_head, k_out_at, HALF, BLOCK_HALF, BLOCK_ROWS,
+            k_ptr + batch * k_batch, cos_ptr, sin_ptr, k_out_ptr + batch * k_out_batch, block - q_blocks, width,
+            k_heads, k_head, k_at, cos_at, sin_at, k_out_head, k_out_at, HALF, BLOCK_HALF, BLOCK_ROWS,
         )  # fmt: skip
 
 
@@ -201,7 +202,7 @@ def rms_norm(
         weight: (cols,) of x's dtype.
         eps: added to the mean square.
         offset: added to the weight, in float32; 1 for Gemma.
-        rounded_first: round the normed values to x's dtype before they are multiplied, as Llama does; not with an offset.
+        rounded_first: round the normed values to x's dtype before the product, as Llama does; not with an offset.
         impl: 'auto', 'triton' or 'torch'. Rows of more than 16,384 values are torch's.
 
     Returns:
@@ -278,15 +279,14 @@ def gated(gate: Tensor, up: Tensor, activation: str, *, impl: str = "auto") -> T
         raise ValueError(f"gated: activation is {activation!r}; use {', '.join(map(repr, ACTIVATIONS))}")
     if not use_triton("gated", impl, (gate, up)):
         return gated_ref(gate, up, activation)
-    out = torch.empty_like(gate)
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     cols = gate.numel()
     if not cols:
         return out
     rows = 1
     gate_row = up_row = 0
-    if not gate.stride() == up.stride() == out.stride():
-        # With gaps, or not in the same order: row by row.
-        out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    if not (gate.is_contiguous() and up.is_contiguous()):
+        # With gaps: row by row.
         gate, up = _flat(gate), _flat(up)
         rows, cols = gate.shape
         gate_row, up_row = gate.stride(0), up.stride(0)

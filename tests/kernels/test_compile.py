@@ -18,6 +18,7 @@ import torch, triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from olmfast.kernels import _dispatch, dare_mask, row_scale, slerp, svd_noise, ties_merge, token_scores, weighted_sum
+from olmfast.kernels import gated, rms_norm, rotate
 from olmfast.kernels import noise, scores
 
 capability, limit, extent = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -61,13 +62,15 @@ def loaded(module, function, name, files, digest):
     machine = subprocess.run([tool, "-sass", files["cubin"]], capture_output=True, text=True, check=True).stdout
     accesses = re.findall(r"\\b((?:ld|st)[.]global\\S*)", ptx)
     # Single numbers, and a row or column of factors, are no streams.
-    single = count(r"tt[.](?:load|store) [^\\n]*: (?:!tt[.]ptr|tensor<(?:\\d\\d?|1[012]\\d)(?:x1)?x!tt[.]ptr)", ttgir)
+    few = r"tensor<(?:1x)?(?:\\d\\d?|1[012]\\d)(?:x1)?x!tt[.]ptr"
+    single = count(r"tt[.](?:load|store) [^\\n]*: (?:!tt[.]ptr|" + few + ")", ttgir)
     row = dict(
         case=case, name=name, shared=json.loads(files["json"].read_text())["shared"], single=single,
         narrow=sum(width(access) < 16 for access in accesses), wide=sum(width(access) >= 16 for access in accesses),
         copies=[int(size, 16) for size in re.findall(r"cp[.]async[.]c[ag][.]shared[^;]*?, (0x\\w+)", ptx)],
         bulk=count(r"cp[.]async[.]bulk[.]tensor", ptx), wgmma=count(r"wgmma[.]mma_async", ptx),
-        mma=count(r"mma[.]sync", ptx), spilled=count(r"\\b(?:STL|LDL)", machine),
+        mma=count(r"mma[.]sync", ptx), joined=count(r"fma[.]rn[.](?:ftz[.])?f", ptx),
+        spilled=count(r"\\b(?:STL|LDL)", machine),
     )
     print(json.dumps(row), flush=True)
 
@@ -105,6 +108,22 @@ if extent == "all":
             scale = zeros(2, (rows, cols)[axis])
             run(f"row_scale {dtype} {axis}", lambda: row_scale(inputs[0], scale, axis=axis, impl="triton"))
     run("dare_mask", lambda: dare_mask((rows, cols), 0.5, 1, impl="triton"))
+# A pass calls these for every block, on every card.
+for dtype in (bf16, fp32):
+    for n in (128, 896, 4096, 16384):
+        x, weight = zeros(4, n, dtype=dtype), zeros(n, dtype=dtype)
+        run(f"rms_norm {dtype} {n}", lambda: rms_norm(x, weight, 1e-6, impl="triton"))
+        options = {"offset": 1.0, "rounded_first": False, "impl": "triton"}
+        run(f"rms_norm {dtype} {n} offset", lambda: rms_norm(x, weight, 1e-6, **options))
+    for activation in ("silu", "gelu_tanh", "gelu"):
+        whole = zeros(4, 2 * 11008, dtype=dtype)
+        for parts in (whole.chunk(2, dim=-1), (whole, whole)):
+            run(f"gated {dtype} {activation}", lambda: gated(*parts, activation, impl="triton"))
+    for size in (64, 80, 96, 128, 256):
+        q, k = (zeros(2, 16, heads, size, dtype=dtype).transpose(1, 2) for heads in (14, 2))
+        angles = zeros(1, 16, size, dtype=dtype)
+        run(f"rotate {dtype} {size}", lambda: rotate(q, k, angles, angles, impl="triton"))
+        run(f"rotate {dtype} {size} fp32", lambda: rotate(q, k[:, :1], angles.float(), angles.float(), impl="triton"))
 """
 
 # Compute capability, bytes of shared memory a block may use there, whether every kernel is tried.
@@ -117,6 +136,7 @@ CARDS = {
 STREAMS = (
     "_weighted_sum_kernel", "_products_kernel", "_arc_kernel", "_dare_mask_kernel", "_row_scale_kernel",
     "_ties_count_kernel", "_ties_equal_kernel", "_ties_merge_kernel", "_scaled_kernel",
+    "_rms_norm_kernel", "_gated_kernel", "_rotate_kernel",
 )  # fmt: skip
 PRODUCTS = ("_svd_noise_kernel", "_svd_noise_hopper_kernel", "_scores_kernel")
 # Sines in float64 have a table in local memory, which their arguments here never reach; one program runs it.
@@ -181,6 +201,12 @@ def test_products_run_on_tensor_cores(compiled):
     if capability == 90:
         assert any(row["name"] == "_svd_noise_hopper_kernel" for row in products)
     assert not refused(products, lambda row: not row[unit] and f"no {unit}")
+
+
+def test_what_torch_rounds_twice_is_rounded_twice(compiled):
+    rows = [row for row in compiled[2] if row["name"] in ("_rms_norm_kernel", "_rotate_kernel")]
+    assert {row["name"] for row in rows} == {"_rms_norm_kernel", "_rotate_kernel"}
+    assert not refused(rows, lambda row: row["joined"] and f"{row['joined']} products joined with a sum")
 
 
 def test_nothing_spills(compiled):

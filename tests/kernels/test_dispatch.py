@@ -33,6 +33,9 @@ kernels.slerp(weight, weight, 0.5)
 kernels.ties_merge([weight], [1.0], 0.5)
 kernels.dare_mask((4, 4), 0.5, 1)
 kernels.stacked_linear(weight, weight[None])
+kernels.rms_norm(weight, weight[0], 1e-6)
+kernels.gated(weight, weight, "silu")
+kernels.rotate(weight[None, None], weight[None, None], weight[None], weight[None])
 assert "triton" not in sys.modules
 assert set(kernels.__all__) <= set(dir(kernels))
 """

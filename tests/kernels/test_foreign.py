@@ -10,7 +10,10 @@ import torch
 
 from olmfast.kernels import (
     dare_mask,
+    gated,
     offspring_count,
+    rms_norm,
+    rotate,
     row_scale,
     slerp,
     stacked_linear,
@@ -31,6 +34,7 @@ def inputs(**changed):
     made |= {"scale": torch.randn(2, 6) / 10, "a": torch.randn(6, 5), "b": torch.randn(6, 5)}
     made |= {"hidden": torch.randn(4, 5), "head": torch.randn(9, 5), "bias": torch.randn(9)}
     made |= {"x": torch.randn(4, 5), "stack": torch.randn(2, 3, 5), "shift": torch.randn(2, 3), "s": torch.rand(3)}
+    made |= {"q": torch.randn(1, 2, 4, 6), "cos": torch.randn(1, 4, 6), "sin": torch.randn(1, 4, 6)}
     return made | changed
 
 
@@ -47,6 +51,9 @@ CALLS = {
         i.get("tensors", [i["a"], i["b"]]), i.get("weights", [1.0, 2.0]), i.get("density", 0.5), base=i["weight"],
         scale=i.get("by", 1.0),
     ),
+    "rms_norm": lambda i: rms_norm(i["x"], i["b"][0], i.get("eps", 1e-6), offset=i.get("by", 0.0), rounded_first=False),
+    "gated": lambda i: gated(i["a"], i["b"], i.get("activation", "silu")),
+    "rotate": lambda i: torch.cat(rotate(i["q"], i["q"], i["cos"], i["sin"])),
     "stacked_linear": lambda i: stacked_linear(i["x"], i["stack"], i["shift"]),
     "svd_factors": lambda i: svd_factors(i["weight"]).vh,
     "svd_coefficients": lambda i: svd_coefficients(i["s"], i.get("sigma", 0.1), i.get("draws", torch.ones(2, 3))),
@@ -104,6 +111,13 @@ def test_an_out_that_requires_grad_can_be_written():
         ("token_scores", {"bias": 0.5}, "bias"),
         ("token_scores", {"softcap": "30"}, "softcap"),
         ("token_scores", {"by": "2"}, "scale"),
+        ("rms_norm", {"x": None}, "x"),
+        ("rms_norm", {"eps": "small"}, "eps"),
+        ("rms_norm", {"by": None}, "offset"),
+        ("gated", {"b": 1.0}, "up"),
+        ("gated", {"activation": None}, "activation"),
+        ("rotate", {"q": [1.0]}, "q"),
+        ("rotate", {"sin": 0.5}, "sin"),
         ("stacked_linear", {"x": None}, "x"),
         ("stacked_linear", {"shift": 1.0}, "bias"),
         ("svd_factors", {"weight": None}, "weight"),
@@ -124,6 +138,8 @@ def test_a_wrong_type_is_named_with_its_argument(name, changed, argument):
         ("weighted_sum", "weights", "weights[1]"),
         ("ties_merge", "weights", "weights[1]"),
         ("ties_merge", "by", "scale"),
+        ("rms_norm", "eps", "eps"),
+        ("rms_norm", "by", "offset"),
         ("dare_mask", "density", "density"),
         ("svd_coefficients", "sigma", "sigma"),
     ],

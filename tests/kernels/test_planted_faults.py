@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from olmfast.kernels import dare, noise, scaling, scores, summing, ties
+from olmfast.kernels import dare, fused, noise, scaling, scores, summing, ties
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def planted(tmp_path, request):
         spec = importlib.util.spec_from_file_location(path.stem, path)
         faulty = importlib.util.module_from_spec(spec)
         sys.modules[path.stem] = faulty
-        request.addfinalizer(lambda: sys.modules.pop(path.stem))
+        request.addfinalizer(lambda: sys.modules.pop(path.stem, None))
         spec.loader.exec_module(faulty)
         return faulty
 
@@ -105,6 +105,22 @@ def test_one_equal_too_few_is_found(planted, impl):
     delta = torch.ones(2000)
     assert int(ties.ties_merge([delta], [1.0], 0.5, impl=impl).count_nonzero()) == 1000
     assert int(faulty.ties_merge([delta], [1.0], 0.5, impl=impl).count_nonzero()) != 1000
+
+
+def test_products_that_are_not_rounded_are_found(planted, impl):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 4, 64, generator=generator).half()
+    cos, sin = torch.randn(2, 1, 4, 64, generator=generator).half()
+    expected = fused.rotate_ref(x, cos, sin)
+    assert torch.equal(fused.rotate(x, x, cos, sin, impl=impl)[0], expected)
+    old = "left, right = (first * cos.to(tl.float32)).to(cos.dtype), "
+    faulty = planted(fused, old, "left, right = first * cos.to(tl.float32), ")
+    assert not torch.equal(faulty.rotate(x, x, cos, sin, impl=impl)[0], expected)
+    weight = torch.randn(64, generator=generator).half()
+    expected = fused.rms_norm_ref(x, weight, 1e-6, 0.0, True)
+    faulty = planted(fused, "weight * normed.to(out_ptr.dtype.element_ty).to(tl.float32)", "weight * normed")
+    differ = [(one.rms_norm(x, weight, 1e-6, impl=impl) != expected).float().mean() for one in (fused, faulty)]
+    assert differ[0] < 0.01 < 0.1 < differ[1]
 
 
 def test_another_multiplier_in_the_mask_is_found(planted, impl):

@@ -11,6 +11,8 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from olmfast.config.datasets import DatasetConfig, Mode
@@ -391,3 +393,21 @@ def test_batches_hold_every_index_once_within_the_limit():
     batches = list(make_batches(lengths, 18))
     assert sorted(index for batch in batches for index in batch) == list(range(6))
     assert all(len(b) * max(lengths[i] for i in b) <= 18 or len(b) == 1 for b in batches)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 30), max_size=8), st.integers(1, 60), st.integers(1, 40))
+def test_no_other_way_to_divide_inputs_by_length_costs_less(lengths, limit, overhead):
+    def cost(batches):
+        return sum(max(batch) * len(batch) + overhead for batch in batches)
+
+    ordered = sorted(lengths, reverse=True)
+    ways = []
+    for cuts in itertools.product([False, True], repeat=max(len(ordered) - 1, 0)):
+        ends = [*(i + 1 for i, cut in enumerate(cuts) if cut), len(ordered)]
+        way = [ordered[begin:end] for begin, end in itertools.pairwise([0, *ends]) if end > begin]
+        if all(len(batch) == 1 or max(batch) * len(batch) <= limit for batch in way):
+            ways.append(cost(way))
+    batches = [[lengths[index] for index in batch] for batch in make_batches(lengths, limit, overhead)]
+    assert [length for batch in batches for length in batch] == ordered
+    assert cost(batches) == min(ways)

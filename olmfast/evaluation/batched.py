@@ -61,7 +61,10 @@ class BatchedScorer(Planner):
         self.stop_tokens, self.batch_tokens = tuple(stop_tokens), batch_tokens
         self.memory = memory or Memory(model.device)
         self.memory.give_to(self)
-        self.shares = Shares.of(self.memory, batch_tokens, model.residency is not RESIDENT)
+        block = model.module.get_submodule(model.architecture.family.blocks)[0]
+        self.shares = Shares.of(
+            self.memory, batch_tokens, sum(x.numel() for x in block.parameters()), model.residency is not RESIDENT
+        )
         super().__init__(
             Trajectories(datasets, model.context, tokenizer, stop_tokens, self.shares, parts), model.dtype, progress
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -276,17 +277,35 @@ class Encoder:
             raise InputError(f"{self.where}: the tokenizer cannot encode {show(text)}: {told(error)}") from error
 
 
-def make_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+def make_batches(lengths: Sequence[int], max_tokens: int, overhead: int | None = None) -> Iterator[list[int]]:
     """Indices in batches of similar length: at most `max_tokens` once padded, longest first, stable.
 
-    The batches depend on the lengths alone, so every candidate is scored in the same batches.
+    A batch costs its tokens, padding included, and `overhead` (a 32nd of `max_tokens` unless given): of all ways to
+    divide them in this order, theirs costs least. They depend on nothing else, so every candidate is scored in the same
+    batches.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    batch: list[int] = []
-    for index in order:
-        if batch and lengths[batch[0]] * (len(batch) + 1) > max_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+    begin = 0
+    overhead = max_tokens // 32 if overhead is None else overhead
+    for end in _cheapest_ends(tuple(lengths[index] for index in order), max_tokens, overhead):
+        yield order[begin:end]
+        begin = end
+
+
+@functools.lru_cache(maxsize=256)
+def _cheapest_ends(lengths: tuple[int, ...], max_tokens: int, overhead: int) -> tuple[int, ...]:
+    """Where batches of descending lengths end, by dynamic programming from the last one on."""
+    n = len(lengths)
+    least, ends = [0] * (n + 1), [n] * n
+    for begin in range(n - 1, -1, -1):
+        longest = lengths[begin]
+        costs = (
+            (longest * (end - begin) + overhead + least[end], end)
+            for end in range(begin + 1, max(begin + 1, min(n, begin + max_tokens // max(longest, 1))) + 1)
+        )
+        least[begin], ends[begin] = min(costs)
+    found, begin = [], 0
+    while begin < n:
+        begin = ends[begin]
+        found.append(begin)
+    return tuple(found)

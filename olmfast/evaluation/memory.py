@@ -22,6 +22,9 @@ PREFIX_SHARE, STACK_SHARE, PASS_SHARE = 0.4, 0.2, 0.25
 SWEEP_SHARE = 0.1  # of the prefix's, where blocks are streamed
 N_BUFFERS = 2  # blocks that are in memory at a time where they are streamed: one computes while the next one comes
 PASS_BYTES = 16 << 20  # of a small pass: with less beside the model nothing can be done
+# What queueing a pass for a block costs, in operations that the device does meanwhile: a millisecond of a small card.
+PASS_OPERATIONS = {"cuda": 10**11, "cpu": 3 * 10**7}
+LEAST_OVERHEAD = 32  # of a pass, in tokens
 CPU_TOKENS = 1024  # in one pass on a CPU: the activations of more do not stay in its caches
 MMAP_THRESHOLD = -3  # of glibc's mallopt
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -132,16 +135,17 @@ class Shares:
     """What each kind of work may take of the memory beside the model; halved where that was too much.
 
     `room` (bytes) is shared out once, so that what is split how does not depend on the moment. `pass_tokens` go
-    through the blocks at a time, `rollout_tokens` are decoded on, and `prefix_bytes` hold activations between units,
-    with the keys and values of free runs if `keeps_states`. Where blocks are streamed, `sweep_bytes` hold those of
-    passes that go through the blocks together; where they are not, `graph_bytes` hold what a gradient goes back
-    through, when nothing is stacked. Where several processes share the work they have `agreed` on all of this but
-    these two, which change no sums, and measure no more.
+    through the blocks at a time, where a pass more costs as much as `pass_overhead` tokens; `rollout_tokens` are
+    decoded on, and `prefix_bytes` hold activations between units, with the keys and values of free runs if
+    `keeps_states`. Where blocks are streamed, `sweep_bytes` hold those of passes that go through the blocks together;
+    where they are not, `graph_bytes` hold what a gradient goes back through, when nothing is stacked. Where several
+    processes share the work they have `agreed` on all of this but these two, which change no sums, and measure no more.
     """
 
     room: int
     pass_tokens: int
     rollout_tokens: int
+    pass_overhead: int = LEAST_OVERHEAD
     prefix_bytes: int = 0
     keeps_states: bool = True
     agreed: bool = False
@@ -149,12 +153,14 @@ class Shares:
     graph_bytes: int = 0
 
     @classmethod
-    def of(cls, memory: Memory, batch_tokens: int, streamed: bool = False) -> Shares:
+    def of(cls, memory: Memory, batch_tokens: int, block_parameters: int, streamed: bool = False) -> Shares:
         """Those of a memory of which nothing has been measured yet."""
+        operations = PASS_OPERATIONS.get(memory.device.type, PASS_OPERATIONS["cuda"])
+        overhead = max(LEAST_OVERHEAD, operations // (2 * max(block_parameters, 1)))
         pass_tokens = min(batch_tokens, CPU_TOKENS) if memory.device.type == "cpu" else batch_tokens
         sweep_bytes = int(SWEEP_SHARE * memory.room) if streamed else 0
         graph_bytes = 0 if streamed else int(STACK_SHARE * memory.room)
-        return cls(memory.room, pass_tokens, batch_tokens, sweep_bytes=sweep_bytes, graph_bytes=graph_bytes)
+        return cls(memory.room, pass_tokens, batch_tokens, overhead, sweep_bytes=sweep_bytes, graph_bytes=graph_bytes)
 
     @classmethod
     def agreed_by(cls, several: Sequence[Shares]) -> Shares:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from olmfast.evaluation.cohort import Cohort
@@ -68,7 +68,7 @@ class Trajectories:
             if name not in names:
                 continue
             numbers = [number for number, task in enumerate(self.tasks) if task.name == name]
-            for rows in make_batches([len(self.tasks[number].ids) for number in numbers], self.shares.pass_tokens):
+            for rows in self._batched([len(self.tasks[number].ids) for number in numbers]):
                 tasks = [self.tasks[numbers[row]] for row in rows]
                 batch = Batch([task.ids for task in tasks], self.shares.keeps_states and tasks[0].runs_freely)
                 self.batches.append(batch)
@@ -77,8 +77,10 @@ class Trajectories:
     def parts_of(self, numbers: Sequence[int]) -> list[Part]:
         """Tasks in the batches that they pass in, and these in parts."""
         lengths = [len(self.tasks[number].ids) for number in numbers]
-        batches = make_batches(lengths, self.shares.pass_tokens)
-        return divided([[numbers[i] for i in batch] for batch in batches], self.parts)
+        return divided([[numbers[i] for i in batch] for batch in self._batched(lengths)], self.parts)
+
+    def _batched(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        return make_batches(lengths, self.shares.pass_tokens, self.shares.pass_overhead)
 
     # What candidates generate
 

@@ -216,10 +216,10 @@ def test_what_does_not_fit_the_memory_is_halved_and_scores_the_same(fits, ahead,
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return run(self, hidden, first, last, *rest)
 
-    def crowded_stack(self, name, several):
+    def crowded_stack(self, several):
         if len(several) > 1 and fits == 2:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
-        return stack(self, name, several)
+        return stack(self, several)
 
     monkeypatch.setattr(BlockwiseModel, "run", crowded)
     monkeypatch.setattr(WorkingModel, "stack", crowded_stack)
@@ -281,12 +281,12 @@ def test_a_stack_that_did_not_fit_is_freed_before_its_halves_are_made(tmp_path, 
     unit = world.block(1)
     stack, made = WorkingModel.stack, []
 
-    def crowded(self, name, several):
-        assert len(several) > 1 or not any(len(tensor() if tensor() is not None else ()) > 1 for tensor in made)
-        if len(several) > 1 and made:
+    def crowded(self, several):
+        assert not any(tensor() is not None for tensor in made)
+        result = stack(self, several)
+        if len(several) > 1:
+            made.extend(map(weakref.ref, result.values()))
             raise torch.OutOfMemoryError("CUDA out of memory")
-        result = stack(self, name, several)
-        made.append(weakref.ref(result))
         return result
 
     monkeypatch.setattr(WorkingModel, "stack", crowded)

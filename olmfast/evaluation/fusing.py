@@ -1,4 +1,4 @@
-"""Parts of a module that one kernel computes where its own forward queues many: RMS norms, gated MLPs, rotary embeddings.
+"""Parts of a module that one kernel computes where their own forward queues many: norms, gated MLPs, rotary embeddings.
 
 No family is known here. A part is taken where what it computes is seen to be, bit for bit, what the kernel's formula
 says, on random numbers and in the module's dtype. It then computes by a subclass of its own class, so that copies of it
@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -35,11 +36,11 @@ def fuse(module: Any, impl: str = "auto") -> None:
         return
     with torch.inference_mode():
         for part in module.modules():
-            kind = type(part)
+            kind: Any = type(part)
             found = (
                 _norm(kind, _formula_of(part), impl)
                 or _gated(kind, _gates_of(part), impl)
-                or _rotating(kind, weight.dtype, weight.device, impl)
+                or _rotating(kind, _rotation_of(kind), weight.dtype, weight.device, impl)
             )
             if found is not None:
                 part.__class__ = found
@@ -52,7 +53,20 @@ def unfused(module: Any) -> Any:
     return plain
 
 
-def _subclass(kind: type, forward: Callable[..., Any]) -> type:
+@contextmanager
+def own_forwards(module: Any) -> Iterator[None]:
+    """Let the parts of a module compute by their own forwards until the block ends."""
+    fused = [(part, type(part)) for part in module.modules() if hasattr(type(part), "plain")]
+    try:
+        for part, kind in fused:
+            part.__class__ = kind.plain
+        yield
+    finally:
+        for part, kind in fused:
+            part.__class__ = kind
+
+
+def _subclass(kind: Any, forward: Callable[..., Any]) -> type:
     """It looks like its class from outside: some code goes by the name."""
     names = {"forward": forward, "plain": kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (kind,), names)
@@ -62,7 +76,7 @@ def _subclass(kind: type, forward: Callable[..., Any]) -> type:
 
 
 def _formula_of(part: Any) -> tuple[str, float, bool] | None:
-    """The attribute that holds a norm's epsilon, its offset, and whether it rounds before it multiplies by its weight."""
+    """Of an RMS norm: the attribute that holds its epsilon, its offset, and whether it rounds before the weight."""
     name = next((name for name in ("variance_epsilon", "eps") if isinstance(getattr(part, name, None), float)), None)
     parameters = dict(part.named_parameters())
     if name is None or list(parameters) != ["weight"] or parameters["weight"].dim() != 1 or hasattr(part, "plain"):
@@ -83,7 +97,7 @@ def _formula_of(part: Any) -> tuple[str, float, bool] | None:
 
 
 @functools.cache
-def _norm(kind: type, formula: tuple[str, float, bool] | None, impl: str) -> type | None:
+def _norm(kind: Any, formula: tuple[str, float, bool] | None, impl: str) -> type | None:
     if formula is None:
         return None
     epsilon, offset, rounded_first = formula
@@ -106,22 +120,25 @@ def _gates_of(part: Any) -> tuple[str, bool] | None:
     """The activation of an MLP that is `down(activation(gate(x)) * up(x))`, and whether one Linear, `gate_up_proj`,
     gives both; None for whatever is not."""
     together = getattr(part, "gate_up_proj", None)
-    linears = [together] if together is not None else [getattr(part, name, None) for name in ("gate_proj", "up_proj")]
-    down = getattr(part, "down_proj", None)
+    linears: list[Any] = (
+        [together] if together is not None else [getattr(part, name, None) for name in ("gate_proj", "up_proj")]
+    )
+    down: Any = getattr(part, "down_proj", None)
     if not all(type(linear) is torch.nn.Linear for linear in [*linears, down]) or hasattr(part, "plain"):
         return None
     n = down.in_features
     if any(linear.out_features != (n if together is None else 2 * n) for linear in linears):
         return None
     x, leaving = _random(down.weight, DRAWS, linears[0].in_features), _random(down.weight, DRAWS, down.out_features)
-    gate, up = _random(down.weight, DRAWS, n), _random(down.weight, DRAWS, n)
+    both = _random(down.weight, DRAWS, 2 * n)
+    gate, up = both.chunk(2, dim=-1)
     entering: list[torch.Tensor] = []
 
     def take(given: torch.Tensor) -> torch.Tensor:
         entering.append(given)
         return leaving
 
-    shown = [gate, up] if together is None else [torch.cat([gate, up], dim=-1)]
+    shown = [gate, up] if together is None else [both]
     forwards: dict[Any, Callable[..., Any]] = {
         linear: lambda _, out=out: out for linear, out in zip(linears, shown, strict=True)
     }
@@ -139,7 +156,7 @@ def _gates_of(part: Any) -> tuple[str, bool] | None:
 
 
 @functools.cache
-def _gated(kind: type, gates: tuple[str, bool] | None, impl: str) -> type | None:
+def _gated(kind: Any, gates: tuple[str, bool] | None, impl: str) -> type | None:
     if gates is None:
         return None
     activation, together = gates
@@ -160,16 +177,25 @@ def _gated(kind: type, gates: tuple[str, bool] | None, impl: str) -> type | None
 # Rotary embeddings
 
 
-@functools.cache
-def _rotating(kind: type, dtype: torch.dtype, device: torch.device, impl: str) -> type | None:
-    """A class whose forward is the same code, but for the rotation that it calls."""
+def _rotation_of(kind: Any) -> Callable[..., Any] | None:
+    """The function that the class's forward calls by the usual name."""
     own = kind.forward
     if not isinstance(own, FunctionType) or ROTARY not in own.__code__.co_names or hasattr(kind, "plain"):
         return None
-    rotary = own.__globals__.get(ROTARY)
+    return own.__globals__.get(ROTARY)
+
+
+@functools.cache
+def _rotating(
+    kind: Any, rotary: Callable[..., Any] | None, dtype: torch.dtype, device: torch.device, impl: str
+) -> type | None:
+    """A class whose forward is the same code, but for the rotation that it calls."""
+    if rotary is None:
+        return None
+    own: FunctionType = kind.forward
     like = torch.empty(0, dtype=dtype, device=device)
     q, k = (_random(like, 2, 3, heads, 8).transpose(1, 2) for heads in (4, 2))
-    cos, sin = _random(like, 1, 3, 8), _random(like, 1, 3, 8)
+    cos, sin = _random(like, 2, 1, 3, 8)
     try:
         if list(inspect.signature(rotary).parameters)[:4] != ["q", "k", "cos", "sin"]:
             return None
@@ -179,7 +205,7 @@ def _rotating(kind: type, dtype: torch.dtype, device: torch.device, impl: str) -
     if not all(map(_same, kernels.rotate(q, k, cos, sin, impl="torch"), expected)):
         return None
 
-    def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def rotate(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
         whole = cos.dim() == 3 and cos.shape[-1] == q.shape[-1] and cos.dtype == q.dtype == k.dtype
         if args or kwargs or not whole or torch.is_grad_enabled():
             return rotary(q, k, cos, sin, *args, **kwargs)
@@ -193,7 +219,7 @@ def _rotating(kind: type, dtype: torch.dtype, device: torch.device, impl: str) -
 
 
 def _random(like: torch.Tensor, *size: int) -> torch.Tensor:
-    """Draws that are the same on every machine, in another's dtype and on its device."""
+    """Draws in another's dtype and on its device, the same on every machine and for every tensor of this size."""
     generator = torch.Generator().manual_seed(sum(size))
     return torch.randn(*size, generator=generator).to(like)
 

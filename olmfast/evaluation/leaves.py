@@ -120,13 +120,16 @@ def is_stackable(model: WorkingModel, name: str) -> bool:
 
 def stack_leaves(model: WorkingModel, values: Sequence[Mapping[str, Expression]]) -> list[Leaf]:
     """The leaves in which candidates differ, given each candidate's values of the same tensors, all of them stacked."""
-    modules: dict[str, dict[str, torch.Tensor]] = {}
-    for name in values[0]:
-        module, parameter = model.architecture.slot(name).parameter.rsplit(".", 1)
-        factors = _output_factors(model, name, [own[name] for own in values]) if len(values[0]) == 1 else None
+    if len(values[0]) == 1:
+        (name,) = values[0]
+        factors = _output_factors(model, name, [own[name] for own in values])
         if factors is not None:
+            module = model.architecture.slot(name).parameter.rsplit(".", 1)[0]
             return [ScaledLeaf(model.module.get_submodule(module), factors)]
-        modules.setdefault(module, {})[parameter] = model.stack(name, [own[name] for own in values])
+    modules: dict[str, dict[str, torch.Tensor]] = {}
+    for name, stacked in model.stack(values).items():
+        module, parameter = model.architecture.slot(name).parameter.rsplit(".", 1)
+        modules.setdefault(module, {})[parameter] = stacked
     return [StackedLeaf(model.module.get_submodule(name), own) for name, own in modules.items()]
 
 

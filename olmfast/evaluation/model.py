@@ -85,17 +85,25 @@ class WorkingModel:
                 self._kept[name][values[name]] = places[name] = place
         return places
 
-    def stack(self, name: str, several: Sequence[Expression]) -> torch.Tensor:
-        """K values of one tensor as they would be live: (K, *shape) in the module's dtype, on its device."""
-        kind = type(several[0])
-        if all(type(one) is kind for one in several):
-            stacked = kind.stack(several, self.sources)
+    def stack(self, several: Sequence[Mapping[str, Expression]]) -> dict[str, torch.Tensor]:
+        """K values of each of some tensors as they would be live: (K, *shape) in the module's dtype, on its device.
+
+        `several` are values of the same tensors. What lies in files is read in one go.
+        """
+        found: dict[str, torch.Tensor] = {}
+        to_fill: list[tuple[str, Expression, torch.Tensor]] = []
+        for name in several[0]:
+            values = [own[name] for own in several]
+            kind = type(values[0])
+            stacked = kind.stack(values, self.sources) if all(type(one) is kind for one in values) else None
             if stacked is not None:
-                return stacked.to(self.device, self._saved_dtype(name, several[0])).to(self.dtype)
-        live = self.live(name)
-        result = live.new_empty(len(several), *live.shape)
-        self._fill((name, wanted, target) for wanted, target in zip(several, result, strict=True))
-        return result
+                found[name] = stacked.to(self.device, self._saved_dtype(name, values[0])).to(self.dtype)
+                continue
+            live = self.live(name)
+            found[name] = live.new_empty(len(values), *live.shape)
+            to_fill += [(name, one, target) for one, target in zip(values, found[name], strict=True)]
+        self._fill(to_fill)
+        return found
 
     def live(self, name: str) -> torch.Tensor:
         """The parameter, or the view of one, that a tensor fills; NaN where it lies in a block that is not there."""

@@ -319,11 +319,16 @@ def test_a_candidate_with_a_config_of_its_own_takes_turns_in_the_same_buffers(tm
     assert len(model.residency.buffers.each) == 2
 
 
-def test_bytes_sent_through_small_buffers_arrive(donors):
+@pytest.mark.parametrize("straight", [True, False])
+def test_bytes_sent_through_small_buffers_arrive(straight, donors):
     pool = Pool.open(["d0"], donors, donors)
     infos = list(pool["d0"].tensors.values())
     targets = [torch.empty(info.shape, dtype=torch.float64) for info in infos]
-    Uploader(CPU, buffer_bytes=1000, stage_bytes=1000).send(zip(infos, targets, strict=True), None)
+    uploader = Uploader(CPU, buffer_bytes=1000, stage_bytes=1000)
+    if straight:
+        uploader.send(zip(infos, targets, strict=True), None)
+    else:
+        uploader.upload(zip(infos, targets, strict=True))
     for info, target in zip(infos, targets, strict=True):
         assert torch.equal(target, info.read().to(torch.float64))
 

@@ -24,6 +24,9 @@ from olmfast.evaluation.transit import Fetched, sent
 TOKENS_APART = {"cuda": 8}
 # Types of devices on which shapes stay the same from step to step, so that steps can be replayed.
 FIXED_ON = {"cuda"}
+# Rows that are done leave a batch once no more than this share of it goes on. Where steps are replayed, a capture for
+# fewer rows takes as long as many steps.
+LEFT, LEFT_OF_FIXED = 0.75, 0.25
 
 
 class Generated(NamedTuple):
@@ -127,9 +130,9 @@ def resume(
 ) -> list[OwnTokens]:
     """What follows each rollout, decoded in one batch, each with its candidate's values in `leaves`.
 
-    The last token may be a stop token. Rows that are done leave the batch once they are a quarter of it, or a half
-    where all shapes stay `fixed` from step to step, so that a GPU can replay them (None: on a GPU, if the module's
-    blocks are in its memory and need nothing of the host).
+    The last token may be a stop token. Rows that are done leave the batch once they are a quarter of it, or three
+    quarters where all shapes stay `fixed` from step to step, so that a GPU can replay them (None: on a GPU, if the
+    module's blocks are in its memory and need nothing of the host).
     """
     order = sorted(range(len(rollouts)), key=lambda index: rollouts[index].place)
     decoding = _Decoding(module, [rollouts[index] for index in order], leaves, context, stop, fixed)
@@ -138,6 +141,7 @@ def resume(
 
 
 _NEEDS_THE_HOST: WeakSet[Any] = WeakSet()
+_CAPTURED: WeakSet[Any] = WeakSet()  # modules of which a step of decoding has been captured
 
 
 def needs_the_host(module: Any) -> bool:
@@ -185,7 +189,7 @@ class _Decoding:
 
     def run(self) -> list[OwnTokens]:
         """What follows each rollout."""
-        step = Replayed(self._step, self.device) if self.fixed else self._step
+        step = Replayed(self._step, self.device, self.module in _CAPTURED) if self.fixed else self._step
         apart = TOKENS_APART.get(self.device.type, 1)
         for n in range(1, self.n_steps + 1):
             step()
@@ -194,12 +198,14 @@ class _Decoding:
             alive = (self.left > 0).cpu()
             if n == self.n_steps or not alive.any():
                 break
-            if int(alive.sum()) <= len(self.rows) * (0.5 if self.fixed else 0.75):
+            if int(alive.sum()) <= len(self.rows) * (LEFT_OF_FIXED if self.fixed else LEFT):
                 self._keep(alive)
                 if isinstance(step, Replayed):
                     step.changed()
         if isinstance(step, Replayed) and step.is_refused:
             _NEEDS_THE_HOST.add(self.module)
+        if isinstance(step, Replayed) and step.is_captured:
+            _CAPTURED.add(self.module)
         self._take(torch.ones(len(self.rows), dtype=torch.bool))
         return [self._found[row] for row in range(len(self.rollouts))]
 

@@ -15,22 +15,25 @@ from olmfast.evaluation.memory import is_out_of_memory
 
 
 class Replayed:
-    """Does `work` at each call: on a GPU from the second on as a CUDA graph; elsewhere by calling it.
+    """Does `work` at each call: on a GPU as a CUDA graph, elsewhere by calling it.
 
-    The work takes and leaves everything in memory that stays where it is. Its first call, which is not captured,
-    compiles and loads what it launches. `changed` says that the memory is another one now. Work that waits for the
-    device cannot be captured: it `is_refused`, and goes on being called.
+    The work takes and leaves everything in memory that stays where it is; `changed` says that it is another one now.
+    Unless `is_loaded`, the first call is not captured: it compiles and loads what it launches. Work that cannot be
+    captured after such a call, because it waits for the device, `is_refused`, and goes on being called.
     """
 
-    def __init__(self, work: Callable[[], None], device: torch.device) -> None:
-        self.work, self.device = work, device
+    def __init__(self, work: Callable[[], None], device: torch.device, is_loaded: bool = False) -> None:
+        self.work, self.device, self._is_loaded = work, device, is_loaded
         self._graph: Any = None
         self._was_called = self.is_refused = False
 
     def __call__(self) -> None:
         """Queue the work on the current stream."""
-        if self._graph is None and self._was_called and not self.is_refused and self.device.type == "cuda":
+        ready = self._was_called or self._is_loaded
+        if self._graph is None and ready and not self.is_refused and self.device.type == "cuda":
             self._graph = self._captured()
+            self._is_loaded = self._graph is not None
+            self.is_refused = self._was_called and not self._is_loaded
         if self._graph is not None:
             self._graph.replay()
             return
@@ -43,7 +46,7 @@ class Replayed:
         return self._graph is not None
 
     def changed(self) -> None:
-        """The work has other memory: call it once more, and capture it anew."""
+        """The work has other memory: capture it anew."""
         self._graph, self._was_called = None, False
 
     def _captured(self) -> Any:
@@ -67,7 +70,6 @@ class Replayed:
             return graph
         if is_out_of_memory(failure) or not isinstance(failure, RuntimeError):
             raise failure
-        self.is_refused = True
         return None
 
 

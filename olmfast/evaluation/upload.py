@@ -1,9 +1,9 @@
 """Donor bytes -> parameters on another device, through page-locked buffers and a stage on the device.
 
 While one buffer's bytes travel on a stream of their own, the shard engine's threads fill the next ones from the mapped
-file, already in the parameter's dtype, and pause only where none is free. They arrive in a stage, not in the parameters: what is queued on the device may still read
-these, and need not be waited for. From there they are copied on the device, in the order of its work. Into memory that
-nothing reads any more after a known event, they travel straight.
+file, already in the parameter's dtype, and pause only where none is free. They arrive in a stage, not in the
+parameters: what is queued on the device may still read these, and need not be waited for. From there they are copied on
+the device, in the order of its work. Into memory that nothing reads any more after a known event, they travel straight.
 """
 
 from __future__ import annotations
@@ -108,15 +108,16 @@ class Uploader:
                 filling.wait()
             yield ahead.popleft()
             if self._stream is not None:
-                self._last = marked(self._stream)
+                self._last = marked(self._stream, blocking=True)
                 underway.append(self._last)
                 if len(underway) <= UNDERWAY:
                     return
                 underway.popleft().synchronize()
             filling.release()
 
-        for pieces, n_bytes in self._buffers_of(pairs, straight):
-            if len(ahead) == N_BUFFERS:
+        for n, (pieces, n_bytes) in enumerate(self._buffers_of(pairs, straight)):
+            # At first one is sent on for every two that are begun: the first does not wait until all are.
+            if len(ahead) == N_BUFFERS or (n % 2 and n < 2 * N_BUFFERS and len(ahead) > 1):
                 yield from first()
             buffer = next(buffers)[:n_bytes]
             filling.add([piece.info.into(piece.within(buffer)) for piece in pieces])
@@ -178,9 +179,9 @@ class Uploader:
         self._wait_for_work()
 
 
-def marked(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    """The event after all that is queued on a stream."""
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+def marked(stream: torch.cuda.Stream, blocking: bool = False) -> torch.cuda.Event:
+    """The event after all that is queued on a stream; who waits for it keeps a core busy, unless it is `blocking`."""
+    event = torch.cuda.Event(blocking=blocking)  # type: ignore[no-untyped-call]
     event.record(stream)
     return event
 

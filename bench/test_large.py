@@ -23,8 +23,9 @@ measured. Then, for each kind of candidate:
 - `all three` is scoring all candidates on all datasets, decoding of what leaves the expected tokens included; `read
   along` is the two datasets in which nothing is decoded. Both begin with the donors' bytes, or the offspring's numbers.
 - suffix tokens: the inputs' tokens without padding, times candidates. Tokens that are decoded are not counted.
-- `of plain inference`: these tokens a second, as a share of those of one model's blocks from the same one on, called
-  with the same batches and nothing else done.
+- `of plain inference`: these tokens a second, as a share of those of one model's blocks from the same one on, by
+  Transformers' own forwards, called with the same batches and nothing else done. `fused inference` is the same with the
+  kernels that a GPU computes norms, gates and rotations by (`evaluation/fusing.py`).
 - `of matmul`: two operations for each token and parameter of these blocks, as a share of the rate of one large product
   in the same dtype. It counts what olmfast leaves out (most of the last block's MLP, and what comes before the
   changed module, once for all candidates), so that with few blocks it can exceed 100 %.
@@ -46,6 +47,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -62,6 +64,7 @@ from search_case import Case, candidates_of, llama_config, session, with_chatml,
 
 from olmfast.evaluation.batched import BatchedScorer
 from olmfast.evaluation.conversations import load_conversations
+from olmfast.evaluation.fusing import own_forwards
 from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.scores import Scores
 from olmfast.runs.session import Session
@@ -253,16 +256,18 @@ def rate_of_matmul(dtype: torch.dtype, tokens: int, shape: Shape) -> float:
 
 
 @torch.inference_mode()
-def plain_inference(scorer: Any, block: int, names: Sequence[str]) -> Callable[[], None]:
-    """One model's blocks from `block` on, on the datasets' inputs in the scorer's batches and nothing else."""
+def plain_inference(scorer: Any, block: int, names: Sequence[str], fused: bool = False) -> Callable[[], None]:
+    """One model's blocks from `block` on, on the datasets' inputs in the scorer's batches and nothing else: as
+    Transformers has them, or `fused` where a GPU computes parts of them by kernels."""
     blockwise, passes = scorer.blockwise, scorer.passes
     parts = scorer.trajectories.parts_of(numbers_of(scorer, names))
     entering = [passes.entering(block, numbers) for part in parts for numbers in part]
 
     @torch.inference_mode()
     def run() -> None:
-        for hidden in entering:
-            blockwise.run(hidden, block, len(blockwise.blocks))
+        with nullcontext() if fused else own_forwards(blockwise.module):
+            for hidden in entering:
+                blockwise.run(hidden, block, len(blockwise.blocks))
 
     return run
 
@@ -458,14 +463,19 @@ def plain_rates(report: Report, engine: Session, shape: Shape, block: int, remai
     plain = Plain({}, {}, rate_of_matmul(dtype, scorer.shares.pass_tokens, shape), operations)
     for part, names in PARTS.items():
         plain.tokens[part] = sum(lengths[number] for number in numbers_of(scorer, names))
-        run = plain_inference(scorer, block, names)
-        run()
-        plain.rates[part] = plain.tokens[part] / remaining.median(run)
-        report(
-            f"plain inference of blocks {block} to {shape.n_blocks - 1}, {part}", f"{plain.rates[part]:,.0f} tokens/s",
-            limit=f"{operations * plain.rates[part] / plain.matmul:.1%} of matmul",
-            inputs=f"{min(lengths)} to {max(lengths)} tokens", matmul=f"{plain.matmul / 1e12:.3g} TFLOP/s in {dtype}",
-        )  # fmt: skip
+        rates = {}
+        for what in ("plain", "fused"):
+            run = plain_inference(scorer, block, names, fused=what == "fused")
+            run()
+            rates[what] = plain.tokens[part] / remaining.median(run)
+            report(
+                f"{what} inference of blocks {block} to {shape.n_blocks - 1}, {part}", f"{rates[what]:,.0f} tokens/s",
+                *((f"plain {rates['plain']:,.0f}", rates[what] / rates["plain"]) if what == "fused" else ()),
+                f"{operations * rates[what] / plain.matmul:.1%} of matmul",
+                inputs=f"{min(lengths)} to {max(lengths)} tokens",
+                matmul=f"{plain.matmul / 1e12:.3g} TFLOP/s in {dtype}",
+            )  # fmt: skip
+        plain.rates[part] = rates["plain"]
     return plain
 
 

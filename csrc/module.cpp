@@ -282,7 +282,8 @@ PYBIND11_MODULE(_shards, module) {
            py::arg("n_buffers"))
       .def("add", &Filling::add, py::arg("transfers"), Nogil())
       .def("wait", &Filling::wait, Nogil())
-      .def("release", &Filling::release);
+      .def("release", &Filling::release)
+      .def("close", &Filling::close, Nogil());
   module.def("release_copied", &release_copied, py::arg("on"));
   define_output(module);
   define_combining(module);

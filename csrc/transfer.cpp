@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cfenv>
+#include <chrono>
 #include <memory>
 #include <numeric>
 #include <set>
@@ -19,6 +20,7 @@ namespace {
 constexpr uint64_t kPieceBytes = 1 << 20;    // of the source; large enough to make a thread's turn cheap
 constexpr uint64_t kInlineBytes = 256 << 10;  // less than this is not worth waking anybody
 
+constexpr std::chrono::microseconds kPatience{500};  // with a list of groups; a buffer travels in about as much
 constexpr uint64_t kStreamBytes = 8 << 20;    // written at once: more than a core's own caches keep
 
 // A transfer with as few dimensions as its strides allow: `n_matrices` matrices of rows x columns.
@@ -234,6 +236,7 @@ struct Filling::Group {
   Work work;
   std::set<const Shard*> shards;
   size_t number = 0;
+  size_t n_begun = 0;             // pieces; under the mutex
   std::atomic<size_t> n_left{0};  // pieces
 };
 
@@ -247,7 +250,9 @@ Filling::Filling(size_t n_buffers) : n_buffers_(n_buffers) {
   }
 }
 
-Filling::~Filling() {
+Filling::~Filling() { close(); }
+
+void Filling::close() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     is_over_ = true;
@@ -264,40 +269,43 @@ void Filling::add(std::vector<Transfer> transfers) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     group->number = n_added_++;
-    queued_.push_back(group.get());
+    if (group->n_left) queued_.push_back(group.get());
     groups_.push_back(std::move(group));
   }
   begun_.notify_all();
 }
 
-// What has been added meanwhile is one list of pieces, taken in order: those that wait for a buffer are its last.
+bool Filling::is_ready() const { return !queued_.empty() && queued_.front()->number < n_released_ + n_buffers_; }
+
+// Each thread of the pool takes one piece after another, from group to group, until there has been none for a while:
+// then others may have the pool.
 void Filling::fill() {
   while (true) {
-    std::vector<std::pair<Group*, size_t>> pieces;
     {
       std::unique_lock<std::mutex> lock(mutex_);
-      begun_.wait(lock, [&] { return is_over_ || !queued_.empty(); });
+      begun_.wait(lock, [&] { return is_over_ || is_ready(); });
       if (is_over_) return;
-      for (Group* group : queued_) {
-        for (size_t i = 0; i < group->work.pieces.size(); ++i) pieces.emplace_back(group, i);
-      }
-      queued_.clear();
     }
-    auto do_one = [&](size_t i) { do_piece(*pieces[i].first, pieces[i].second); };
-    parallel(pieces.size(), [](void* context, size_t i) { (*static_cast<decltype(do_one)*>(context))(i); }, &do_one);
+    parallel(threads(), [](void* context, size_t) { static_cast<Filling*>(context)->do_pieces(); }, this);
   }
 }
 
-void Filling::do_piece(Group& group, size_t i) {
-  {
-    std::unique_lock<std::mutex> lock(mutex_);
-    begun_.wait(lock, [&] { return is_over_ || group.number < n_released_ + n_buffers_; });
-    if (is_over_) return;
-  }
-  group.work.do_piece(i);
-  if (--group.n_left == 0) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    filled_.notify_all();
+void Filling::do_pieces() {
+  while (true) {
+    Group* group;
+    size_t i;
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      if (!begun_.wait_for(lock, kPatience, [&] { return is_over_ || is_ready(); }) || is_over_) return;
+      group = queued_.front();
+      i = group->n_begun++;
+      if (group->n_begun == group->work.pieces.size()) queued_.pop_front();
+    }
+    group->work.do_piece(i);
+    if (--group->n_left == 0) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      filled_.notify_all();
+    }
   }
 }
 
@@ -309,13 +317,14 @@ void Filling::wait() {
     if (groups_.front()->number >= n_released_ + n_buffers_) {
       throw std::logic_error("Filling: the next group's buffer has not been released");
     }
+    if (is_over_) throw std::logic_error("Filling: closed");
     if (thread_.joinable()) filled_.wait(lock, [&] { return groups_.front()->n_left == 0; });
     group = std::move(groups_.front());
     groups_.pop_front();
   }
   if (!thread_.joinable()) {
-    for (size_t i = 0; i < group->work.pieces.size(); ++i) do_piece(*group, i);
-    queued_.clear();
+    for (size_t i = 0; i < group->work.pieces.size(); ++i) group->work.do_piece(i);
+    if (group->n_left) queued_.pop_front();
   }
   group->work.check(group->shards);
 }

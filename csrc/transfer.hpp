@@ -59,16 +59,20 @@ class Filling {
   // The oldest buffer that has not been released may be overwritten. Throws nothing.
   void release();
 
+  // Leaves out what has not been begun, and returns when nothing is written any more. Throws nothing.
+  void close();
+
  private:
   struct Group;
   void fill();
-  void do_piece(Group& group, size_t i);
+  void do_pieces();
+  bool is_ready() const;  // whether a piece may be begun; under the mutex
 
   const size_t n_buffers_;
   std::mutex mutex_;
   std::condition_variable begun_, filled_;
   std::deque<std::unique_ptr<Group>> groups_;  // not waited for yet
-  std::vector<Group*> queued_;                 // not taken up by the threads yet
+  std::deque<Group*> queued_;                  // with pieces that are not begun
   size_t n_added_ = 0, n_released_ = 0;
   bool is_over_ = false;
   std::thread thread_;

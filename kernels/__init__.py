@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from olmfast.kernels._dispatch import runs_triton
     from olmfast.kernels.dare import dare_mask
     from olmfast.kernels.evolution import offspring_count, svd_coefficients
     from olmfast.kernels.factors import SvdFactors, svd_factors
@@ -31,7 +30,6 @@ __all__ = [
     "rms_norm",
     "rotate",
     "row_scale",
-    "runs_triton",
     "slerp",
     "stacked_linear",
     "svd_coefficients",
@@ -52,7 +50,6 @@ _FILES = {
     "rms_norm": "fused",
     "rotate": "fused",
     "row_scale": "scaling",
-    "runs_triton": "_dispatch",
     "slerp": "spherical",
     "stacked_linear": "stacked",
     "svd_coefficients": "evolution",

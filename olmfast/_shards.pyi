@@ -86,8 +86,7 @@ def copy(transfers: Sequence[Transfer]) -> None:
 class Filling:
     """Groups of transfers into `n_buffers` buffers that are used in turns, done by the threads without a pause.
 
-    A group is begun once the one `n_buffers` before it is released. What they fill must live until this object is gone;
-    groups not begun by then are left out.
+    A group is begun once the one `n_buffers` before it is released. What they fill must live until this is closed.
     """
 
     def __init__(self, n_buffers: int) -> None: ...
@@ -100,6 +99,8 @@ class Filling:
         """
     def release(self) -> None:
         """The oldest buffer that has not been released may be overwritten."""
+    def close(self) -> None:
+        """Leave out what has not been begun; return when nothing is written any more."""
 
 def release_copied(on: bool) -> None:
     """Whether mapped pages are taken out of this process once they have been read: they count as its memory.

@@ -167,6 +167,9 @@ def test_questions_are_divided_by_their_batches_alone(monkeypatch):
     assert divided([[1, 2], [3]], PARTS) == [((1, 2),), ((3,),)]
     assert divided([], PARTS) == []
     assert divided(batches, 1) == [tuple(tuple(batch) for batch in batches)]
+    costs = [100, 1, 1, 1, 1, 1, 1, 1, 1, 50]
+    assert [len(part) for part in divided(batches[:10], 3, costs)] == [1, 8, 1]  # by what they cost
+    assert [len(part) for part in divided(batches[:3], 3, [100, 1, 1])] == [1, 1, 1]
 
 
 def test_a_search_by_stages_has_the_same_bytes_with_three_workers(config, threads):

@@ -7,8 +7,8 @@ import torch
 
 from olmfast.evaluation.blocks import BlockwiseModel, Recorder
 from olmfast.evaluation.cache import Kept
-from olmfast.evaluation.generation import Rollout, needs_the_host, resume
-from olmfast.evaluation.leaves import ScaledLeaf, StackedLeaf
+from olmfast.evaluation.generation import Rollout, _Decoding, needs_the_host, resume
+from olmfast.evaluation.leaves import ScaledLeaf, StackedLeaf, _rows
 from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.replay import Replayed
 from olmfast.evaluation.tasks import OwnTokens
@@ -88,8 +88,9 @@ def test_each_candidate_decodes_by_its_own_values(kind, candidates, tmp_path):
     factors = torch.exp(torch.randn(candidates, len(linear.weight), device=DEVICE, dtype=linear.weight.dtype))
     values = [(linear.weight * own[:, None]).detach() for own in factors]
     leaf = kind(linear, factors if kind is ScaledLeaf else {"weight": torch.stack(values)})
-    growing, fixed = (world.resumed([leaf], candidates, fixed=fixed) for fixed in (False, True))
+    growing, fixed, again = (world.resumed([leaf], candidates, fixed=fixed) for fixed in (False, True, True))
     assert_same(fixed, growing)
+    assert_same(again, growing)
     for k in range(candidates):
         linear.weight.data = values[k]
         alone = world.resumed(fixed=False)  # from the same states; its values are the candidate's from here on
@@ -109,6 +110,23 @@ def test_what_cannot_be_captured_is_called_as_it_is(tmp_path):
     other = World(tmp_path, "llama")
     assert_same(other.resumed(), expected)
     assert not needs_the_host(other.module)
+
+
+@pytest.mark.parametrize("kind", [StackedLeaf, ScaledLeaf])
+@torch.inference_mode()
+def test_what_a_step_needs_is_on_the_device_before_it_is_captured(kind, tmp_path):
+    """Rows of a stack too, which are sent once: the first step of a module's second batch is captured."""
+    world = World(tmp_path, "llama")
+    linear = world.blockwise.blocks[1].mlp.up_proj
+    factors = torch.rand(3, len(linear.weight), device=DEVICE, dtype=linear.weight.dtype)
+    leaf = kind(linear, factors if kind is ScaledLeaf else {"weight": linear.weight * factors[:, :, None]})
+    rollouts = [world.rollouts(3)[row] for row in (0, 3, 2, 5)]  # as many of candidate 0 as of 2, and none of 1
+    _rows.cache_clear()
+    decoding = _Decoding(world.module, rollouts, [leaf], world.blockwise.context, STOP, fixed=True)
+    sent = _rows.cache_info().misses
+    assert sent > 0
+    decoding._step()
+    assert _rows.cache_info().misses == sent
 
 
 def test_work_is_done_once_a_call():

@@ -16,7 +16,7 @@ import torch
 from olmfast import run
 from olmfast.config.datasets import DatasetConfig
 from olmfast.config.run import load_config
-from olmfast.errors import OlmfastError
+from olmfast.errors import FileChanged, OlmfastError
 from olmfast.evaluation.batched import BatchedScorer
 from olmfast.evaluation.blueprint import draw_up
 from olmfast.evaluation.encoding import load_datasets
@@ -319,16 +319,16 @@ def test_a_candidate_with_a_config_of_its_own_takes_turns_in_the_same_buffers(tm
     assert len(model.residency.buffers.each) == 2
 
 
-@pytest.mark.parametrize("straight", [True, False])
-def test_bytes_sent_through_small_buffers_arrive(straight, donors):
+@pytest.mark.parametrize("way", ["upload", "send", "read"])
+def test_bytes_sent_through_small_buffers_arrive(way, donors):
     pool = Pool.open(["d0"], donors, donors)
     infos = list(pool["d0"].tensors.values())
     targets = [torch.empty(info.shape, dtype=torch.float64) for info in infos]
-    uploader = Uploader(CPU, buffer_bytes=1000, stage_bytes=1000)
-    if straight:
-        uploader.send(zip(infos, targets, strict=True), None)
+    pairs, uploader = list(zip(infos, targets, strict=True)), Uploader(CPU, buffer_bytes=1000, stage_bytes=1000)
+    if way == "send":
+        uploader.send(pairs, None)
     else:
-        uploader.upload(zip(infos, targets, strict=True))
+        getattr(uploader, way)(pairs)
     for info, target in zip(infos, targets, strict=True):
         assert torch.equal(target, info.read().to(torch.float64))
 
@@ -344,6 +344,24 @@ def test_a_donor_that_changes_is_named_when_its_block_comes(tmp_path):
     (tmp_path / "d0" / "model.safetensors").write_bytes(b"other")
     with pytest.raises(OlmfastError, match=r"model\.safetensors: .*(changed|shrank)"):
         model.module(torch.arange(5)[None])
+
+
+def test_what_is_sent_while_an_error_is_on_its_way_arrives(tmp_path):
+    for seed in range(2):
+        tiny_model(tmp_path / f"d{seed}", seed=seed, hidden_size=256, intermediate_size=768)
+    pool = Pool.open(["d0", "d1"], tmp_path, tmp_path)
+    infos = {donor: list(pool[donor].tensors.values()) for donor in pool.names}
+    targets = [torch.empty(info.shape) for info in infos["d0"]]
+    uploader, file = Uploader(CPU, buffer_bytes=1 << 16), tmp_path / "d1" / "model.safetensors"
+    uploader.upload(zip(infos["d1"], targets, strict=True))
+    os.truncate(file, file.stat().st_size // 8)
+    for _ in range(20):
+        try:
+            uploader.upload(zip(infos["d1"], targets, strict=True))
+        except FileChanged:
+            uploader.upload(zip(infos["d0"], targets, strict=True))
+        for info, target in zip(infos["d0"], targets, strict=True):
+            assert torch.equal(target, info.read())
 
 
 def test_a_full_disk_is_told(donors, monkeypatch):

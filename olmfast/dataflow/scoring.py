@@ -7,7 +7,7 @@ this is so of its prompts; then each path is decoded by itself, with a place in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
@@ -94,11 +94,13 @@ class PathScorer:
         ]
         tree = Tree({row: path.hops for row, path in paths.items()}, self.model)
         along = [task for task in tasks if not task.runs_freely]
-        self._in_batches(along, [len(task.ids) for task in along], self.pass_tokens, partial(self._read, tree, scores))
+        batches = make_batches([len(task.ids) for task in along], self.pass_tokens)
+        self._in_batches(along, batches, partial(self._read, tree, scores))
         for generates in (False, True):  # stop tokens end a generation, and nothing else
             free = [task for task in tasks if task.runs_freely and task.generates == generates]
             lengths = [len(task.sample.prompt) + task.limit for task in free]
-            self._in_batches(free, lengths, self.batch_tokens, partial(self._run_freely, tree, scores))
+            batches = make_batches(lengths, self.batch_tokens, overhead=self.batch_tokens)
+            self._in_batches(free, batches, partial(self._run_freely, tree, scores))
         for path in paths.values():
             self.progress(path.label)
         return scores
@@ -133,18 +135,18 @@ class PathScorer:
 
     @torch.inference_mode()
     def _in_batches(
-        self, tasks: Sequence[Task], lengths: Sequence[int], n_tokens: int, work: Callable[[Sequence[Task]], None]
+        self, tasks: Sequence[Task], batches: Iterable[Sequence[int]], work: Callable[[Sequence[Task]], None]
     ) -> None:
-        """Do something with all tasks, in batches of `n_tokens` at most. What does not fit the memory is halved."""
-        for batch in make_batches(lengths, n_tokens):
+        """Do something with tasks, a batch of them (by index) at a time. What does not fit the memory is halved."""
+        for batch in batches:
             try:
                 work([tasks[index] for index in batch])
                 continue
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or len(batch) == 1:
                     raise
-            chosen = [lengths[index] for index in batch]
-            self._in_batches([tasks[index] for index in batch], chosen, max(chosen) * len(batch) // 2, work)
+            middle = len(batch) // 2
+            self._in_batches(tasks, [batch[:middle], batch[middle:]], work)
 
     def _read(self, tree: Tree, scores: Scores, tasks: Sequence[Task]) -> None:
         """Score a batch of tasks that are read along, for all paths."""

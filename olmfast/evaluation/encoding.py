@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from olmfast.config.datasets import DatasetConfig
@@ -280,9 +281,9 @@ class Encoder:
 def make_batches(lengths: Sequence[int], max_tokens: int, overhead: int | None = None) -> Iterator[list[int]]:
     """Indices in batches of similar length: at most `max_tokens` once padded, longest first, stable.
 
-    A batch costs its tokens, padding included, and `overhead` (a 32nd of `max_tokens` unless given): of all ways to
-    divide them in this order, theirs costs least. They depend on nothing else, so every candidate is scored in the same
-    batches.
+    A batch costs its tokens, padding included, and `overhead` (a 32nd of `max_tokens` unless given; where tokens are
+    decoded one after another, whatever the batch, as much as all of them): of all ways to divide them in this order,
+    theirs costs least. They depend on nothing else, so every candidate is scored in the same batches.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     begin = 0
@@ -292,18 +293,17 @@ def make_batches(lengths: Sequence[int], max_tokens: int, overhead: int | None =
         begin = end
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=16)
 def _cheapest_ends(lengths: tuple[int, ...], max_tokens: int, overhead: int) -> tuple[int, ...]:
     """Where batches of descending lengths end, by dynamic programming from the last one on."""
     n = len(lengths)
-    least, ends = [0] * (n + 1), [n] * n
+    least, ends = np.zeros(n + 1, dtype=np.int64), [n] * n
     for begin in range(n - 1, -1, -1):
         longest = lengths[begin]
-        costs = (
-            (longest * (end - begin) + overhead + least[end], end)
-            for end in range(begin + 1, max(begin + 1, min(n, begin + max_tokens // max(longest, 1))) + 1)
-        )
-        least[begin], ends[begin] = min(costs)
+        most = max(1, min(n - begin, max_tokens // max(longest, 1)))
+        costs = longest * np.arange(1, most + 1) + overhead + least[begin + 1 : begin + most + 1]
+        best = int(costs.argmin())
+        least[begin], ends[begin] = costs[best], begin + 1 + best
     found, begin = [], 0
     while begin < n:
         begin = ends[begin]

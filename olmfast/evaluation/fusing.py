@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 
 from olmfast import kernels
 from olmfast.evaluation.forwards import replaced
+from olmfast.kernels._dispatch import runs_triton
 
 ROTARY = "apply_rotary_pos_emb"
 ROUNDINGS = ((0.0, True), (0.0, False), (1.0, False))  # offset and `rounded_first`: Llama's, OLMo 2's, Gemma's
@@ -32,7 +33,7 @@ def fuse(module: Any, impl: str = "auto") -> None:
     `impl` is that of the kernels: 'torch' and 'triton' are meant for tests, on any device.
     """
     weight = next(module.parameters())
-    if impl == "auto" and not kernels.runs_triton(weight):
+    if impl == "auto" and not runs_triton(weight):
         return
     with torch.inference_mode():
         for part in module.modules():
@@ -82,10 +83,10 @@ def _formula_of(part: Any) -> tuple[str, float, bool] | None:
     if name is None or list(parameters) != ["weight"] or parameters["weight"].dim() != 1 or hasattr(part, "plain"):
         return None
     like = parameters["weight"]
-    x, weight = _random(like, DRAWS, len(like)), _random(like, len(like))
+    x, weight = _random(like, 1, DRAWS, len(like)), _random(like, len(like))
     try:
         expected = torch.func.functional_call(part, {"weight": weight}, (x,))
-    except TypeError:  # called with more than that
+    except Exception:  # it is called in another way, and is left alone
         return None
     for offset, rounded_first in ROUNDINGS:
         ours = kernels.rms_norm(
@@ -103,11 +104,11 @@ def _norm(kind: Any, formula: tuple[str, float, bool] | None, impl: str) -> type
     epsilon, offset, rounded_first = formula
     own = kind.forward
 
-    def forward(self: Any, x: torch.Tensor) -> Any:
-        if torch.is_grad_enabled():
-            return own(self, x)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_plain(args, kwargs, self.weight.dtype):
+            return own(self, *args, **kwargs)
         return kernels.rms_norm(
-            x, self.weight, getattr(self, epsilon), offset=offset, rounded_first=rounded_first, impl=impl
+            args[0], self.weight, getattr(self, epsilon), offset=offset, rounded_first=rounded_first, impl=impl
         )
 
     return _subclass(kind, forward)
@@ -129,28 +130,34 @@ def _gates_of(part: Any) -> tuple[str, bool] | None:
     n = down.in_features
     if any(linear.out_features != (n if together is None else 2 * n) for linear in linears):
         return None
-    x, leaving = _random(down.weight, DRAWS, linears[0].in_features), _random(down.weight, DRAWS, down.out_features)
-    both = _random(down.weight, DRAWS, 2 * n)
+    x, leaving = (
+        _random(down.weight, 1, DRAWS, linears[0].in_features),
+        _random(down.weight, 1, DRAWS, down.out_features),
+    )
+    both = _random(down.weight, 1, DRAWS, 2 * n)
     gate, up = both.chunk(2, dim=-1)
-    entering: list[torch.Tensor] = []
-
-    def take(given: torch.Tensor) -> torch.Tensor:
-        entering.append(given)
-        return leaving
-
     shown = [gate, up] if together is None else [both]
-    forwards: dict[Any, Callable[..., Any]] = {
-        linear: lambda _, out=out: out for linear, out in zip(linears, shown, strict=True)
-    }
-    with replaced({**forwards, down: take}):
+    given: dict[Any, list[torch.Tensor]] = {linear: [] for linear in [*linears, down]}
+
+    def shows(linear: Any, out: torch.Tensor) -> Callable[..., torch.Tensor]:
+        def forward(entering: torch.Tensor) -> torch.Tensor:
+            given[linear].append(entering)
+            return out
+
+        return forward
+
+    forwards = {linear: shows(linear, out) for linear, out in zip([*linears, down], [*shown, leaving], strict=True)}
+    with replaced(forwards):
         try:
-            given = part(x)
-        except TypeError:
+            out = part(x)
+        except Exception:  # it is called in another way, and is left alone
             return None
-    if given is not leaving or len(entering) != 1:
+    once = all(len(entering) == 1 for entering in given.values())
+    if not once or out is not leaving or not all(_same(given[linear][0], x) for linear in linears):
         return None
+    (entering,) = given[down]
     for activation in ACTIVATIONS:
-        if _same(kernels.gated(gate, up, activation, impl="torch"), entering[0]):
+        if _same(kernels.gated(gate, up, activation, impl="torch"), entering):
             return activation, together is not None
     return None
 
@@ -162,9 +169,10 @@ def _gated(kind: Any, gates: tuple[str, bool] | None, impl: str) -> type | None:
     activation, together = gates
     own = kind.forward
 
-    def forward(self: Any, x: torch.Tensor) -> Any:
-        if torch.is_grad_enabled():
-            return own(self, x)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_plain(args, kwargs, self.down_proj.weight.dtype):
+            return own(self, *args, **kwargs)
+        (x,) = args
         if together:
             gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         else:
@@ -200,14 +208,14 @@ def _rotating(
         if list(inspect.signature(rotary).parameters)[:4] != ["q", "k", "cos", "sin"]:
             return None
         expected = rotary(q, k, cos, sin)
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    if not all(map(_same, kernels.rotate(q, k, cos, sin, impl="torch"), expected)):
+        if not all(map(_same, kernels.rotate(q, k, cos, sin, impl="torch"), expected)):
+            return None
+    except Exception:  # it is called in another way, and is left alone
         return None
 
     def rotate(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
-        whole = cos.dim() == 3 and cos.shape[-1] == q.shape[-1] and cos.dtype == q.dtype == k.dtype
-        if args or kwargs or not whole or torch.is_grad_enabled():
+        alike = cos.dtype == q.dtype == k.dtype and cos.shape[1:] == q.shape[2:] == k.shape[2:]
+        if args or kwargs or torch.is_grad_enabled() or not alike or cos.shape[0] not in (1, len(q)):
             return rotary(q, k, cos, sin, *args, **kwargs)
         return kernels.rotate(q, k, cos, sin, impl=impl)
 
@@ -216,6 +224,11 @@ def _rotating(
     )
     forward.__kwdefaults__ = own.__kwdefaults__
     return _subclass(kind, forward)
+
+
+def _is_plain(args: Sequence[Any], kwargs: Mapping[str, Any], dtype: torch.dtype) -> bool:
+    """Whether a forward is called as it was tried: with one tensor of the weights' dtype, and without gradients."""
+    return len(args) == 1 and not kwargs and not torch.is_grad_enabled() and args[0].dtype == dtype
 
 
 def _random(like: torch.Tensor, *size: int) -> torch.Tensor:

@@ -189,7 +189,8 @@ class _Decoding:
 
     def run(self) -> list[OwnTokens]:
         """What follows each rollout."""
-        step = Replayed(self._step, self.device, self.module in _CAPTURED) if self.fixed else self._step
+        is_loaded = self.module in _CAPTURED and self.n_steps > 1  # a capture takes as long as a step
+        step = Replayed(self._step, self.device, is_loaded) if self.fixed else self._step
         apart = TOKENS_APART.get(self.device.type, 1)
         for n in range(1, self.n_steps + 1):
             step()
@@ -247,6 +248,8 @@ class _Decoding:
         """Which candidates the rows are of, and how many of each."""
         places, counts = np.unique([self.rollouts[row].place for row in self.rows], return_counts=True)
         self.places, self.counts = places.tolist(), counts.tolist()
+        for leaf in self.leaves:
+            leaf.prepare(self.places, self.counts)
 
 
 class RolloutQueue:

@@ -36,6 +36,10 @@ class Leaf(Protocol):
         """x (batch, ..., in), the same for all candidates -> (K * batch, ..., out)."""
         ...
 
+    def prepare(self, candidates: Sequence[int], counts: Sequence[int]) -> None:
+        """Send to the device what `each` needs there for these: while it is captured nothing can be sent."""
+        ...
+
 
 class StackedLeaf:
     """A module that takes and returns one tensor, with K values (name -> (K, *shape)) of some parameters."""
@@ -65,6 +69,10 @@ class StackedLeaf:
             return out.reshape(k * batch, *x.shape[1:-1], -1)
         return self.each(tile(x, k), candidates, [batch] * k)
 
+    def prepare(self, candidates: Sequence[int], counts: Sequence[int]) -> None:  # noqa: ARG002
+        """See `Leaf.prepare`."""
+        self._of(candidates)
+
     def _of(self, candidates: Sequence[int]) -> dict[str, torch.Tensor]:
         first, last = candidates[0], candidates[-1]
         if list(candidates) == list(range(first, last + 1)):  # a view: stacks are large
@@ -89,9 +97,16 @@ class ScaledLeaf:
 
     def each(self, x: torch.Tensor, candidates: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
         """See `Leaf.each`."""
-        rows = [candidate for candidate, count in zip(candidates, counts, strict=True) for _ in range(count)]
-        factors = self.factors[_rows(tuple(rows), x.device)]
+        factors = self.factors[self._rows_of(candidates, counts)]
         return self._shift(linear(x, self.module.weight) * factors.view(len(x), *[1] * (x.dim() - 2), -1))
+
+    def prepare(self, candidates: Sequence[int], counts: Sequence[int]) -> None:
+        """See `Leaf.prepare`."""
+        self._rows_of(candidates, counts)
+
+    def _rows_of(self, candidates: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+        rows = [candidate for candidate, count in zip(candidates, counts, strict=True) for _ in range(count)]
+        return _rows(tuple(rows), self.factors.device)
 
     def shared(self, x: torch.Tensor, candidates: Sequence[int]) -> torch.Tensor:
         """See `Leaf.shared`."""
@@ -104,7 +119,7 @@ class ScaledLeaf:
 
 @functools.lru_cache(maxsize=64)
 def _rows(rows: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Rows of a stack, to index it by: sent to the device once, not at each step of decoding, which may be captured."""
+    """Rows of a stack, to index it by: sent to the device once, before a step of decoding is captured (`prepare`)."""
     with torch.inference_mode(False):
         return sent(rows, device)
 

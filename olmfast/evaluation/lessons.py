@@ -125,7 +125,7 @@ def written(
     prompts = [sample.prompt for sample in dataset.samples]
     longest = min(TEXT_TOKENS, dataset.config.max_new_tokens)
     found: dict[int, tuple[int, ...]] = {}
-    for batch in make_batches([len(prompt) + longest for prompt in prompts], batch_tokens):
+    for batch in make_batches([len(prompt) + longest for prompt in prompts], batch_tokens, overhead=batch_tokens):
         limits = [min(longest, context - len(prompts[at])) for at in batch]
         generated = generate(module, [prompts[at] for at in batch], limits, context, stop)
         for row, at in enumerate(batch):

@@ -112,7 +112,7 @@ class SequentialScorer:
     def _exact_match(self, dataset: Dataset, samples: list[Sample]) -> list[Answer]:
         found: dict[int, Answer] = {}
         lengths = [len(sample.prompt) + len(sample.response) for sample in samples]
-        for batch in make_batches(lengths, self.batch_tokens):
+        for batch in make_batches(lengths, self.batch_tokens, overhead=self.batch_tokens):
             chosen = [samples[index] for index in batch]
             limits = [len(s.response) for s in chosen]
             generated = generate(self.model.module, [s.prompt for s in chosen], limits, self.model.context)
@@ -129,7 +129,8 @@ class SequentialScorer:
         found: dict[int, Answer] = {}
         formula = metrics.GENERATIVE[dataset.config.mode]
         longest = dataset.config.max_new_tokens
-        for batch in make_batches([len(s.prompt) + longest for s in samples], self.batch_tokens):
+        lengths = [len(sample.prompt) + longest for sample in samples]
+        for batch in make_batches(lengths, self.batch_tokens, overhead=self.batch_tokens):
             prompts = [samples[index].prompt for index in batch]
             limits = [min(longest, self.model.context - len(prompt)) for prompt in prompts]
             generated = generate(self.model.module, prompts, limits, self.model.context, self.stop_tokens)

@@ -77,7 +77,9 @@ class Trajectories:
     def parts_of(self, numbers: Sequence[int]) -> list[Part]:
         """Tasks in the batches that they pass in, and these in parts."""
         lengths = [len(self.tasks[number].ids) for number in numbers]
-        return divided([[numbers[i] for i in batch] for batch in self._batched(lengths)], self.parts)
+        batches = list(self._batched(lengths))
+        costs = [lengths[batch[0]] * len(batch) + self.shares.pass_overhead for batch in batches]
+        return divided([[numbers[i] for i in batch] for batch in batches], self.parts, costs)
 
     def _batched(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         return make_batches(lengths, self.shares.pass_tokens, self.shares.pass_overhead)

@@ -4,12 +4,14 @@ While one buffer's bytes travel on a stream of their own, the shard engine's thr
 file, already in the parameter's dtype, and pause only where none is free. They arrive in a stage, not in the
 parameters: what is queued on the device may still read these, and need not be waited for. From there they are copied on
 the device, in the order of its work. Into memory that nothing reads any more after a known event, they travel straight.
+What has to be computed is computed into the same buffers, and is copied in the order of the device's work.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ import torch
 
 from olmfast import _shards
 from olmfast.weights.checkpoint import TensorInfo, copy_tensors, reading
+from olmfast.weights.chunks import Readable, chunked
 
 BUFFER_BYTES = 16 << 20
 N_BUFFERS = 8
@@ -60,20 +63,21 @@ class Uploader:
         pairs = [(info, target) for info, target in pairs if info.n_bytes]
         arrived: list[tuple[_Piece, torch.Tensor]] = []
         begin = 0
-        for pieces, filled in self._filled(pairs):
-            if self._stream is None:
-                for piece in pieces:
-                    piece.target.copy_(piece.within(filled))
-                continue
-            stage = self._staged(pairs)
-            if begin + len(filled) > len(stage):
-                self._spread(arrived)
-                arrived, begin = [], 0
-            place = stage[begin : begin + len(filled)]
-            with torch.cuda.stream(self._stream):
-                place.copy_(filled, non_blocking=True)
-            arrived += [(piece, place) for piece in pieces]
-            begin += len(filled)
+        stage = self._staged(pairs)
+        with closing(self._filled(pairs)) as groups:
+            for pieces, filled in groups:
+                if stage is None:
+                    for piece in pieces:
+                        piece.target.copy_(piece.within(filled))
+                    continue
+                if begin + len(filled) > len(stage):
+                    self._spread(arrived)
+                    arrived, begin = [], 0
+                place = stage[begin : begin + len(filled)]
+                with torch.cuda.stream(self._stream):
+                    place.copy_(filled, non_blocking=True)
+                arrived += [(piece, place) for piece in pieces]
+                begin += len(filled)
         self._spread(arrived)
 
     def send(self, pairs: Iterable[tuple[TensorInfo, torch.Tensor]], after: torch.cuda.Event | None) -> Any:
@@ -84,46 +88,78 @@ class Uploader:
         """
         if self._stream is not None and after is not None:
             self._stream.wait_event(after)
-        for pieces, filled in self._filled([pair for pair in pairs if pair[0].n_bytes], straight=True):
-            with torch.cuda.stream(self._stream):  # on a CPU this does nothing
-                for piece in pieces:
-                    piece.target.copy_(piece.within(filled), non_blocking=True)
+        with closing(self._filled([pair for pair in pairs if pair[0].n_bytes], straight=True)) as groups:
+            for pieces, filled in groups:
+                with torch.cuda.stream(self._stream):  # on a CPU this does nothing
+                    for piece in pieces:
+                        piece.target.copy_(piece.within(filled), non_blocking=True)
         return None if self._stream is None else marked(self._stream)
 
-    def _filled(
-        self, pairs: Iterable[tuple[TensorInfo, torch.Tensor]], straight: bool = False
-    ) -> Iterator[tuple[list[_Piece], torch.Tensor]]:
-        """The tensors in pieces, as many as fit a buffer at a time, and the buffer's bytes with them in it.
+    def read(self, parts: Iterable[tuple[Readable, torch.Tensor]]) -> None:
+        """Fill each parameter (contiguous) with what is computed as it is read, a buffer at a time: while one travels,
+        the next is computed.
 
-        Before the next is asked for, they are sent on by the stream (on a CPU: copied).
+        Work that is queued on the current stream before still sees the old values.
         """
         if self._last is not None:
             self._last.synchronize()
-        filling, buffers = _shards.Filling(N_BUFFERS), cycle(self._buffers)
+        buffers, underway = cycle(self._buffers), deque[torch.cuda.Event]()
+        for source, target in parts:
+            flat = target.view(-1)
+            step = self.buffer_bytes // flat.itemsize
+            step = step // source.shape[-1] * source.shape[-1] or step if source.shape else step  # whole rows
+            for start, stop in chunked(len(flat), step):
+                if len(underway) == N_BUFFERS:
+                    underway.popleft().synchronize()
+                filled = next(buffers)[: (stop - start) * flat.itemsize].view(flat.dtype)
+                source.read_into(filled, start)
+                flat[start:stop].copy_(filled, non_blocking=True)
+                if self._is_cuda:
+                    self._last = marked(torch.cuda.current_stream(self.device), blocking=True)
+                    underway.append(self._last)
+
+    def _filled(
+        self, pairs: Iterable[tuple[TensorInfo, torch.Tensor]], straight: bool = False
+    ) -> Generator[tuple[list[_Piece], torch.Tensor], None, None]:
+        """The tensors in pieces, as many as fit a buffer at a time, and the buffer's bytes with them in it.
+
+        Before the next is asked for, they are sent on by the stream (on a CPU: copied). It has to be closed: until then
+        threads may be writing into the buffers.
+        """
+        if self._last is not None:
+            self._last.synchronize()
+        buffers = cycle(self._buffers)
         ahead: deque[tuple[list[_Piece], torch.Tensor]] = deque()
         underway: deque[torch.cuda.Event] = deque()
 
-        def first() -> Iterator[tuple[list[_Piece], torch.Tensor]]:
+        def first(filling: _shards.Filling) -> Iterator[tuple[list[_Piece], torch.Tensor]]:
             with reading():
                 filling.wait()
             yield ahead.popleft()
             if self._stream is not None:
-                self._last = marked(self._stream, blocking=True)
-                underway.append(self._last)
+                underway.append(marked(self._stream, blocking=True))
                 if len(underway) <= UNDERWAY:
                     return
                 underway.popleft().synchronize()
             filling.release()
 
-        for n, (pieces, n_bytes) in enumerate(self._buffers_of(pairs, straight)):
-            # At first one is sent on for every two that are begun: the first does not wait until all are.
-            if len(ahead) == N_BUFFERS or (n % 2 and n < 2 * N_BUFFERS and len(ahead) > 1):
-                yield from first()
-            buffer = next(buffers)[:n_bytes]
-            filling.add([piece.info.into(piece.within(buffer)) for piece in pieces])
-            ahead.append((pieces, buffer))
-        while ahead:
-            yield from first()
+        try:
+            with closing(_shards.Filling(N_BUFFERS)) as filling:
+                for n, (pieces, n_bytes) in enumerate(self._buffers_of(pairs, straight)):
+                    # At first one is sent on for every two that are begun: the first does not wait until all are.
+                    if n % 2 and n < 2 * N_BUFFERS and len(ahead) > 1:
+                        yield from first(filling)
+                    while len(ahead) + len(underway) == N_BUFFERS:
+                        yield from first(filling)
+                    buffer = next(buffers)[:n_bytes]
+                    with reading():
+                        filling.add([piece.info.into(piece.within(buffer)) for piece in pieces])
+                    ahead.append((pieces, buffer))
+                while ahead:
+                    yield from first(filling)
+        finally:
+            if self._stream is not None:
+                self._last = marked(self._stream, blocking=True)
 
     def _buffers_of(
         self, pairs: Iterable[tuple[TensorInfo, torch.Tensor]], straight: bool = False
@@ -154,8 +190,10 @@ class Uploader:
         if pieces:
             yield pieces, min(begin, self.buffer_bytes)
 
-    def _staged(self, pairs: list[tuple[TensorInfo, torch.Tensor]]) -> torch.Tensor:
-        """Memory on the device for all of it, if it may be that much."""
+    def _staged(self, pairs: list[tuple[TensorInfo, torch.Tensor]]) -> torch.Tensor | None:
+        """Memory on the device for all of it, if it may be that much; None where nothing travels."""
+        if self._stream is None or not pairs:
+            return None
         wanted = sum(target.numel() * target.element_size() + ALIGNMENT for _, target in pairs)
         n_bytes = min(self.stage_bytes, max(wanted, self.buffer_bytes))
         if self._stage is None or len(self._stage) < n_bytes:

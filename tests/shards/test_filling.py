@@ -105,8 +105,25 @@ def test_what_is_not_begun_is_left_out_when_nobody_wants_it(path):
     for i in range(N_GROUPS):
         filling.add([into(shard, buffer, i)])
     filling.wait()
-    del filling, shard  # waits for the threads, which wait for the buffer
+    filling.close()  # waits for the threads, which wait for the buffer
     assert is_of(buffer, 0)
+    filling.release()
+    with pytest.raises(RuntimeError, match="closed"):
+        filling.wait()
+
+
+def test_others_may_copy_while_a_buffer_is_waited_for(path):
+    shard, buffers = _shards.Shard(path), torch.full((2, N), -1, dtype=torch.int16)
+    filling = _shards.Filling(1)
+    for i in range(2):
+        filling.add([into(shard, buffers[0], i)])
+    filling.wait()
+    _shards.copy([into(shard, buffers[1], 5)])
+    assert is_of(buffers[0], 0)
+    assert is_of(buffers[1], 5)
+    filling.release()
+    filling.wait()
+    assert is_of(buffers[0], 1)
 
 
 def test_where_no_thread_can_be_started_the_caller_does_the_work(path):

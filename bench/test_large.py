@@ -30,6 +30,8 @@ measured. Then, for each kind of candidate:
   in the same dtype. It counts what olmfast leaves out (most of the last block's MLP, and what comes before the
   changed module, once for all candidates), so that with few blocks it can exceed 100 %.
 - `busy`: the share of the time in which the GPU had something to do, for blocks, by torch.profiler.
+- `merge of the whole model` is what the joint search tries: how long a candidate takes, and what part of it goes into
+  computing its weights from the donors' files.
 - `plain` is the first candidate by `baseline.py`. In float32, on a CPU, that does not round offspring to bfloat16 as
   olmfast does, and mean scores differ by as much.
 
@@ -50,7 +52,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -70,6 +72,7 @@ from olmfast.evaluation.scores import Scores
 from olmfast.runs.session import Session
 from olmfast.testing import SPECIAL
 from olmfast.weights.architecture import Unit
+from olmfast.weights.expressions import Copy, merge
 
 pytestmark = pytest.mark.timeout(0)
 
@@ -428,6 +431,8 @@ def measure(
                     decoded=f"{ours.decoded if part == 'all three' else 0} tokens",
                     busy=f"{busy_share(call):.0%}" if profiled else "-",
                 )  # fmt: skip
+        if remaining.suffices("merges of the whole model", 10):
+            measure_merges(report, engine, remaining)
         benchmark.pedantic(lambda: None, rounds=1)
         reserved = torch.cuda.max_memory_reserved(DEVICE) if GPU else None
     report(
@@ -437,6 +442,55 @@ def measure(
         padding=f"{scorer.statistics.padding:.1%}",
     )  # fmt: skip
     return peak.n_bytes, found
+
+
+def measure_merges(report: Report, engine: Session, remaining: Remaining) -> None:
+    """What the joint search tries: sums of all donors' task vectors, computed from their files for each candidate."""
+    search, scorer = engine.search, engine.search.scorer
+    assert isinstance(scorer, BatchedScorer)
+    base, *others = DONORS
+    names = list(search.tensors)
+    candidates = [
+        Candidate(
+            f"sum {weight}",
+            {
+                name: merge("task_arithmetic", [Copy(one, name) for one in others], Copy(base, name), weight=weight)
+                for name in names
+            },
+        )
+        for weight in (0.3, 0.4, 0.5)
+    ]
+    unit = search.architecture.model_unit(search.tensors)
+
+    def merged() -> None:
+        for candidate, then in pairwise([*candidates, None]):
+            assert candidate is not None
+            with scorer.model.trial(candidate, then):
+                pass
+
+    pool = scorer.model.sources.pool
+
+    def by_torch() -> None:
+        for name in names:
+            total = pool[base].read(name).float()
+            total += sum(0.3 * (pool[one].read(name).float() - total) for one in others)
+            scorer.model.live(name).copy_(total.to(scorer.model.dtype))
+
+    call = partial(scorer.score, unit, candidates, READ_ALONG)
+    call()
+    seconds, merging = remaining.median(call), remaining.median(merged) / (len(candidates) + 1)
+    plain = elapsed(by_torch, DEVICE)
+    scorer.model.apply(search.recipe.tensors)
+    n_bytes = sum(scorer.model.live(name).nbytes for name in names)
+    report(
+        f"merge of the whole model, {len(candidates)} candidates, read along",
+        f"{seconds / len(candidates):.3g} s each",
+        limit=f"{(len(candidates) + 1) * merging / seconds:.0%} of it merging",
+    )  # fmt: skip
+    report(
+        f"computing a sum of {len(others)} task vectors where it is evaluated", f"{merging:.3g} s",
+        f"by torch {plain:.3g} s", plain / merging, result=f"{n_bytes / merging / 1e9:.2f} GB/s",
+    )  # fmt: skip
 
 
 def busy_share(call: Callable[[], object]) -> float:

@@ -27,7 +27,7 @@ from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.sequential import SequentialScorer
 from olmfast.testing import FAMILIES, sums, tiny_model, tiny_run, tiny_tokenizer, write_dataset
-from olmfast.weights.expressions import Copy, whole
+from olmfast.weights.expressions import Copy, merge, whole
 from olmfast.weights.offspring import NormOffspring, SvdOffspring
 from olmfast.weights.pool import Pool
 from olmfast.weights.sources import Sources
@@ -292,6 +292,49 @@ def test_a_stack_that_did_not_fit_is_freed_before_its_halves_are_made(tmp_path, 
     monkeypatch.setattr(WorkingModel, "stack", crowded)
     world.fast.score(unit, world.donors(unit))
     assert world.fast.statistics.splits == 1
+
+
+@pytest.mark.usefixtures("float64_throughout")
+def test_one_whole_model_is_tried_after_another_without_the_current_one_in_between(tmp_path, monkeypatch):
+    world = World(tmp_path, "llama", torch.float64)
+    tensors = world.fast_model.recipe.tensors
+    unit, names = world.pool.architecture.model_unit(tensors), list(tensors)
+
+    def candidate(weight, some):
+        terms = {name: [Copy(donor, name) for donor in ("d1", "d2")] for name in some}
+        return Candidate(str(weight), {name: merge("linear", own, weight=(weight, 1.0)) for name, own in terms.items()})
+
+    candidates = [candidate(0.3, names), candidate(0.5, names[2:]), candidate(0.7, names[:-3])]
+    applied, apply = [], WorkingModel.apply
+
+    def counted(self, values, *args, **kwargs):
+        applied.extend(values)
+        return apply(self, values, *args, **kwargs)
+
+    expected = world.plain.score(unit, candidates)
+    monkeypatch.setattr(WorkingModel, "apply", counted)
+    assert_same(world.fast.score(unit, candidates), expected, 1e-9)
+    n = len(names)
+    assert len(applied) == n + 2 + (n - 2) + 3 + (n - 3) + (n - 3)  # each, and what the next one does not set
+    assert_current(world)
+    scored, calls = passes.Passes.run, []
+
+    def failing(self, *args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise ValueError("a fault")
+        return scored(self, *args)
+
+    monkeypatch.setattr(passes.Passes, "run", failing)
+    with pytest.raises(ValueError, match="a fault"):
+        world.fast.score(unit, candidates[:2])
+    assert_current(world)
+
+
+def assert_current(world):
+    """The live model is what its recipe says."""
+    for name, expression in world.fast_model.recipe.tensors.items():
+        assert world.fast_model.equals(name, expression.value(world.fast_model.sources).to(torch.float64)), name
 
 
 def test_nothing_that_scoring_held_waits_for_the_garbage_collector(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -249,7 +250,8 @@ def test_neither_a_trial_nor_what_follows_it_computes_what_is_there_again(tmp_pa
     there = model.module.get_parameter(name).clone()
     computed = []
     plain = METHODS["linear"]
-    monkeypatch.setitem(METHODS, "linear", lambda *arguments: computed.append(1) or plain(*arguments))
+    counted = replace(plain, prepare=lambda *arguments: computed.append(1) or plain.prepare(*arguments))
+    monkeypatch.setitem(METHODS, "linear", counted)
     for share in (0.1, 0.7):
         with model.trial(Candidate("", {name: merge("linear", [nest, donors[2]], weight=(1 - share, share))})):
             assert not torch.equal(model.module.get_parameter(name), there)

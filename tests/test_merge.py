@@ -15,6 +15,7 @@ from llamas import merged, tensors
 from safetensors.torch import save_file
 
 from olmfast.errors import InputError
+from olmfast.kernels import slerp, ties_merge, weighted_sum
 from olmfast.testing import FAMILIES, tiny_model
 from olmfast.weights.chunks import Held, Operands, Scratch
 from olmfast.weights.methods import METHODS
@@ -306,6 +307,23 @@ def test_a_chunk_at_a_time_gives_what_the_whole_tensor_does(name):
         odd = [piece(start, stop).bfloat16() for start, stop in pairwise(edges)]
     whole = method(terms, base, settings)
     assert torch.equal(torch.cat(odd).view(whole.shape), whole)
+
+
+def test_methods_that_the_kernels_have_too_give_what_these_give():
+    numbers = torch.Generator().manual_seed(4)
+    base, *terms = (torch.randn(140, 513, generator=numbers).bfloat16() for _ in range(4))
+    settings = {"weight": (0.2, 0.5, 0.4), "density": (0.3, 0.6, 0.5), "lambda": 0.8}
+    flat = [term.flatten() for term in terms]
+    pairs = [
+        (METHODS["linear"](terms, None, settings), weighted_sum(flat, settings["weight"], normalize=True)),
+        (METHODS["slerp"](terms[:2], None, {"t": 0.3}), slerp(*flat[:2], 0.3)),
+        (
+            METHODS["ties"](terms, base, settings),
+            ties_merge(flat, settings["weight"], settings["density"], base=base.flatten(), scale=0.8),
+        ),
+    ]
+    for ours, kernel in pairs:
+        assert torch.equal(ours.flatten(), kernel)
 
 
 @pytest.mark.parametrize("name", ["ties", "breadcrumbs"])

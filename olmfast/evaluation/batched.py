@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -209,17 +210,22 @@ class BatchedScorer(Planner):
 
     def carry_out(self, call: Call, works: Sequence[Work], scores: Scores) -> None:
         """See `Planner.carry_out`: one after another, on the live model."""
-        for work in works:
-            if work.way == "stacked":
-                self._evaluate_stack(call, work, scores)
-            elif work.way == "alone":
-                self._evaluate_alone(call, work, scores)
-            else:
-                plain = SequentialScorer(self.model, self.datasets, self.tokenizer, self.stop_tokens, self.batch_tokens)
-                (row,) = work.rows
-                candidate = call.candidates[row]
-                scores.put(row, plain.score(call.unit, [candidate], list(call.wanted), call.wanted))
-            self.tell(call, work.rows)
+        try:
+            for work, following in zip_longest(works, works[1:]):
+                if work.way == "stacked":
+                    self._evaluate_stack(call, work, scores)
+                elif work.way == "alone":
+                    self._evaluate_alone(call, work, scores, following)
+                else:
+                    told = (self.model, self.datasets, self.tokenizer, self.stop_tokens, self.batch_tokens)
+                    (row,) = work.rows
+                    candidate = call.candidates[row]
+                    scores.put(
+                        row, SequentialScorer(*told).score(call.unit, [candidate], list(call.wanted), call.wanted)
+                    )
+                self.tell(call, work.rows)
+        finally:
+            self.model.settle()
 
     # Evaluation
 
@@ -242,12 +248,16 @@ class BatchedScorer(Planner):
         labels = [call.candidates[row].label for row in work.rows]
         self._evaluate(Cohort(scores, work.rows, labels, work.parts, call.unit.blocks[0], leaves))
 
-    def _evaluate_alone(self, call: Call, work: Work, scores: Scores) -> None:
-        """One candidate, whose values are made the live ones meanwhile."""
+    def _evaluate_alone(self, call: Call, work: Work, scores: Scores, following: Work | None) -> None:
+        """One candidate, whose values are made the live ones meanwhile: those of the one that follows it in the same
+        way come straight after, where nothing of the current model is needed in between."""
         candidate, first = call.candidates[work.rows[0]], self.first_block(call.unit)
+        then = None
         if first is not None:
             self._bring_to(first, work.parts)  # while the current model's values are live
-        with self.model.trial(candidate):
+        elif following is not None and following.way == "alone":
+            then = call.candidates[following.rows[0]]
+        with self.model.trial(candidate, then):
             self._evaluate(Cohort(scores, work.rows, [candidate.label], work.parts, first, []))
 
     def _bring_to(self, first: int, parts: Sequence[Part]) -> None:

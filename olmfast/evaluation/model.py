@@ -14,6 +14,7 @@ from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.upload import Uploader
 from olmfast.weights.architecture import Architecture
 from olmfast.weights.checkpoint import FLOATS, TensorInfo, copy_tensors
+from olmfast.weights.chunks import Held, Readable
 from olmfast.weights.filing import Wanted, filed
 from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Recipe
@@ -37,6 +38,7 @@ class WorkingModel:
         self.residency: Residency = RESIDENT
         self._buffers = Buffers(device) if streamed else None
         self._uploader: Uploader | None = None
+        self._left = set[str]()  # tensors whose live values are a candidate's still
         self._rebuild(recipe)
 
     def _rebuild(self, recipe: Recipe) -> None:
@@ -58,12 +60,15 @@ class WorkingModel:
         fuse(self.module)
         self._parameters: dict[str, torch.nn.Parameter] = dict(self.module.named_parameters())
 
-    def apply(self, values: Mapping[str, Expression]) -> None:
-        """Make these (canonical name -> expression) the live parameters' values; the recipe is not changed."""
+    def apply(self, values: Mapping[str, Expression], keep: bool = True) -> None:
+        """Make these (canonical name -> expression) the live parameters' values; the recipe is not changed.
+
+        `keep` what is computed for them, as far as `Sources` keeps anything: they are wanted again.
+        """
         known = {name: wanted for name, wanted in values.items() if name in self._slots}
         streamed = {name: known.pop(name) for name in list(known) if name in self.residency}
         self.residency.put(self._placed(streamed))
-        self._fill((name, wanted, self.live(name)) for name, wanted in known.items())
+        self._fill([(name, wanted, self.live(name)) for name, wanted in known.items()], keep)
 
     def _placed(self, values: Mapping[str, Expression]) -> dict[str, TensorInfo]:
         """Where streamed tensors of these values lie: in a donor's file, or computed once for as long as they, or what
@@ -102,7 +107,7 @@ class WorkingModel:
             live = self.live(name)
             found[name] = live.new_empty(len(values), *live.shape)
             to_fill += [(name, one, target) for one, target in zip(values, found[name], strict=True)]
-        self._fill(to_fill)
+        self._fill(to_fill, keep=False)
         return found
 
     def live(self, name: str) -> torch.Tensor:
@@ -136,31 +141,58 @@ class WorkingModel:
         info = self.sources.pool[self.recipe.base].tensors.get(name)
         return expression.open(self.sources).dtype if info is None else info.dtype
 
-    def _fill(self, wanted: Iterable[tuple[str, Expression, torch.Tensor]]) -> None:
+    def _fill(self, wanted: Sequence[tuple[str, Expression, torch.Tensor]], keep: bool) -> None:
         """Name, expression and the tensor its values are copied into, rounded on the way as saving would round them."""
-        direct = []
+        direct, computed = [], []
+        for name, expression, target in wanted:
+            saved = self._saved_dtype(name, expression)
+            info = expression.info(self.sources)
+            if info is not None and _passes_unchanged(info, saved, target):
+                direct.append((info, target))
+            else:
+                computed.append((expression, saved, target))
+        keep = keep and sum(target.numel() * saved.itemsize for _, saved, target in computed) <= self.sources.memory
         with torch.no_grad():
-            for name, expression, target in wanted:
-                saved = self._saved_dtype(name, expression)
-                info = expression.info(self.sources)
-                if info is not None and _passes_unchanged(info, saved, target):
-                    direct.append((info, target))
-                else:
-                    target.copy_(self.sources.value(expression).to(saved))
+            self._read(self._computed(computed, keep))
             self._copy(direct)
+
+    def _computed(
+        self, wanted: Iterable[tuple[Expression, torch.dtype, torch.Tensor]], keep: bool
+    ) -> Iterator[tuple[Readable, torch.Tensor]]:
+        """What can be read into its target a chunk at a time; the rest is copied as a whole."""
+        for expression, saved, target in wanted:
+            kept = keep or self.sources.is_kept(expression)
+            source = Held(self.sources.kept(expression)) if kept else expression.open(self.sources)
+            if _passes_unchanged(source, saved, target) and target.is_contiguous():
+                yield source, target
+            else:
+                target.copy_(self.sources.value(expression).to(saved))
+
+    def _read(self, parts: Iterable[tuple[Readable, torch.Tensor]]) -> None:
+        """Compute values where they belong, or where they travel from."""
+        if self.device.type == "cpu":
+            for source, target in parts:
+                source.read_into(target.view(-1), 0)
+            return
+        self._on_the_way().read(parts)
 
     def _copy(self, pairs: list[tuple[TensorInfo, torch.Tensor]]) -> None:
         """Bytes from mapped files straight into the parameters, converted on the way."""
         if self.device.type == "cpu":
             copy_tensors([info.into(slot) for info, slot in pairs])
             return
+        self._on_the_way().upload(pairs)
+
+    def _on_the_way(self) -> Uploader:
         if self._uploader is None:
             self._uploader = Uploader(self.device)
-        self._uploader.upload(pairs)
+        return self._uploader
 
     @contextmanager
-    def trial(self, candidate: Candidate) -> Iterator[None]:
+    def trial(self, candidate: Candidate, then: Candidate | None = None) -> Iterator[None]:
         """The model as the candidate has it, until the block ends.
+
+        What candidate `then` sets anew is left as it is: it is tried next, or `settle` is called.
 
         A candidate that is a whole model, built in another way (with another base of its rotary embedding, say, or
         fewer blocks), is tried in a module of its own.
@@ -177,11 +209,23 @@ class WorkingModel:
                 self.module, self._slots, self._parameters, self.residency, self._kept = kept
             return
         values = candidate.values if whole is None else whole.tensors
+        left, following = self._left, set[str]()
         try:
-            self.apply(values)
+            self.apply({name: self.recipe.tensors[name] for name in left.difference(values)})
+            left = set()
+            self.apply(values, keep=False)
             yield
+            if then is not None:
+                following = set(then.values if then.recipe is None else then.recipe.tensors)
         finally:
-            self.apply({name: self.recipe.tensors[name] for name in values})
+            tried = left.union(values)
+            self._left = tried & following
+            self.apply({name: self.recipe.tensors[name] for name in tried - following})
+
+    def settle(self) -> None:
+        """Make the recipe's what a trial has left for the next one."""
+        left, self._left = self._left, set()
+        self.apply({name: self.recipe.tensors[name] for name in left})
 
     def set_recipe(self, recipe: Recipe) -> None:
         """Make `recipe` the model's: the tensors whose expressions changed are copied, nothing else.
@@ -212,9 +256,10 @@ def builds_alike(recipe: Recipe, other: Recipe, pool: Pool) -> bool:
     return recipe.config_edits == other.config_edits and not pool.settings_differ(recipe.base, other.base)
 
 
-def _passes_unchanged(info: TensorInfo, saved: torch.dtype, slot: torch.Tensor) -> bool:
-    """Whether the donor's values, rounded once to the slot's dtype, are what rounding to `saved` first gives."""
-    if info.dtype == saved == slot.dtype:
-        return info.shape == tuple(slot.shape)
-    floats = info.dtype in FLOATS and saved in FLOATS and slot.dtype in FLOATS
-    return floats and torch.promote_types(info.dtype, saved) == saved and info.shape == tuple(slot.shape)
+def _passes_unchanged(source: Readable, saved: torch.dtype, slot: torch.Tensor) -> bool:
+    """Whether values, rounded once to the slot's dtype, are what rounding to `saved` first gives."""
+    if source.dtype == saved == slot.dtype:
+        return tuple(source.shape) == tuple(slot.shape)
+    floats = source.dtype in FLOATS and saved in FLOATS and slot.dtype in FLOATS
+    widens = torch.promote_types(source.dtype, saved) == saved
+    return floats and widens and tuple(source.shape) == tuple(slot.shape)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import reduce
 from math import prod
 from typing import Any, ClassVar
 
@@ -172,23 +171,9 @@ class Merge(Expression):
         method = METHODS[self.method]
         return Streamed(operands, lambda: method.prepare(operands, method.settings(settings)))
 
-    def value(self, sources: Sources) -> torch.Tensor:
-        """See `Expression.value`. What is wanted again soon is kept."""
-        return sources.kept(self, lambda: self._compute(sources))
-
-    @classmethod
-    def stack(cls, several: Sequence[Expression], sources: Sources) -> torch.Tensor | None:
-        """See `Expression.stack`: sums of the same tensors, each of which is then read once."""
-        alike = [one for one in several if isinstance(one, Merge) and one.method == "linear" and one.base is None]
-        terms = alike[0].terms if alike else ()
-        if len(alike) < len(several) or any(one.terms != terms or "dtype" in dict(one.settings) for one in alike):
-            return None
-        values = _promoted([term.value(sources) for term in terms])
-        return torch.stack([METHODS["linear"](values, None, dict(one.settings)) for one in alike])
-
     def operand(self, sources: Sources) -> Readable:
-        """See `Expression.operand`."""
-        return Held(self.value(sources))
+        """See `Expression.operand`. What is wanted again soon is kept."""
+        return Held(sources.kept(self))
 
     @property
     def origin(self) -> str:
@@ -199,19 +184,6 @@ class Merge(Expression):
         scales = settings.get("scale", ())
         scaled = isinstance(scales, tuple) and any(scale != 1.0 for scale in scales)
         return "scaled" if scaled or "dtype" not in settings else f"{self.terms[0].origin} in {settings['dtype']}"
-
-    def _compute(self, sources: Sources) -> torch.Tensor:
-        if "dtype" in dict(self.settings):
-            return super().value(sources)
-        values = _promoted([part.value(sources) for part in self.parts])
-        base = values.pop() if self.base is not None else None
-        return METHODS[self.method](values, base, dict(self.settings))
-
-
-def _promoted(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The values in the one dtype that holds them all."""
-    dtype = reduce(torch.promote_types, (value.dtype for value in values))
-    return [value.to(dtype) for value in values]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 
-from olmfast import kernels
 from olmfast.kernels.spherical import coefficients, products_ref
 from olmfast.weights import combining, overlap, row_wise
 from olmfast.weights.chunks import Held, Operands, Piece, Setting, Settings
@@ -25,8 +24,6 @@ from olmfast.weights.task_vectors import (
     keep_random,
     sce,
 )
-
-Whole = Callable[[list[torch.Tensor], torch.Tensor | None, Settings], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,6 @@ class Method:
     """One way to merge.
 
     `prepare` reads the operands as often as it needs and returns what gives the result a chunk at a time.
-    `whole`, where there is one, is the same on tensors in memory, by a kernel.
     `base`: whether task vectors are taken from a base; where it is `term`, the base is the first term.
     `n_terms`: the fewest and the most terms it takes, including a base that is a term.
     """
@@ -56,7 +52,6 @@ class Method:
     parameters: tuple[Parameter, ...] = ()
     base: Literal["required", "optional", "term", "none"] = "none"
     n_terms: tuple[int, int | None] = (1, None)
-    whole: Whole | None = None
 
     def settings(self, given: Mapping[str, Setting]) -> Settings:
         """The settings of one merge, with this method's defaults."""
@@ -69,8 +64,6 @@ class Method:
         settings = self.settings(given)
         if self.base == "required" and base is None:
             raise ValueError("the method needs a base")
-        if self.whole is not None:
-            return self.whole(list(terms), base, settings)
         held = Held(base) if base is not None else None
         operands = Operands([Held(term) for term in terms], held, terms[0].device)
         out = torch.empty(operands.n_values, dtype=terms[0].dtype, device=terms[0].device)
@@ -92,16 +85,6 @@ def _linear(operands: Operands, settings: Settings) -> Piece:
     return Sum(operands, weights, normalize=normalize)
 
 
-def _linear_whole(terms: list[torch.Tensor], _: torch.Tensor | None, settings: Settings) -> torch.Tensor:
-    weights = [settings.each("weight", i) for i in range(len(terms))]
-    return kernels.weighted_sum(terms, weights, normalize=settings.flag("normalize", True))
-
-
-def _slerp_whole(terms: list[torch.Tensor], _: torch.Tensor | None, settings: Settings) -> torch.Tensor:
-    first, second = terms  # one vector, whatever their shape
-    return kernels.slerp(first.flatten(), second.flatten(), settings.number("t", 0.5)).view(first.shape)
-
-
 def _slerp_weights(operands: Operands, settings: Settings) -> list[float]:
     """See `kernels.slerp`."""
     products = torch.zeros(3, dtype=torch.float64, device=operands.device)
@@ -109,18 +92,6 @@ def _slerp_weights(operands: Operands, settings: Settings) -> list[float]:
         products += products_ref(operands.term(0, start, stop), operands.term(1, start, stop))
     factors: list[float] = coefficients(products, settings.number("t", 0.5)).tolist()
     return factors
-
-
-def _ties_whole(terms: list[torch.Tensor], base: torch.Tensor | None, settings: Settings) -> torch.Tensor:
-    merged = kernels.ties_merge(
-        [term.flatten() for term in terms],  # one vector, whatever their shape
-        [settings.each("weight", i) for i in range(len(terms))],
-        [settings.each("density", i) for i in range(len(terms))],
-        base=None if base is None else base.flatten(),
-        normalize=settings.flag("normalize", True),
-        scale=settings.number("lambda", 1.0),
-    )
-    return merged.view(terms[0].shape)
 
 
 def _summed(weights: Callable[[Operands, Settings], Sequence[float]]) -> Callable[[Operands, Settings], Piece]:
@@ -176,9 +147,9 @@ _GAMMA, _EPSILON = Parameter("gamma", 0.01, "term"), Parameter("epsilon", 0.15, 
 _CHANGE = Parameter("epsilon", overlap.EPSILON)
 
 
-def _task_vectors(method: TaskVectors, source: str, *parameters: Parameter, whole: Whole | None = None) -> Method:
+def _task_vectors(method: TaskVectors, source: str, *parameters: Parameter) -> Method:
     flags = (Parameter("normalize", method.normalize), Parameter("rescale", method.rescale))
-    return Method(method, source, (_WEIGHT, _DENSITY, _LAMBDA, *flags, *parameters), "required", whole=whole)
+    return Method(method, source, (_WEIGHT, _DENSITY, _LAMBDA, *flags, *parameters), "required")
 
 
 # Merge.method -> how it is done. Settings besides the parameters: `seed` and `stream` of methods that draw numbers.
@@ -187,7 +158,6 @@ METHODS: dict[str, Method] = {
         _linear,
         "arXiv 2203.05482",
         (Parameter("weight", None, "input"), Parameter("normalize", True)),
-        whole=_linear_whole,
     ),
     "slerp": Method(
         _summed(_slerp_weights),
@@ -195,7 +165,6 @@ METHODS: dict[str, Method] = {
         (Parameter("t", None),),
         "term",
         (2, 2),
-        whole=_slerp_whole,
     ),
     "nearswap": Method(_nearswap, "mergekit's behaviour", (Parameter("t", None),), "term", (2, 2)),
     "nuslerp": Method(
@@ -230,7 +199,7 @@ METHODS: dict[str, Method] = {
         (_WEIGHT, _LAMBDA, Parameter("normalize", False)),
         "required",
     ),
-    "ties": _task_vectors(TaskVectors(keep_largest, signs=True, normalize=True), "arXiv 2306.01708", whole=_ties_whole),
+    "ties": _task_vectors(TaskVectors(keep_largest, signs=True, normalize=True), "arXiv 2306.01708"),
     "dare_linear": _task_vectors(TaskVectors(keep_random, signs=False, rescale=True), "arXiv 2311.03099"),
     "dare_ties": _task_vectors(TaskVectors(keep_random, signs=True, rescale=True), "arXiv 2311.03099"),
     "della": _task_vectors(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -171,17 +171,21 @@ class Sources:
         """The tensor on the CPU, in the dtype it is or would be saved with. It is not the caller's to change."""
         return expression.value(self)
 
-    def kept(self, expression: Expression, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def kept(self, expression: Expression) -> torch.Tensor:
         """The expression's value, computed unless it is among those kept."""
         if expression in self._kept:
             self._kept.move_to_end(expression)
             return self._kept[expression]
-        value = compute()
+        value = self.value(expression)
         self._kept[expression] = value
         self._n_kept += value.nbytes
         while self._n_kept > self.memory:
             self._n_kept -= self._kept.popitem(last=False)[1].nbytes
         return value
+
+    def is_kept(self, expression: Expression) -> bool:
+        """Whether its value is there without being computed."""
+        return expression in self._kept
 
     def parent(self, expression: Expression, dtype: torch.dtype) -> Parent:
         """The weight that offspring descend from, rounded to `dtype`; the last one is kept with its factors."""

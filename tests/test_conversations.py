@@ -137,9 +137,15 @@ def test_the_questions_of_any_file_are_texts_too(tmp_path, data, mode, texts):
             "answer": "B",
         },
         {"question_stem": "2+2=", "choices": {"text": ["3", "4"], "label": ["A", "B"]}, "answerKey": "B"},
+        {"options": ["3", "4"], "correct": ["B"]},
+        {"options": ["3", "4"], "correct_option": 1},
+        {"target_scores": {"4": 1, "3": 0}},
+        {"mc1_targets": {"choices": ["4", "3"], "labels": [1, 0]}},
+        {"multiple_choice_targets": ["4", "3"], "multiple_choice_scores": [0.5, -1]},
+        {"target_scores": {"4": 1, "3": 0, "5": None}},
     ],
 )
-def test_the_right_option_is_named_by_label_text_or_index(tmp_path, options):
+def test_the_right_option_is_named_by_label_text_index_or_score(tmp_path, options):
     asked = {} if "question_stem" in options else {"question": "2+2="}
     (conversation,) = load(tmp_path, [{**asked, **options}], "choice")
     assert conversation.messages[-1]["content"] == "2+2=\nA. 3\nB. 4\nAnswer:"
@@ -319,7 +325,10 @@ TURN = {"from": "human", "value": "hello"}
         ([{"conversation": [TURN, {"from": "gpt", "value": 4}]}], ": item 0: expected a message with 'from'"),
         ([{"conversation": ["hello", 3]}], ": item 0: expected a message with 'from'"),
         ([{"prompt": ["a"], "response": "b"}], ": item 0: prompt: expected a text or a list of messages, got ['a']"),
-        ([{"question": "a", "answer": ["b", "c"]}], ": item 0: answer: expected a text or a list of messages, got ['b"),
+        ([{"question": "a", "answer": [["b"], "c"]}], ": item 0: answer: expected a text or a list of messages, got ["),
+        ([{"prompt": "a", "response": "b", "system": 3}], ": item 0: system: expected a text, got 3"),
+        ([{"turns": [{"role": "user", "content": "a"}]}], ": item 0: turns: expected a list of the user's texts"),
+        ([{"input": {"text": "a"}}], ": item 0: input: expected a text or a list of messages, got {'text': 'a'}"),
         ([{"prompt": "a", "response": "b", "history": ["c"]}], ": item 0: history: expected pairs of question and"),
         ([{"prompt": "\ud800", "response": "b"}], ": item 0: holds half of a character"),
     ],
@@ -341,6 +350,10 @@ def test_a_file_that_cannot_be_used_is_named_with_the_item(tmp_path, data, messa
         ({"question": "q", "choices": ["a", "b"], "answer": -1}, "no item can be scored by mode choice: 1 without an"),
         ({"question": "q", "choices": ["a", "b"], "answer": "C"}, "counted from 0, or one of A, B, got 'C'"),
         ({"question": "q", "choices": ["a", "b"], "answer": True}, "counted from 0, or one of A, B, got True"),
+        ({"question": "q", "choices": ["a", "b"], "answer": [0, 1]}, "by mode choice: 1 with several right options"),
+        ({"input": "q", "target_scores": {"a": 1, "b": 1}}, "by mode choice: 1 with several right options"),
+        ({"input": "q", "target_scores": {"a": "x"}}, "target_scores: expected options and a number for each"),
+        ({"inputs": "q", "multiple_choice_targets": ["a"]}, "_targets: expected options and a number for each"),
         ({"question": "q", "choices": ["a", "b"]}, "fields: {prompt: ..., choices: ..., answer: ...} says which"),
         ({"choices": ["a", "b"], "answer": 0}, "or question and choices, got 'choices, answer'"),
         ({"ctx": "q", "endings": ["a", "b"]}, "named by fields: {prompt: ..., choices: ..., answer: ...}"),
@@ -358,6 +371,7 @@ def test_a_question_with_options_is_no_conversation_for_other_modes(tmp_path):
     for item in (
         {"question": "2+2=", "choices": ["3", "4"], "answer": 1},
         {"question": {"stem": "2+2=", "choices": [{"text": "4", "label": "A"}]}, "answerKey": "A"},
+        {"input": "2+2=", "target_scores": {"3": 0, "4": 1}},
     ):
         told = "item 0: is a multiple choice, which mode 'perplexity' does not read; use mode choice"
         assert told in refusal(tmp_path, [item], "perplexity")
@@ -404,6 +418,7 @@ KEYS = st.sampled_from(
     [
         *("conversation", "conversations", "messages", "from", "value", "role", "content"),
         *("prompt", "response", "question", "choices", "answer"),
+        *("text", "messages", "parts", "instances"),
     ]
 )
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
@@ -426,6 +441,11 @@ ITEMS = st.fixed_dictionaries(
         "response": LEAVES,
         "question": LEAVES,
         "choices": st.lists(LEAVES, max_size=3) | JSON,
+        "target_scores": st.dictionaries(st.text(max_size=2), LEAVES, max_size=3) | JSON,
+        "turns": st.lists(LEAVES, max_size=2) | MESSAGES,
+        "system": LEAVES | JSON,
+        "chosen": LEAVES | MESSAGES,
+        "instances": MESSAGES,
         "answer": LEAVES | WORDS,
     },
 )

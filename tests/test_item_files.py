@@ -222,6 +222,10 @@ def model(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
+def parts(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "parts": [{"text": text}]}
+
+
 @pytest.mark.parametrize(
     ("item", "asked"),
     [
@@ -235,10 +239,75 @@ def model(text: str) -> dict[str, str]:
         ({"input": "q", "output": "a"}, ("q",)),
         ({"inputs": "q", "targets": "a"}, ("q",)),
         ({"prompt": "q", "canonical_solution": "a", "test": "t"}, ("q",)),
+        ({"input": {"messages": [user("q")], "tools": []}, "preferred_output": [model("a")]}, ("q",)),
+        ({"conversations": [user("q")], "chosen": model("a"), "rejected": model("b")}, ("q",)),
+        ({"messages": [user("q"), model("p"), user("r")], "chosen": "a"}, ("q", "p", "r")),
+        ({"input": [{"role": "system", "content": "s"}, user("q")], "ideal": "a"}, ("s", "q")),
+        ({"inputs": [3, 4], "inputs_pretokenized": "q", "targets": [5], "targets_pretokenized": "a"}, ("q",)),
+        ({"definition": "d", "inputs": "q", "targets": "a"}, ("d\n\nq",)),
+        ({"input": "q", "expected_output": "a", "context": ["c", "d"]}, ("q\n\nc\n\nd",)),
+        ({"system": [{"text": "s"}], "messages": [user("q"), model("a")]}, ("s", "q")),
+        ({"systemInstruction": parts("", "s"), "contents": [parts("user", "q"), parts("model", "a")]}, ("s", "q")),
     ],
 )
 def test_what_was_said_before_an_answer_is_asked_with_it(item, asked, tmp_path):
     assert said(load(tmp_path / "x.json", [item])) == [(asked, "a")]
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"answer": ["a", "b"]},
+        {"target": ["a"]},
+        {"answers": {"text": ["a", "b"], "answer_start": [0, 1]}},
+        {"answers": [{"text": "a", "answer_start": 0}, {"text": "b", "answer_start": 1}]},
+        {"answer": {"value": "a", "aliases": ["b", "a"]}},
+        {"ideal": ["a", "b"]},
+    ],
+)
+def test_of_several_right_answers_the_first_is_expected(answers, tmp_path):
+    assert said(load(tmp_path / "x.json", [{"question": "q", **answers}])) == [(("q",), "a")]
+    fields = {"prompt": "question", "response": next(iter(answers))}
+    assert said(load(tmp_path / "x.json", [{"question": "q", **answers}], fields=fields)) == [(("q",), "a")]
+
+
+def test_an_empty_list_of_answers_is_none(tmp_path):
+    for answers in ({"answer": []}, {"answers": {"text": [], "answer_start": []}}):
+        assert "1 without an expected answer" in refusal(tmp_path / "x.json", [{"question": "q", **answers}])
+
+
+def test_of_questions_that_follow_one_another_the_first_is_asked(tmp_path):
+    items = [
+        {"question_id": 81, "category": "math", "turns": ["q", "And?"], "reference": ["a", "b"]},
+        {"question_id": 82, "category": "writing", "turns": ["r", "And?"]},
+        {"uid": "1", "turns": [{"content": "s"}]},
+    ]
+    path = tmp_path / "question.jsonl"
+    lines = "\n".join(map(json.dumps, items))
+    assert said(load(path, lines)) == [(("q",), "a")]
+    assert load_conversations(path, "exact", 9).left_out == {"without an expected answer": 2}
+    assert said(load(path, lines, "quality")) == [(("q",), "a"), (("r",), ""), (("s",), "")]
+
+
+def test_an_item_whose_options_tie_is_left_out_while_others_are_asked(tmp_path):
+    examples = [{"input": "q", "target_scores": scores} for scores in ({"z": 1, "y": 0}, {"z": 1, "y": 1})]
+    path = tmp_path / "task.json"
+    (found,) = load(path, {"name": "n", "metrics": ["m"], "task_prefix": "t", "examples": examples}, "choice")
+    assert said([found]) == [(("t\n\nq\nA. y\nB. z\nAnswer:",), "B")]  # by alphabet: files have the right one first
+    assert load_conversations(path, "choice", 9).left_out == {"with several right options": 1}
+
+
+def test_questions_inside_of_an_item_are_items_with_what_is_said_once_for_all(tmp_path):
+    path = tmp_path / "x.json"
+    example = {"input": "p", "output": "p", "explanation": "e"}
+    instances = [{"input": "q", "output": ["a"]}, {"input": "r", "output": ["b", "c"]}]
+    task = {"Definition": ["d"], "Positive Examples": [example], "Negative Examples": [example], "Instances": instances}
+    assert said(load(path, task)) == [(("d\n\nq",), "a"), (("d\n\nr",), "b")]
+    qas = [{"question": "q", "answers": [{"text": "a"}]}, {"question": "r", "answers": []}]
+    squad = {"version": "2", "data": [{"title": "t", "paragraphs": [{"context": "c", "qas": qas}]}]}
+    assert said(load(path, squad)) == [(("q\n\nc",), "a")]
+    seeds = [{"id": "1", "instruction": "i", "instances": [{"input": "q", "output": "a"}]}]
+    assert said(load(path, seeds)) == [(("i\n\nq",), "a")]
 
 
 @pytest.mark.parametrize("missing", [float("nan"), None, float("inf")])

@@ -25,6 +25,10 @@ _PACKED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ": lzma}
 # First bytes of what is not read -> what it is.
 _OTHERS = {b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "compressed by zstd"}
 PARQUET, ARROW, ARROW_STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"  # first bytes; the last is what datasets saves
+# Lists of an item that are the items themselves: Natural Instructions, Self-Instruct, SQuAD. Beside a list of items
+# in an object, what is said once for all of them.
+_NESTED = ("Instances", "instances", "paragraphs", "qas")
+_AROUND = ("Definition", "definition", "instruction", "context", "task_prefix")
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -56,7 +60,7 @@ def items_in(path: Path, keys: Collection[str]) -> list[Any]:
     if not isinstance(data, list) or not data:
         what = "an empty list" if data == [] else show(data)
         raise InputError(f"{path}: expected a list of conversations, got {what}")
-    return data
+    return [item for outer in data for item in _unnested(outer)]
 
 
 def _suffix(path: Path) -> str:
@@ -157,7 +161,7 @@ def _listed(path: Path, data: dict[str, Any], keys: Collection[str]) -> list[Any
     known = [key for key in data if key in keys or key.lower() in keys]
     if any(_is_column(data[key]) for key in known):
         return _transposed(path, data)
-    if known:
+    if known or any(_are_objects(data.get(key)) for key in _NESTED):
         return [data]
     names, rows = data.get("columns"), data.get("data")  # pandas, orient="split"
     if isinstance(names, list) and isinstance(rows, list) and all(isinstance(row, list) for row in rows):
@@ -166,10 +170,23 @@ def _listed(path: Path, data: dict[str, Any], keys: Collection[str]) -> list[Any
     if len(lists) > 1:
         raise InputError(f"{path}: holds several lists, {show(', '.join(lists))}; write the one to be used as a file")
     for found in lists.values():  # the Hub's viewer has a row and its number
-        return [item["row"] if isinstance(item.get("row"), dict) else item for item in found]
+        rows = [item["row"] if isinstance(item.get("row"), dict) else item for item in found]
+        return [_surrounded(data, item) for item in rows]
     if data and all(key.isdecimal() and isinstance(value, dict) for key, value in data.items()):
         return list(data.values())
     return [data]
+
+
+def _unnested(item: Any) -> list[Any]:
+    """An item, or those in a list of it, each with what is said once for all of them."""
+    key = next((key for key in _NESTED if isinstance(item, dict) and _are_objects(item.get(key))), None)
+    if key is None:
+        return [item]
+    return [one for inner in item[key] for one in _unnested(_surrounded(item, inner))]
+
+
+def _surrounded(outer: dict[str, Any], item: dict[str, Any]) -> dict[str, Any]:
+    return {**{key: outer[key] for key in _AROUND if key in outer}, **item}
 
 
 def _is_column(value: Any) -> bool:

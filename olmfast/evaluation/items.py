@@ -11,37 +11,48 @@ from typing import Any
 
 from olmfast.config.datasets import Fields, Wanted, one_or_more
 from olmfast.errors import InputError, show
-from olmfast.evaluation.metrics import CHOICES
-from olmfast.evaluation.options import LETTERS, index_of, letter_of, options_of
+from olmfast.evaluation.metrics import CHOICES, GENERATIVE
+from olmfast.evaluation.options import LETTERS, index_of, letter_of, options_of, scored_of
 
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model"), "assistant"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "chatbot", "bot", "model"), "assistant"),
 }
 # Roles of messages that call tools or hold what these say, and keys that hold calls.
 TOOL_ROLES = (
     *("tool", "function", "function_call", "function-call", "tool_call"),
     *("observation", "function_response", "tool_response", "ipython"),
 )
-TOOL_KEYS = ("tool_calls", "function_call")
-TURNS = ("conversation", "conversations", "messages")
+TOOL_KEYS = ("tool_calls", "function_call", "functionCall", "functionResponse")
+TURNS, CONTENTS = ("conversation", "conversations", "messages"), "contents"  # the last is Gemini's
 PAIRS = (("input", "output"), ("human", "assistant"))  # what a turn of both sides calls them: Capybara, Firefly
+CONTENT = ("value", "content", "parts")  # keys of a message that hold what is said
 TEXTS = ("text", "input_text", "output_text")  # parts of a message that are text
 OF_CHOICES = ("question", "question_stem", "query", "problem")  # what a multiple choice asks
-QUESTIONS = ("prompt", "instruction", *OF_CHOICES, "input", "inputs")
+SEVERAL = "turns"  # questions that follow one another, of which the first is asked: MT-bench
+QUESTIONS = ("prompt", "instruction", *OF_CHOICES, "input", "inputs_pretokenized", "inputs", SEVERAL)
 WHOLE = "chosen"  # of a preference: the answer, or all messages up to it
-ANSWERS = ("response", "completion", "output", "answer", "solution", WHOLE, "target", "targets", "canonical_solution")
-ABOUT = ("passage", "article", "body", "story")  # what a question is about, told before it: AGIEval, RACE, SVAMP
+ANSWERS = (
+    *("response", "completion", "output", "answer", "solution", WHOLE, "targets_pretokenized", "target", "targets"),
+    *("canonical_solution", "answers", "ideal", "preferred_output", "reference", "ground_truth", "expected_output"),
+    *("best_answer", "code"),
+)
+# What a question is about, told before it: AGIEval, RACE, SVAMP, Natural Instructions, BIG-bench.
+ABOUT = ("passage", "article", "body", "story", "definition", "task_prefix")
 MORE = ("input", "context")  # what an instruction is about, told after it: alpaca, dolly
-SYSTEM, HISTORY = ("system", "system_prompt"), "history"
-OPTIONS, RIGHT = ("choices", "options"), ("answer", "answerKey", "label")
-KNOWN = {*TURNS, *QUESTIONS, WHOLE}  # by one of these an item is known
-_SPELLED = {key.lower() for key in (*KNOWN, *ANSWERS, *ABOUT, *MORE, *SYSTEM, HISTORY, *OPTIONS, *RIGHT)}
+SYSTEM, HISTORY = ("system", "system_prompt", "systemInstruction"), "history"
+OPTIONS, RIGHT = ("choices", "options"), ("answer", "answerKey", "label", "correct", "correct_option", "gold_label")
+# Options with a score for each, of which the highest is right: BIG-bench and TruthfulQA, and BIG-bench on the Hub.
+SCORED, SCORED_LISTS = ("target_scores", "mc1_targets"), ("multiple_choice_targets", "multiple_choice_scores")
+KNOWN = {*TURNS, CONTENTS, *QUESTIONS, WHOLE} - {SEVERAL}  # by one of these an item is known
+_SPELLED = {key.lower() for key in (*KNOWN, SEVERAL, *ANSWERS, *ABOUT, *MORE, *SYSTEM, HISTORY, *OPTIONS, *RIGHT)}
+_SPELLED |= {key.lower() for key in (*SCORED, *SCORED_LISTS)}
 FINAL = "####"  # GSM8K: the steps before it, the answer after it
 
 NO_ANSWER, NO_QUESTION = "without an expected answer", "without a question"
 TOOL_CALLS, NO_TEXT = "with tool calls", "with images or other parts that are no text"
+SEVERAL_RIGHT = "with several right options"
 UNWANTED = "with an answer that is labelled unwanted"  # KTO's `label: false`
 
 
@@ -103,7 +114,7 @@ class Item:
         try:
             choices, labels = options_of(self._given_options())
             right = self._right()
-        except InputError:  # which is told if the item is asked
+        except (InputError, _LeftOut):  # which is told if the item is asked
             return None
         if not isinstance(choices, list) or letter_of(right, labels, choices, None) is not None:
             return None
@@ -114,31 +125,32 @@ class Item:
         """The messages as the item has them."""
         data = self.data
         if self.fields:
-            asked, answer = self._prompt(), self._field("response")
+            asked, answer = self._prompt(), _expected(self._field("response"))
             self._check_texts({"prompt": asked}, {"response": answer})
-            return [*_system(self._field("system")), *_asked(asked), *_answered(answer)]
-        system = _system(_first(data, SYSTEM))
-        turns = _listed(next((data[key] for key in TURNS if key in data), None))
+            return [*_system(self.where, self._field("system")), *_asked(asked), *_answered(answer)]
+        turns = _listed(next((data[key] for key in TURNS if key in data), _messages(data.get(CONTENTS)) or None))
         if isinstance(turns, list) and turns:
             # The original OLM, whose key is `conversation`, reads nothing beside it.
             turns = _alternating(turns)
-            return turns if "conversation" in data or _begins_with_system(turns) else [*system, *turns]
+            if "conversation" in data:
+                return turns
+            answer = _answered(_expected(data[WHOLE])) if WHOLE in data and _role(turns[-1]) == "user" else []
+            system = [] if _role(turns[0]) == "system" else _system(self.where, _first(data, SYSTEM))
+            return [*system, *turns, *answer]
+        system = _system(self.where, _first(data, SYSTEM))
         question = next((key for key in QUESTIONS if key in data), None)
         if turns == [] and question is None:
             raise _LeftOut(NO_QUESTION)
         if turns is None and question is None and _asks(data.get(WHOLE)):
-            return [*([] if _begins_with_system(data[WHOLE]) else system), *data[WHOLE]]
-        is_choice = question in OF_CHOICES and self._given_options() is not None
-        if turns is None and question is not None and (mode in CHOICES or not is_choice):
+            return [*([] if _role(data[WHOLE][0]) == "system" else system), *data[WHOLE]]
+        if turns is None and question is not None and (mode in CHOICES or not self._is_choice(mode, question)):
             answered = next((key for key in ANSWERS if key in data), ANSWERS[0])
-            answer = data.get(answered)
+            answer = _expected(data.get(answered))
             if answered == "completion" and data.get("label") is False:
                 raise _LeftOut(UNWANTED)
             if isinstance(answer, str) and FINAL in answer and question == "question":
                 answer = answer.rpartition(FINAL)[2].strip()
-            asked = data[question]
-            if isinstance(asked, dict) and isinstance(asked.get("stem"), str):  # ARC and others as AI2 publishes them
-                asked = asked["stem"]
+            asked = self._first_turn() if question == SEVERAL else _question(data[question])
             self._check_texts({question: asked}, {} if mode in CHOICES else {answered: answer})
             if isinstance(asked, str):
                 about = [text for text in self._texts(ABOUT, question) if text not in asked]  # not what it quotes
@@ -147,7 +159,7 @@ class Item:
             if mode in CHOICES:
                 return [*before, *_asked(asked)]
             if _asks(answer) and len(answer) - 1 > len(_asked(asked)):  # what was said before, beside its last question
-                return [*([] if _begins_with_system(answer) else before), *answer]
+                return [*([] if _role(answer[0]) == "system" else before), *answer]
             return [*before, *_asked(asked), *_answered(answer)]
         if turns is None and question is not None:
             raise InputError(f"{self.where}: is a multiple choice, which mode {mode!r} does not read; use mode choice")
@@ -165,6 +177,8 @@ class Item:
         texts = []
         for key in keys:
             value = None if key == question else _written(self.data.get(key))
+            if isinstance(value, list) and all(isinstance(text, str) for text in value):
+                value = "\n\n".join(value)
             if value is not None and not isinstance(value, str):
                 raise InputError(
                     f"{self.where}: {key}: expected a text, got {show(value)}; fields: {{prompt: {question}, ...}} "
@@ -184,6 +198,40 @@ class Item:
                 raise InputError(f"{self.where}: {key}: expected a text, got {show(value)}")
         return "\n\n".join(text for text in held.values() if text and text.strip())
 
+    def _first_turn(self) -> str:
+        """The first of the user's turns, each of which is a text, or an object with it as Arena-Hard has them."""
+        turns = self.data[SEVERAL]
+        first = turns[0] if isinstance(turns, list) and turns else None
+        if isinstance(first, dict) and _role(first) is None:
+            first = first.get("content")
+        if not isinstance(first, str):
+            raise InputError(f"{self.where}: {SEVERAL}: expected a list of the user's texts, got {show(turns)}")
+        return first
+
+    def _is_choice(self, mode: str, question: str) -> bool:
+        """Whether a mode that reads no options has nothing to ask but options."""
+        if self._scored() is not None:
+            return mode not in GENERATIVE and not any(key in self.data for key in ANSWERS)
+        return question in OF_CHOICES and self._given_options() is not None
+
+    def _scored(self) -> list[tuple[str, float]] | None:
+        """The options of a multiple choice by alphabet, with a score for each; None if they have none.
+
+        Raises InputError for scores that are none.
+        """
+        if "choices" in self.fields or any(key in self.data for key in OPTIONS):
+            return None
+        key = next((key for key in (*SCORED, SCORED_LISTS[0]) if self.data.get(key)), None)
+        if key is None:
+            return None
+        given = self.data[key]
+        if key == SCORED_LISTS[0]:
+            given = {"choices": given, "labels": self.data.get(SCORED_LISTS[1])}
+        found = scored_of(given)
+        if found is None:
+            raise InputError(f"{self.where}: {key}: expected options and a number for each, got {show(given)}")
+        return found
+
     def _check_texts(self, asked: Mapping[str, Any], answered: Mapping[str, Any]) -> None:
         """Raise InputError for a question that is no text and no messages, or an answer that is no number either."""
         for key, value in {**asked, **answered}.items():
@@ -199,6 +247,9 @@ class Item:
         found = next((place[key] for place in self._places() for key in OPTIONS if key in place), None)
         if found is not None:
             return found
+        scored = self._scored()
+        if scored is not None:
+            return [text for text, _ in scored]
         lettered = {letter: self.data[letter] for letter in takewhile(self._has_text, LETTERS)}  # C-Eval, CMMLU
         return lettered if len(lettered) > 1 else None
 
@@ -224,8 +275,15 @@ class Item:
         return self.data[key]
 
     def _right(self) -> Any:
-        """What names the right option."""
-        return self._field("answer") if "answer" in self.fields else _first(self.data, RIGHT)
+        """What names the right option, the one of the highest score where they have scores."""
+        scored = None if "answer" in self.fields else self._scored()
+        if scored is not None:
+            right: Any = [text for text, score in scored if score == max(score for _, score in scored)]
+        else:
+            right = self._field("answer") if "answer" in self.fields else _first(self.data, RIGHT)
+        if isinstance(right, list) and len(right) > 1:
+            raise _LeftOut(SEVERAL_RIGHT)
+        return (right or [None])[0] if isinstance(right, list) else right
 
     def _with_options(self, conversation: Conversation, mode: str) -> Conversation:
         """The question with its options listed, as a multiple choice asks it."""
@@ -259,13 +317,20 @@ def _first(data: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
     return next((data[key] for key in keys if data.get(key) is not None), None)
 
 
-def _system(text: Any) -> list[Any]:
-    return [{"role": "system", "content": text}] if isinstance(text, str) and text.strip() else []
+def _system(where: str, given: Any) -> list[Any]:
+    """What is told beside the turns, a text or its parts (Bedrock, Gemini). Raises InputError for what is no text."""
+    if isinstance(given, dict):
+        given = next((given[key] for key in (*CONTENT, "text") if key in given), given)
+    text = _text(given) if given else ""
+    if not isinstance(text, str):
+        raise InputError(f"{where}: system: expected a text, got {show(given)}")
+    return [{"role": "system", "content": text}] if text.strip() else []
 
 
-def _begins_with_system(turns: list[Any]) -> bool:
-    role = turns[0].get("from", turns[0].get("role")) if isinstance(turns[0], dict) else None
-    return isinstance(role, str) and ROLES.get(role.lower()) == "system"
+def _role(turn: Any) -> str | None:
+    """Whose a message is: system, user, assistant; None for another's, and for what is no message."""
+    role = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
+    return ROLES.get(role.lower()) if isinstance(role, str) else None
 
 
 def _listed(turns: Any) -> Any:
@@ -290,8 +355,7 @@ def _alternating(turns: list[Any]) -> list[Any]:
 
 def _asks(value: Any) -> bool:
     """Whether messages hold a question, and not the answer alone."""
-    roles = [turn.get("from", turn.get("role")) for turn in _messages(value)]
-    return any(isinstance(role, str) and ROLES.get(role.lower()) == "user" for role in roles)
+    return any(_role(turn) == "user" for turn in _messages(value))
 
 
 def _history(where: str, pairs: Any) -> list[Any]:
@@ -302,6 +366,26 @@ def _history(where: str, pairs: Any) -> list[Any]:
         raise InputError(f"{where}: {HISTORY}: expected pairs of question and answer, got {show(pairs)}")
     roles = ("user", "assistant")
     return [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
+
+
+def _question(asked: Any) -> Any:
+    """A question out of what holds more than it: `stem` as AI2 publishes it, `messages` of OpenAI's preferences."""
+    if isinstance(asked, dict):
+        asked = next((asked[key] for key in ("stem", "messages") if key in asked), asked)
+    return asked
+
+
+def _expected(answer: Any) -> Any:
+    """Of several answers that are right the first: of a list, of SQuAD's `text`, of TriviaQA's `aliases`."""
+    if _role(answer) is not None:
+        return [answer]
+    if isinstance(answer, dict) and ("text" in answer or {"value", "aliases"} <= answer.keys()):
+        answer = answer.get("text", answer.get("value"))
+    if isinstance(answer, list):
+        found = [_written(one["text"] if isinstance(one, dict) and "text" in one else one) for one in answer]
+        if all(one is None or isinstance(one, str) for one in found):
+            return found[0] if found else None
+    return answer
 
 
 def _asked(question: Any) -> list[Any]:
@@ -333,13 +417,15 @@ def _messages(value: Any) -> list[Any]:
 def _calls_tools(turn: Any) -> bool:
     if not isinstance(turn, dict):
         return False
-    role = turn.get("from", turn.get("role"))
+    role, parts = turn.get("from", turn.get("role")), turn.get("parts")
+    if isinstance(parts, list) and any(_calls_tools(part) for part in parts):
+        return True
     return (isinstance(role, str) and role.lower() in TOOL_ROLES) or any(turn.get(key) for key in TOOL_KEYS)
 
 
 def _message(where: str, turn: Any) -> dict[str, str]:
     role = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
-    key = next((key for key in ("value", "content") if key in turn), None) if isinstance(turn, dict) else None
+    key = next((key for key in CONTENT if key in turn), None) if isinstance(turn, dict) else None
     content = "" if key is not None and turn[key] is None else _text(turn[key]) if key is not None else None
     if not isinstance(role, str) or role.lower() not in ROLES or not isinstance(content, str):
         raise InputError(f"{where}: expected a message with 'from' (system, human, gpt) and 'value', got {show(turn)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from math import isfinite
 from typing import Any
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -24,6 +25,24 @@ def options_of(given: Any) -> tuple[Any, list[Any]]:
     if isinstance(given, list) and given and all(isinstance(one, dict) and "text" in one for one in given):
         return [option["text"] for option in given], [option.get("label") for option in given]
     return given, []
+
+
+def scored_of(given: Any) -> list[tuple[str, float]] | None:
+    """Options with a score for each, by alphabet, for files that have scores tend to have the right option first.
+
+    They are a mapping of options to scores (BIG-bench), of which those that are null count as none, or two lists
+    (TruthfulQA on the Hub). None for anything else.
+    """
+    if not isinstance(given, dict):
+        return None
+    texts, scores = list(given), list(given.values())
+    if given.keys() == {"choices", "labels"}:
+        texts, scores = given["choices"], given["labels"]
+    if not isinstance(texts, list) or not isinstance(scores, list) or len(texts) != len(scores):
+        return None
+    pairs = [(text, score) for text, score in zip(texts, scores, strict=True) if score is not None]
+    is_scored = all(isinstance(s, (int, float)) and isfinite(s) and isinstance(t, str) for t, s in pairs)
+    return sorted(pairs) if is_scored else None
 
 
 def letter_of(right: Any, labels: list[Any], choices: list[Any], first_index: int | None) -> str | None:

@@ -105,6 +105,40 @@ def test_a_key_of_config_json_with_another_kind_of_value_is_named(refused, place
     assert message in refused("check", "cfg.yaml")
 
 
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"num_key_value_heads": 1}, "num_key_value_heads is 1, but"),
+        ({"num_key_value_heads": None}, "without num_key_value_heads Transformers takes it as 4, but"),
+        (
+            {"num_key_value_heads": None, "num_kv_heads": 2},
+            "without num_key_value_heads Transformers takes it as 4 (of num_kv_heads it knows nothing), but",
+        ),
+    ],
+)
+def test_the_key_that_makes_shapes_differ_is_named_with_the_value_that_fits_even_where_it_is_missing(
+    refused, place, keys, says
+):
+    for name in ("donor0", "donor1"):
+        path = place / f"models/{name}/config.json"
+        config = {**json.loads(path.read_text()), **keys}
+        path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    held = "they hold model.layers.0.self_attn.k_proj.weight [16, 32], which it makes "
+    for command in COMMANDS:
+        (line,) = refused(*command).splitlines()
+        assert f"config.json: does not fit the weights: {says} {held}" in line
+        assert line.endswith(" (and 3 more); num_key_value_heads: 2 fits")
+
+
+def test_where_either_of_two_keys_would_fit_both_are_named(refused, place):
+    tiny_run(place / "shared", 2, "qwen2", dataset={"sums.json": {"mode": "exact_match"}}, holdout={})
+    for name in ("donor0", "donor1"):  # whose heads are as wide as their number makes them
+        edit(place / f"shared/models/{name}/config.json", num_attention_heads=8)
+    found = refused("check", "shared/cfg.yaml")
+    assert "num_attention_heads is 8, num_key_value_heads is 2, but they hold model.layers.0.self_attn.k_proj" in found
+    assert "num_attention_heads: 4 or num_key_value_heads: 4 fits" in found
+
+
 def test_fewer_experts_than_the_weights_hold_are_the_configs_fault(refused, place):
     tiny_run(place / "experts", 2, "mixtral", dataset={"sums.json": {"mode": "exact_match"}}, holdout={})
     for name in ("donor0", "donor1"):

@@ -3,8 +3,9 @@ does not, before any memory is taken."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 
 from olmfast.errors import InputError, told
 from olmfast.evaluation.residency import buffer_bytes
-from olmfast.weights.architecture import N_BLOCKS, Architecture, Slot
+from olmfast.weights.architecture import N_BLOCKS, SIZES, Architecture, Slot
 from olmfast.weights.pool import Pool
 from olmfast.weights.recipe import Recipe
 
+Differences = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]  # of shapes: stored, and made by a config
+Differing = Callable[..., Differences]  # what differs with other values of some keys
 TRIED_TOKENS = 3
 # What says that the meta device, not the config, is why a forward pass did not work.
 OF_META = ("meta tensor", "meta device", "'Meta'", "Meta backend")
@@ -83,7 +86,13 @@ def check_fit(
             module = build_module(config, where, tied, torch.bfloat16)  # in which the meta device knows everything
     except InputError as error:
         raise InputError("\n".join([*faults, str(error)])) from error
-    faults += _faults_of_shapes(config, architecture, shapes, where, dict(module.named_parameters()))
+
+    def differing(**keys: Any) -> Differences:
+        with torch.device("meta"):
+            other = build_module({**config, **keys}, where, tied, torch.bfloat16)
+        return _differing(other, architecture.edited(keys), shapes)
+
+    faults += _faults_of_shapes(config, module.config, differing, _differing(module, architecture, shapes), where)
     try:
         map_slots(module, architecture, shapes, where)
     except InputError as error:
@@ -94,15 +103,11 @@ def check_fit(
     return module
 
 
-def _faults_of_shapes(
-    config: Mapping[str, Any],
-    architecture: Architecture,
-    shapes: Mapping[str, tuple[int, ...] | None],
-    where: Path,
-    parameters: Mapping[str, torch.Tensor],
-) -> Iterator[str]:
-    """A line for every way in which shapes differ, with the first tensor of its kind and how many more there are."""
-    found: dict[tuple[Any, ...], list[str]] = {}
+def _differing(
+    module: Any, architecture: Architecture, shapes: Mapping[str, tuple[int, ...] | None]
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Tensor -> the shape that is stored and the one that the module makes, where these differ."""
+    parameters, found = dict(module.named_parameters()), {}
     for name, stored in shapes.items():
         slot = architecture.slot(name)
         if stored is None or slot.parameter not in parameters:
@@ -112,15 +117,74 @@ def _faults_of_shapes(
         except IndexError:
             made = tuple(parameters[slot.parameter].shape)
         if made != stored:
-            pairs = zip(stored, made, strict=False) if len(made) == len(stored) else [(len(stored), len(made))]
-            kind = tuple(dict.fromkeys(pair for pair in pairs if pair[0] != pair[1]))
-            found.setdefault(kind, []).append(f"{name} {list(stored)}, which it makes {list(made)}")
-    for kind, lines in found.items():
+            found[name] = (stored, made)
+    return found
+
+
+def _faults_of_shapes(
+    config: Mapping[str, Any], built: Any, differing: Differing, found: Differences, where: Path
+) -> Iterator[str]:
+    """A line for every way in which shapes differ, with the first tensor of its kind and how many more there are.
+
+    It names the keys of which another value fits; where there is none, those that hold the size that is made.
+    """
+    kinds: dict[tuple[tuple[int, int], ...], list[str]] = {}
+    for name, (stored, made) in found.items():
+        pairs = zip(stored, made, strict=False) if len(made) == len(stored) else [(len(stored), len(made))]
+        kinds.setdefault(tuple(dict.fromkeys(pair for pair in pairs if pair[0] != pair[1])), []).append(name)
+    for kind, names in kinds.items():
+        tried = _fitting(built.to_dict(), differing, found, kind, names)
+        fitting = dict(sorted(tried, key=lambda pair: config.get(pair[0]) is not None))  # what is missing first
         sizes = {made for _, made in kind}
-        keys = [f"{key} is {value}" for key, value in config.items() if type(value) is int and value in sizes]
-        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
-        says = f"{', '.join(keys)}, but " if keys else ""
-        yield f"{where}: does not fit the weights: {says}they hold {lines[0]}{more}"
+        keys = fitting or {key: value for key, value in config.items() if type(value) is int and value in sizes}
+        says = ", ".join(_stated(config, built, key, fitting.get(key)) for key in keys)
+        first = [list(shape) for shape in found[names[0]]]
+        held = f"they hold {names[0]} {first[0]}, which it makes {first[1]}"
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        advice = " or ".join(f"{key}: {value}" for key, value in fitting.items())
+        yield (
+            f"{where}: does not fit the weights: {says}{', but ' if says else ''}{held}{more}"
+            f"{f'; {advice} fits' if advice else ''}"
+        )
+
+
+def _fitting(
+    settings: Mapping[str, Any],
+    differing: Differing,
+    found: Differences,
+    kind: tuple[tuple[int, int], ...],
+    names: Sequence[str],
+) -> Iterator[tuple[str, int]]:
+    """The keys of which another value alone makes these tensors fit and no other misfit, with that value.
+
+    Each is tried: a size grows with its key in proportion, or, where a width is shared out to heads, falls so.
+    """
+    if len(kind) != 1 or 0 in kind[0]:
+        return
+    for key, (have, want) in product(SIZES, (kind[0], kind[0][::-1])):
+        value = settings.get(key)
+        if key in N_BLOCKS or type(value) is not int or value * have % want or not value * have:
+            continue
+        try:
+            left = differing(**{key: value * have // want})
+        except InputError:
+            continue
+        if left.keys() <= found.keys() - set(names):
+            yield key, value * have // want
+
+
+def _stated(config: Mapping[str, Any], built: Any, key: str, fitting: int | None) -> str:
+    """What a config.json says of a size, or what Transformers takes where it says nothing.
+
+    A key that Transformers does not read and that holds what fits is told beside it.
+    """
+    value = config.get(key)
+    if value is not None:
+        return f"{key} is {value}"
+    known = {*type(built)().to_dict(), *type(built).attribute_map}
+    unread = [name for name, held in config.items() if name not in known and type(held) is int and held == fitting]
+    instead = f" (of {unread[0]} it knows nothing)" if unread else ""
+    return f"without {key} Transformers takes it as {getattr(built, key)}{instead}"
 
 
 def _fault_of_computing(module: Any, where: Path) -> Iterator[str]:

@@ -172,7 +172,7 @@ _KINDS: dict[str, type] = {
     "text_config": dict,
     "id2label": dict,
 }
-_SIZES = (
+SIZES = (
     *("hidden_size", "n_embd", "vocab_size", "num_attention_heads", "n_head", "num_key_value_heads", "head_dim"),
     *("intermediate_size", "moe_intermediate_size", "n_inner", "num_local_experts", "num_experts"),
     *("num_experts_per_tok", *_CONTEXT, *N_BLOCKS),
@@ -197,7 +197,7 @@ def check_kinds(config: Mapping[str, Any], where: str) -> None:
         if config.get(key) is not None and type(config[key]) is not kind:
             faults.append(f"{where}: {key}: expected {_CALLED[kind]}, got {show(config[key])}")
     if not faults and is_known(config):
-        for key in _SIZES:
+        for key in SIZES:
             size = config.get(key)
             if size is not None and not (type(size) is int and 0 < size < 2**31):
                 faults.append(f"{where}: {key}: expected a positive whole number, got {show(size)}")

@@ -53,7 +53,8 @@ def use_triton(
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """Whether `impl="auto"` takes Triton kernels for tensors of this one's device and dtype."""
+    """Whether `impl="auto"` takes Triton kernels for tensors of this one's device and dtype; TypeError for none."""
+    check_strided("runs_triton", "tensor", tensor)
     return tensor.device.type != "cpu" and _obstacle(tensor.device, [tensor], KERNEL_DTYPES, True) is None
 
 
@@ -63,6 +64,8 @@ def _obstacle(
     """Why the Triton kernel cannot run on these tensors; None if it can."""
     if not dtypes:
         return "the operation has no Triton kernel"
+    if any(tensor.is_neg() for tensor in tensors):
+        return "a tensor is a view that negates"
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"the tensors are on {device.type}"
     unknown = next((tensor.dtype for tensor in tensors if tensor.dtype not in dtypes), None)
@@ -239,14 +242,28 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype | torch.layout) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def check_strided(where: str, name: str, tensor: Tensor) -> None:
+    """A tensor whose values lie in memory by strides, not sparse, nested or packed; TypeError otherwise."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{where}: {name} is of type {type(tensor).__name__}, not a tensor")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else f"of layout {dtype_name(tensor.layout)}"
+        raise TypeError(f"{where}: {name} is {layout}, not a plain tensor; use to_dense() or to_padded_tensor()")
+
+
+def check_values(where: str, name: str, tensor: Tensor) -> None:
+    """ValueError for a tensor on the meta device, which has a shape and no values."""
+    if tensor.device.type == "meta":
+        raise ValueError(f"{where}: {name} is on meta, where a tensor has no values")
 
 
 def check_float(where: str, name: str, tensor: Tensor, n_dims: int | None = None) -> None:
     """A floating-point tensor, of `n_dims` dimensions where given; TypeError or ValueError otherwise."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{where}: {name} is of type {type(tensor).__name__}, not a tensor")
+    check_strided(where, name, tensor)
     if tensor.dtype not in FLOAT_DTYPES:
         known = ", ".join(dtype_name(dtype) for dtype in FLOAT_DTYPES)
         raise TypeError(f"{where}: {name} has dtype {dtype_name(tensor.dtype)}; use one of {known}")
@@ -256,20 +273,46 @@ def check_float(where: str, name: str, tensor: Tensor, n_dims: int | None = None
 
 def number(where: str, name: str, value: object) -> float:
     """A finite number, also of a tensor of one; TypeError or ValueError otherwise."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{where}: {name} is of type {type(value).__name__}, not a number")
-    found = float(value)
+    found = wide_number(where, name, value)
     if not isfinite(found):
         raise ValueError(f"{where}: {name} is {found}, not a finite number")
     return found
 
 
-def numbers(where: str, name: str, values: object) -> list[float]:
-    """Finite numbers of a sequence or a tensor; TypeError or ValueError otherwise."""
-    listed = values.double().flatten().tolist() if isinstance(values, Tensor) else _listed(where, name, values)
-    return [number(where, f"{name}[{i}]", value) for i, value in enumerate(listed)]
+def wide_number(where: str, name: str, value: object) -> float:
+    """A number that may be infinite or NaN, also of a tensor of one; TypeError or ValueError otherwise."""
+    if isinstance(value, Tensor):
+        check_strided(where, name, value)
+        check_values(where, name, value)
+        value = value.item() if value.numel() == 1 else value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{where}: {name} is of type {type(value).__name__}, not a number")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{where}: {name} is beyond what 64 bits hold") from error
+
+
+def numbers(where: str, name: str, values: object, dtype: torch.dtype = torch.float64) -> list[float]:
+    """Numbers of a sequence or a tensor that are finite in `dtype`; TypeError or ValueError otherwise."""
+    if isinstance(values, Tensor):
+        check_strided(where, name, values)
+        check_values(where, name, values)
+        if values.is_complex():
+            raise TypeError(f"{where}: {name} has dtype {dtype_name(values.dtype)}, not real numbers")
+        values = values.double().flatten().tolist()
+    found = [number(where, f"{name}[{i}]", value) for i, value in enumerate(_listed(where, name, values))]
+    for i, value in enumerate(found):
+        if abs(value) > torch.finfo(dtype).max:
+            raise ValueError(f"{where}: {name}[{i}] is {value}, beyond {dtype_name(dtype)}")
+    return found
+
+
+def flag(where: str, name: str, value: object) -> bool:
+    """True or false; TypeError otherwise."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{where}: {name} is of type {type(value).__name__}, not true or false")
+    return bool(value)
 
 
 def integer(where: str, name: str, value: object) -> int:
@@ -285,7 +328,9 @@ def integers(where: str, name: str, values: object) -> tuple[int, ...]:
 
 
 def _listed(where: str, name: str, values: object) -> list[Any]:
-    if isinstance(values, str) or not isinstance(values, Iterable):
+    if isinstance(values, Tensor):
+        check_strided(where, name, values)
+    if isinstance(values, str) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
         raise TypeError(f"{where}: {name} is of type {type(values).__name__}, not a sequence")
     return list(values)
 
@@ -357,15 +402,39 @@ def _addresses(tensor: Tensor) -> Any:
 def prepare_out(
     where: str, out: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """The tensor to write: a new one, or the caller's after a check of type, shape, dtype and device."""
+    """The tensor to write: a new one, or the caller's after a check of type, shape, dtype, device and strides."""
+    if device.type == "meta":
+        raise ValueError(f"{where}: the tensors are on meta, where they have no values")
     if out is None:
         return torch.empty(tuple(shape), dtype=dtype, device=device)
-    if not isinstance(out, Tensor):
-        raise TypeError(f"{where}: out is of type {type(out).__name__}, not a tensor")
+    check_strided(where, "out", out)
     if tuple(out.shape) != tuple(shape):
         raise ValueError(f"{where}: out has shape {tuple(out.shape)}, the result has {tuple(shape)}")
     if out.dtype != dtype:
         raise TypeError(f"{where}: out has dtype {dtype_name(out.dtype)}, the result has {dtype_name(dtype)}")
     if out.device != device:
         raise ValueError(f"{where}: out is on {out.device}, the inputs are on {device}")
+    if out.is_neg():
+        raise ValueError(f"{where}: out is a view that negates; give out memory of its own")
+    if _repeats(out):
+        raise ValueError(f"{where}: out has several entries in one place (strides {out.stride()})")
     return out
+
+
+def _repeats(tensor: Tensor) -> bool:
+    """Whether two entries of a tensor are one place in memory."""
+    if not tensor.numel():
+        return False
+    extent, sure = 0, True
+    sizes = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+    for stride, size in sizes:
+        if stride == 0:
+            return True
+        sure &= stride > extent
+        extent += stride * (size - 1)
+    if sure:
+        return False
+    places = np.zeros((), dtype=np.int64)  # strides that mesh: all places are compared
+    for stride, size in sizes:
+        places = places[..., None] + stride * np.arange(size)
+    return np.unique(places).size < tensor.numel()

@@ -130,6 +130,16 @@ def _dare_mask_kernel(out_ptr, n_values, first_index, key_a, key_b, limit, BLOCK
     tl.store(out_ptr + start + offs, kept.to(tl.int8), mask=offs < n_values - start)
 
 
+def _place(device: object) -> torch.device:
+    """The device of that name; TypeError or ValueError where there is none."""
+    if not isinstance(device, (str, int, torch.device)) or isinstance(device, bool):
+        raise TypeError(f"dare_mask: device is of type {type(device).__name__}, not a device or its name")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, ImportError) as error:  # which of them, is the backend's own to say
+        raise ValueError(f"dare_mask: device is {str(device)!r}, which torch does not have here") from error
+
+
 @torch.no_grad()
 def dare_mask(
     shape: Sequence[int],
@@ -167,7 +177,9 @@ def dare_mask(
         raise ValueError(f"dare_mask: density is {density}, not in 0..1")
     if start < 0:
         raise ValueError(f"dare_mask: start is {start}, not an index")
-    place = out.device if isinstance(out, Tensor) else torch.device(device)
+    if start + prod(shape) >= 1 << 63:
+        raise ValueError(f"dare_mask: shape is {shape} and start {start}: indices have no more than 63 bits")
+    place = out.device if isinstance(out, Tensor) else _place(device)
     out = prepare_out("dare_mask", out, shape, torch.bool, place)
     if not out.is_contiguous():
         raise ValueError("dare_mask: out is not contiguous")

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from olmfast.kernels._dispatch import check_float, integer, number
+from olmfast.kernels._dispatch import check_float, check_values, integer, number
 
 MIN_SPREAD = TINY = 1e-10
 
@@ -47,6 +47,8 @@ def svd_coefficients(s: Tensor, sigma: float, draws: Tensor) -> Tensor:
     """
     check_float("svd_coefficients", "s", s, 1)
     check_float("svd_coefficients", "draws", draws)
+    check_values("svd_coefficients", "s", s)
+    check_values("svd_coefficients", "draws", draws)
     if draws.dim() == 0 or draws.shape[-1] != len(s):
         raise ValueError(f"svd_coefficients: draws has shape {tuple(draws.shape)}, s {tuple(s.shape)}")
     step = number("svd_coefficients", "sigma", sigma)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from olmfast.kernels._dispatch import check_float, compute_dtype
+from olmfast.kernels._dispatch import check_float, check_values, compute_dtype, flag
 
 # Largest entry of |U^T U - 1| that needs no clean-up, that is accepted after it; relative error of U S Vh.
 CLEAN, ORTHOGONAL, RECONSTRUCTED = 1e-7, 1e-6, 1e-6
@@ -49,6 +49,8 @@ def svd_factors(weight: Tensor, *, drop: bool = True, method: str = "auto") -> S
         ArithmeticError: method 'gram' where it is not accurate enough.
     """
     check_float("svd_factors", "weight", weight, 2)
+    check_values("svd_factors", "weight", weight)
+    drop = flag("svd_factors", "drop", drop)
     if method not in ("auto", "gram", "svd"):
         raise ValueError(f"svd_factors: method is {method!r}; use 'auto', 'gram' or 'svd'")
     rows, cols = weight.shape

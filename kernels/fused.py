@@ -28,6 +28,7 @@ from olmfast.kernels._dispatch import (
     ceil_div,
     check_float,
     dtype_name,
+    flag,
     interpreted,
     launch,
     number,
@@ -218,6 +219,7 @@ def rms_norm(
         raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, x has {tuple(x.shape)}")
     _check_same_dtype("rms_norm", "x", x.dtype, "weight", weight)
     eps, offset = _finite("rms_norm", "eps", eps), _finite("rms_norm", "offset", offset)
+    rounded_first = flag("rms_norm", "rounded_first", rounded_first)
     if offset and rounded_first:
         raise ValueError(f"rms_norm: offset is {offset} and rounded_first is set; use rounded_first=False")
     triton = use_triton("rms_norm", impl, (x, weight))
@@ -247,7 +249,7 @@ def rms_norm(
     with on_device(x):
         _launch(
             _rms_norm_kernel, (ceil_div(rows, block_rows),), x, weight, out, rows, cols, row, eps, 1.0 / cols, offset,
-            ROUNDED_FIRST=bool(rounded_first), BLOCK_ROWS=block_rows, BLOCK_COLS=block_cols,
+            ROUNDED_FIRST=rounded_first, BLOCK_ROWS=block_rows, BLOCK_COLS=block_cols,
             num_warps=max(4, min(16, block_cols // 512)),
         )  # fmt: skip
     return out

@@ -33,6 +33,7 @@ from olmfast.kernels._dispatch import (
     prepare_out,
     takes_descriptors,
     use_triton,
+    wide_number,
 )
 
 if TYPE_CHECKING:
@@ -268,6 +269,7 @@ def svd_noise(
         precision = "bf16" if weight.dtype == torch.bfloat16 else "tf32"
     inputs = {"weight": weight, "u": u, "vh": vh, "coefficients": coefficients}
     _check(inputs, clamp, precision)
+    clamp = min(float(clamp), torch.finfo(compute_dtype(weight.dtype)).max)  # no bound either way
     shape = (coefficients.shape[0], *weight.shape)
     triton = use_triton("svd_noise", impl, (weight, u, vh, coefficients))
     out = prepare_out("svd_noise", out, shape, weight.dtype, weight.device)
@@ -282,7 +284,7 @@ def svd_noise(
     if not out.numel():
         return out
     with on_device(weight):
-        _launch(weight, u, vh, coefficients, float(clamp), precision, out)
+        _launch(weight, u, vh, coefficients, clamp, precision, out)
     return out
 
 
@@ -300,9 +302,7 @@ def _check(inputs: Mapping[str, Tensor], clamp: float, precision: str) -> None:
         raise ValueError(f"svd_noise: u has shape {tuple(u.shape)}, weight has {rows} rows and k is {k}")
     if tuple(vh.shape) != (*batch, k, cols):
         raise ValueError(f"svd_noise: vh has shape {tuple(vh.shape)}, weight has {cols} columns and k is {k}")
-    if isinstance(clamp, bool) or not isinstance(clamp, (int, float)):
-        raise TypeError(f"svd_noise: clamp is of type {type(clamp).__name__}, not a number")
-    if not clamp >= 0:
+    if not wide_number("svd_noise", "clamp", clamp) >= 0:
         raise ValueError(f"svd_noise: clamp is {clamp}, not a number >= 0")
     if precision not in PRECISIONS:
         raise ValueError(f"svd_noise: precision is {precision!r}; use 'ieee', 'tf32' or 'bf16'")

@@ -25,10 +25,13 @@ from olmfast.kernels._dispatch import (
     Tile,
     ceil_div,
     check_float,
+    check_strided,
+    check_values,
     compute_dtype,
     descriptor,
     dtype_name,
     fitting,
+    flag,
     interpreted,
     launch,
     number,
@@ -291,6 +294,8 @@ def token_scores(
         FloatingPointError: logits that are not finite, where checked.
     """
     n_heads = _check(hidden, head_weight, labels, bias, softcap)
+    check = None if check is None else flag("token_scores", "check", check)
+    softcap = None if softcap is None else number("token_scores", "softcap", softcap)
     scale = None if scale is None else number("token_scores", "scale", scale)
     if precision is None:
         precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
@@ -388,8 +393,8 @@ def _check(
     """Number of stacked heads; None for the plain form."""
     check_float("token_scores", "hidden", hidden)
     check_float("token_scores", "head_weight", head_weight)
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"token_scores: labels is of type {type(labels).__name__}, not a tensor")
+    check_strided("token_scores", "labels", labels)
+    check_values("token_scores", "hidden", hidden)
     if bias is not None:
         check_float("token_scores", "bias", bias)
     h_shape, w_shape = tuple(hidden.shape), tuple(head_weight.shape)

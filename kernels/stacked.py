@@ -49,6 +49,8 @@ def stacked_linear(
                 f"stacked_linear: x has dtype {dtype_name(x.dtype)}, weights and bias {dtype_name(tensor.dtype)}"
             )
     use_triton("stacked_linear", impl, (x, *others), ())
+    if out is not None:
+        prepare_out("stacked_linear", out, (k, x.shape[-2], n_out), x.dtype, x.device)
     check_apart("stacked_linear", out, {"x": x, "weights": weights, "bias": bias})
     if x.dim() == 3:
         result = torch.baddbmm(bias[:, None], x, weights.mT) if bias is not None else torch.bmm(x, weights.mT)
@@ -56,6 +58,4 @@ def stacked_linear(
         flat_bias = bias.reshape(-1) if bias is not None else None
         flat = torch.nn.functional.linear(x, weights.reshape(k * n_out, n_in), flat_bias)
         result = flat.view(x.shape[0], k, n_out).transpose(0, 1)
-    if out is None:
-        return result
-    return prepare_out("stacked_linear", out, result.shape, x.dtype, x.device).copy_(result)
+    return result if out is None else out.copy_(result)

@@ -20,6 +20,7 @@ from olmfast.kernels._dispatch import (
     check_alike,
     check_apart,
     compute_dtype,
+    flag,
     launch,
     numbers,
     on_device,
@@ -104,7 +105,8 @@ def weighted_sum(
             to 0 where they are to be divided by; or an `out` that overlaps an input without being it.
     """
     tensors = check_alike("weighted_sum", tensors)
-    factors = numbers("weighted_sum", "weights", weights)
+    normalize = flag("weighted_sum", "normalize", normalize)
+    factors = numbers("weighted_sum", "weights", weights, compute_dtype(tensors[0].dtype))
     if len(factors) != len(tensors):
         raise ValueError(f"weighted_sum: {len(factors)} weights for {len(tensors)} tensors")
     # Added up in the dtype of the sum, as whoever divides tensor by tensor does.

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from math import ceil
+from numbers import Real
 from struct import pack, unpack
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -35,6 +36,7 @@ from olmfast.kernels._dispatch import (
     check_apart,
     check_float,
     compute_dtype,
+    flag,
     launch,
     number,
     numbers,
@@ -400,8 +402,9 @@ def ties_merge(
             not finite; or an `out` that overlaps an input without being it.
     """
     tensors = check_alike("ties_merge", tensors)
-    n, n_values, factors = len(tensors), tensors[0].numel(), numbers("ties_merge", "weights", weights)
-    single = isinstance(density, (bool, int, float, str)) or density is None
+    n, n_values, normalize = len(tensors), tensors[0].numel(), flag("ties_merge", "normalize", normalize)
+    factors = numbers("ties_merge", "weights", weights, compute_dtype(tensors[0].dtype))
+    single = isinstance(density, (Real, str)) or density is None
     densities = [number("ties_merge", "density", density)] * n if single else numbers("ties_merge", "density", density)
     scale = number("ties_merge", "scale", scale)
     if len(factors) != n or len(densities) != n:

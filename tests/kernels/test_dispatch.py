@@ -99,5 +99,5 @@ def test_self_check_passes_and_names_every_operation():
     result = run("-m", "olmfast.kernels")
     assert result.returncode == 0, result.stdout + result.stderr
     for name in kernels.__all__:
-        if name.islower():
+        if name.islower() and name != "runs_triton":  # which computes nothing
             assert name in result.stdout

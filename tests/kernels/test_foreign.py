@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -150,8 +151,6 @@ def test_a_number_that_is_not_finite_is_refused(name, key, argument, number):
 
 
 def test_numbers_may_be_tensors_and_numpy_scalars():
-    import numpy as np
-
     given = inputs()
     expected = slerp(given["a"], given["b"], 0.25)
     for t in (torch.tensor(0.25), np.float32(0.25), torch.nn.Parameter(torch.tensor([0.25]))):
@@ -268,3 +267,94 @@ def test_the_loop_of_the_documentation_evolves_a_weight():
     assert evolved.dtype == torch.bfloat16
     assert score(evolved) < score(weight)
     assert torch.equal(names["evolve"](weight, lambda _: 0.0), weight)  # nothing improves: not a bit changes
+
+
+PACKED = {
+    "sparse_coo": torch.Tensor.to_sparse,
+    "mkldnn": torch.Tensor.to_mkldnn,
+    "nested": lambda tensor: torch.nested.nested_tensor([tensor.flatten(), tensor.flatten()[:1]], layout=torch.jagged),
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in ("dare_mask", "offspring_count")])
+def test_tensors_that_are_sparse_packed_or_nested_are_refused_as_what_they_are(name, kind):
+    given = {key: PACKED[kind](value) for key, value in inputs().items()}
+    if name == "rms_norm":
+        given["b"] = [given["b"]]  # of which the first is taken
+    told = rf"^{name}: [\w\[\]]+ is (of layout _?)?{kind}, not a plain tensor; use to_dense"
+    with pytest.raises(TypeError, match=told):
+        CALLS[name](given)
+
+
+OF_VALUES = ("svd_noise", "row_scale", "token_scores", "weighted_sum", "slerp", "ties_merge", "svd_factors")
+
+
+@pytest.mark.parametrize("name", [*OF_VALUES, "svd_coefficients"])
+def test_tensors_without_values_are_refused_where_values_count(name):
+    given = {key: value.to("meta") for key, value in inputs().items()}
+    with pytest.raises(ValueError, match=f"^{name}: .* on meta, where "):
+        CALLS[name](given | {"labels": LABELS.to("meta"), "draws": torch.ones(2, 3, device="meta")})
+
+
+OUTS = {
+    "row_scale": ((2, 6, 5), lambda i, out: row_scale(i["weight"], i["scale"], out=out)),
+    "svd_noise": ((2, 6, 5), lambda i, out: svd_noise(i["weight"], i["u"], i["vh"], i["c"], out=out)),
+    "slerp": ((6, 5), lambda i, out: slerp(i["a"], i["b"], 0.5, out=out)),
+    "weighted_sum": ((6, 5), lambda i, out: weighted_sum([i["a"], i["b"]], [1, 2], out=out)),
+    "ties_merge": ((6, 5), lambda i, out: ties_merge([i["a"], i["b"]], [1, 2], 0.5, out=out)),
+    "stacked_linear": ((2, 4, 3), lambda i, out: stacked_linear(i["x"], i["stack"], i["shift"], out=out)),
+}
+
+
+@pytest.mark.parametrize("name", OUTS)
+def test_an_out_whose_entries_share_memory_is_refused_and_one_whose_strides_mesh_is_written(name):
+    shape, call = OUTS[name]
+    given, memory = inputs(), torch.zeros(4096)
+    for strides in ([0] * len(shape), [1] * len(shape), [2] * len(shape)):
+        with pytest.raises(ValueError, match=f"^{name}: out has several entries in one place"):
+            call(given, memory.as_strided(shape, strides))
+    odd = [2 * shape[-1] + 1, 2] if shape[-1] % 2 else [2 * shape[-1] + 3, 2]  # between the entries of a row, others
+    meshed = memory.as_strided(shape, [1024, *odd][-len(shape) :])
+    call(given, meshed)
+    assert torch.equal(meshed, call(given, None))
+    with pytest.raises(TypeError, match=f"^{name}: out is of layout sparse_coo, not a plain tensor"):
+        call(given, torch.zeros(shape).to_sparse())
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        ("slerp", {"t": 10**400}, "t is beyond what 64 bits hold"),
+        ("svd_noise", {"clamp": -(10**400)}, "clamp is beyond what 64 bits hold"),
+        ("weighted_sum", {"weights": [1, 1e39]}, r"weights\[1\] is 1e\+39, beyond float32"),
+        ("weighted_sum", {"weights": torch.tensor([1, 1j])}, "weights has dtype complex64, not real numbers"),
+        ("weighted_sum", {"weights": torch.ones(2, device="meta")}, "weights is on meta"),
+        ("ties_merge", {"density": np.array(0.5)}, "density is of type ndarray, not a sequence"),
+        ("ties_merge", {"by": torch.tensor(1.0, device="meta")}, "scale is on meta"),
+        ("dare_mask", {"shape": (2**40, 2**40)}, "indices have no more than 63 bits"),
+    ],
+)
+def test_numbers_that_cannot_be_computed_with_are_named(name, changed, message):
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: .*{message}"):
+        CALLS[name](inputs(**changed))
+
+
+def test_a_bound_of_any_size_bounds_nothing():
+    given = inputs()
+    for clamp in (1e308, float("inf"), 10**30):
+        assert torch.equal(CALLS["svd_noise"](given | {"clamp": clamp}), CALLS["svd_noise"](given | {"clamp": 1e9}))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nowhere", "meta"])
+def test_a_mask_on_a_device_that_is_not_there_names_it(device):
+    with pytest.raises(ValueError, match=r"^dare_mask: .*(which torch does not have here|on meta)"):
+        dare_mask((2, 3), 0.5, 1, device=device)
+
+
+@pytest.mark.parametrize("odd", [None, 1, torch.ones(2), "yes"])
+def test_a_switch_is_true_or_false(odd):
+    with pytest.raises(TypeError, match=r"^weighted_sum: normalize is of type .*, not true or false"):
+        weighted_sum([torch.ones(2)], [1.0], normalize=odd)
+    with pytest.raises(TypeError, match=r"^svd_factors: drop is of type .*, not true or false"):
+        svd_factors(torch.ones(2, 2), drop=odd)

@@ -236,6 +236,36 @@ const Reader* add_strip(void* context, float* memory, uint64_t begin, size_t n) 
   return nullptr;
 }
 
+struct Moving {
+  const std::vector<Reader>& readers;  // what moves, the operands and, if there is one, the base
+  size_t n_operands;
+  const Writer& writer;
+  const Loops& loops;
+  const RowWeights& weights;
+};
+
+const Reader* move_strip(void* context, float* memory, uint64_t begin, size_t n) {
+  const auto& moving = *static_cast<const Moving*>(context);
+  const RowWeights& weights = moving.weights;
+  float *total = memory, *part = total + kStrip, *base = part + kStrip;
+  const bool has_base = moving.readers.size() > moving.n_operands + 1;
+  if (!read(moving.readers[0], begin, n, total)) return &moving.readers[0];
+  if (has_base && !read(moving.readers.back(), begin, n, base)) return &moving.readers.back();
+  for (size_t i = 0; i < moving.n_operands; ++i) {
+    if (!read(moving.readers[i + 1], begin, n, part)) return &moving.readers[i + 1];
+    if (has_base) moving.loops.subtract(part, base, n);
+    const float* own = reinterpret_cast<const float*>(weights.address) + i * weights.n_rows;
+    for (uint64_t at = weights.first + begin, end = at + n; at < end;) {
+      const uint64_t row = at / weights.row, until = std::min(end, (row + 1) * weights.row);
+      moving.loops.multiply(part + (at - weights.first - begin), own[row], until - at);
+      at = until;
+    }
+    moving.loops.add(total, part, n);
+  }
+  moving.writer.write(total, begin, n);
+  return nullptr;
+}
+
 }  // namespace
 
 void combine(const std::vector<Operand>& operands, float divisor, const Target& target) {
@@ -253,6 +283,23 @@ void combine_task_vectors(const Operand& base, const std::vector<Operand>& opera
   readers.insert(readers.begin(), make_reader(base, target.n));
   AddingUp up{readers, writer, loops(), adding};
   Work work{target.n, add_strip, &up, 4 + operands.size()};
+  run(work, readers);
+}
+
+void combine_by_row(const Operand& moving, const Operand* base, const std::vector<Operand>& operands,
+                    const RowWeights& weights, const Target& target) {
+  const uint64_t n_rows = weights.row ? (weights.first + target.n + weights.row - 1) / weights.row : 0;
+  if (weights.row == 0 || n_rows > weights.n_rows) {
+    throw std::out_of_range("combine: weights of " + std::to_string(weights.n_rows) + " rows for " +
+                            std::to_string(n_rows));
+  }
+  if (weights.address == 0 && !operands.empty()) throw std::invalid_argument("combine: the weights are a null pointer");
+  const Writer writer(target);
+  std::vector<Reader> readers{make_reader(moving, target.n)};
+  for (const Operand& operand : operands) readers.push_back(make_reader(operand, target.n));
+  if (base) readers.push_back(make_reader(*base, target.n));
+  Moving all{readers, operands.size(), writer, loops(), weights};
+  Work work{target.n, move_strip, &all, 3};
   run(work, readers);
 }
 

@@ -52,6 +52,18 @@ void combine(const std::vector<Operand>& operands, float divisor, const Target& 
 void combine_task_vectors(const Operand& base, const std::vector<Operand>& operands, const Adding& adding,
                           const Target& target);
 
+// Weights of task vectors row by row.
+struct RowWeights {
+  uintptr_t address = 0;         // of float32 (operands, n_rows)
+  uint64_t n_rows = 0;
+  uint64_t row = 1;              // values in a row
+  uint64_t first = 0;            // where in the tensor the first value of the target lies
+};
+
+// moving + sum_i weight_i[row] * (operand_i - base, if there is one), each product and sum rounded.
+void combine_by_row(const Operand& moving, const Operand* base, const std::vector<Operand>& operands,
+                    const RowWeights& weights, const Target& target);
+
 // The magnitudes of operand - base (if there is one), as integers, counted; those between `low` and `high`.
 struct Counted {
   Tally tally;

@@ -251,6 +251,12 @@ void define_combining(py::module_& module) {
     combine_task_vectors(base, operands, {signs, normalize, divisor, least, scale}, target);
   }, py::arg("base"), py::arg("operands"), py::arg("signs"), py::arg("normalize"), py::arg("divisor"),
      py::arg("least"), py::arg("scale"), py::arg("target"), Nogil());
+  module.def("combine_by_row", [](const Operand& moving, const Operand* base, const std::vector<Operand>& operands,
+                                  uintptr_t weights, uint64_t n_rows, uint64_t row, uint64_t first,
+                                  const Target& target) {
+    combine_by_row(moving, base, operands, {weights, n_rows, row, first}, target);
+  }, py::arg("moving"), py::arg("base").none(true), py::arg("operands"), py::arg("weights"), py::arg("n_rows"),
+     py::arg("row"), py::arg("first"), py::arg("target"), Nogil());
   module.def("count_magnitudes", [](const Operand& operand, const Operand* base, uint64_t n, int32_t low, int32_t high) {
     Counted counted;
     {

@@ -181,6 +181,22 @@ def combine_task_vectors(
     `least` in magnitude. Raises what `combine` raises.
     """
 
+def combine_by_row(
+    moving: Operand,
+    base: Operand | None,
+    operands: Sequence[Operand],
+    weights: int,
+    n_rows: int,
+    row: int,
+    first: int,
+    target: Target,
+) -> None:
+    """moving + the sum of `weight[row] * (operand - base)`, each product and sum rounded to float32.
+
+    `weights` is the address of float32 (operands, n_rows), `row` the values in a row, `first` where in the tensor the
+    target's first value lies. Raises what `combine` raises.
+    """
+
 def count_magnitudes(
     operand: Operand, base: Operand | None, n: int, low: int, high: int
 ) -> tuple[int, int, int, int, bytearray]:

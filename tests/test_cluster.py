@@ -167,8 +167,8 @@ def test_questions_are_divided_by_their_batches_alone(monkeypatch):
     assert divided([[1, 2], [3]], PARTS) == [((1, 2),), ((3,),)]
     assert divided([], PARTS) == []
     assert divided(batches, 1) == [tuple(tuple(batch) for batch in batches)]
-    costs = [100, 1, 1, 1, 1, 1, 1, 1, 1, 50]
-    assert [len(part) for part in divided(batches[:10], 3, costs)] == [1, 8, 1]  # by what they cost
+    costs = [100] * 5 + [10] * 14
+    assert [len(part) for part in divided(batches, PARTS, costs)] == [1, 1, 1, 1, 1, 1, 5, 8]  # by what they cost
     assert [len(part) for part in divided(batches[:3], 3, [100, 1, 1])] == [1, 1, 1]
 
 

@@ -1,16 +1,20 @@
 """What the engine merges in one pass has torch's values, whatever the operands are and wherever they lie."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from olmfast import _shards
 from olmfast.errors import FileChanged
+from olmfast.weights.by_row import _piece
 from olmfast.weights.checkpoint import read_header
 from olmfast.weights.chunks import Held, Operands, Streamed
-from olmfast.weights.fused import Fused
+from olmfast.weights.fused import Fused, RowSum, operand
 from olmfast.weights.methods import METHODS
+from olmfast.weights.task_vectors import in_rows
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 SETTINGS = {
@@ -85,6 +89,28 @@ def test_a_merge_in_one_pass_has_torchs_values(tmp_path, method, dtypes, out_dty
     else:
         step = torch.finfo(plain.result_dtype).eps
         torch.testing.assert_close(out, expected, rtol=step, atol=step * 1e-3)
+
+
+@pytest.mark.parametrize("has_base", [True, False])
+@pytest.mark.parametrize("where", ["file", "both"])
+@pytest.mark.parametrize(("dtypes", "out_dtype", "result"), DTYPES, ids=str)
+def test_rows_that_move_by_their_own_numbers_have_torchs_values(tmp_path, dtypes, out_dtype, result, where, has_base):
+    tensors = alike((91, 137), dtypes, seed=6)
+    plain, fused = (operands_of("task_arithmetic", tensors, tmp_path, result, place) for place in ("memory", where))
+    if not has_base:
+        plain.base = fused.base = None
+    numbers = torch.randn(len(dtypes) - 1, 91, generator=torch.Generator().manual_seed(7))
+    by_torch = in_rows(_piece(plain, numbers.to(plain.dtype), 0), plain, plain.row)
+    expected = torch.cat([by_torch(*chunk).to(plain.result_dtype, copy=True) for chunk in plain.chunks()])
+    piece = RowSum(fused, in_rows(_piece(fused, numbers.to(fused.dtype), 0), fused, fused.row), numbers)
+    out = torch.full((plain.n_values,), math.nan, dtype=out_dtype)
+    assert piece.fits(out)
+    for start, stop in itertools.pairwise([0, 1000, 1001, 5000, plain.n_values]):  # within rows, and across them
+        Streamed(fused, lambda: piece).read_into(out[start:stop], start)
+    assert torch.equal(out, expected.to(out_dtype))
+    target, one = _shards.Target(5, out.data_ptr(), out.nbytes, "F32", "F32"), operand(fused, fused.terms[0], 0, 0, 5)
+    with pytest.raises(IndexError, match="weights of 91 rows for 92"):
+        _shards.combine_by_row(one, None, [], numbers.data_ptr(), 91, 137, 91 * 137 - 1, target)
 
 
 @pytest.mark.parametrize("out_dtype", [F64, torch.int32])

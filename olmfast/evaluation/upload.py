@@ -106,8 +106,8 @@ class Uploader:
         buffers, underway = cycle(self._buffers), deque[torch.cuda.Event]()
         for source, target in parts:
             flat = target.view(-1)
-            step = self.buffer_bytes // flat.itemsize
-            step = step // source.shape[-1] * source.shape[-1] or step if source.shape else step  # whole rows
+            n, row = self.buffer_bytes // flat.itemsize, max(1, source.shape[-1] if source.shape else 1)
+            step = n // row * row or n  # whole rows, which some can be read by alone
             for start, stop in chunked(len(flat), step):
                 if len(underway) == N_BUFFERS:
                     underway.popleft().synchronize()

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from olmfast.weights.chunks import Operands, Piece, Readable, Scratch, Streamed
+from olmfast.weights.fused import RowSum
 from olmfast.weights.sources import Expression, Sources, expression_from_json
 from olmfast.weights.task_vectors import in_rows
 
@@ -66,7 +67,8 @@ class ByRow(Expression):
         if len(operands.shape) != 2 or operands.shape[self.axis] != numbers.shape[1]:
             raise ValueError(f"coefficients of {numbers.shape[1]} rows for a tensor of shape {list(operands.shape)}")
         factors = numbers.to(operands.device, operands.dtype)
-        return Streamed(operands, lambda: in_rows(_piece(operands, factors, self.axis), operands, operands.row))
+        plain = in_rows(_piece(operands, factors, self.axis), operands, operands.row)
+        return Streamed(operands, lambda: RowSum(operands, plain, numbers) if self.axis == 0 else plain)
 
     @property
     def origin(self) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from olmfast import _shards
 from olmfast.weights.checkpoint import DTYPE_NAMES, TensorInfo, reading
-from olmfast.weights.chunks import Operands, Readable
+from olmfast.weights.chunks import Operands, Piece, Readable
 
 COMPUTED = (torch.float32, torch.float16, torch.bfloat16)
 # Magnitudes that are counted at a time.
@@ -94,6 +94,37 @@ class Sum(Fused):
         divisor = float(torch.tensor(weights, dtype=torch.float32).sum()) if self.normalize else 1.0
         with reading():
             _shards.combine(parts, divisor, target)
+
+
+@dataclass(frozen=True)
+class RowSum(Fused):
+    """What moves, the first operand, plus the others' differences from the base by `numbers` (terms, rows) float32.
+
+    `plain` gives the same by torch.
+    """
+
+    plain: Piece
+    numbers: torch.Tensor
+
+    def __call__(self, start: int, stop: int) -> torch.Tensor:
+        """See `Piece`."""
+        return self.plain(start, stop)
+
+    @property
+    def read(self) -> Sequence[Readable]:
+        """The terms, and the base if there is one."""
+        base = self.operands.base
+        return self.operands.terms if base is None else [*self.operands.terms, base]
+
+    def fill(self, start: int, stop: int, target: _shards.Target) -> None:
+        """See `Fused`."""
+        moving, *terms = (operand(self.operands, term, i, start, stop) for i, term in enumerate(self.operands.terms))
+        base = self.operands.base
+        of_base = None if base is None else operand(self.operands, base, "base", start, stop)
+        with reading():
+            _shards.combine_by_row(
+                moving, of_base, terms, self.numbers.data_ptr(), self.numbers.shape[1], self.operands.row, start, target
+            )
 
 
 def is_read_directly(tensor: Readable) -> bool:

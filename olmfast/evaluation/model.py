@@ -133,8 +133,13 @@ class WorkingModel:
 
     def difference(self, begin: Expression, end: Expression, dtype: torch.dtype) -> torch.Tensor:
         """`end` - `begin`, computed in `dtype` on the model's device."""
-        first, last = (self.sources.value(one).to(self.device, dtype) for one in (begin, end))
-        return last - first
+        found = []
+        for expression in (begin, end):
+            source = expression.open(self.sources)
+            value = torch.empty(source.shape, dtype=source.dtype, device=self.device)
+            self._read([(source, value)])
+            found.append(value.to(dtype))
+        return found[1] - found[0]
 
     def _saved_dtype(self, name: str, expression: Expression) -> torch.dtype:
         """The dtype that a tensor of the recipe is saved in: the base's, or its own where the base has none."""
@@ -166,7 +171,8 @@ class WorkingModel:
             if _passes_unchanged(source, saved, target) and target.is_contiguous():
                 yield source, target
             else:
-                target.copy_(self.sources.value(expression).to(saved))
+                value = self.sources.kept(expression) if kept else self.sources.value(expression)
+                target.copy_(value.to(saved))
 
     def _read(self, parts: Iterable[tuple[Readable, torch.Tensor]]) -> None:
         """Compute values where they belong, or where they travel from."""

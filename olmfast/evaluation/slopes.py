@@ -56,7 +56,8 @@ def _sweeps(
     between blocks; at least one."""
     sweep: list[list[int]] = []
     room = sweep_bytes
-    for batch in make_batches([len(ids) for ids in inputs], batch_tokens):
+    # As few as there can be: for each batch all directions are read from the donors' files.
+    for batch in make_batches([len(ids) for ids in inputs], batch_tokens, overhead=batch_tokens):
         n_tokens = len(batch) * blockwise.width([len(inputs[index]) for index in batch])
         n_bytes = (n_kept + 1) * n_tokens * blockwise.hidden_bytes
         if sweep and n_bytes > room:

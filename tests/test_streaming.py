@@ -23,7 +23,7 @@ from olmfast.evaluation.encoding import load_datasets
 from olmfast.evaluation.memory import Memory
 from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.scorer import Candidate, Direction
-from olmfast.evaluation.upload import Uploader
+from olmfast.evaluation.upload import Uploader, marked
 from olmfast.search import coefficients
 from olmfast.testing import skilled_run, sums, tiny_model, tiny_run, tiny_tokenizer, write_dataset
 from olmfast.weights.by_row import by_row
@@ -34,6 +34,7 @@ from olmfast.weights.pool import Pool
 from olmfast.weights.sources import Sources
 
 CPU = torch.device("cpu")
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 MODES = {
     "free.json": {"mode": "exact_match"},
     "loss.json": {"mode": "exact"},
@@ -320,17 +321,23 @@ def test_a_candidate_with_a_config_of_its_own_takes_turns_in_the_same_buffers(tm
 
 
 @pytest.mark.parametrize("way", ["upload", "send", "read"])
-def test_bytes_sent_through_small_buffers_arrive(way, donors):
-    pool = Pool.open(["d0"], donors, donors)
+@pytest.mark.parametrize("device", DEVICES)
+def test_bytes_sent_through_small_buffers_arrive(device, way, donors):
+    pool, device = Pool.open(["d0"], donors, donors), torch.device(device)
     infos = list(pool["d0"].tensors.values())
-    targets = [torch.empty(info.shape, dtype=torch.float64) for info in infos]
-    pairs, uploader = list(zip(infos, targets, strict=True)), Uploader(CPU, buffer_bytes=1000, stage_bytes=1000)
-    if way == "send":
-        uploader.send(pairs, None)
-    else:
-        getattr(uploader, way)(pairs)
-    for info, target in zip(infos, targets, strict=True):
-        assert torch.equal(target, info.read().to(torch.float64))
+    targets = [torch.empty(info.shape, dtype=torch.float64, device=device) for info in infos]
+    pairs, uploader = list(zip(infos, targets, strict=True)), Uploader(device, buffer_bytes=1000, stage_bytes=1000)
+    for _ in range(3):  # the same buffers again
+        for target in targets:
+            target.zero_()
+        if way == "send":
+            arrived = uploader.send(pairs, marked(torch.cuda.current_stream()) if device.type == "cuda" else None)
+            if arrived is not None:
+                arrived.synchronize()
+        else:
+            getattr(uploader, way)(pairs)
+        for info, target in zip(infos, targets, strict=True):
+            assert torch.equal(target.cpu(), info.read().to(torch.float64))
 
 
 # What goes wrong

@@ -288,8 +288,12 @@ void combine_task_vectors(const Operand& base, const std::vector<Operand>& opera
 
 void combine_by_row(const Operand& moving, const Operand* base, const std::vector<Operand>& operands,
                     const RowWeights& weights, const Target& target) {
-  const uint64_t n_rows = weights.row ? (weights.first + target.n + weights.row - 1) / weights.row : 0;
-  if (weights.row == 0 || n_rows > weights.n_rows) {
+  uint64_t end = 0;
+  if (weights.row == 0 || __builtin_add_overflow(weights.first, target.n, &end)) {
+    throw std::out_of_range("combine: rows of " + std::to_string(weights.row) + " values");
+  }
+  const uint64_t n_rows = end / weights.row + (end % weights.row != 0);
+  if (n_rows > weights.n_rows) {
     throw std::out_of_range("combine: weights of " + std::to_string(weights.n_rows) + " rows for " +
                             std::to_string(n_rows));
   }

@@ -259,6 +259,23 @@ def test_neither_a_trial_nor_what_follows_it_computes_what_is_there_again(tmp_pa
     assert len(computed) == 2  # one per trial
 
 
+def test_going_back_computes_nothing_where_values_are_wider_than_what_is_saved(tmp_path, monkeypatch):
+    tiny_model(tmp_path / "d0", dtype=torch.bfloat16)
+    tiny_model(tmp_path / "d1", seed=1)
+    pool = Pool.open(["d0", "d1"], tmp_path, tmp_path)
+    sources, names = Sources(pool, tmp_path, memory=1 << 24), list(pool.tensors)
+    blend = {name: merge("linear", [Copy("d0", name), Copy("d1", name)], weight=(0.3, 0.7)) for name in names}
+    model = WorkingModel(whole("d0", names).with_values(blend), sources, torch.device("cpu"), torch.float32)
+    there = {name: model.live(name).clone() for name in names}
+    computed, plain = [], METHODS["linear"]
+    counted = replace(plain, prepare=lambda *arguments: computed.append(1) or plain.prepare(*arguments))
+    monkeypatch.setitem(METHODS, "linear", counted)
+    with model.trial(Candidate("", {name: Copy("d1", name) for name in names})):
+        pass
+    assert all(torch.equal(model.live(name), there[name]) for name in names)
+    assert not computed
+
+
 def test_blends_of_equal_donors_and_of_equal_tensors_cost_nothing(tmp_path):
     path = tiny_run(tmp_path)
     for file in ("model.safetensors", "config.json"):

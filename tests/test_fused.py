@@ -125,6 +125,20 @@ def test_what_the_engine_does_not_compute_is_left_to_torch(tmp_path, out_dtype):
     assert torch.equal(out, piece(0, 35))
 
 
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties"])
+def test_tensors_without_values_are_merged_into_one_without(method, tmp_path):
+    operands = operands_of(method, [torch.empty(0, 4)] * 3, tmp_path, None, "file")
+    prepare, settings = METHODS[method].prepare, METHODS[method].settings({"weight": 1.0, "density": 0.5})
+    Streamed(operands, lambda: prepare(operands, settings)).read_into(torch.empty(0), 0)
+
+
+def test_a_weight_that_is_no_float32_is_refused_whoever_computes(tmp_path):
+    operands = operands_of("linear", alike((5, 7), (F32, F32), 0), tmp_path, None, "file")
+    piece = METHODS["linear"].prepare(operands, METHODS["linear"].settings({"weight": 1e39, "normalize": False}))
+    with pytest.raises(ValueError, match=r"weights\[0\] is 1e\+39"):
+        Streamed(operands, lambda: piece).read_into(torch.empty(35), 0)
+
+
 def test_a_model_that_changed_is_named(tmp_path):
     operands = operands_of("linear", alike((500, 700), (F32, F32), 0), tmp_path, None, "file")
     piece = METHODS["linear"].prepare(operands, METHODS["linear"].settings({"weight": 1.0}))

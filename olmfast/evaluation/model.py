@@ -21,6 +21,7 @@ from olmfast.weights.recipe import Recipe
 from olmfast.weights.sources import Expression, Sources
 
 View = Callable[[torch.Tensor], torch.Tensor]
+CANDIDATE_SHARE = 8  # a candidate's values are kept if so many candidates' are
 
 
 class WorkingModel:
@@ -63,7 +64,8 @@ class WorkingModel:
     def apply(self, values: Mapping[str, Expression], keep: bool = True) -> None:
         """Make these (canonical name -> expression) the live parameters' values; the recipe is not changed.
 
-        `keep` what is computed for them, as far as `Sources` keeps anything: they are wanted again.
+        `keep` what is computed for them, if `Sources` keeps as much: they are wanted again. Otherwise only of a few
+        tensors, such as a candidate's that is tried on one part of the questions after another.
         """
         known = {name: wanted for name, wanted in values.items() if name in self._slots}
         streamed = {name: known.pop(name) for name in list(known) if name in self.residency}
@@ -148,17 +150,20 @@ class WorkingModel:
 
     def _fill(self, wanted: Sequence[tuple[str, Expression, torch.Tensor]], keep: bool) -> None:
         """Name, expression and the tensor its values are copied into, rounded on the way as saving would round them."""
-        direct, computed = [], []
+        direct: list[tuple[TensorInfo, torch.Tensor]] = []
+        others: list[tuple[Expression, torch.dtype, torch.Tensor]] = []
+        n_bytes = 0  # of what is computed, in float32 at most
         for name, expression, target in wanted:
             saved = self._saved_dtype(name, expression)
             info = expression.info(self.sources)
             if info is not None and _passes_unchanged(info, saved, target):
                 direct.append((info, target))
             else:
-                computed.append((expression, saved, target))
-        keep = keep and sum(target.numel() * saved.itemsize for _, saved, target in computed) <= self.sources.memory
+                others.append((expression, saved, target))
+                n_bytes += 4 * target.numel() if info is None else 0
+        keep = n_bytes <= (self.sources.memory if keep else self.sources.memory // CANDIDATE_SHARE)
         with torch.no_grad():
-            self._read(self._computed(computed, keep))
+            self._read(self._computed(others, keep))
             self._copy(direct)
 
     def _computed(
@@ -166,12 +171,13 @@ class WorkingModel:
     ) -> Iterator[tuple[Readable, torch.Tensor]]:
         """What can be read into its target a chunk at a time; the rest is copied as a whole."""
         for expression, saved, target in wanted:
-            kept = keep or self.sources.is_kept(expression)
+            kept = self.sources.is_kept(expression) or (keep and expression.info(self.sources) is None)
             source = Held(self.sources.kept(expression)) if kept else expression.open(self.sources)
             if _passes_unchanged(source, saved, target) and target.is_contiguous():
                 yield source, target
             else:
-                value = self.sources.kept(expression) if kept else self.sources.value(expression)
+                value = torch.empty(source.shape, dtype=source.dtype)
+                source.read_into(value.view(-1), 0)
                 target.copy_(value.to(saved))
 
     def _read(self, parts: Iterable[tuple[Readable, torch.Tensor]]) -> None:

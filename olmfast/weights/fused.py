@@ -6,7 +6,6 @@ are float32, float16 or bfloat16. What it cannot read from a file it takes from 
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from olmfast.weights.checkpoint import DTYPE_NAMES, TensorInfo, reading
 from olmfast.weights.chunks import Operands, Piece, Readable
 
 COMPUTED = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST = torch.finfo(torch.float32).max
 # Magnitudes that are counted at a time.
 COUNTED = 1 << 18
 
@@ -54,7 +54,7 @@ class Fused(ABC):
     def read_into(self, out: torch.Tensor, start: int) -> None:
         """See `Readable`."""
         n = out.numel()
-        step = self.operands.step if self.in_memory else n
+        step = self.operands.step if self.in_memory else max(n, 1)
         for begin in range(0, n, step):
             part = out[begin : begin + step]
             capacity = part.numel() * part.itemsize
@@ -82,8 +82,9 @@ class Sum(Fused):
         return [base, *self.operands.terms] if base is not None and self.of_base else self.operands.terms
 
     def fits(self, out: torch.Tensor) -> bool:
-        """Torch says what is wrong with a weight that is NaN or infinite."""
-        return super().fits(out) and all(map(math.isfinite, [self.of_base, *self.weights]))
+        """Torch says what is wrong with a weight that is no finite float32."""
+        weights = [self.of_base, *self.weights]
+        return super().fits(out) and all(abs(weight) <= LARGEST for weight in weights)
 
     def fill(self, start: int, stop: int, target: _shards.Target) -> None:
         """See `Fused`."""
@@ -100,7 +101,7 @@ class Sum(Fused):
 class RowSum(Fused):
     """What moves, the first operand, plus the others' differences from the base by `numbers` (terms, rows) float32.
 
-    `plain` gives the same by torch.
+    `plain` gives the same by torch, but for the bits of NaN.
     """
 
     plain: Piece

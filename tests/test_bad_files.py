@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from olmfast.config.loading import parse_yaml
 from olmfast.errors import InputError, show, told
-from olmfast.evaluation import rendering
+from olmfast.evaluation import blueprint, rendering
 from olmfast.search.log import Outcome, Standing
 from olmfast.search.record import Record
-from olmfast.testing import tiny_run
+from olmfast.testing import FAMILIES, tiny_run
+from olmfast.weights.architecture import Architecture
 
 MERGE = {
     "merge_method": "linear",
@@ -137,6 +140,128 @@ def test_where_either_of_two_keys_would_fit_both_are_named(refused, place):
     found = refused("check", "shared/cfg.yaml")
     assert "num_attention_heads is 8, num_key_value_heads is 2, but they hold model.layers.0.self_attn.k_proj" in found
     assert "num_attention_heads: 4 or num_key_value_heads: 4 fits" in found
+
+
+def a_moe(place: Path, **keys: Any) -> str:
+    """A run of mixtures of sixteen experts, and the start of a line that says that their config.json does not fit.
+
+    Its keys are spelled as in published files; None: left out.
+    """
+    model = {"num_experts": 16, "head_dim": 16, "tie_word_embeddings": False}
+    tiny_run(place / "moe", 2, "qwen3_moe", model=model, dataset={"sums.json": {"mode": "exact_match"}}, holdout={})
+    for name in ("donor0", "donor1"):
+        path = place / f"moe/models/{name}/config.json"
+        config = {**json.loads(path.read_text()), **model, **keys}
+        config.pop("num_local_experts", None)
+        path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return f"{place / 'moe/models/donor0/config.json'}: does not fit the weights: "
+
+
+@pytest.mark.parametrize(
+    ("stated", "says"),
+    [
+        (8, "num_experts is 8"),
+        (32, "num_experts is 32"),
+        (None, "without num_experts Transformers takes it as 128"),
+    ],
+)
+def test_a_wrong_number_of_experts_is_named_as_the_file_names_it(refused, place, stated, says):
+    start = a_moe(place, num_experts=stated)
+    (line,) = refused("check", "moe/cfg.yaml").splitlines()
+    assert line.startswith(f"{start}{says}, but they hold model.layers.0.mlp.gate.weight [16, 32], which it makes [")
+    assert line.endswith(" more); num_experts: 16 fits")
+
+
+def test_a_number_of_experts_under_a_name_that_transformers_also_knows_is_named_so(refused, place):
+    start = a_moe(place, num_experts=None)
+    for name in ("donor0", "donor1"):
+        edit(place / f"moe/models/{name}/config.json", num_local_experts=8)
+    (line,) = refused("check", "moe/cfg.yaml").splitlines()
+    assert line.startswith(f"{start}num_local_experts is 8, but ")
+    assert line.endswith("; num_local_experts: 16 fits")
+
+
+def test_of_what_only_the_modules_look_for_it_is_not_said_that_nothing_is_known(refused, place):
+    a_moe(place, num_experts=None)  # sixteen, as a head is wide
+    assert "without num_experts Transformers takes it as 128, but" in refused("check", "moe/cfg.yaml")
+    a_moe(place / "other", num_experts=None, mine=16)
+    found = refused("check", "other/moe/cfg.yaml")
+    assert "without num_experts Transformers takes it as 128 (of mine it knows nothing), but" in found
+
+
+def test_a_missing_width_of_heads_is_named_and_no_key_that_mends_less(refused, place):
+    start = a_moe(place, head_dim=None)
+    (line,) = refused("check", "moe/cfg.yaml").splitlines()
+    assert line == (
+        f"{start}without head_dim Transformers takes it as 8, but they hold model.layers.0.self_attn.k_norm.weight "
+        "[16], which it makes [8] (and 11 more); head_dim: 16 fits"
+    )
+
+
+def test_each_of_several_keys_that_are_wrong_is_named_once(refused, place):
+    start = a_moe(place, head_dim=None, num_experts=8, vocab_size=100)
+    lines = refused("check", "moe/cfg.yaml").splitlines()
+    assert all(line.startswith(start) for line in lines)
+    assert sorted(line.rsplit("; ")[-1] for line in lines) == [
+        "head_dim: 16 fits",
+        "num_experts: 16 fits",
+        "vocab_size: 112 fits",
+    ]
+
+
+def test_a_key_that_mends_some_tensors_and_not_all_is_not_said_to_fit(refused, place):
+    start = a_moe(place, vocab_size=100)
+    for name in ("donor0", "donor1"):
+        path = place / f"moe/models/{name}/model.safetensors"
+        norm = "model.layers.1.self_attn.q_norm.weight"
+        save_file({**load_file(path), norm: torch.ones(17)}, path)
+    lines = refused("check", "moe/cfg.yaml").splitlines()
+    assert lines[0].startswith(f"{start}vocab_size is 100, but they hold ")
+    assert lines[0].endswith("; vocab_size: 112 mends these, but not all")
+    assert lines[1] == f"{start}head_dim is 16, num_experts is 16, but they hold {norm} [17], which it makes [16]"
+
+
+@pytest.mark.parametrize("keys", [{"num_experts": 64}, {"head_dim": None}, {"hidden_size": 64}])
+def test_a_wrong_key_of_a_model_of_many_blocks_is_found_with_few_of_them(monkeypatch, keys):
+    true: dict[str, Any] = {
+        **FAMILIES["qwen3_moe"],
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "num_experts": 128,
+        "num_hidden_layers": 94,
+    }
+    where = Path("config.json")
+    with torch.device("meta"):
+        module = blueprint.build_module(true, where, False, torch.bfloat16)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in module.named_parameters():
+        path, _, part = name.partition(".experts.")
+        for expert in range(128 if part else 0):
+            for each in ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",):
+                shape = (32, 24) if each == "down_proj" else (24, 32)
+                shapes[f"{path}.experts.{expert}.{each}.weight"] = shape
+        if not part:
+            shapes[name] = tuple(parameter.shape)
+    built: list[int] = []
+    compared: list[int] = []
+
+    def building(data, *arguments):
+        built.append(data["num_hidden_layers"])
+        return original(data, *arguments)
+
+    def comparing(module, architecture, shapes):
+        compared.append(len(shapes))
+        return differing(module, architecture, shapes)
+
+    original, differing = blueprint.build_module, blueprint._differing
+    monkeypatch.setattr(blueprint, "build_module", building)
+    monkeypatch.setattr(blueprint, "_differing", comparing)
+    config = {key: value for key, value in {**true, **keys}.items() if value is not None}
+    with pytest.raises(InputError, match=f"{next(iter(keys))}: {true[next(iter(keys))]} fits$"):
+        blueprint.check_fit(config, Architecture.from_config(config, "it"), shapes, where, tied=False)
+    assert built[0] == 94
+    assert sum(built) < 94 + 50
+    assert sum(compared) < 1.1 * len(shapes)
 
 
 def test_fewer_experts_than_the_weights_hold_are_the_configs_fault(refused, place):

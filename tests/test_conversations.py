@@ -326,7 +326,8 @@ TURN = {"from": "human", "value": "hello"}
         ([{"conversation": ["hello", 3]}], ": item 0: expected a message with 'from'"),
         ([{"prompt": ["a"], "response": "b"}], ": item 0: prompt: expected a text or a list of messages, got ['a']"),
         ([{"question": "a", "answer": [["b"], "c"]}], ": item 0: answer: expected a text or a list of messages, got ["),
-        ([{"prompt": "a", "response": "b", "system": 3}], ": item 0: system: expected a text, got 3"),
+        ([{"question": "a", "answer": ["b", "4"]}], ", got ['b', '4']; if all are right, fields: {prompt: ..."),
+        ([{"question": "a", "answer": "b", "prompt": {"text": "a"}}], ": item 0: prompt: expected a text or a list of"),
         ([{"turns": [{"role": "user", "content": "a"}]}], ": item 0: turns: expected a list of the user's texts"),
         ([{"input": {"text": "a"}}], ": item 0: input: expected a text or a list of messages, got {'text': 'a'}"),
         ([{"prompt": "a", "response": "b", "history": ["c"]}], ": item 0: history: expected pairs of question and"),
@@ -371,10 +372,53 @@ def test_a_question_with_options_is_no_conversation_for_other_modes(tmp_path):
     for item in (
         {"question": "2+2=", "choices": ["3", "4"], "answer": 1},
         {"question": {"stem": "2+2=", "choices": [{"text": "4", "label": "A"}]}, "answerKey": "A"},
-        {"input": "2+2=", "target_scores": {"3": 0, "4": 1}},
     ):
         told = "item 0: is a multiple choice, which mode 'perplexity' does not read; use mode choice"
         assert told in refusal(tmp_path, [item], "perplexity")
+    told = "1 without an expected answer; it is a multiple choice, which mode choice reads"
+    assert told in refusal(tmp_path, [{"input": "2+2=", "target_scores": {"3": 0, "4": 1}}], "perplexity")
+
+
+@pytest.mark.parametrize("scores", [float("nan"), None, {}, {"a": "x"}, {"a": 10**400}, [1], "a"])
+def test_a_plain_answer_counts_whatever_the_scores_of_options_are(tmp_path, scores):
+    item = {"input": "2+2=", "target": "4", "target_scores": scores}
+    assert load(tmp_path, [item]) == [Conversation(QUESTION, "4")]
+    lettered = {"question": "2+2=", "A": "3", "B": "4", "answer": "B", "target_scores": scores}
+    assert load(tmp_path, [lettered], "choice")[0].response == "B"
+
+
+def test_an_option_of_the_highest_score_that_is_called_like_a_letter_is_told_by_its_place(tmp_path):
+    (found,) = load(tmp_path, [{"input": "Which?", "target_scores": {"B": 1, "C": 0}}], "choice")
+    assert (found.messages[-1]["content"], found.response) == ("Which?\nA. B\nB. C\nAnswer:", "A")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"correct": True}, {"correct": 1}, {"correct": "True"}, {"correct_option": 7}, {"gold_label": "-"}],
+)
+def test_what_names_no_option_names_no_right_one(tmp_path, other):
+    answered = {"question": "2+2=", "choices": ["3", "4"], "answer": 1}
+    found = load_conversations(save(tmp_path, [{**answered, "answer": None, **other}, answered]), "choice", 9)
+    assert (len(found.usable), found.left_out) == (1, {"without an expected answer": 1})
+
+
+@pytest.mark.parametrize(
+    "system", [float("nan"), 3, True, ["Be brief."], {"id": 1}, [{"text": 1}], [{"text": "x", "title": "y"}]]
+)
+def test_what_is_no_text_and_no_parts_of_text_is_no_system_prompt(tmp_path, system):
+    for item in ({"prompt": "2+2=", "response": "4"}, {"messages": TURNS}):
+        assert load(tmp_path, [{**item, "system": system}]) == [Conversation(QUESTION, "4")]
+    fields = {"prompt": "q", "response": "a", "system": "s"}
+    path = save(tmp_path, [{"q": "2+2=", "a": "4", "s": system}])
+    assert load_conversations(path, "exact", 5, fields).usable == [Conversation(QUESTION, "4")]
+
+
+def test_parts_of_text_are_a_system_prompt_and_nothing_is_none(tmp_path):
+    for system in ([{"text": "Be"}, {"type": "text", "text": "brief."}], {"parts": [{"text": "Be\nbrief."}]}):
+        (found,) = load(tmp_path, [{"prompt": "2+2=", "response": "4", "system": system}])
+        assert found.messages == ({"role": "system", "content": "Be\nbrief."}, *QUESTION)
+    item = {"prompt": "2+2=", "response": "4", "system": float("nan"), "system_prompt": "Be brief."}
+    assert load(tmp_path, [item]) == [Conversation((SYSTEM, *QUESTION), "4")]
 
 
 @pytest.mark.parametrize(

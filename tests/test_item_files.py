@@ -240,11 +240,15 @@ def parts(role: str, text: str) -> dict[str, Any]:
         ({"inputs": "q", "targets": "a"}, ("q",)),
         ({"prompt": "q", "canonical_solution": "a", "test": "t"}, ("q",)),
         ({"input": {"messages": [user("q")], "tools": []}, "preferred_output": [model("a")]}, ("q",)),
+        ({"input": "q", "preferred_output": model("a")}, ("q",)),
         ({"conversations": [user("q")], "chosen": model("a"), "rejected": model("b")}, ("q",)),
         ({"messages": [user("q"), model("p"), user("r")], "chosen": "a"}, ("q", "p", "r")),
         ({"input": [{"role": "system", "content": "s"}, user("q")], "ideal": "a"}, ("s", "q")),
         ({"inputs": [3, 4], "inputs_pretokenized": "q", "targets": [5], "targets_pretokenized": "a"}, ("q",)),
-        ({"definition": "d", "inputs": "q", "targets": "a"}, ("d\n\nq",)),
+        ({"task_name": "t", "definition": "d", "inputs": "q", "targets": "a"}, ("d\n\nq",)),
+        ({"id": "task001-0", "definition": ["d", "e"], "inputs": "q", "targets": ["a", "b"]}, ("d\n\ne\n\nq",)),
+        ({"text": "q", "code": "a", "test_list": ["assert a"]}, ("q",)),
+        ({"prompt": "q", "code": "a", "test_list": ["assert a"]}, ("q",)),
         ({"input": "q", "expected_output": "a", "context": ["c", "d"]}, ("q\n\nc\n\nd",)),
         ({"system": [{"text": "s"}], "messages": [user("q"), model("a")]}, ("s", "q")),
         ({"systemInstruction": parts("", "s"), "contents": [parts("user", "q"), parts("model", "a")]}, ("s", "q")),
@@ -257,8 +261,9 @@ def test_what_was_said_before_an_answer_is_asked_with_it(item, asked, tmp_path):
 @pytest.mark.parametrize(
     "answers",
     [
-        {"answer": ["a", "b"]},
-        {"target": ["a"]},
+        {"targets": ["a", "b"]},
+        {"best_answer": "a", "answers": ["c", "a"]},
+        {"answers": ["a", "b"]},
         {"answers": {"text": ["a", "b"], "answer_start": [0, 1]}},
         {"answers": [{"text": "a", "answer_start": 0}, {"text": "b", "answer_start": 1}]},
         {"answer": {"value": "a", "aliases": ["b", "a"]}},
@@ -269,6 +274,93 @@ def test_of_several_right_answers_the_first_is_expected(answers, tmp_path):
     assert said(load(tmp_path / "x.json", [{"question": "q", **answers}])) == [(("q",), "a")]
     fields = {"prompt": "question", "response": next(iter(answers))}
     assert said(load(tmp_path / "x.json", [{"question": "q", **answers}], fields=fields)) == [(("q",), "a")]
+
+
+def test_a_list_is_of_answers_that_are_all_right_where_its_name_or_the_user_says_so(tmp_path):
+    path = tmp_path / "x.json"
+    assert said(load(path, [{"input": "q", "target": ["a", "b"]}])) == [(("q",), "a")]  # BIG-bench
+    for key in ("answer", "response", "solution", "output", "target"):
+        item = {"question": "q", key: ["step 1", "step 2", "4"]}
+        assert f"{key}: expected a text or a list of messages" in refusal(path, [item])
+        assert said(load(path, [item], fields={"prompt": "question", "response": key})) == [(("q",), "step 1")]
+    assert "targets: expected a text" in refusal(path, [{"inputs": "q", "targets": [5, 6]}])  # tokens
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"question": "q", "code": "print(1)", "expected": "1"},
+        {"Question": "q", "Code": "Q12"},
+        {"prompt": "q", "code": "print(1)"},
+        {"question": "q", "reference": "https://x", "gold": "a"},
+        {"question": "q", "answers": ["w", "a"], "correct": 1},
+        {"question": "q", "answers": ["w", "a"], "label": 1},
+        {"question": "q", "answers": 3},
+        {"question": "q", "answers": [{"text": "w", "score": 1}, {"text": "a", "score": 9}]},
+        {"question": "q", "best_answer": 2},
+        {"question": "q", "ideal": True},
+        {"question": "q", "ground_truth": '{"inputs": ["1"], "outputs": ["2"]}'},
+        {"question": "q", "ground_truth": {"a": 1}},
+        {"instruction": "q", "expected_output": "3", "test": "t"},
+        {"messages": [user("q")], "completions": ["a", "b"], "chosen": 1},
+        {"messages": [user("q")], "chosen": [{"text": "a"}]},
+        {"messages": [user("q")], "chosen": float("nan")},
+    ],
+)
+def test_what_other_files_call_by_the_name_of_an_answer_is_none(item, tmp_path):
+    path = tmp_path / "x.json"
+    assert "1 without an expected answer" in refusal(path, [item])
+    assert said(load(path, [item], "quality")) == [(("q",), "")]
+
+
+PAIR = {"prompt": "q", "response": "a"}
+ABOUT = [{"idx": 0, "title": "t", "paragraph_text": "p"}]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"paragraphs": ABOUT, "question": "q", "answer": "a"}],
+        [{**PAIR, "qas": [{"question": "x", "answer": "y"}]}],
+        {**PAIR, "qas": [{"question": "x", "answer": "y"}]},
+        [{"instruction": "q", "paragraphs": [{"text": "t"}], "output": "a"}],
+        [{"Instruction": "q", "output": "a", "instances": [{"input": "x", "output": "y"}]}],
+        [{"messages": [user("q"), model("a")], "instances": [{"id": 1}]}],
+        [{"chosen": [user("q"), model("a")], "instances": [{"input": "x"}]}],
+        [{"word": "apple", "definition": "a fruit", **PAIR}],
+        [{"definition": "a fruit", "inputs": "q", "targets": "a", "id": 7}],
+        [{"task_prefix": "t", "input": "q", "target": "a"}],
+        {"definition": "What this file is", "examples": [PAIR]},
+        {"context": "C", "items": [PAIR]},
+        {"context": {"source": "x"}, "items": [PAIR]},
+        {"context": {"source": "x"}, "qas": [{"question": "q", "answer": "a"}]},
+        {"definition": {"source": "x"}, "instances": [{"input": "q", "output": "a"}]},
+        {"task_prefix": {"source": "x"}, "examples": [{"input": "q", "target": "a"}]},
+        {"task_prefix": "t", "items": [{"input": "q", "target": "a"}]},
+        {"contents": [PAIR]},
+        {"inputs_pretokenized": None, "items": [PAIR]},
+        {"contents": [{"parts": [1], **PAIR}]},
+        [{**PAIR, "contents": [{"title": "t", "text": "x"}]}],
+        [{**PAIR, "contents": [parts("user", "x"), parts("model", "y")]}],
+        [{**PAIR, "systemInstruction": "s"}],
+        [{"turns": 2, "chosen": [user("q"), model("a")]}],
+        [{"inputs": "q", "targets": "a", "inputs_pretokenized": "x", "targets_pretokenized": "y"}],
+        [{"messages": [{**user("q"), "parts": [{"functionCall": "f"}]}, model("a")]}],
+    ],
+)
+def test_what_lies_beside_a_question_is_not_taken_for_it_or_told_with_it(content, tmp_path):
+    assert said(load(tmp_path / "x.json", content)) == [(("q",), "a")]
+
+
+def test_items_with_keys_that_the_user_names_are_read_as_they_are(tmp_path):
+    fields = {"prompt": "task", "response": "gold"}
+    item = {"task": "q", "gold": "a", "qas": [{"question": "x", "answer": "y"}], "paragraphs": [{"prompt": "z"}]}
+    assert said(load(tmp_path / "x.json", [item], fields=fields)) == [(("q",), "a")]
+    examples = {"task_prefix": "t", "examples": [{"input": "q", "target": "a"}]}
+    fields = {"prompt": "input", "response": "target"}
+    assert said(load(tmp_path / "x.json", examples, fields=fields)) == [(("q",), "a")]
+    contents = {"contents": [{"role": "q", "parts": "a"}]}
+    assert said(load(tmp_path / "x.json", contents, fields={"prompt": "role", "response": "parts"})) == [(("q",), "a")]
 
 
 def test_an_empty_list_of_answers_is_none(tmp_path):
@@ -304,7 +396,8 @@ def test_questions_inside_of_an_item_are_items_with_what_is_said_once_for_all(tm
     task = {"Definition": ["d"], "Positive Examples": [example], "Negative Examples": [example], "Instances": instances}
     assert said(load(path, task)) == [(("d\n\nq",), "a"), (("d\n\nr",), "b")]
     qas = [{"question": "q", "answers": [{"text": "a"}]}, {"question": "r", "answers": []}]
-    squad = {"version": "2", "data": [{"title": "t", "paragraphs": [{"context": "c", "qas": qas}]}]}
+    empty = {"context": "d", "qas": []}
+    squad = {"version": "2", "data": [{"title": "t", "paragraphs": [{"context": "c", "qas": qas}, empty]}]}
     assert said(load(path, squad)) == [(("q\n\nc",), "a")]
     seeds = [{"id": "1", "instruction": "i", "instances": [{"input": "q", "output": "a"}]}]
     assert said(load(path, seeds)) == [(("i\n\nq",), "a")]

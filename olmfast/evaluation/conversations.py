@@ -11,7 +11,7 @@ from olmfast.config.datasets import DatasetConfig, Fields, one_or_more
 from olmfast.errors import InputError, show
 from olmfast.evaluation import harness
 from olmfast.evaluation.item_files import items_in
-from olmfast.evaluation.items import KNOWN, NO_ANSWER, Conversation, Item, spelled
+from olmfast.evaluation.items import KNOWN, NO_ANSWER, SCORED, SCORED_LISTS, Conversation, Item, spelled
 from olmfast.evaluation.metrics import CHOICES, GENERATIVE
 from olmfast.evaluation.mmlu import LETTERS, Subject, is_mmlu_file, read_mmlu, read_questions, worked_examples
 from olmfast.evaluation.options import first_index
@@ -59,7 +59,8 @@ def load_conversations(
     if is_mmlu_file(path) and not fields:
         return Conversations(_mmlu(path, limit, of_question), Counter())
     usable, left_out = [], Counter[str]()
-    items = items_in(path, {key for keys in (fields or {}).values() for key in one_or_more(keys)} or KNOWN)
+    named = {key for keys in (fields or {}).values() for key in one_or_more(keys)}
+    items = items_in(path, named or KNOWN, named=bool(named))
 
     def item(number: int, data: dict[Any, Any], first: int = 0) -> Item:
         return Item(f"{path}: item {number}", data if fields else spelled(data), fields or {}, first)
@@ -83,6 +84,8 @@ def load_conversations(
             keys = show(", ".join(map(str, first)))
             wanted = "choices: ..., answer: ..." if mode in CHOICES else "response: ..."
             more = f"; of the keys {keys}, fields: {{prompt: ..., {wanted}}} says which are meant"
+            if mode not in CHOICES and any(key in first for key in (*SCORED, SCORED_LISTS[0])):
+                more = "; it is a multiple choice, which mode choice reads"
         raise InputError(f"{path}: no item can be scored by mode {mode}: {counted}{more}")
     return Conversations(usable, left_out)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from olmfast.errors import InputError, show, told
+from olmfast.evaluation.items import ANSWERS, CONTENTS, LATER, has_parts, text_of
 from olmfast.weights.files import read_bytes
 
 # First bytes of a compressed file -> what unpacks it.
@@ -25,10 +26,9 @@ _PACKED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ": lzma}
 # First bytes of what is not read -> what it is.
 _OTHERS = {b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "compressed by zstd"}
 PARQUET, ARROW, ARROW_STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"  # first bytes; the last is what datasets saves
-# Lists of an item that are the items themselves: Natural Instructions, Self-Instruct, SQuAD. Beside a list of items
-# in an object, what is said once for all of them.
-_NESTED = ("Instances", "instances", "paragraphs", "qas")
-_AROUND = ("Definition", "definition", "instruction", "context", "task_prefix")
+# Lists of an item that are the items themselves: Natural Instructions, Self-Instruct, SQuAD, whose questions lie two
+# lists deep.
+_NESTED, _DEEP = ("Instances", "instances", "paragraphs", "qas"), 2
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -37,8 +37,9 @@ def is_table(path: Path) -> bool:
     return _suffix(path) in _SEPARATORS
 
 
-def items_in(path: Path, keys: Collection[str]) -> list[Any]:
-    """The items of a file; `keys` are those by which one is known. Raises InputError for a file that lists none."""
+def items_in(path: Path, keys: Collection[str], *, named: bool = False) -> list[Any]:
+    """The items of a file; `keys` are those by which one is known, `named` by the user: then they are read as they are,
+    with nothing from around them. Raises InputError for a file that lists none."""
     if not os.path.lexists(path):
         raise InputError(f"{path}: no such dataset file")
     content = _unpacked(path)
@@ -56,11 +57,11 @@ def items_in(path: Path, keys: Collection[str]) -> list[Any]:
     if isinstance(data, dict) and _suffix(path) == ".jsonl":
         data = [data]  # the only line
     if isinstance(data, dict):
-        data = _listed(path, data, keys)
+        data = _listed(path, data, keys, named)
     if not isinstance(data, list) or not data:
         what = "an empty list" if data == [] else show(data)
         raise InputError(f"{path}: expected a list of conversations, got {what}")
-    return [item for outer in data for item in _unnested(outer)]
+    return data if named else [item for outer in data for item in _unnested(outer, keys)]
 
 
 def _suffix(path: Path) -> str:
@@ -156,12 +157,14 @@ def _json_lines(path: Path, text: str, error: Exception) -> list[Any]:
     return lines
 
 
-def _listed(path: Path, data: dict[str, Any], keys: Collection[str]) -> list[Any]:
+def _listed(path: Path, data: dict[str, Any], keys: Collection[str], named: bool) -> list[Any]:
     """The items of an object: itself, or the list in it, or its columns."""
-    known = [key for key in data if key in keys or key.lower() in keys]
+    known = _known(data, keys)
+    if not named and any(map(has_parts, [data.get(CONTENTS), *_lists(data.get(CONTENTS))])):
+        known.append(CONTENTS)
     if any(_is_column(data[key]) for key in known):
         return _transposed(path, data)
-    if known or any(_are_objects(data.get(key)) for key in _NESTED):
+    if known or (not named and _nested_in(data, keys) is not None):
         return [data]
     names, rows = data.get("columns"), data.get("data")  # pandas, orient="split"
     if isinstance(names, list) and isinstance(rows, list) and all(isinstance(row, list) for row in rows):
@@ -169,24 +172,71 @@ def _listed(path: Path, data: dict[str, Any], keys: Collection[str]) -> list[Any
     lists = {key: value for key, value in data.items() if _are_objects(value)}
     if len(lists) > 1:
         raise InputError(f"{path}: holds several lists, {show(', '.join(lists))}; write the one to be used as a file")
-    for found in lists.values():  # the Hub's viewer has a row and its number
+    for name, found in lists.items():  # the Hub's viewer has a row and its number
         rows = [item["row"] if isinstance(item.get("row"), dict) else item for item in found]
-        return [_surrounded(data, item) for item in rows]
+        before = text_of(data.get("task_prefix")) if name == "examples" and not named else ""  # BIG-bench
+        return [_asked_after(before, item, keys) for item in rows]
     if data and all(key.isdecimal() and isinstance(value, dict) for key, value in data.items()):
         return list(data.values())
     return [data]
 
 
-def _unnested(item: Any) -> list[Any]:
+def _known(item: dict[str, Any], keys: Collection[str]) -> list[str]:
+    return [key for key in item if key in keys or key.lower() in keys]
+
+
+def _unnested(item: Any, keys: Collection[str]) -> list[Any]:
     """An item, or those in a list of it, each with what is said once for all of them."""
-    key = next((key for key in _NESTED if isinstance(item, dict) and _are_objects(item.get(key))), None)
+    key = _nested_in(item, keys) if isinstance(item, dict) else None
     if key is None:
         return [item]
-    return [one for inner in item[key] for one in _unnested(_surrounded(item, inner))]
+    inner = [_surrounded(item, key, one, keys) for one in item[key] if not _is_empty(one, keys)]
+    return [found for one in inner for found in _unnested(one, keys)]
 
 
-def _surrounded(outer: dict[str, Any], item: dict[str, Any]) -> dict[str, Any]:
-    return {**{key: outer[key] for key in _AROUND if key in outer}, **item}
+def _nested_in(item: dict[str, Any], keys: Collection[str], deep: int = _DEEP) -> str | None:
+    """The key of an item's list of items; None where it asks something itself, or what is listed asks nothing."""
+    key = next((key for key in _NESTED if _are_objects(item.get(key))), None)
+    if key is None or not deep:
+        return None
+    # Self-Instruct has an instruction for all of the inputs, and an answer to each.
+    is_seed = key == "instances" and _known(item, keys) == ["instruction"] and not {*ANSWERS, *LATER} & item.keys()
+    if _known(item, keys) and not (is_seed and all({"input", "output"} <= one.keys() for one in item[key])):
+        return None
+    asked = [one for one in item[key] if not _is_empty(one, keys)]
+    ask = [bool(_known(one, keys)) or _nested_in(one, keys, deep - 1) is not None for one in asked]
+    return key if ask and all(ask) else None
+
+
+def _is_empty(item: dict[str, Any], keys: Collection[str]) -> bool:
+    """Whether an item only has a list of items without any: a paragraph without questions."""
+    return not _known(item, keys) and any(item.get(key) == [] for key in _NESTED)
+
+
+def _surrounded(outer: dict[str, Any], key: str, item: dict[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """An item out of the list under a key of another, with what that one says for all of them."""
+    if key == "qas" and (context := text_of(outer.get("context"))):
+        return {"context": context, **item}
+    if key not in ("Instances", "instances"):
+        return item
+    if "instruction" in outer:
+        return {"instruction": outer["instruction"], **item}
+    definition = text_of(outer.get("Definition")) or text_of(outer.get("definition"))
+    if definition and isinstance(item.get("output"), list):  # of which each is right: as the Hub has them
+        item = {"targets" if name == "output" else name: value for name, value in item.items()}
+    return _asked_after(definition, item, keys)
+
+
+def _asked_after(before: str, item: dict[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """An item whose question is its `input`, with a text that comes before it, unless it quotes that."""
+    asked = item.get("input")
+    if not before or _known(item, keys) != ["input"] or not isinstance(asked, str) or before in asked:
+        return item
+    return {**item, "input": f"{before}\n\n{asked}"}
+
+
+def _lists(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _is_column(value: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from olmfast.config.datasets import Fields, Wanted, one_or_more
 from olmfast.errors import InputError, show
-from olmfast.evaluation.metrics import CHOICES, GENERATIVE
+from olmfast.evaluation.metrics import CHOICES
 from olmfast.evaluation.options import LETTERS, index_of, letter_of, options_of, scored_of
 
 ROLES = {
@@ -24,30 +24,39 @@ TOOL_ROLES = (
     *("tool", "function", "function_call", "function-call", "tool_call"),
     *("observation", "function_response", "tool_response", "ipython"),
 )
-TOOL_KEYS = ("tool_calls", "function_call", "functionCall", "functionResponse")
+TOOL_KEYS, TOOL_PARTS = ("tool_calls", "function_call"), ("functionCall", "functionResponse")  # the last are Gemini's
 TURNS, CONTENTS = ("conversation", "conversations", "messages"), "contents"  # the last is Gemini's
 PAIRS = (("input", "output"), ("human", "assistant"))  # what a turn of both sides calls them: Capybara, Firefly
 CONTENT = ("value", "content", "parts")  # keys of a message that hold what is said
 TEXTS = ("text", "input_text", "output_text")  # parts of a message that are text
 OF_CHOICES = ("question", "question_stem", "query", "problem")  # what a multiple choice asks
 SEVERAL = "turns"  # questions that follow one another, of which the first is asked: MT-bench
-QUESTIONS = ("prompt", "instruction", *OF_CHOICES, "input", "inputs_pretokenized", "inputs", SEVERAL)
+QUESTIONS = ("prompt", "instruction", *OF_CHOICES, "input", "inputs")
+BEFORE_TOKENS = "_pretokenized"  # ends the names of the texts beside inputs and targets that are tokens: P3
 WHOLE = "chosen"  # of a preference: the answer, or all messages up to it
 ANSWERS = (
-    *("response", "completion", "output", "answer", "solution", WHOLE, "targets_pretokenized", "target", "targets"),
-    *("canonical_solution", "answers", "ideal", "preferred_output", "reference", "ground_truth", "expected_output"),
-    *("best_answer", "code"),
+    *("response", "completion", "output", "answer", "solution", WHOLE, "target", "targets"),
+    "canonical_solution",
 )
-# What a question is about, told before it: AGIEval, RACE, SVAMP, Natural Instructions, BIG-bench.
-ABOUT = ("passage", "article", "body", "story", "definition", "task_prefix")
+# Answers where none of those is there, and the value is one: other files call other things so.
+LATER = (
+    *("preferred_output", "best_answer", "answers", "ideal", f"targets{BEFORE_TOKENS}", "ground_truth"),
+    *("expected_output", "reference", "code"),
+)
+NUMBERS = ("ideal", "ground_truth", "expected_output")  # of these the answers that may be numbers
+SEVERAL_ANSWERS = ("answers", "ideal", "targets", "best_answer")  # a list of them is of answers that are all right
+PROGRAMS = ("code", "test", "tests", "test_list", "test_cases")  # beside these an expected output is a program's
+ABOUT = ("passage", "article", "body", "story")  # what a question is about, told before it: AGIEval, RACE, SVAMP
 MORE = ("input", "context")  # what an instruction is about, told after it: alpaca, dolly
-SYSTEM, HISTORY = ("system", "system_prompt", "systemInstruction"), "history"
-OPTIONS, RIGHT = ("choices", "options"), ("answer", "answerKey", "label", "correct", "correct_option", "gold_label")
+SYSTEM, HISTORY = ("system", "system_prompt"), "history"
+OPTIONS, RIGHT = ("choices", "options"), ("answer", "answerKey", "label")
+# What names the right option where none of those does, and it names one: `correct` may also tell how a model did.
+RIGHT_NAMED, RIGHT_NUMBERED = ("correct", "correct_option", "gold_label"), ("correct_option", "gold_label")
 # Options with a score for each, of which the highest is right: BIG-bench and TruthfulQA, and BIG-bench on the Hub.
 SCORED, SCORED_LISTS = ("target_scores", "mc1_targets"), ("multiple_choice_targets", "multiple_choice_scores")
-KNOWN = {*TURNS, CONTENTS, *QUESTIONS, WHOLE} - {SEVERAL}  # by one of these an item is known
-_SPELLED = {key.lower() for key in (*KNOWN, SEVERAL, *ANSWERS, *ABOUT, *MORE, *SYSTEM, HISTORY, *OPTIONS, *RIGHT)}
-_SPELLED |= {key.lower() for key in (*SCORED, *SCORED_LISTS)}
+KNOWN = {*TURNS, *QUESTIONS, WHOLE}  # by one of these an item is known
+_SPELLED = {key.lower() for key in (*KNOWN, *ANSWERS, *LATER, *ABOUT, *MORE, *SYSTEM, HISTORY, *OPTIONS, *RIGHT)}
+_SPELLED |= {key.lower() for key in (*RIGHT_NAMED, *SCORED, *SCORED_LISTS)}
 FINAL = "####"  # GSM8K: the steps before it, the answer after it
 
 NO_ANSWER, NO_QUESTION = "without an expected answer", "without a question"
@@ -125,27 +134,29 @@ class Item:
         """The messages as the item has them."""
         data = self.data
         if self.fields:
-            asked, answer = self._prompt(), _expected(self._field("response"))
+            asked, answer = self._prompt(), _named(self._field("response"))
             self._check_texts({"prompt": asked}, {"response": answer})
-            return [*_system(self.where, self._field("system")), *_asked(asked), *_answered(answer)]
-        turns = _listed(next((data[key] for key in TURNS if key in data), _messages(data.get(CONTENTS)) or None))
+            return [*_system(self._field("system")), *_asked(asked), *_answered(answer)]
+        system = _system(_first(data, SYSTEM))
+        turns = _listed(next((data[key] for key in TURNS if key in data), None))
         if isinstance(turns, list) and turns:
             # The original OLM, whose key is `conversation`, reads nothing beside it.
             turns = _alternating(turns)
             if "conversation" in data:
                 return turns
-            answer = _answered(_expected(data[WHOLE])) if WHOLE in data and _role(turns[-1]) == "user" else []
-            system = [] if _role(turns[0]) == "system" else _system(self.where, _first(data, SYSTEM))
-            return [*system, *turns, *answer]
-        system = _system(self.where, _first(data, SYSTEM))
+            answer = _preferred(data.get(WHOLE)) if _role(turns[-1]) == "user" else []
+            return [*([] if _role(turns[0]) == "system" else system), *turns, *answer]
         question = next((key for key in QUESTIONS if key in data), None)
         if turns == [] and question is None:
             raise _LeftOut(NO_QUESTION)
         if turns is None and question is None and _asks(data.get(WHOLE)):
             return [*([] if _role(data[WHOLE][0]) == "system" else system), *data[WHOLE]]
-        if turns is None and question is not None and (mode in CHOICES or not self._is_choice(mode, question)):
-            answered = next((key for key in ANSWERS if key in data), ANSWERS[0])
-            answer = _expected(data.get(answered))
+        if turns is None and question is None and has_parts(data.get(CONTENTS)):
+            return [*(_system(data.get("systemInstruction")) or system), *data[CONTENTS]]
+        if turns is None:
+            question = self._other_question(question)
+        if turns is None and question is not None and (mode in CHOICES or not self._is_choice(question)):
+            answered, answer = self._answer(question)
             if answered == "completion" and data.get("label") is False:
                 raise _LeftOut(UNWANTED)
             if isinstance(answer, str) and FINAL in answer and question == "question":
@@ -153,7 +164,8 @@ class Item:
             asked = self._first_turn() if question == SEVERAL else _question(data[question])
             self._check_texts({question: asked}, {} if mode in CHOICES else {answered: answer})
             if isinstance(asked, str):
-                about = [text for text in self._texts(ABOUT, question) if text not in asked]  # not what it quotes
+                about = [*self._definition(question), *self._texts(ABOUT, question)]
+                about = [text for text in about if text not in asked]  # not what it quotes
                 asked = "\n\n".join([*about, asked, *self._texts(MORE, question)])
             before = [*system, *_history(self.where, data.get(HISTORY))]
             if mode in CHOICES:
@@ -208,28 +220,84 @@ class Item:
             raise InputError(f"{self.where}: {SEVERAL}: expected a list of the user's texts, got {show(turns)}")
         return first
 
-    def _is_choice(self, mode: str, question: str) -> bool:
+    def _other_question(self, question: str | None) -> str | None:
+        """The key of the question where it is under none of QUESTIONS, or there as tokens: MT-bench, MBPP, P3."""
+        data, text = self.data, f"inputs{BEFORE_TOKENS}"
+        are_tokens = question == "inputs" and isinstance(data["inputs"], list)
+        if isinstance(data.get(text), str) and (question is None or are_tokens):
+            return text
+        if question is None and isinstance(data.get(SEVERAL), list) and data[SEVERAL]:
+            return SEVERAL
+        is_program = isinstance(data.get("text"), str) and isinstance(data.get("code"), str) and "test_list" in data
+        return "text" if question is None and is_program else question
+
+    def _answer(self, question: str) -> tuple[str, Any]:
+        """The key of the expected answer and what it holds, of several that are right the first."""
+        data, text = self.data, f"targets{BEFORE_TOKENS}"
+        key = next((key for key in ANSWERS if key in data), None)
+        if key is None:
+            later = ((key, self._later(key, question)) for key in LATER if key in data)
+            return next(((key, value) for key, value in later if value is not None), (ANSWERS[0], None))
+        if (
+            key == "targets"
+            and isinstance(data.get(text), str)
+            and isinstance(data[key], list)
+            and not _are_texts(data[key])
+        ):
+            return text, data[text]
+        of_several = key in SEVERAL_ANSWERS or (key == "target" and question == "input")  # BIG-bench
+        return key, _first_of(data[key]) if of_several or data[key] == [] else _expected(data[key])
+
+    def _later(self, key: str, question: str) -> Any:
+        """The answer under a key of LATER; None where it means something else."""
+        data, value = self.data, _written(self.data[key])
+        if isinstance(self.data[key], (int, float)) and key not in NUMBERS:
+            return None
+        if key in SEVERAL_ANSWERS and not (key == "answers" and isinstance(value, list) and self._marks_one()):
+            value = _first_of(value)
+        if key in ("answers", "ground_truth") and isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+            return None  # what a program checks by, or a list that a table wrote as text
+        if key == "expected_output" and ((question != "input" and "input" in data) or any(k in data for k in PROGRAMS)):
+            return None
+        if key == "reference":  # MT-bench: one for each turn
+            value = (value[0] if value else None) if isinstance(value, list) else value
+            value = value if question == SEVERAL else None
+        if key == "code" and not (question in ("text", "prompt") and isinstance(data.get("test_list"), list)):  # MBPP
+            return None
+        if key == "preferred_output" and _preferred(value):
+            return _expected(value)
+        return value if isinstance(value, str) else None
+
+    def _marks_one(self) -> bool:
+        """Whether the item says which of its answers is right: they are options then."""
+        marks = ("label", "correct", "gold", "best_answer", "answer_i", "answerkey", "right")
+        return any(str(key).lower().startswith(marks) for key in self.data)
+
+    def _definition(self, question: str) -> list[str]:
+        """What is asked of every input of a task of Natural Instructions, as the Hub has them."""
+        data = self.data
+        is_task = "task_name" in data or str(data.get("id")).startswith("task")
+        text = text_of(data.get("definition")) if question == "inputs" and "targets" in data and is_task else ""
+        return [text] if text else []
+
+    def _is_choice(self, question: str) -> bool:
         """Whether a mode that reads no options has nothing to ask but options."""
-        if self._scored() is not None:
-            return mode not in GENERATIVE and not any(key in self.data for key in ANSWERS)
-        return question in OF_CHOICES and self._given_options() is not None
+        return question in OF_CHOICES and self._plain_options() is not None
 
     def _scored(self) -> list[tuple[str, float]] | None:
         """The options of a multiple choice by alphabet, with a score for each; None if they have none.
 
         Raises InputError for scores that are none.
         """
-        if "choices" in self.fields or any(key in self.data for key in OPTIONS):
+        if "choices" in self.fields or self._plain_options() is not None:
             return None
-        key = next((key for key in (*SCORED, SCORED_LISTS[0]) if self.data.get(key)), None)
-        if key is None:
-            return None
-        given = self.data[key]
-        if key == SCORED_LISTS[0]:
-            given = {"choices": given, "labels": self.data.get(SCORED_LISTS[1])}
-        found = scored_of(given)
-        if found is None:
-            raise InputError(f"{self.where}: {key}: expected options and a number for each, got {show(given)}")
+        given = {key: self.data[key] for key in SCORED if _written(self.data.get(key))}
+        if _written(self.data.get(SCORED_LISTS[0])):
+            given[SCORED_LISTS[0]] = {"choices": self.data[SCORED_LISTS[0]], "labels": self.data.get(SCORED_LISTS[1])}
+        found = next((scored for one in given.values() if (scored := scored_of(one)) is not None), None)
+        if found is None and given:
+            key = next(iter(given))
+            raise InputError(f"{self.where}: {key}: expected options and a number for each, got {show(given[key])}")
         return found
 
     def _check_texts(self, asked: Mapping[str, Any], answered: Mapping[str, Any]) -> None:
@@ -237,19 +305,25 @@ class Item:
         for key, value in {**asked, **answered}.items():
             fits = isinstance(value, str) or bool(_messages(value))
             if not fits and (key in asked or isinstance(value, (bool, list, dict))):
-                raise InputError(f"{self.where}: {key}: expected a text or a list of messages, got {show(value)}")
+                more = ""
+                if key in answered and _are_texts(value) and not self.fields:
+                    more = f"; if all are right, fields: {{prompt: ..., response: {key}}} takes the first"
+                raise InputError(f"{self.where}: {key}: expected a text or a list of messages, got {show(value)}{more}")
 
     def _given_options(self) -> Any:
         """What holds the options of a multiple choice; None if nothing does."""
         keys = self.fields.get("choices")
         if keys is not None:
             return {key: self._at("choices", key) for key in keys} if isinstance(keys, list) else self._field("choices")
+        plain = self._plain_options()
+        scored = self._scored() if plain is None else None
+        return plain if scored is None else [text for text, _ in scored]
+
+    def _plain_options(self) -> Any:
+        """The options that the item has without scores."""
         found = next((place[key] for place in self._places() for key in OPTIONS if key in place), None)
         if found is not None:
             return found
-        scored = self._scored()
-        if scored is not None:
-            return [text for text, _ in scored]
         lettered = {letter: self.data[letter] for letter in takewhile(self._has_text, LETTERS)}  # C-Eval, CMMLU
         return lettered if len(lettered) > 1 else None
 
@@ -275,15 +349,37 @@ class Item:
         return self.data[key]
 
     def _right(self) -> Any:
-        """What names the right option, the one of the highest score where they have scores."""
+        """What names the right option, the letter of the one of the highest score where they have scores."""
         scored = None if "answer" in self.fields else self._scored()
         if scored is not None:
-            right: Any = [text for text, score in scored if score == max(score for _, score in scored)]
+            best = max((score for _, score in scored), default=None)
+            right: Any = [LETTERS[n : n + 1] for n, (_, score) in enumerate(scored) if score == best]
         else:
             right = self._field("answer") if "answer" in self.fields else _first(self.data, RIGHT)
+        if right is None and not self.fields:
+            right = self._right_named()
         if isinstance(right, list) and len(right) > 1:
             raise _LeftOut(SEVERAL_RIGHT)
         return (right or [None])[0] if isinstance(right, list) else right
+
+    def _right_named(self) -> Any:
+        """What names the right option under one of RIGHT_NAMED; None if nothing there names one."""
+        choices, labels = options_of(self._given_options())
+        for key in RIGHT_NAMED:
+            value = self.data.get(key)
+            named = value if isinstance(value, list) else [value]
+            numbered = self.first_index if key in RIGHT_NUMBERED else None
+            if (
+                isinstance(choices, list)
+                and named
+                and all(
+                    letter_of(one, labels, choices, numbered) is not None
+                    or (key in RIGHT_NUMBERED and index_of(one) == len(choices))  # of a file that may count from 1
+                    for one in named
+                )
+            ):
+                return value
+        return None
 
     def _with_options(self, conversation: Conversation, mode: str) -> Conversation:
         """The question with its options listed, as a multiple choice asks it."""
@@ -292,7 +388,8 @@ class Item:
             raise InputError(f"{self.where}: mode {mode!r} needs 'choices', a list of 2 to {len(LETTERS)} options")
         right = self._right()
         letter = letter_of(right, labels, choices, self.first_index)
-        if letter is None and (right in (None, "") or index_of(right) == -1):
+        is_told = "answer" in self.fields or _first(self.data, RIGHT) is not None
+        if letter is None and (right in (None, "") or index_of(right) == -1 or not is_told):
             raise _LeftOut(NO_ANSWER)
         letters = tuple(LETTERS[: len(choices)])
         if letter is None:
@@ -314,17 +411,39 @@ def spelled(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _first(data: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
-    return next((data[key] for key in keys if data.get(key) is not None), None)
+    return next((data[key] for key in keys if _written(data.get(key)) is not None), None)
 
 
-def _system(where: str, given: Any) -> list[Any]:
-    """What is told beside the turns, a text or its parts (Bedrock, Gemini). Raises InputError for what is no text."""
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
+
+
+def has_parts(value: Any) -> bool:
+    """Whether these are turns as Gemini has them: roles and parts, and nothing else."""
+    return bool(_messages(value)) and all("parts" in turn and turn.keys() <= {"role", "parts"} for turn in value)
+
+
+def text_of(value: Any) -> str:
+    """A text, or texts one after another; nothing of what is neither."""
+    if _are_texts(value):
+        value = "\n\n".join(value)
+    return value if isinstance(value, str) and value.strip() else ""
+
+
+def _system(given: Any) -> list[Any]:
+    """What is told beside the turns: a text, or parts of text (Bedrock, Gemini). Other things are no system prompt."""
     if isinstance(given, dict):
-        given = next((given[key] for key in (*CONTENT, "text") if key in given), given)
-    text = _text(given) if given else ""
-    if not isinstance(text, str):
-        raise InputError(f"{where}: system: expected a text, got {show(given)}")
-    return [{"role": "system", "content": text}] if text.strip() else []
+        given = given.get("content") if _role(given) == "system" else given.get("parts", [given])
+    parts = _messages(given)
+    if parts and all(_is_text(part) for part in parts):
+        given = "\n".join(part["text"] for part in parts)
+    return [{"role": "system", "content": given}] if isinstance(given, str) and given.strip() else []
+
+
+def _is_text(part: dict[str, Any]) -> bool:
+    """Whether this is a part of text, and no document with a title."""
+    kind = part.get("type", "text")
+    return isinstance(part.get("text"), str) and kind in TEXTS and part.keys() <= {"type", "text", "cache_control"}
 
 
 def _role(turn: Any) -> str | None:
@@ -376,16 +495,40 @@ def _question(asked: Any) -> Any:
 
 
 def _expected(answer: Any) -> Any:
-    """Of several answers that are right the first: of a list, of SQuAD's `text`, of TriviaQA's `aliases`."""
+    """An answer out of what holds more than it: a message, SQuAD's `text`, TriviaQA's `value` beside its aliases."""
     if _role(answer) is not None:
         return [answer]
-    if isinstance(answer, dict) and ("text" in answer or {"value", "aliases"} <= answer.keys()):
-        answer = answer.get("text", answer.get("value"))
-    if isinstance(answer, list):
+    if isinstance(answer, dict) and isinstance(answer.get("text"), str):
+        return answer["text"]
+    if isinstance(answer, dict) and {"text", "answer_start"} <= answer.keys():
+        return _first_of(answer["text"])
+    return answer["value"] if isinstance(answer, dict) and {"value", "aliases"} <= answer.keys() else answer
+
+
+def _first_of(answers: Any) -> Any:
+    """The first of answers that are all right: texts, or objects with nothing but them and where they begin (SQuAD)."""
+    if answers == []:
+        return None
+    if _messages(answers) and all("text" in one and (len(one) == 1 or "answer_start" in one) for one in answers):
+        answers = [one["text"] for one in answers]
+    return answers[0] if _are_texts(answers) else _expected(answers)
+
+
+def _named(answer: Any) -> Any:
+    """The answer under a key that the user named: the first of any list of texts and numbers."""
+    if isinstance(answer, list) and not any(_role(one) for one in answer):
         found = [_written(one["text"] if isinstance(one, dict) and "text" in one else one) for one in answer]
         if all(one is None or isinstance(one, str) for one in found):
             return found[0] if found else None
-    return answer
+    return _first_of(answer)
+
+
+def _preferred(answer: Any) -> list[Any]:
+    """A preferred answer as the model's message: a text, or messages that end in it; nothing of anything else."""
+    if isinstance(answer, str):
+        return _answered(answer)
+    said = _messages(answer if isinstance(answer, list) else [answer])[-1:]
+    return said if said and _role(said[0]) == "assistant" else []
 
 
 def _asked(question: Any) -> list[Any]:
@@ -418,7 +561,9 @@ def _calls_tools(turn: Any) -> bool:
     if not isinstance(turn, dict):
         return False
     role, parts = turn.get("from", turn.get("role")), turn.get("parts")
-    if isinstance(parts, list) and any(_calls_tools(part) for part in parts):
+    if not any(key in turn for key in ("value", "content")) and any(
+        part.get(key) for part in _messages(parts) for key in TOOL_PARTS
+    ):
         return True
     return (isinstance(role, str) and role.lower() in TOOL_ROLES) or any(turn.get(key) for key in TOOL_KEYS)
 

@@ -41,7 +41,9 @@ def scored_of(given: Any) -> list[tuple[str, float]] | None:
     if not isinstance(texts, list) or not isinstance(scores, list) or len(texts) != len(scores):
         return None
     pairs = [(text, score) for text, score in zip(texts, scores, strict=True) if score is not None]
-    is_scored = all(isinstance(s, (int, float)) and isfinite(s) and isinstance(t, str) for t, s in pairs)
+    is_scored = all(
+        isinstance(t, str) and (isinstance(s, int) or (isinstance(s, float) and isfinite(s))) for t, s in pairs
+    )
     return sorted(pairs) if is_scored else None
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from olmfast.errors import InputError, show, told
-from olmfast.evaluation.items import ANSWERS, CONTENTS, LATER, has_parts, text_of
+from olmfast.evaluation.items import ANSWERS, CONTENTS, LATER
+from olmfast.evaluation.turns import has_parts, text_of
 from olmfast.weights.files import read_bytes
 
 # First bytes of a compressed file -> what unpacks it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -13,22 +12,24 @@ from olmfast.config.datasets import Fields, Wanted, one_or_more
 from olmfast.errors import InputError, show
 from olmfast.evaluation.metrics import CHOICES
 from olmfast.evaluation.options import LETTERS, index_of, letter_of, options_of, scored_of
-
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "chatbot", "bot", "model"), "assistant"),
-}
-# Roles of messages that call tools or hold what these say, and keys that hold calls.
-TOOL_ROLES = (
-    *("tool", "function", "function_call", "function-call", "tool_call"),
-    *("observation", "function_response", "tool_response", "ipython"),
+from olmfast.evaluation.turns import (
+    HISTORY,
+    LeftOut,
+    alternating,
+    are_texts,
+    as_list,
+    asks,
+    calls_tools,
+    has_parts,
+    history_of,
+    message_of,
+    messages_of,
+    role_of,
+    system_of,
+    text_of,
 )
-TOOL_KEYS, TOOL_PARTS = ("tool_calls", "function_call"), ("functionCall", "functionResponse")  # the last are Gemini's
+
 TURNS, CONTENTS = ("conversation", "conversations", "messages"), "contents"  # the last is Gemini's
-PAIRS = (("input", "output"), ("human", "assistant"))  # what a turn of both sides calls them: Capybara, Firefly
-CONTENT = ("value", "content", "parts")  # keys of a message that hold what is said
-TEXTS = ("text", "input_text", "output_text")  # parts of a message that are text
 OF_CHOICES = ("question", "question_stem", "query", "problem")  # what a multiple choice asks
 SEVERAL = "turns"  # questions that follow one another, of which the first is asked: MT-bench
 QUESTIONS = ("prompt", "instruction", *OF_CHOICES, "input", "inputs")
@@ -48,7 +49,7 @@ SEVERAL_ANSWERS = ("answers", "ideal", "targets", "best_answer")  # a list of th
 PROGRAMS = ("code", "test", "tests", "test_list", "test_cases")  # beside these an expected output is a program's
 ABOUT = ("passage", "article", "body", "story")  # what a question is about, told before it: AGIEval, RACE, SVAMP
 MORE = ("input", "context")  # what an instruction is about, told after it: alpaca, dolly
-SYSTEM, HISTORY = ("system", "system_prompt"), "history"
+SYSTEM = ("system", "system_prompt")
 OPTIONS, RIGHT = ("choices", "options"), ("answer", "answerKey", "label")
 # What names the right option where none of those does, and it names one: `correct` may also tell how a model did.
 RIGHT_NAMED, RIGHT_NUMBERED = ("correct", "correct_option", "gold_label"), ("correct_option", "gold_label")
@@ -60,13 +61,9 @@ _SPELLED |= {key.lower() for key in (*RIGHT_NAMED, *SCORED, *SCORED_LISTS)}
 FINAL = "####"  # GSM8K: the steps before it, the answer after it
 
 NO_ANSWER, NO_QUESTION = "without an expected answer", "without a question"
-TOOL_CALLS, NO_TEXT = "with tool calls", "with images or other parts that are no text"
+TOOL_CALLS = "with tool calls"
 SEVERAL_RIGHT = "with several right options"
 UNWANTED = "with an answer that is labelled unwanted"  # KTO's `label: false`
-
-
-class _LeftOut(Exception):
-    """An item that cannot be used, while others of its file may be; says why."""
 
 
 @dataclass(frozen=True)
@@ -101,20 +98,20 @@ class Item:
         """The conversation, or why the item is left out. Raises InputError for one that is none."""
         try:
             return self._conversation(mode)
-        except _LeftOut as left_out:
+        except LeftOut as left_out:
             return str(left_out)
 
     def _conversation(self, mode: str) -> Conversation:
         turns = self._turns(mode)
-        if any(_calls_tools(turn) for turn in turns):
-            raise _LeftOut(TOOL_CALLS)
-        messages = [_message(self.where, turn) for turn in turns]
+        if any(calls_tools(turn) for turn in turns):
+            raise LeftOut(TOOL_CALLS)
+        messages = [message_of(self.where, turn) for turn in turns]
         response = ""
         if messages and messages[-1]["role"] == "assistant":
             response = messages.pop()["content"]
         last = messages[-1]["role"] if messages else "system"
         if last == "system" or (last == "assistant" and not response.strip()):
-            raise _LeftOut(NO_QUESTION)
+            raise LeftOut(NO_QUESTION)
         found = Conversation(tuple(messages), response if response.strip() else "")
         return self._with_options(found, mode) if mode in CHOICES else found
 
@@ -123,7 +120,7 @@ class Item:
         try:
             choices, labels = options_of(self._given_options())
             right = self._right()
-        except (InputError, _LeftOut):  # which is told if the item is asked
+        except (InputError, LeftOut):  # which is told if the item is asked
             return None
         if not isinstance(choices, list) or letter_of(right, labels, choices, None) is not None:
             return None
@@ -136,29 +133,29 @@ class Item:
         if self.fields:
             asked, answer = self._prompt(), _named(self._field("response"))
             self._check_texts({"prompt": asked}, {"response": answer})
-            return [*_system(self._field("system")), *_asked(asked), *_answered(answer)]
-        system = _system(_first(data, SYSTEM))
-        turns = _listed(next((data[key] for key in TURNS if key in data), None))
+            return [*system_of(self._field("system")), *_asked(asked), *_answered(answer)]
+        system = system_of(_first(data, SYSTEM))
+        turns = as_list(next((data[key] for key in TURNS if key in data), None))
         if isinstance(turns, list) and turns:
             # The original OLM, whose key is `conversation`, reads nothing beside it.
-            turns = _alternating(turns)
+            turns = alternating(turns)
             if "conversation" in data:
                 return turns
-            answer = _preferred(data.get(WHOLE)) if _role(turns[-1]) == "user" else []
-            return [*([] if _role(turns[0]) == "system" else system), *turns, *answer]
+            answer = _preferred(data.get(WHOLE)) if role_of(turns[-1]) == "user" else []
+            return [*([] if role_of(turns[0]) == "system" else system), *turns, *answer]
         question = next((key for key in QUESTIONS if key in data), None)
         if turns == [] and question is None:
-            raise _LeftOut(NO_QUESTION)
-        if turns is None and question is None and _asks(data.get(WHOLE)):
-            return [*([] if _role(data[WHOLE][0]) == "system" else system), *data[WHOLE]]
+            raise LeftOut(NO_QUESTION)
+        if turns is None and question is None and asks(data.get(WHOLE)):
+            return [*([] if role_of(data[WHOLE][0]) == "system" else system), *data[WHOLE]]
         if turns is None and question is None and has_parts(data.get(CONTENTS)):
-            return [*(_system(data.get("systemInstruction")) or system), *data[CONTENTS]]
+            return [*(system_of(data.get("systemInstruction")) or system), *data[CONTENTS]]
         if turns is None:
             question = self._other_question(question)
         if turns is None and question is not None and (mode in CHOICES or not self._is_choice(question)):
             answered, answer = self._answer(question)
             if answered == "completion" and data.get("label") is False:
-                raise _LeftOut(UNWANTED)
+                raise LeftOut(UNWANTED)
             if isinstance(answer, str) and FINAL in answer and question == "question":
                 answer = answer.rpartition(FINAL)[2].strip()
             asked = self._first_turn() if question == SEVERAL else _question(data[question])
@@ -167,11 +164,11 @@ class Item:
                 about = [*self._definition(question), *self._texts(ABOUT, question)]
                 about = [text for text in about if text not in asked]  # not what it quotes
                 asked = "\n\n".join([*about, asked, *self._texts(MORE, question)])
-            before = [*system, *_history(self.where, data.get(HISTORY))]
+            before = [*system, *history_of(self.where, data.get(HISTORY))]
             if mode in CHOICES:
                 return [*before, *_asked(asked)]
-            if _asks(answer) and len(answer) - 1 > len(_asked(asked)):  # what was said before, beside its last question
-                return [*([] if _role(answer[0]) == "system" else before), *answer]
+            if asks(answer) and len(answer) - 1 > len(_asked(asked)):  # what was said before, beside its last question
+                return [*([] if role_of(answer[0]) == "system" else before), *answer]
             return [*before, *_asked(asked), *_answered(answer)]
         if turns is None and question is not None:
             raise InputError(f"{self.where}: is a multiple choice, which mode {mode!r} does not read; use mode choice")
@@ -214,7 +211,7 @@ class Item:
         """The first of the user's turns, each of which is a text, or an object with it as Arena-Hard has them."""
         turns = self.data[SEVERAL]
         first = turns[0] if isinstance(turns, list) and turns else None
-        if isinstance(first, dict) and _role(first) is None:
+        if isinstance(first, dict) and role_of(first) is None:
             first = first.get("content")
         if not isinstance(first, str):
             raise InputError(f"{self.where}: {SEVERAL}: expected a list of the user's texts, got {show(turns)}")
@@ -242,7 +239,7 @@ class Item:
             key == "targets"
             and isinstance(data.get(text), str)
             and isinstance(data[key], list)
-            and not _are_texts(data[key])
+            and not are_texts(data[key])
         ):
             return text, data[text]
         of_several = key in SEVERAL_ANSWERS or (key == "target" and question == "input")  # BIG-bench
@@ -303,10 +300,10 @@ class Item:
     def _check_texts(self, asked: Mapping[str, Any], answered: Mapping[str, Any]) -> None:
         """Raise InputError for a question that is no text and no messages, or an answer that is no number either."""
         for key, value in {**asked, **answered}.items():
-            fits = isinstance(value, str) or bool(_messages(value))
+            fits = isinstance(value, str) or bool(messages_of(value))
             if not fits and (key in asked or isinstance(value, (bool, list, dict))):
                 more = ""
-                if key in answered and _are_texts(value) and not self.fields:
+                if key in answered and are_texts(value) and not self.fields:
                     more = f"; if all are right, fields: {{prompt: ..., response: {key}}} takes the first"
                 raise InputError(f"{self.where}: {key}: expected a text or a list of messages, got {show(value)}{more}")
 
@@ -359,7 +356,7 @@ class Item:
         if right is None and not self.fields:
             right = self._right_named()
         if isinstance(right, list) and len(right) > 1:
-            raise _LeftOut(SEVERAL_RIGHT)
+            raise LeftOut(SEVERAL_RIGHT)
         return (right or [None])[0] if isinstance(right, list) else right
 
     def _right_named(self) -> Any:
@@ -390,7 +387,7 @@ class Item:
         letter = letter_of(right, labels, choices, self.first_index)
         is_told = "answer" in self.fields or _first(self.data, RIGHT) is not None
         if letter is None and (right in (None, "") or index_of(right) == -1 or not is_told):
-            raise _LeftOut(NO_ANSWER)
+            raise LeftOut(NO_ANSWER)
         letters = tuple(LETTERS[: len(choices)])
         if letter is None:
             wanted = ", ".join(letters)
@@ -414,79 +411,6 @@ def _first(data: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
     return next((data[key] for key in keys if _written(data.get(key)) is not None), None)
 
 
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
-
-
-def has_parts(value: Any) -> bool:
-    """Whether these are turns as Gemini has them: roles and parts, and nothing else."""
-    return bool(_messages(value)) and all("parts" in turn and turn.keys() <= {"role", "parts"} for turn in value)
-
-
-def text_of(value: Any) -> str:
-    """A text, or texts one after another; nothing of what is neither."""
-    if _are_texts(value):
-        value = "\n\n".join(value)
-    return value if isinstance(value, str) and value.strip() else ""
-
-
-def _system(given: Any) -> list[Any]:
-    """What is told beside the turns: a text, or parts of text (Bedrock, Gemini). Other things are no system prompt."""
-    if isinstance(given, dict):
-        given = given.get("content") if _role(given) == "system" else given.get("parts", [given])
-    parts = _messages(given)
-    if parts and all(_is_text(part) for part in parts):
-        given = "\n".join(part["text"] for part in parts)
-    return [{"role": "system", "content": given}] if isinstance(given, str) and given.strip() else []
-
-
-def _is_text(part: dict[str, Any]) -> bool:
-    """Whether this is a part of text, and no document with a title."""
-    kind = part.get("type", "text")
-    return isinstance(part.get("text"), str) and kind in TEXTS and part.keys() <= {"type", "text", "cache_control"}
-
-
-def _role(turn: Any) -> str | None:
-    """Whose a message is: system, user, assistant; None for another's, and for what is no message."""
-    role = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
-    return ROLES.get(role.lower()) if isinstance(role, str) else None
-
-
-def _listed(turns: Any) -> Any:
-    """Turns that are there as text, the JSON of a list."""
-    if isinstance(turns, str) and turns.lstrip().startswith("["):
-        try:
-            return json.loads(turns)
-        except (ValueError, RecursionError):
-            return turns
-    return turns
-
-
-def _alternating(turns: list[Any]) -> list[Any]:
-    """Turns that are texts alone are the user's and the model's in turn (LIMA), as are those of a turn of both."""
-    for pair in PAIRS:
-        if all(isinstance(turn, dict) and all(isinstance(turn.get(side), str) for side in pair) for turn in turns):
-            turns = [turn[side] for turn in turns for side in pair]
-    if not all(isinstance(turn, str) for turn in turns):
-        return turns
-    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(turns)]
-
-
-def _asks(value: Any) -> bool:
-    """Whether messages hold a question, and not the answer alone."""
-    return any(_role(turn) == "user" for turn in _messages(value))
-
-
-def _history(where: str, pairs: Any) -> list[Any]:
-    """Earlier turns beside a pair: [[question, answer], ...], as alpaca files of several turns have them."""
-    if not pairs:
-        return []
-    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        raise InputError(f"{where}: {HISTORY}: expected pairs of question and answer, got {show(pairs)}")
-    roles = ("user", "assistant")
-    return [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
-
-
 def _question(asked: Any) -> Any:
     """A question out of what holds more than it: `stem` as AI2 publishes it, `messages` of OpenAI's preferences."""
     if isinstance(asked, dict):
@@ -496,7 +420,7 @@ def _question(asked: Any) -> Any:
 
 def _expected(answer: Any) -> Any:
     """An answer out of what holds more than it: a message, SQuAD's `text`, TriviaQA's `value` beside its aliases."""
-    if _role(answer) is not None:
+    if role_of(answer) is not None:
         return [answer]
     if isinstance(answer, dict) and isinstance(answer.get("text"), str):
         return answer["text"]
@@ -509,14 +433,14 @@ def _first_of(answers: Any) -> Any:
     """The first of answers that are all right: texts, or objects with nothing but them and where they begin (SQuAD)."""
     if answers == []:
         return None
-    if _messages(answers) and all("text" in one and (len(one) == 1 or "answer_start" in one) for one in answers):
+    if messages_of(answers) and all("text" in one and (len(one) == 1 or "answer_start" in one) for one in answers):
         answers = [one["text"] for one in answers]
-    return answers[0] if _are_texts(answers) else _expected(answers)
+    return answers[0] if are_texts(answers) else _expected(answers)
 
 
 def _named(answer: Any) -> Any:
     """The answer under a key that the user named: the first of any list of texts and numbers."""
-    if isinstance(answer, list) and not any(_role(one) for one in answer):
+    if isinstance(answer, list) and not any(role_of(one) for one in answer):
         found = [_written(one["text"] if isinstance(one, dict) and "text" in one else one) for one in answer]
         if all(one is None or isinstance(one, str) for one in found):
             return found[0] if found else None
@@ -527,18 +451,18 @@ def _preferred(answer: Any) -> list[Any]:
     """A preferred answer as the model's message: a text, or messages that end in it; nothing of anything else."""
     if isinstance(answer, str):
         return _answered(answer)
-    said = _messages(answer if isinstance(answer, list) else [answer])[-1:]
-    return said if said and _role(said[0]) == "assistant" else []
+    said = messages_of(answer if isinstance(answer, list) else [answer])[-1:]
+    return said if said and role_of(said[0]) == "assistant" else []
 
 
 def _asked(question: Any) -> list[Any]:
     """A question that is a text, or a list of messages."""
-    return _messages(question) or [{"role": "user", "content": question}]
+    return messages_of(question) or [{"role": "user", "content": question}]
 
 
 def _answered(answer: Any) -> list[Any]:
     """An expected answer that is a text, a number, nothing, or a list of one message."""
-    if listed := _messages(answer):
+    if listed := messages_of(answer):
         return listed[-1:]
     text = _written(answer)
     text = "" if text is None else text
@@ -550,41 +474,3 @@ def _written(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return value
     return None if isinstance(value, float) and not isfinite(value) else str(value)
-
-
-def _messages(value: Any) -> list[Any]:
-    """The messages of a list of them; nothing of anything else."""
-    return value if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value) else []
-
-
-def _calls_tools(turn: Any) -> bool:
-    if not isinstance(turn, dict):
-        return False
-    role, parts = turn.get("from", turn.get("role")), turn.get("parts")
-    if not any(key in turn for key in ("value", "content")) and any(
-        part.get(key) for part in _messages(parts) for key in TOOL_PARTS
-    ):
-        return True
-    return (isinstance(role, str) and role.lower() in TOOL_ROLES) or any(turn.get(key) for key in TOOL_KEYS)
-
-
-def _message(where: str, turn: Any) -> dict[str, str]:
-    role = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
-    key = next((key for key in CONTENT if key in turn), None) if isinstance(turn, dict) else None
-    content = "" if key is not None and turn[key] is None else _text(turn[key]) if key is not None else None
-    if not isinstance(role, str) or role.lower() not in ROLES or not isinstance(content, str):
-        raise InputError(f"{where}: expected a message with 'from' (system, human, gpt) and 'value', got {show(turn)}")
-    if not content.isascii() and any("\ud800" <= character <= "\udfff" for character in content):
-        raise InputError(f"{where}: holds half of a character (a lone surrogate), which no tokenizer reads")
-    return {"role": ROLES[role.lower()], "content": content}
-
-
-def _text(content: Any) -> Any:
-    """A message's text, also where it comes in parts; what is neither stays as it is."""
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        return content
-    kinds = [part.get("type", "text") for part in content]
-    if any(isinstance(kind, str) and kind not in TEXTS for kind in kinds):
-        raise _LeftOut(NO_TEXT)
-    texts = [part.get("text") for part in content]
-    return "\n".join(texts) if all(isinstance(text, str) for text in texts) else content

@@ -45,8 +45,9 @@ class Threads:
         Threads.latest = self
 
     def start(self):
-        self.started.append(ThreadPoolExecutor(1))
-        return {"worker": Worker(), "thread": self.started[-1], "dead": False}
+        thread = ThreadPoolExecutor(1)  # its own: others are started meanwhile
+        self.started.append(thread)
+        return {"worker": Worker(), "thread": thread, "dead": False}
 
     def ask(self, handle, method, *args):
         future = Future()

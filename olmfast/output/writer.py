@@ -23,7 +23,9 @@ from olmfast.weights.checkpoint import (
     DTYPE_NAMES,
     Checkpoint,
     TensorInfo,
+    are_finite,
     digest_file,
+    is_finite,
     read_header,
     read_json,
     read_parts,
@@ -361,7 +363,7 @@ def _write_computed(
                 else torch.frombuffer(room, dtype=tensor.dtype)
             )
             source.read_into(values, start)
-            if finite and not _is_finite(values):
+            if finite and not are_finite(values):
                 raise not_finite(tensor, sources)
             if room is None:
                 output.write(at, values.view(torch.uint8).numpy().data)
@@ -373,7 +375,7 @@ def _write_computed(
 
 def _check_finite(tensor: OutputTensor, sources: Sources) -> None:
     source = tensor.expression.open(sources)
-    if tensor.dtype.is_floating_point and not all(_is_finite(values) for _, values in chunks_of(source)):
+    if tensor.dtype.is_floating_point and not all(are_finite(values) for _, values in chunks_of(source)):
         raise not_finite(tensor, sources)
 
 
@@ -388,17 +390,11 @@ def chunks_of(source: Readable, step: int = CHUNK) -> Iterator[tuple[int, torch.
         yield start, values
 
 
-def _is_finite(values: torch.Tensor) -> bool:
-    if not values.dtype.is_floating_point:
-        return True
-    return _shards.all_finite(values.data_ptr(), values.numel(), DTYPE_NAMES[values.dtype])
-
-
 def not_finite(tensor: OutputTensor, sources: Sources) -> InputError:
     """The error that names the input that holds NaN or infinity, or says that only the result does."""
     advice = "repair it, or use --allow-nonfinite to continue anyway"
     for info in tensor.expression.places(sources):
-        if info.dtype.is_floating_point and not all(bool(values.isfinite().all()) for _, values in chunks_of(info)):
+        if info.dtype.is_floating_point and not is_finite(info):
             return InputError(f"{info.file}: {info.name}: holds NaN or infinity; {advice}")
     return InputError(f"{tensor.name}: the merge turns finite inputs into NaN or infinity; {advice}")
 

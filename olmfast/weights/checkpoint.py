@@ -8,6 +8,7 @@ shape = bytes), so that a damaged file is named before any weight is used. Bytes
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,7 +23,7 @@ import xxhash
 from olmfast import _shards
 from olmfast.errors import FileChanged, InputError, OlmfastError, cut, told
 from olmfast.weights.architecture import Architecture, check_kinds, is_known
-from olmfast.weights.chunks import Readable
+from olmfast.weights.chunks import Readable, chunked
 from olmfast.weights.digests import DigestCache
 from olmfast.weights.files import check_characters, check_not_pointer, read_text, real
 from olmfast.weights.formats import instead
@@ -43,7 +44,7 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ADAPTER_CONFIG = "adapter_config.json"  # what makes a folder that of an adapter, if it has no model's weights
-CHUNK_BYTES = 4 << 20  # hashed at a time: what a core's caches hold
+CHUNK_BYTES = 4 << 20  # hashed, or checked, at a time: what a core's caches hold
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -308,12 +309,31 @@ class Checkpoint:
         for info in self.tensors.values():
             if info in checked:
                 continue
-            if info.dtype.is_floating_point and not bool(torch.isfinite(info.read()).all()):
+            if info.dtype.is_floating_point and not is_finite(info.open()):
                 raise InputError(
                     f"{info.file}: {info.name}: holds NaN or infinity, so this donor is refused; "
                     "repair it or take it out of models"
                 )
             checked.add(info)
+
+
+def is_finite(source: Readable) -> bool:
+    """Whether a tensor of floats holds no NaN and no infinity."""
+    n, step = math.prod(source.shape), CHUNK_BYTES // source.dtype.itemsize
+    buffer = torch.empty(min(n, step), dtype=source.dtype)
+    for begin, end in chunked(n, step):
+        part = buffer[: end - begin]
+        source.read_into(part, begin)
+        if not are_finite(part):
+            return False
+    return True
+
+
+def are_finite(values: torch.Tensor) -> bool:
+    """Whether values, contiguous on the CPU, are neither NaN nor infinite, as no integer is."""
+    if not values.dtype.is_floating_point:
+        return True
+    return _shards.all_finite(values.data_ptr(), values.numel(), DTYPE_NAMES[values.dtype])
 
 
 def prefetch(infos: Iterable[TensorInfo]) -> None:

@@ -380,6 +380,23 @@ def test_states_are_kept_only_where_those_of_the_longest_answers_fit(tmp_path):
         assert scorer.shares.keeps_states == kept
 
 
+@pytest.mark.usefixtures("float64_throughout")
+def test_states_that_are_not_kept_are_computed_for_all_questions_of_a_pass_at_once(tmp_path, monkeypatch):
+    world = World(tmp_path, "llama", torch.float64)
+    world.fast.shares.keeps_states = False
+    world.fast.trajectories.arrange(set(MODES))
+    unit, entered, enter = world.block(2), [], BlockwiseModel.enter
+    candidates = world.donors(unit)
+    expected = world.plain.score(unit, candidates)
+    world.fast.score(unit, candidates[:1])
+    monkeypatch.setattr(BlockwiseModel, "enter", lambda self, ids: entered.append(len(ids)) or enter(self, ids))
+    before = world.fast.statistics.decoded
+    assert_same(world.fast.score(unit, candidates), expected, 1e-9)
+    assert world.fast.statistics.decoded > before
+    assert len(entered) <= sum(task.runs_freely for task in world.fast.trajectories.tasks) / 3
+    assert max(entered) > 1
+
+
 def test_where_the_system_shows_no_peak_nothing_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr("olmfast.evaluation.memory.RESET", tmp_path / "none" / "clear_refs")
     done = []

@@ -15,6 +15,7 @@ from olmfast.evaluation import metrics
 from olmfast.evaluation.blocks import BlockwiseModel, Needed, Passing, Recorder
 from olmfast.evaluation.cache import Kept
 from olmfast.evaluation.cohort import Cohort, Statistics
+from olmfast.evaluation.encoding import make_batches
 from olmfast.evaluation.generation import Rollout
 from olmfast.evaluation.memory import Memory, Shares, is_out_of_memory
 from olmfast.evaluation.suffix import Suffix
@@ -204,8 +205,7 @@ class Passes:
         for task, of_options in zip([task for task in tasks if task.sample.options], found.choices.wait(), strict=True):
             for i, place in enumerate(places):
                 cohort.scores.set(cohort.rows[place], task.name, task.index, task.choice(of_options[i]))
-        rollouts: list[Rollout] = []
-        leaving: list[int] = []  # their rows in the pass
+        left: list[tuple[int, int, OwnTokens]] = []  # places among the candidates and the tasks, and what is followed
         for at, logits, argmax in _by_task(tasks, found.tokens):
             task, number = tasks[at], numbers[at]
             for i, place in enumerate(places):
@@ -217,12 +217,17 @@ class Passes:
                 if task.is_over(own, self.trajectories.stop_tokens):
                     self.trajectories.finish(cohort, place, number, own)
                 else:
-                    n_states = len(task.sample.prompt) + len(own.tokens) - 1  # of all tokens but the last
-                    states = self._states_below(number, suffix)
-                    rollouts.append(Rollout(place, number, own, states, n_states, task.limit - len(own.tokens)))
-                    leaving.append(i * len(tasks) + at)
-        if found.recorder is not None and rollouts:
-            self._take_along(rollouts, leaving, found.recorder, suffix.first)
+                    left.append((i, at, own))
+        if found.recorder is None or not left:
+            return
+        self._find_states_below([numbers[at] for _, at, _ in left], suffix)
+        rollouts: list[Rollout] = []
+        for i, at, own in left:
+            task, number = tasks[at], numbers[at]
+            n_states = len(task.sample.prompt) + len(own.tokens) - 1  # of all tokens but the last
+            states, limit = list(suffix.states_below[number]), task.limit - len(own.tokens)
+            rollouts.append(Rollout(places[i], number, own, states, n_states, limit))
+        self._take_along(rollouts, [i * len(tasks) + at for i, at, _ in left], found.recorder, suffix.first)
         found.batch.rollouts += rollouts
 
     def _needed(self, numbers: Sequence[int]) -> Needed:
@@ -243,18 +248,27 @@ class Passes:
             for row, one in enumerate(rollouts):
                 one.states.append(Kept(keys, values, row))
 
-    def _states_below(self, number: int, suffix: Suffix) -> list[Kept]:
-        """Keys and values in the blocks below the suffix: kept, or computed once more."""
-        batch, row = self.trajectories.place_of(number)
-        if len(batch.states) >= suffix.first:
-            return [Kept(keys, values, row) for keys, values in batch.states[: suffix.first]]
-        if number not in suffix.states_below:
-            recorder = Recorder()
-            hidden = self.blockwise.enter(self.blockwise.pad([self.trajectories.tasks[number].ids]))
-            self.blockwise.run(hidden, 0, suffix.first, recorder)
-            found = [Kept(keys, values, 0) for _, (keys, values) in sorted(recorder.states.items())]
-            suffix.states_below[number] = found
-        return list(suffix.states_below[number])
+    def _find_states_below(self, numbers: Sequence[int], suffix: Suffix) -> None:
+        """Have the suffix know these tasks' keys and values in the blocks below it: kept, or computed once more, for as
+        many tasks at a time as a pass may have."""
+        missing: list[int] = []
+        for number in dict.fromkeys(numbers):
+            if number in suffix.states_below:
+                continue
+            batch, row = self.trajectories.place_of(number)
+            if len(batch.states) >= suffix.first:
+                of_batch = batch.states[: suffix.first]
+                suffix.states_below[number] = [Kept(keys, values, row) for keys, values in of_batch]
+            else:
+                missing.append(number)
+        lengths = [len(self.trajectories.tasks[number].ids) for number in missing]
+        for rows in make_batches(lengths, self.shares.pass_tokens, self.shares.pass_overhead):
+            recorder, below = Recorder(), [missing[row] for row in rows]
+            ids = self.blockwise.pad([self.trajectories.tasks[number].ids for number in below])
+            self.blockwise.run(self.blockwise.enter(ids), 0, suffix.first, recorder)
+            of_blocks = [recorder.states[block] for block in sorted(recorder.states)]
+            for row, number in enumerate(below):
+                suffix.states_below[number] = [Kept(keys, values, row) for keys, values in of_blocks]
 
 
 def _by_task(

@@ -285,13 +285,38 @@ def test_a_stack_that_did_not_fit_is_freed_before_its_halves_are_made(tmp_path, 
         assert not any(tensor() is not None for tensor in made)
         result = stack(self, several)
         if len(several) > 1:
-            made.extend(map(weakref.ref, result.values()))
+            made.extend(map(weakref.ref, result.values.values()))
             raise torch.OutOfMemoryError("CUDA out of memory")
         return result
 
     monkeypatch.setattr(WorkingModel, "stack", crowded)
     world.fast.score(unit, world.donors(unit))
     assert world.fast.statistics.splits == 1
+
+
+@pytest.mark.usefixtures("float64_throughout")
+def test_a_candidates_values_are_fetched_while_those_before_it_are_computed_with(tmp_path, monkeypatch):
+    world = World(tmp_path, "llama", torch.float64)
+    unit, done = world.block(1), []
+    now, *candidates = world.donors(unit)
+    expected = world.plain.score(unit, candidates)
+    world.fast.score(unit, [now])
+    world.fast.shares.pass_tokens = 1  # a candidate a pass
+    fill, together = WorkingModel._fill, BlockwiseModel.run_together
+
+    def filled(self, wanted, keep):
+        if wanted:
+            done.append({name for name, *_ in wanted})
+        return fill(self, wanted, keep)
+
+    def ran(self, *args):
+        done.append("pass")
+        return together(self, *args)
+
+    monkeypatch.setattr(WorkingModel, "_fill", filled)
+    monkeypatch.setattr(BlockwiseModel, "run_together", ran)
+    assert_same(world.fast.score(unit, candidates), expected, 1e-9)
+    assert done == [set(unit.tensors), "pass", set(unit.tensors), *["pass"] * (len(done) - 3)]
 
 
 @pytest.mark.usefixtures("float64_throughout")

@@ -7,7 +7,7 @@ by its own weights; everything else sees an ordinary batch of K times the rows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -42,10 +42,13 @@ class Leaf(Protocol):
 
 
 class StackedLeaf:
-    """A module that takes and returns one tensor, with K values (name -> (K, *shape)) of some parameters."""
+    """A module that takes and returns one tensor, with K values (name -> (K, *shape)) of some parameters, of which
+    `bring` fills those that are wanted."""
 
-    def __init__(self, module: Any, values: Mapping[str, torch.Tensor]) -> None:
-        self.module, self.values = module, dict(values)
+    def __init__(
+        self, module: Any, values: Mapping[str, torch.Tensor], bring: Callable[[Sequence[int]], None] = lambda _: None
+    ) -> None:
+        self.module, self.values, self._bring = module, dict(values), bring
         self._plain = unfused(module)  # goes on computing by its own forward while the module's is replaced
 
     def each(self, x: torch.Tensor, candidates: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
@@ -57,6 +60,7 @@ class StackedLeaf:
                 return self._linear(x.reshape(k, -1, x.shape[-1]), values, k).reshape(*x.shape[:-1], -1)
             out: torch.Tensor = torch.vmap(self._call)(values, x.reshape(k, -1, *x.shape[1:]))
             return out.flatten(0, 1)
+        self._bring(candidates)
         parts = zip(candidates, torch.split(x, list(counts)), strict=True)
         own = [self._call({name: value[c] for name, value in self.values.items()}, part) for c, part in parts]
         return torch.cat(own)
@@ -74,6 +78,7 @@ class StackedLeaf:
         self._of(candidates)
 
     def _of(self, candidates: Sequence[int]) -> dict[str, torch.Tensor]:
+        self._bring(candidates)
         first, last = candidates[0], candidates[-1]
         if list(candidates) == list(range(first, last + 1)):  # a view: stacks are large
             return {name: value[first : last + 1] for name, value in self.values.items()}
@@ -142,10 +147,11 @@ def stack_leaves(model: WorkingModel, values: Sequence[Mapping[str, Expression]]
             module = model.architecture.slot(name).parameter.rsplit(".", 1)[0]
             return [ScaledLeaf(model.module.get_submodule(module), factors)]
     modules: dict[str, dict[str, torch.Tensor]] = {}
-    for name, stacked in model.stack(values).items():
+    stack = model.stack(values)
+    for name, stacked in stack.values.items():
         module, parameter = model.architecture.slot(name).parameter.rsplit(".", 1)
         modules.setdefault(module, {})[parameter] = stacked
-    return [StackedLeaf(model.module.get_submodule(name), own) for name, own in modules.items()]
+    return [StackedLeaf(model.module.get_submodule(name), own, stack.bring) for name, own in modules.items()]
 
 
 def _output_factors(model: WorkingModel, name: str, values: Sequence[Expression]) -> torch.Tensor | None:

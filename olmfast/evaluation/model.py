@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 
@@ -22,6 +23,31 @@ from olmfast.weights.sources import Expression, Sources
 
 View = Callable[[torch.Tensor], torch.Tensor]
 CANDIDATE_SHARE = 8  # a candidate's values are kept if so many candidates' are
+
+
+_Filling = tuple[str, Expression, torch.Tensor]  # a tensor's name, its values, and where they go
+
+
+class Stack:
+    """K values of each of some tensors: `values` are (K, *shape) by name, in the module's dtype and on its device.
+
+    What lies in files is fetched a candidate at a time, when its row is first asked for: a GPU computes with those
+    before it while it travels.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, torch.Tensor],
+        left: Mapping[int, list[_Filling]],
+        fill: Callable[[Sequence[_Filling]], None],
+    ) -> None:
+        self.values, self._left, self._fill = values, dict(left), fill
+
+    def bring(self, rows: Iterable[int]) -> None:
+        """Have these rows filled."""
+        wanted = [one for row in rows for one in self._left.pop(row, ())]
+        if wanted:
+            self._fill(wanted)
 
 
 class WorkingModel:
@@ -92,25 +118,22 @@ class WorkingModel:
                 self._kept[name][values[name]] = places[name] = place
         return places
 
-    def stack(self, several: Sequence[Mapping[str, Expression]]) -> dict[str, torch.Tensor]:
-        """K values of each of some tensors as they would be live: (K, *shape) in the module's dtype, on its device.
-
-        `several` are values of the same tensors. What lies in files is read in one go.
-        """
-        found: dict[str, torch.Tensor] = {}
-        to_fill: list[tuple[str, Expression, torch.Tensor]] = []
+    def stack(self, several: Sequence[Mapping[str, Expression]]) -> Stack:
+        """K values of each of some tensors as they would be live; `several` are values of the same tensors."""
+        values: dict[str, torch.Tensor] = {}
+        left: dict[int, list[_Filling]] = {row: [] for row in range(len(several))}
         for name in several[0]:
-            values = [own[name] for own in several]
-            kind = type(values[0])
-            stacked = kind.stack(values, self.sources) if all(type(one) is kind for one in values) else None
+            own = [one[name] for one in several]
+            kind = type(own[0])
+            stacked = kind.stack(own, self.sources) if all(type(one) is kind for one in own) else None
             if stacked is not None:
-                found[name] = stacked.to(self.device, self._saved_dtype(name, values[0])).to(self.dtype)
+                values[name] = stacked.to(self.device, self._saved_dtype(name, own[0])).to(self.dtype)
                 continue
             live = self.live(name)
-            found[name] = live.new_empty(len(values), *live.shape)
-            to_fill += [(name, one, target) for one, target in zip(values, found[name], strict=True)]
-        self._fill(to_fill, keep=False)
-        return found
+            values[name] = live.new_empty(len(own), *live.shape)
+            for row, one in enumerate(own):
+                left[row].append((name, one, values[name][row]))
+        return Stack(values, left, partial(self._fill, keep=False))
 
     def live(self, name: str) -> torch.Tensor:
         """The parameter, or the view of one, that a tensor fills; NaN where it lies in a block that is not there."""
@@ -148,7 +171,7 @@ class WorkingModel:
         info = self.sources.pool[self.recipe.base].tensors.get(name)
         return expression.open(self.sources).dtype if info is None else info.dtype
 
-    def _fill(self, wanted: Sequence[tuple[str, Expression, torch.Tensor]], keep: bool) -> None:
+    def _fill(self, wanted: Sequence[_Filling], keep: bool) -> None:
         """Name, expression and the tensor its values are copied into, rounded on the way as saving would round them."""
         direct: list[tuple[TensorInfo, torch.Tensor]] = []
         others: list[tuple[Expression, torch.dtype, torch.Tensor]] = []

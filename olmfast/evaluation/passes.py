@@ -19,7 +19,7 @@ from olmfast.evaluation.encoding import make_batches
 from olmfast.evaluation.generation import Rollout
 from olmfast.evaluation.memory import Memory, Shares, is_out_of_memory
 from olmfast.evaluation.suffix import Suffix
-from olmfast.evaluation.tasks import Task
+from olmfast.evaluation.tasks import OwnTokens, Task
 from olmfast.evaluation.trajectories import Trajectories
 from olmfast.evaluation.transit import Fetched, sent
 

@@ -110,6 +110,10 @@ def test_a_tensor_does_not_fit_another_shape(donors):
     info = donors["one"].tensors[donors.tensors[0]]
     with pytest.raises(OlmfastError, match="cannot be copied into"):
         copy_tensors([info.into(torch.zeros(3, 3))])
+    with pytest.raises(OlmfastError, match="cannot be copied into"):
+        Uploader(torch.device("cpu")).send([(info, torch.zeros(3, 3))], None)
+    with pytest.raises(OlmfastError, match="not to meta"):
+        info.into(torch.zeros(info.shape, device="meta"))
 
 
 def test_digests_are_read_back_only_for_an_unchanged_file(tmp_path):

@@ -10,7 +10,7 @@ What has to be computed is computed into the same buffers, and is copied in the 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import cycle
 from typing import Any, NamedTuple
@@ -26,26 +26,24 @@ N_BUFFERS = 8
 UNDERWAY = 2  # buffers whose bytes travel or are queued to, while the others are filled
 STAGE_BYTES = 512 << 20  # a block of a 7B model
 ALIGNMENT = 256
+CONTIGUOUS = torch.contiguous_format
+
+
+_Pair = tuple[TensorInfo, torch.Tensor]  # a tensor, and where it goes
 
 
 class _Piece(NamedTuple):
-    """Some rows of a tensor on their way: where they come from, where they go, where in a buffer they lie."""
+    """Some values on their way, flat: where they lie in a buffer, and where they go."""
 
-    info: TensorInfo
+    filled: torch.Tensor
     target: torch.Tensor
-    begin: int
-
-    def within(self, memory: torch.Tensor) -> torch.Tensor:
-        """Their place in a buffer's bytes, in their shape and dtype."""
-        n_bytes = self.target.numel() * self.target.element_size()
-        return memory[self.begin : self.begin + n_bytes].view(self.target.dtype).view(self.target.shape)
 
 
 class Uploader:
     """Copies tensors of checkpoints into parameters on `device`; on a CPU (for tests) without streams."""
 
     def __init__(self, device: torch.device, buffer_bytes: int = BUFFER_BYTES, stage_bytes: int = STAGE_BYTES) -> None:
-        self.device, self.buffer_bytes, self.stage_bytes = device, buffer_bytes, max(stage_bytes, buffer_bytes)
+        self.device, self.buffer_bytes, self.stage_bytes = device, buffer_bytes, stage_bytes
         self._is_cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if self._is_cuda else None  # type: ignore[no-untyped-call]
         self._buffers = [
@@ -54,33 +52,21 @@ class Uploader:
         self._last: torch.cuda.Event | None = None  # after which no buffer's bytes travel
         self._stage: torch.Tensor | None = None
 
-    def upload(self, pairs: Iterable[tuple[TensorInfo, torch.Tensor]]) -> None:
+    def upload(self, pairs: Iterable[_Pair]) -> None:
         """Fill each parameter (or view of one) from its tensor of the same shape.
 
         Work that is queued on the current stream afterwards sees the new values. Raises OlmfastError naming the
         file and tensor that cannot be read.
         """
-        pairs = [(info, target) for info, target in pairs if info.n_bytes]
-        arrived: list[tuple[_Piece, torch.Tensor]] = []
-        begin = 0
-        stage = self._staged(pairs)
-        with closing(self._filled(pairs)) as groups:
-            for pieces, filled in groups:
-                if stage is None:
-                    for piece in pieces:
-                        piece.target.copy_(piece.within(filled))
-                    continue
-                if begin + len(filled) > len(stage):
-                    self._spread(arrived)
-                    arrived, begin = [], 0
-                place = stage[begin : begin + len(filled)]
-                with torch.cuda.stream(self._stream):
-                    place.copy_(filled, non_blocking=True)
-                arrived += [(piece, place) for piece in pieces]
-                begin += len(filled)
-        self._spread(arrived)
+        for several in self._rounds(pairs):
+            places = self._staged([target for _, target in several])
+            self.send([(info, place) for (info, _), place in zip(several, places, strict=True)], None)
+            if self._stream is not None:
+                torch.cuda.current_stream(self.device).wait_stream(self._stream)
+            torch._foreach_copy_([target for _, target in several], places)
+            self._wait_for_work()  # then the stage is free
 
-    def send(self, pairs: Iterable[tuple[TensorInfo, torch.Tensor]], after: torch.cuda.Event | None) -> Any:
+    def send(self, pairs: Iterable[_Pair], after: torch.cuda.Event | None) -> Any:
         """Fill memory from tensors of the same shapes, once `after` has happened, without a stage.
 
         Returns the event by which all has arrived (None on a CPU); the bytes have left their files when this returns.
@@ -88,11 +74,21 @@ class Uploader:
         """
         if self._stream is not None and after is not None:
             self._stream.wait_event(after)
-        with closing(self._filled([pair for pair in pairs if pair[0].n_bytes], straight=True)) as groups:
-            for pieces, filled in groups:
-                with torch.cuda.stream(self._stream):  # on a CPU this does nothing
+        with torch.cuda.stream(self._stream):  # on a CPU this does nothing
+            flat: list[_Pair] = []
+            scattered: list[tuple[torch.Tensor, torch.Tensor]] = []
+            for info, target in pairs:
+                info.check_fits(target)
+                together = target if target.is_contiguous() else torch.empty_like(target, memory_format=CONTIGUOUS)
+                flat.append((info, together.view(-1)))
+                if together is not target:
+                    scattered.append((target, together))
+            with closing(self._filled(flat)) as groups:
+                for pieces in groups:
                     for piece in pieces:
-                        piece.target.copy_(piece.within(filled), non_blocking=True)
+                        piece.target.copy_(piece.filled, non_blocking=True)
+            for target, together in scattered:
+                target.copy_(together)
         return None if self._stream is None else marked(self._stream)
 
     def read(self, parts: Iterable[tuple[Readable, torch.Tensor]]) -> None:
@@ -118,21 +114,18 @@ class Uploader:
                     self._last = marked(torch.cuda.current_stream(self.device), blocking=True)
                     underway.append(self._last)
 
-    def _filled(
-        self, pairs: Iterable[tuple[TensorInfo, torch.Tensor]], straight: bool = False
-    ) -> Generator[tuple[list[_Piece], torch.Tensor], None, None]:
-        """The tensors in pieces, as many as fit a buffer at a time, and the buffer's bytes with them in it.
+    def _filled(self, pairs: Sequence[_Pair]) -> Generator[list[_Piece], None, None]:
+        """The tensors, which go to flat memory, in pieces: as many at a time as fit a buffer, with their values there.
 
-        Before the next is asked for, they are sent on by the stream (on a CPU: copied). It has to be closed: until then
-        threads may be writing into the buffers.
+        Before the next are asked for, they are sent on by the stream (on a CPU: copied). It has to be closed: until
+        then threads may be writing into the buffers.
         """
         if self._last is not None:
             self._last.synchronize()
-        buffers = cycle(self._buffers)
-        ahead: deque[tuple[list[_Piece], torch.Tensor]] = deque()
+        ahead: deque[list[_Piece]] = deque()
         underway: deque[torch.cuda.Event] = deque()
 
-        def first(filling: _shards.Filling) -> Iterator[tuple[list[_Piece], torch.Tensor]]:
+        def first(filling: _shards.Filling) -> Iterator[list[_Piece]]:
             with reading():
                 filling.wait()
             yield ahead.popleft()
@@ -145,76 +138,92 @@ class Uploader:
 
         try:
             with closing(_shards.Filling(N_BUFFERS)) as filling:
-                for n, (pieces, n_bytes) in enumerate(self._buffers_of(pairs, straight)):
+                for n, (transfers, pieces) in enumerate(self._buffers_of(pairs)):
                     # At first one is sent on for every two that are begun: the first does not wait until all are.
                     if n % 2 and n < 2 * N_BUFFERS and len(ahead) > 1:
                         yield from first(filling)
                     while len(ahead) + len(underway) == N_BUFFERS:
                         yield from first(filling)
-                    buffer = next(buffers)[:n_bytes]
                     with reading():
-                        filling.add([piece.info.into(piece.within(buffer)) for piece in pieces])
-                    ahead.append((pieces, buffer))
+                        filling.add(transfers)
+                    ahead.append(pieces)
                 while ahead:
                     yield from first(filling)
         finally:
             if self._stream is not None:
                 self._last = marked(self._stream, blocking=True)
 
-    def _buffers_of(
-        self, pairs: Iterable[tuple[TensorInfo, torch.Tensor]], straight: bool = False
-    ) -> Iterator[tuple[list[_Piece], int]]:
-        """The tensors in pieces, as many as fit a buffer at a time, and the bytes they take there."""
+    def _buffers_of(self, pairs: Sequence[_Pair]) -> Iterator[tuple[list[_shards.Transfer], list[_Piece]]]:
+        """The tensors in pieces, as many as fit a buffer at a time, and what fills it with them."""
+        buffers = cycle(self._buffers)
+        buffer, begin = next(buffers), 0
+        transfers: list[_shards.Transfer] = []
         pieces: list[_Piece] = []
-        begin = 0
         for info, target in pairs:
-            rows = target if target.dim() else target.view(1)
-            row_bytes = rows[0].numel() * target.element_size()
-            if row_bytes > self.buffer_bytes:
-                staged = torch.empty(info.shape, dtype=target.dtype)
-                copy_tensors([info.into(staged)])
-                with torch.cuda.stream(self._stream if straight else None):
-                    target.copy_(staged)
-                continue
-            at = 0
-            while at < rows.shape[0]:
-                n = min(rows.shape[0] - at, max(0, self.buffer_bytes - begin) // row_bytes)
-                if n:
-                    pieces.append(_Piece(info.rows(at, at + n), rows[at : at + n], begin))
-                    begin += n * row_bytes
-                    begin += -begin % ALIGNMENT
-                    at += n
-                if at < rows.shape[0]:
-                    yield pieces, min(begin, self.buffer_bytes)
-                    pieces, begin = [], 0
+            start, end, size = 0, target.numel(), target.itemsize
+            while start < end:
+                n = min(end - start, (self.buffer_bytes - begin) // size)
+                if n <= 0:
+                    yield transfers, pieces
+                    buffer, begin, transfers, pieces = next(buffers), 0, [], []
+                    continue
+                filled = buffer[begin : begin + n * size].view(target.dtype)
+                transfers.append(info.values_into(filled, start))
+                pieces.append(_Piece(filled, target[start : start + n]))
+                begin += n * size
+                begin += -begin % ALIGNMENT
+                start += n
         if pieces:
-            yield pieces, min(begin, self.buffer_bytes)
+            yield transfers, pieces
 
-    def _staged(self, pairs: list[tuple[TensorInfo, torch.Tensor]]) -> torch.Tensor | None:
-        """Memory on the device for all of it, if it may be that much; None where nothing travels."""
-        if self._stream is None or not pairs:
-            return None
-        wanted = sum(target.numel() * target.element_size() + ALIGNMENT for _, target in pairs)
-        n_bytes = min(self.stage_bytes, max(wanted, self.buffer_bytes))
+    def _rounds(self, pairs: Iterable[_Pair]) -> Iterator[list[_Pair]]:
+        """The tensors, or rows of them, in turns that a stage has room for."""
+        several: list[_Pair] = []
+        n_bytes = 0
+        for pair in pairs:
+            for info, target in _by_rows(*pair, self.stage_bytes):
+                if several and n_bytes + _room_of(target) > self.stage_bytes:
+                    yield several
+                    several, n_bytes = [], 0
+                several.append((info, target))
+                n_bytes += _room_of(target)
+        if several:
+            yield several
+
+    def _staged(self, targets: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Memory on the device for all of these, in a stage that stays."""
+        n_bytes = sum(map(_room_of, targets))
         if self._stage is None or len(self._stage) < n_bytes:
-            if self._stage is not None:
-                self._wait_for_work()
+            self._stage = None  # given back before more is taken
             self._stage = torch.empty(n_bytes, dtype=torch.uint8, device=self.device)
             self._wait_for_work()  # which may have had this memory before
-        return self._stage
+        places, begin = [], 0
+        for target in targets:
+            n = target.numel() * target.itemsize
+            places.append(self._stage[begin : begin + n].view(target.dtype).view(target.shape))
+            begin += _room_of(target)
+        return places
 
     def _wait_for_work(self) -> None:
         """Let the bytes that follow travel after what is queued on the device now."""
-        assert self._stream is not None
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
-    def _spread(self, arrived: list[tuple[_Piece, torch.Tensor]]) -> None:
-        """Copy what is in the stage to where it belongs, after the work that is queued; then the stage is free."""
-        if self._stream is None or not arrived:
-            return
-        torch.cuda.current_stream(self.device).wait_stream(self._stream)
-        torch._foreach_copy_([piece.target for piece, _ in arrived], [piece.within(place) for piece, place in arrived])
-        self._wait_for_work()
+
+def _room_of(target: torch.Tensor) -> int:
+    """Bytes in a stage."""
+    n_bytes = target.numel() * target.itemsize
+    return n_bytes + -n_bytes % ALIGNMENT
+
+
+def _by_rows(info: TensorInfo, target: torch.Tensor, n_bytes: int) -> Iterator[_Pair]:
+    """A tensor, in parts of as many rows as `n_bytes` hold where it is larger."""
+    if _room_of(target) <= n_bytes or not target.dim():
+        yield info, target
+        return
+    step = max(1, n_bytes // max(_room_of(target[:1]), 1))
+    for begin, end in chunked(len(target), step):
+        yield info.rows(begin, end), target[begin:end]
 
 
 def marked(stream: torch.cuda.Stream, blocking: bool = False) -> torch.cuda.Event:

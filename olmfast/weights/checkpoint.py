@@ -137,7 +137,7 @@ class TensorInfo:
 
     def read_into(self, out: torch.Tensor, start: int) -> None:
         """Fill `out`, (m,) on the CPU, with the values from flat index `start` on, converted to its dtype."""
-        copy_tensors([self._values_into(out, (len(out),), self.offset + start * self.dtype.itemsize)])
+        copy_tensors([self.values_into(out, start)])
 
     def read(self) -> torch.Tensor:
         """A copy on the CPU, in the stored dtype and shape. Raises FileChanged if the file cannot be read any more."""
@@ -188,12 +188,22 @@ class TensorInfo:
 
         `copy_tensors` does it. Raises OlmfastError if it does not fit.
         """
-        if target.device.type != "cpu" or tuple(target.shape) != self.shape or target.dtype not in DTYPE_NAMES:
+        self.check_fits(target)
+        if target.device.type != "cpu":
+            raise OlmfastError(f"{self.file}: {self.name}: is copied to main memory only, not to {target.device}")
+        return self._values_into(target, self.shape, self.offset)
+
+    def check_fits(self, target: torch.Tensor) -> None:
+        """Raise OlmfastError unless a tensor, on whatever device, has this shape and a dtype to convert to."""
+        if tuple(target.shape) != self.shape or target.dtype not in DTYPE_NAMES:
             raise OlmfastError(
                 f"{self.file}: {self.name}: has shape {self.shape}, cannot be copied into {target.dtype} "
-                f"{tuple(target.shape)} on {target.device}"
+                f"{tuple(target.shape)}"
             )
-        return self._values_into(target, self.shape, self.offset)
+
+    def values_into(self, out: torch.Tensor, start: int) -> _shards.Transfer:
+        """The values from flat index `start` on, on their way into `out`, (m,) on the CPU."""
+        return self._values_into(out, (len(out),), self.offset + start * self.dtype.itemsize)
 
     def _values_into(self, target: torch.Tensor, shape: tuple[int, ...], offset: int) -> _shards.Transfer:
         begin = int(target.storage_offset()) * target.element_size()

@@ -4,10 +4,11 @@
 
 On CUDA the model has the blocks of Llama-7B (width 4,096), 8 of them or, with OLMFAST_BENCH_ALL=1, all 32, and is
 scored in bfloat16 under `max_vram: 24GB`; elsewhere it is a small one that shows that all of this works:
-OLMFAST_BENCH_SHAPE says otherwise. Weights are random and bfloat16: each donor is one ancestor with 1 or 2 % of each
-matrix's spread added, made a tensor at a time and written a block at a time, once. Three donors of 8 blocks take 11 GB,
-of 32 blocks 40.4 GB, and as much as a fourth must be free for a result: in memory (/dev/shm) where that has room, else
-on disk (`--basetemp=FOLDER` says where); they are deleted afterwards. The plain driver loads a donor into main memory.
+OLMFAST_BENCH_SHAPE says otherwise (`8b`: Llama-3-8B's, whose keys and values take a quarter). Weights are random and
+bfloat16: each donor is one ancestor with 1 or 2 % of each matrix's spread added, computed straight into its files, once,
+the donors side by side. Three donors of 8 blocks take 11 GB, of 32 blocks 40.4 GB, and as much as a fourth must be free
+for a result: in memory (/dev/shm) where that has room, else on disk (`--basetemp=FOLDER` says where); they are deleted
+afterwards. The plain driver loads a donor into main memory.
 
 Each figure is shown as soon as it is there. On a GPU no new one is begun after 240 seconds (OLMFAST_BENCH_SECONDS says
 otherwise); what could not be finished is named at the end.
@@ -44,15 +45,13 @@ On a GPU seconds are by the clock, synchronised; on a CPU they are the processor
 from __future__ import annotations
 
 import gc
-import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -61,62 +60,25 @@ import pytest
 import torch
 from baseline import Baseline
 from figures import GPU, Figures, room, sized
+from large_case import DEVICE, DONORS, MODES, QUESTIONS, SHAPES, SOURCE, Shape, write_case
 from peak import elapsed, timed, watched
-from search_case import Case, candidates_of, llama_config, session, with_chatml, word_tokenizer, write_questions
+from search_case import Case, candidates_of, session
 
 from olmfast.evaluation.batched import BatchedScorer
-from olmfast.evaluation.conversations import load_conversations
 from olmfast.evaluation.fusing import own_forwards
 from olmfast.evaluation.scorer import Candidate
 from olmfast.evaluation.scores import Scores
 from olmfast.runs.session import Session
-from olmfast.testing import SPECIAL
 from olmfast.weights.architecture import Unit
 from olmfast.weights.expressions import Copy, merge
 
 pytestmark = pytest.mark.timeout(0)
 
-
-@dataclass(frozen=True)
-class Shape:
-    """Of a Llama; `words`: the size of its vocabulary."""
-
-    n_blocks: int
-    width: int
-    inner: int
-    heads: int
-    words: int
-
-    @property
-    def n_bytes(self) -> int:
-        """Of the weights in bfloat16; the norms are not counted."""
-        return 2 * (self.n_blocks * self.block_parameters + 2 * self.words * self.width)
-
-    @property
-    def block_parameters(self) -> int:
-        """Of a block's matrices."""
-        return 4 * self.width**2 + 3 * self.width * self.inner
-
-
-SHAPES = {
-    "7b": Shape(32, 4096, 11008, 32, 32000),
-    "quarter": Shape(8, 4096, 11008, 32, 32000),
-    "small": Shape(4, 256, 688, 4, 8000),
-    "tiny": Shape(2, 32, 48, 4, 100),
-}
 Report = Callable[..., None]
-DEVICE = torch.device("cuda" if GPU else "cpu")
-MODES = {"free.json": "exact_match", "forced.json": "bigram_loss", "likely.json": "perplexity"}
 READ_ALONG = [name for name, mode in MODES.items() if mode != "exact_match"]
-SOURCE = os.environ.get("OLMFAST_BENCH_CONVERSATIONS")
 KINDS = ("block", "svd_es")
-DONORS = ("donor0", "donor1", "donor2")
-QUESTIONS = sized(2, 64 if GPU else 16, 64)  # of each dataset
-WORDS = sized((8, 12), (60, 170), (60, 170))  # of a question that is random
-CONTEXT = 2048
 VRAM, SMALL_CARD = 24 * 10**9, 8 * 10**9
 ROUNDS = 5 if GPU else 1
-EMBEDDING, LOGITS = 3.0, 4.0  # standard deviations, as in search_case.make_case
 NOW = Candidate("now")
 BEGAN = time.perf_counter()
 SECONDS = float(os.environ.get("OLMFAST_BENCH_SECONDS", "240" if GPU else "inf"))
@@ -160,87 +122,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     """Donors and datasets; the donors do not stay."""
     _, shape = shape_asked_for()
     with room(tmp_path_factory, "large", (len(DONORS) + 1) * shape.n_bytes, MEMORY_FOLDER if GPU else None) as folder:
-        tokenizer = write_datasets(folder, shape)
-        for index, name in enumerate(DONORS):
-            write_donor(folder / "models" / name, shape, tokenizer, index)
-        yield Case(folder, DONORS)
-
-
-def write_datasets(folder: Path, shape: Shape) -> Any:
-    """Write three files of questions; returns the tokenizer that they are read with."""
-    if SOURCE is None:
-        tokenizer = word_tokenizer(shape.words)
-        for seed, name in enumerate(MODES):
-            write_questions(folder / name, None, tokenizer, QUESTIONS, WORDS, seed, answer_tokens=8)
-        return tokenizer
-    texts, files = [], []
-    for path in SOURCE.split(os.pathsep):
-        items = []
-        for conversation in load_conversations(Path(path), "exact_match", sys.maxsize).usable:
-            messages = [*conversation.messages, {"role": "assistant", "content": conversation.response}]
-            texts += [message["content"] for message in messages]
-            items.append({"messages": messages})
-        files.append(iter(items))
-    for place, name in enumerate(MODES):
-        chosen = list(islice(files[place % len(files)], QUESTIONS))
-        if len(chosen) < QUESTIONS:
-            pytest.fail(f"OLMFAST_BENCH_CONVERSATIONS: too few conversations: {len(chosen)} of {QUESTIONS} for {name}")
-        (folder / name).write_text(json.dumps(chosen))
-    return trained_on(texts, shape.words)
-
-
-def trained_on(texts: Sequence[str], n_words: int) -> Any:
-    """A byte-level BPE of at most so many tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=n_words, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return with_chatml(tokenizer)
-
-
-def write_donor(folder: Path, shape: Shape, tokenizer: Any, index: int) -> None:
-    """One ancestor, the same for all, and this donor's noise; no more than a block of it is held at a time."""
-    import transformers
-    from safetensors.torch import save_file
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    # Matrices keep the size of what goes through them, whatever the width; see search_case.make_case.
-    spread = 0.9 / shape.width**0.5
-    config = llama_config(shape.n_blocks, shape.width, shape.inner, shape.heads, shape.words, spread, CONTEXT)
-    config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
-    with torch.device("meta"):
-        sizes = {name: x.shape for name, x in transformers.LlamaForCausalLM(config).named_parameters()}
-    folder.mkdir(parents=True)
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    spreads = {"model.embed_tokens.weight": EMBEDDING, "lm_head.weight": LOGITS / shape.width**0.5}
-    shards: dict[str, dict[str, int]] = {}
-    for number, name in enumerate(sizes):
-        part = name.split(".")[2] if ".layers." in name else "rest"
-        shards.setdefault(f"model-{part}.safetensors", {})[name] = number
-    for file, numbers in shards.items():
-        tensors = {}
-        for name, number in numbers.items():
-            size = sizes[name]
-            std = spreads.get(name, spread) if len(size) == 2 else 1.0
-            value = std * normal(size, number) if len(size) == 2 else torch.ones(size, device=DEVICE)
-            value += std * 0.01 * (1 + index % 2) * normal(size, (index + 1) * len(sizes) + number)
-            tensors[name] = value.to(torch.bfloat16).cpu()
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    places = {name: file for file, numbers in shards.items() for name in numbers}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-
-
-def normal(size: Sequence[int], seed: int) -> torch.Tensor:
-    """Draws in float32, made where the model will be."""
-    return torch.randn(*size, generator=torch.Generator(DEVICE).manual_seed(seed), device=DEVICE)
+        yield write_case(folder, shape)
 
 
 def rate_of_matmul(dtype: torch.dtype, tokens: int, shape: Shape) -> float:

@@ -5,8 +5,8 @@
 On CUDA the model has the blocks of Llama-7B (width 4,096), 8 of them or, with OLMFAST_BENCH_ALL=1, all 32, and is
 scored in bfloat16 under `max_vram: 24GB`; elsewhere it is a small one that shows that all of this works:
 OLMFAST_BENCH_SHAPE says otherwise (`8b`: Llama-3-8B's, whose keys and values take a quarter). Weights are random and
-bfloat16: each donor is one ancestor with 1 or 2 % of each matrix's spread added, computed straight into its files, once,
-the donors side by side. Three donors of 8 blocks take 11 GB, of 32 blocks 40.4 GB, and as much as a fourth must be free
+bfloat16: each donor is one ancestor with 1 or 2 % of each matrix's spread added, computed straight into its files once,
+all donors side by side. Three donors of 8 blocks take 11 GB, of 32 blocks 40.4 GB, and as much as a fourth must be free
 for a result: in memory (/dev/shm) where that has room, else on disk (`--basetemp=FOLDER` says where); they are deleted
 afterwards. The plain driver loads a donor into main memory.
 

@@ -203,6 +203,25 @@ def test_candidates_may_be_split_in_any_way_and_read_later(batch_tokens, ahead, 
 
 
 @pytest.mark.usefixtures("float64_throughout")
+def test_batches_of_rollouts_use_the_memory_of_those_before_them_where_steps_are_replayed(tmp_path, monkeypatch):
+    monkeypatch.setattr(generation, "FIXED_ON", {"cpu"})
+    world = World(tmp_path, "llama", torch.float64)
+    unit, decoded, loaded = world.block(1), [], []
+    now, *candidates = world.donors(unit)
+    expected = world.plain.score(unit, candidates)
+    world.fast.score(unit, [now])
+    world.fast.shares.rollout_tokens = 120
+    resume, load = generation.Decoder.resume, generation._Fixed.load
+    monkeypatch.setattr(
+        generation.Decoder, "resume", lambda self, some, stop: decoded.append(len(some)) or resume(self, some, stop)
+    )
+    monkeypatch.setattr(generation._Fixed, "load", lambda self, some: loaded.append(len(some)) or load(self, some))
+    assert_same(world.fast.score(unit, candidates), expected, 1e-9)
+    assert max(decoded) > 1
+    assert len(decoded) / 2 <= len(loaded) < len(decoded)
+
+
+@pytest.mark.usefixtures("float64_throughout")
 @pytest.mark.parametrize(("fits", "ahead"), [(2, 2), (7, 0), (20, 1)])
 def test_what_does_not_fit_the_memory_is_halved_and_scores_the_same(fits, ahead, tmp_path, monkeypatch):
     monkeypatch.setitem(passes.PASSES_AHEAD, "cpu", ahead)

@@ -7,7 +7,7 @@ import torch
 
 from olmfast.evaluation.blocks import BlockwiseModel, Recorder
 from olmfast.evaluation.cache import Kept
-from olmfast.evaluation.generation import Rollout, _Decoding, needs_the_host, resume
+from olmfast.evaluation.generation import Decoder, Rollout, _Fixed, needs_the_host, resume
 from olmfast.evaluation.leaves import ScaledLeaf, StackedLeaf, _rows
 from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.replay import Replayed
@@ -80,6 +80,44 @@ def test_fixed_shapes_decode_what_growing_ones_do_in_every_family(family, tmp_pa
 
 
 @pytest.mark.usefixtures("float64_throughout")
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_batches_that_follow_each_other_in_the_same_memory_decode_what_each_alone_does(family, tmp_path):
+    world = World(tmp_path, family)
+    decoder = Decoder(world.module, (), world.blockwise.context, fixed=True)
+    for rows in ((3, 5, 6, 1), (0, 2, 4), (6, 0), (1, 3, 5, 2)):
+        rollouts = [world.rollouts()[row] for row in rows]
+        memory = decoder._last
+        alone = resume(world.module, rollouts, (), world.blockwise.context, STOP, fixed=False)
+        assert_same(decoder.resume(rollouts, STOP), alone)
+        assert decoder._last is memory or memory is None
+    assert decoder._last is not None
+    assert decoder.fitting(world.rollouts()[:3], ()) == []  # what ends them is another
+    rollouts = [world.rollouts()[row] for row in (0, 1, 2, 3, 4)]  # more than there are rows
+    alone = resume(world.module, rollouts, (), world.blockwise.context, STOP, fixed=False)
+    assert decoder.fitting(rollouts, STOP) == rollouts[:4]
+    assert_same(decoder.resume(rollouts, STOP), alone)
+    assert decoder._last is not memory
+
+
+@pytest.mark.usefixtures("float64_throughout")
+@pytest.mark.parametrize("kind", [StackedLeaf, ScaledLeaf])
+def test_candidates_keep_their_rows_from_batch_to_batch(kind, tmp_path):
+    world = World(tmp_path, "llama")
+    linear = world.blockwise.blocks[1].mlp.up_proj
+    factors = torch.exp(torch.randn(3, len(linear.weight), device=DEVICE, dtype=linear.weight.dtype))
+    leaf = kind(linear, factors if kind is ScaledLeaf else {"weight": linear.weight.detach() * factors[:, :, None]})
+    decoder, memory = Decoder(world.module, [leaf], world.blockwise.context, fixed=True), None
+    for rows in ((0, 1, 2, 3, 4, 5), (4, 6), (1, 5, 3)):  # two rows of each candidate's
+        rollouts = [world.rollouts(3)[row] for row in rows]
+        alone = resume(world.module, rollouts, [leaf], world.blockwise.context, STOP, fixed=False)
+        assert_same(decoder.resume(rollouts, STOP), alone)
+        assert memory in (None, decoder._last)
+        memory = decoder._last
+    fitting = decoder.fitting([world.rollouts(3)[row] for row in (0, 3, 6, 1)], STOP)
+    assert [one.task for one in fitting] == [0, 3, 1]
+
+
+@pytest.mark.usefixtures("float64_throughout")
 @pytest.mark.parametrize("candidates", [1, 3])
 @pytest.mark.parametrize("kind", [StackedLeaf, ScaledLeaf])
 def test_each_candidate_decodes_by_its_own_values(kind, candidates, tmp_path):
@@ -122,7 +160,7 @@ def test_what_a_step_needs_is_on_the_device_before_it_is_captured(kind, tmp_path
     leaf = kind(linear, factors if kind is ScaledLeaf else {"weight": linear.weight * factors[:, :, None]})
     rollouts = [world.rollouts(3)[row] for row in (0, 3, 2, 5)]  # as many of candidate 0 as of 2, and none of 1
     _rows.cache_clear()
-    decoding = _Decoding(world.module, rollouts, [leaf], world.blockwise.context, STOP, fixed=True)
+    decoding = _Fixed(world.module, rollouts, [leaf], world.blockwise.context, STOP)
     sent = _rows.cache_info().misses
     assert sent > 0
     decoding._step()
@@ -136,6 +174,3 @@ def test_work_is_done_once_a_call():
         replayed()
         assert int(count) == n
     assert replayed.is_captured == (DEVICE.type == "cuda")
-    replayed.changed()
-    replayed()
-    assert int(count) == 6

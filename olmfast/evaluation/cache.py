@@ -20,46 +20,85 @@ class Kept(NamedTuple):
 
 
 def filled_cache(
-    config: Any, inputs: Sequence[Sequence[Kept]], lengths: Sequence[int], room: int, fixed: bool = False
+    config: Any,
+    inputs: Sequence[Sequence[Kept] | None],
+    lengths: Sequence[int],
+    room: int,
+    fixed: bool = False,
 ) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """A cache that holds the states of several inputs, with room for more tokens, the mask of what is in it, and where
     the next token goes, (1,) on the device.
 
-    Each input has its keys and values per block, of which the first `lengths` tokens count. They are aligned on the
-    right. A `fixed` cache shows its room from the beginning, so that its shapes never change; where the next token goes
-    is read by it then, and counted up by whoever feeds a token.
+    Each input has its keys and values per block, of which the first `lengths` tokens count; None is a row of nothing.
+    They are aligned on the right. A `fixed` cache shows its room from the beginning, so that its shapes never change;
+    where the next token goes is read by it then, and counted up by whoever feeds a token.
     """
     from transformers import DynamicCache
 
     width = max(lengths)
     cache = DynamicCache(config=config)
-    filled_to = sent([width], inputs[0][0].keys.device)
-    places: dict[tuple[tuple[int, int], ...], tuple[torch.Tensor, ...]] = {}
-    for block in range(len(inputs[0])):
-        # What one pass has computed lies in one tensor, and is copied at once.
-        together: dict[int, list[tuple[int, int]]] = {}
-        for row, states in enumerate(inputs):
-            together.setdefault(id(states[block].keys), []).append((row, states[block].row))
-        filled = []
-        for part in ("keys", "values"):
-            first: torch.Tensor = getattr(inputs[0][block], part)
-            buffer = first.new_zeros(len(inputs), first.shape[1], width + room, first.shape[3])
-            for rows in together.values():
-                key = tuple(rows)
-                if key not in places:
-                    places[key] = _places(rows, lengths, width, first.device)
-                into_row, into_token, from_row, from_token = places[key]
-                buffer[into_row, :, into_token] = getattr(inputs[rows[0][0]][block], part)[from_row, :, from_token]
-            filled.append(buffer)
+    states = next(states for states in inputs if states is not None)
+    device = states[0].keys.device
+    filled_to = sent([width], device)
+    places: _Places = {}
+    for block, one in enumerate(states):
+        rows, n, shape = len(inputs), width + room, one.keys.shape
+        buffers = (
+            one.keys.new_zeros(rows, shape[1], n, shape[3]),
+            one.values.new_zeros(rows, one.values.shape[1], n, one.values.shape[3]),
+        )
+        _fill(buffers, block, inputs, lengths, places)
         if block < len(cache.layers) and cache.layers[block].is_sliding and not fixed:
-            cache.update(filled[0][:, :, :width], filled[1][:, :, :width], block)
+            cache.update(*(buffer[:, :, :width] for buffer in buffers), block)
         else:  # where it is fixed, the mask leaves out what has slid out of the window
-            layer = _roomy_layer()(filled[0], filled[1], width, filled_to if fixed else None)
+            layer = _roomy_layer()(*buffers, width, filled_to if fixed else None)
             cache.layers[block : block + 1] = [layer]
-    mask = torch.zeros(len(inputs), width, dtype=torch.long)
+    return cache, sent(_mask_of(lengths), device), filled_to
+
+
+def refill(
+    cache: Any, inputs: Sequence[Sequence[Kept] | None], lengths: Sequence[int], filled_to: torch.Tensor
+) -> torch.Tensor:
+    """Put other inputs into a fixed cache, in place; returns the mask of what is in it. They have to fit its room."""
+    places: _Places = {}
+    for block, layer in enumerate(cache.layers):
+        _fill(layer.buffers, block, inputs, lengths, places)
+    filled_to.fill_(max(lengths))
+    return sent(_mask_of(lengths), filled_to.device)
+
+
+def _mask_of(lengths: Sequence[int]) -> torch.Tensor:
+    mask = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
     for row, n in enumerate(lengths):
-        mask[row, width - n :] = 1
-    return cache, sent(mask, first.device), filled_to
+        mask[row, max(lengths) - n :] = 1
+    return mask
+
+
+_Places = dict[tuple[tuple[int, int], ...], tuple[torch.Tensor, ...]]
+
+
+def _fill(
+    buffers: Sequence[torch.Tensor],
+    block: int,
+    inputs: Sequence[Sequence[Kept] | None],
+    lengths: Sequence[int],
+    places: _Places,
+) -> None:
+    """Copy a block's states to where they lie in its buffers. What one pass has computed lies in one tensor, and is
+    copied at once; `places` are those of the blocks before."""
+    together: dict[int, list[tuple[int, int]]] = {}
+    for row, states in enumerate(inputs):
+        if states is not None:
+            together.setdefault(id(states[block].keys), []).append((row, states[block].row))
+    for rows in together.values():
+        states = inputs[rows[0][0]]
+        assert states is not None
+        key = tuple(rows)
+        if key not in places:
+            places[key] = _places(rows, lengths, max(lengths), buffers[0].device)
+        into_row, into_token, from_row, from_token = places[key]
+        for buffer, computed in zip(buffers, states[block][:2], strict=True):
+            buffer[into_row, :, into_token] = computed[from_row, :, from_token]
 
 
 def _places(

@@ -17,9 +17,9 @@ from olmfast.evaluation.memory import is_out_of_memory
 class Replayed:
     """Does `work` at each call: on a GPU as a CUDA graph, elsewhere by calling it.
 
-    The work takes and leaves everything in memory that stays where it is; `changed` says that it is another one now.
-    Unless `is_loaded`, the first call is not captured: it compiles and loads what it launches. Work that cannot be
-    captured after such a call, because it waits for the device, `is_refused`, and goes on being called.
+    The work takes and leaves everything in memory that stays where it is. Unless `is_loaded`, the first call is not
+    captured: it compiles and loads what it launches. Work that cannot be captured after such a call, because it waits
+    for the device, `is_refused`, and goes on being called.
     """
 
     def __init__(self, work: Callable[[], None], device: torch.device, is_loaded: bool = False) -> None:
@@ -44,10 +44,6 @@ class Replayed:
     def is_captured(self) -> bool:
         """Whether calls replay a graph."""
         return self._graph is not None
-
-    def changed(self) -> None:
-        """The work has other memory: capture it anew."""
-        self._graph, self._was_called = None, False
 
     def _captured(self) -> Any:
         """The work as a graph, or None. What is captured is not done."""

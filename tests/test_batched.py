@@ -16,7 +16,7 @@ from olmfast import run
 from olmfast.config.datasets import DatasetConfig
 from olmfast.config.run import load_config
 from olmfast.errors import InputError
-from olmfast.evaluation import generation, memory, passes
+from olmfast.evaluation import decoding, generation, memory, passes
 from olmfast.evaluation.batched import BatchedScorer
 from olmfast.evaluation.blocks import BlockwiseModel
 from olmfast.evaluation.blueprint import draw_up
@@ -190,7 +190,7 @@ def test_rows_that_are_done_may_be_decoded_on_until_the_next_look(tmp_path, monk
 def test_candidates_may_be_split_in_any_way_and_read_later(batch_tokens, ahead, tmp_path, monkeypatch):
     if ahead:  # as on a GPU
         monkeypatch.setitem(passes.PASSES_AHEAD, "cpu", ahead)
-        monkeypatch.setattr(generation, "FIXED_ON", {"cpu"})
+        monkeypatch.setattr(decoding, "FIXED_ON", {"cpu"})
     world = World(tmp_path, "qwen2", torch.float64)
     scorer = world.scorer(batch_tokens)
     unit = world.pool.architecture.module_units(world.tensors)[9]
@@ -204,18 +204,18 @@ def test_candidates_may_be_split_in_any_way_and_read_later(batch_tokens, ahead, 
 
 @pytest.mark.usefixtures("float64_throughout")
 def test_batches_of_rollouts_use_the_memory_of_those_before_them_where_steps_are_replayed(tmp_path, monkeypatch):
-    monkeypatch.setattr(generation, "FIXED_ON", {"cpu"})
+    monkeypatch.setattr(decoding, "FIXED_ON", {"cpu"})
     world = World(tmp_path, "llama", torch.float64)
     unit, decoded, loaded = world.block(1), [], []
     now, *candidates = world.donors(unit)
     expected = world.plain.score(unit, candidates)
     world.fast.score(unit, [now])
     world.fast.shares.rollout_tokens = 120
-    resume, load = generation.Decoder.resume, generation._Fixed.load
+    resume, load = decoding.Decoder.resume, decoding._Fixed.load
     monkeypatch.setattr(
-        generation.Decoder, "resume", lambda self, some, stop: decoded.append(len(some)) or resume(self, some, stop)
+        decoding.Decoder, "resume", lambda self, some, stop: decoded.append(len(some)) or resume(self, some, stop)
     )
-    monkeypatch.setattr(generation._Fixed, "load", lambda self, some: loaded.append(len(some)) or load(self, some))
+    monkeypatch.setattr(decoding._Fixed, "load", lambda self, some: loaded.append(len(some)) or load(self, some))
     assert_same(world.fast.score(unit, candidates), expected, 1e-9)
     assert max(decoded) > 1
     assert len(decoded) / 2 <= len(loaded) < len(decoded)
@@ -271,7 +271,7 @@ def test_what_does_not_fit_while_a_pass_is_read_is_halved_too(ahead, tmp_path, m
 def test_a_step_that_is_not_replayed_is_told_once(tmp_path, monkeypatch):
     world, told = World(tmp_path, "llama", torch.float32), []
     monkeypatch.setattr(world.fast, "note", told.append)
-    generation._NEEDS_THE_HOST.add(world.fast.blockwise.module)
+    decoding._NEEDS_THE_HOST.add(world.fast.blockwise.module)
     for _ in range(2):
         world.fast.score(world.block(1), world.donors(world.block(1)))
     assert told == ["llama: a step of decoding waits for the host, so it is not replayed"]

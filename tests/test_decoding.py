@@ -7,7 +7,7 @@ import torch
 
 from olmfast.evaluation.blocks import BlockwiseModel, Recorder
 from olmfast.evaluation.cache import Kept
-from olmfast.evaluation.generation import Decoder, Rollout, _Fixed, needs_the_host, resume
+from olmfast.evaluation.decoding import Decoder, Rollout, _Fixed, needs_the_host, resume
 from olmfast.evaluation.leaves import ScaledLeaf, StackedLeaf, _rows
 from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.replay import Replayed

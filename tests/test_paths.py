@@ -14,7 +14,7 @@ from olmfast.dataflow.hops import Hop
 from olmfast.dataflow.kinds import LayerKinds
 from olmfast.dataflow.running import PathCandidate, PathModel
 from olmfast.dataflow.scoring import PathScorer, Tree
-from olmfast.evaluation import generation
+from olmfast.evaluation import decoding
 from olmfast.evaluation.encoding import load_datasets
 from olmfast.evaluation.model import WorkingModel
 from olmfast.evaluation.scorer import Candidate
@@ -72,7 +72,7 @@ def candidates(pool: Pool, hops: dict[str, list[Hop]], entry="a", out="a") -> li
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_scores_as_the_folded_model_does(family, tmp_path, monkeypatch):
     if family in ("llama", "gemma2", "gpt2"):  # decoded as on a GPU
-        monkeypatch.setattr(generation, "FIXED_ON", {"cpu"})
+        monkeypatch.setattr(decoding, "FIXED_ON", {"cpu"})
     pool = pool_of(family)
     fast, plain = scorers(pool, tmp_path, MODES if family == "llama" else ("bigram_loss", "exact_match"))
     wide = drawn(1, D) if family == "gemma2" else drawn(1, D, D)

@@ -20,8 +20,8 @@ from olmfast.dataflow.running import HopBlock, PathCandidate, PathModel
 from olmfast.evaluation import metrics
 from olmfast.evaluation.blocks import Needed, Recorder, State, mlp_only_for
 from olmfast.evaluation.cache import Kept
+from olmfast.evaluation.decoding import Rollout, resume
 from olmfast.evaluation.encoding import Dataset, make_batches
-from olmfast.evaluation.generation import Rollout, resume
 from olmfast.evaluation.memory import CPU_TOKENS, is_out_of_memory
 from olmfast.evaluation.scorer import Candidate, Direction, Scorer, Slopes
 from olmfast.evaluation.scores import Scores, wanted_samples

@@ -14,9 +14,9 @@ import torch
 
 from olmfast.evaluation.blocks import BlockwiseModel
 from olmfast.evaluation.cohort import Cohort, Statistics
+from olmfast.evaluation.decoding import needs_the_host
 from olmfast.evaluation.division import Part
 from olmfast.evaluation.encoding import Dataset, Sample
-from olmfast.evaluation.generation import RolloutQueue, needs_the_host
 from olmfast.evaluation.head import ModuleHead
 from olmfast.evaluation.leaves import Leaf, is_stackable, stack_leaves
 from olmfast.evaluation.lessons import Lessons
@@ -26,6 +26,7 @@ from olmfast.evaluation.passes import Passes
 from olmfast.evaluation.planning import Call, Planner, Way, Work
 from olmfast.evaluation.prefix import Prefix
 from olmfast.evaluation.residency import RESIDENT
+from olmfast.evaluation.rollouts import RolloutQueue
 from olmfast.evaluation.scorer import Candidate, Direction, Slopes
 from olmfast.evaluation.scores import Scores
 from olmfast.evaluation.sequential import SequentialScorer

@@ -15,8 +15,8 @@ from olmfast.evaluation import metrics
 from olmfast.evaluation.blocks import BlockwiseModel, Needed, Passing, Recorder
 from olmfast.evaluation.cache import Kept
 from olmfast.evaluation.cohort import Cohort, Statistics
+from olmfast.evaluation.decoding import Rollout
 from olmfast.evaluation.encoding import make_batches
-from olmfast.evaluation.generation import Rollout
 from olmfast.evaluation.memory import Memory, Shares, is_out_of_memory
 from olmfast.evaluation.suffix import Suffix
 from olmfast.evaluation.tasks import OwnTokens, Task

@@ -150,17 +150,15 @@ def test_what_cannot_be_captured_is_called_as_it_is(tmp_path):
     assert not needs_the_host(other.module)
 
 
-@pytest.mark.parametrize("kind", [StackedLeaf, ScaledLeaf])
 @torch.inference_mode()
-def test_what_a_step_needs_is_on_the_device_before_it_is_captured(kind, tmp_path):
-    """Rows of a stack too, which are sent once: the first step of a module's second batch is captured."""
+def test_what_a_step_needs_is_on_the_device_before_it_is_captured(tmp_path):
+    """Rows of factors too, which are sent once: the first step of a module's second batch is captured."""
     world = World(tmp_path, "llama")
     linear = world.blockwise.blocks[1].mlp.up_proj
     factors = torch.rand(3, len(linear.weight), device=DEVICE, dtype=linear.weight.dtype)
-    leaf = kind(linear, factors if kind is ScaledLeaf else {"weight": linear.weight * factors[:, :, None]})
     rollouts = [world.rollouts(3)[row] for row in (0, 3, 2, 5)]  # as many of candidate 0 as of 2, and none of 1
     _rows.cache_clear()
-    decoding = _Fixed(world.module, rollouts, [leaf], world.blockwise.context, STOP)
+    decoding = _Fixed(world.module, rollouts, [ScaledLeaf(linear, factors)], world.blockwise.context, STOP)
     sent = _rows.cache_info().misses
     assert sent > 0
     decoding._step()

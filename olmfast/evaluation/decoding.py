@@ -177,8 +177,7 @@ class _Batch:
         """The candidates that rows are of, in turn."""
         names, counts = np.unique(places, return_counts=True)
         self.places, self.counts = names.tolist(), counts.tolist()
-        for leaf in self.leaves:
-            leaf.prepare(self.places, self.counts)
+        self._prepared = [leaf.prepare(self.places, self.counts) for leaf in self.leaves]
 
 
 class _Growing(_Batch):

@@ -36,8 +36,9 @@ class Leaf(Protocol):
         """x (batch, ..., in), the same for all candidates -> (K * batch, ..., out)."""
         ...
 
-    def prepare(self, candidates: Sequence[int], counts: Sequence[int]) -> None:
-        """Send to the device what `each` needs there for these: while it is captured nothing can be sent."""
+    def prepare(self, candidates: Sequence[int], counts: Sequence[int]) -> Any:
+        """Send to the device what `each` needs there for these: while it is captured nothing can be sent. Returns what
+        has to be kept as long as that is replayed."""
         ...
 
 
@@ -53,14 +54,12 @@ class StackedLeaf:
 
     def each(self, x: torch.Tensor, candidates: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
         """See `Leaf.each`."""
-        k = len(candidates)
-        if k > 1 and len(set(counts)) == 1:
-            values = self._of(candidates)
+        k, values = len(candidates), self._together(candidates)
+        if values is not None and len(set(counts)) == 1:
             if isinstance(self.module, torch.nn.Linear):
                 return self._linear(x.reshape(k, -1, x.shape[-1]), values, k).reshape(*x.shape[:-1], -1)
             out: torch.Tensor = torch.vmap(self._call)(values, x.reshape(k, -1, *x.shape[1:]))
             return out.flatten(0, 1)
-        self._bring(candidates)
         parts = zip(candidates, torch.split(x, list(counts)), strict=True)
         own = [self._call({name: value[c] for name, value in self.values.items()}, part) for c, part in parts]
         return torch.cat(own)
@@ -68,21 +67,23 @@ class StackedLeaf:
     def shared(self, x: torch.Tensor, candidates: Sequence[int]) -> torch.Tensor:
         """See `Leaf.shared`."""
         k, batch = len(candidates), x.shape[0]
-        if k > 1 and isinstance(self.module, torch.nn.Linear):
-            out = self._linear(x.reshape(-1, x.shape[-1]), self._of(candidates), k)
+        values = self._together(candidates)
+        if values is not None and isinstance(self.module, torch.nn.Linear):
+            out = self._linear(x.reshape(-1, x.shape[-1]), values, k)
             return out.reshape(k * batch, *x.shape[1:-1], -1)
         return self.each(tile(x, k), candidates, [batch] * k)
 
-    def prepare(self, candidates: Sequence[int], counts: Sequence[int]) -> None:  # noqa: ARG002
+    def prepare(self, candidates: Sequence[int], counts: Sequence[int]) -> Any:  # noqa: ARG002
         """See `Leaf.prepare`."""
-        self._of(candidates)
+        self._bring(candidates)
 
-    def _of(self, candidates: Sequence[int]) -> dict[str, torch.Tensor]:
+    def _together(self, candidates: Sequence[int]) -> dict[str, torch.Tensor] | None:
+        """The values of several candidates that are next to each other in the stacks: others would be copied."""
         self._bring(candidates)
         first, last = candidates[0], candidates[-1]
-        if list(candidates) == list(range(first, last + 1)):  # a view: stacks are large
-            return {name: value[first : last + 1] for name, value in self.values.items()}
-        return {name: value[_rows(tuple(candidates), value.device)] for name, value in self.values.items()}
+        if first == last or list(candidates) != list(range(first, last + 1)):
+            return None
+        return {name: value[first : last + 1] for name, value in self.values.items()}
 
     def _linear(self, x: torch.Tensor, values: dict[str, torch.Tensor], k: int) -> torch.Tensor:
         weight, bias = self.module.weight, self.module.bias
@@ -91,6 +92,8 @@ class StackedLeaf:
         return kernels.stacked_linear(x, weights, biases)
 
     def _call(self, values: dict[str, torch.Tensor], x: torch.Tensor) -> Any:
+        if isinstance(self.module, torch.nn.Linear):
+            return linear(x, values.get("weight", self.module.weight), values.get("bias", self.module.bias))
         return torch.func.functional_call(self._plain, values, (x,))
 
 
@@ -105,9 +108,9 @@ class ScaledLeaf:
         factors = self.factors[self._rows_of(candidates, counts)]
         return self._shift(linear(x, self.module.weight) * factors.view(len(x), *[1] * (x.dim() - 2), -1))
 
-    def prepare(self, candidates: Sequence[int], counts: Sequence[int]) -> None:
+    def prepare(self, candidates: Sequence[int], counts: Sequence[int]) -> Any:
         """See `Leaf.prepare`."""
-        self._rows_of(candidates, counts)
+        return self._rows_of(candidates, counts)
 
     def _rows_of(self, candidates: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
         rows = [candidate for candidate, count in zip(candidates, counts, strict=True) for _ in range(count)]

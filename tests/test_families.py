@@ -94,6 +94,19 @@ def test_working_model_of_a_whole_donor_equals_from_pretrained(family, tmp_path)
     assert_same(model.module, from_transformers(folder), ids)
 
 
+@pytest.mark.usefixtures("float64_throughout")
+@pytest.mark.parametrize(("family", "key"), [("qwen3_moe", "moe_intermediate_size"), ("olmoe", "intermediate_size")])
+def test_a_config_may_leave_out_what_its_class_has(family, key, tmp_path):
+    own = getattr(AutoConfig.for_model(family), key)
+    folder = tiny_model(tmp_path / "one", family, **{key: own}, num_experts=2, num_experts_per_tok=1)
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop(key) == own
+    (folder / "config.json").write_text(json.dumps(config))
+    pool = open_pool(tmp_path, ["one"])
+    model = WorkingModel(whole("one", pool.tensors), Sources(pool, tmp_path), CPU, torch.float64)
+    assert_same(model.module, from_transformers(folder), torch.arange(5, 20)[None])
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_units_cover_every_tensor_once(family, tmp_path):
     tiny_model(tmp_path / "donor", family, 0)

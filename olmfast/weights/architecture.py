@@ -42,13 +42,12 @@ class Flow:
 @dataclass(frozen=True)
 class Experts:
     """Where the matrices of each expert lie in files, as `PATH.NUMBER.NAME.weight`; the module holds gate and up fused,
-    experts stacked. The rows of a gate are a key of the config."""
+    experts stacked."""
 
     path: str = "mlp.experts"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
-    width_key: str = "intermediate_size"
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,6 @@ FAMILIES: dict[str, Family] = {
     "olmoe": _MOE,
     "qwen3_moe": replace(
         _MOE,
-        experts=Experts(width_key="moe_intermediate_size"),
         flow=Flow((r"mlp\.(experts\.\d+\.)?down_proj",)),  # some of its blocks may have a plain MLP
     ),
 }
@@ -228,14 +226,17 @@ class Unit:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a tensor lands in the live module: a parameter, or the part of it that `index` selects."""
+    """Where a tensor lands in the live module: a parameter, or the part of it that `index` selects, of which it may be
+    the first or the second half (0, 1) of the rows."""
 
     parameter: str
-    index: tuple[int | slice, ...] = ()
+    index: tuple[int, ...] = ()
+    half: int | None = None
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor:
         """The view of the parameter that this slot fills."""
-        return parameter[self.index] if self.index else parameter
+        part = parameter[self.index] if self.index else parameter
+        return part if self.half is None else part.tensor_split(2)[self.half]
 
 
 @dataclass(frozen=True)
@@ -382,11 +383,9 @@ class Architecture:
         return Slot(name)
 
     def _expert_slot(self, experts: Experts, module: str, index: int, name: str) -> Slot:
-        width = self.config.get(experts.width_key, 0)
         if name == experts.down:
             return Slot(f"{module}.down_proj", (index,))
-        rows = slice(0, width) if name == experts.gate else slice(width, 2 * width)
-        return Slot(f"{module}.gate_up_proj", (index, rows))
+        return Slot(f"{module}.gate_up_proj", (index,), 0 if name == experts.gate else 1)
 
     def model_unit(self, tensors: Sequence[str]) -> Unit:
         """Every tensor that the module uses."""

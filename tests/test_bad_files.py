@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from olmfast.config.loading import parse_yaml
 from olmfast.errors import InputError, show, told
-from olmfast.evaluation import blueprint, rendering
+from olmfast.evaluation import blueprint, misfits, rendering
 from olmfast.search.log import Outcome, Standing
 from olmfast.search.record import Record
 from olmfast.testing import FAMILIES, tiny_run
@@ -253,9 +253,10 @@ def test_a_wrong_key_of_a_model_of_many_blocks_is_found_with_few_of_them(monkeyp
         compared.append(len(shapes))
         return differing(module, architecture, shapes)
 
-    original, differing = blueprint.build_module, blueprint._differing
+    original, differing = blueprint.build_module, misfits.differing
     monkeypatch.setattr(blueprint, "build_module", building)
-    monkeypatch.setattr(blueprint, "_differing", comparing)
+    for file in (blueprint, misfits):
+        monkeypatch.setattr(file, "differing", comparing)
     config = {key: value for key, value in {**true, **keys}.items() if value is not None}
     with pytest.raises(InputError, match=f"{next(iter(keys))}: {true[next(iter(keys))]} fits$"):
         blueprint.check_fit(config, Architecture.from_config(config, "it"), shapes, where, tied=False)

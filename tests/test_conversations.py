@@ -368,6 +368,41 @@ def test_a_choice_that_cannot_be_asked_is_named(tmp_path, item, message):
     assert message in refusal(tmp_path, [item], "choice")
 
 
+PUBLISHED = [  # an item, its question, its options' first letters, and which is right
+    ({"ctx": "A man", "ctx_a": "A", "endings": ["eats.", "runs.", "sits."], "label": "2"}, "A man", "ers", "C"),
+    ({"goal": "Open it.", "sol1": "Twist.", "sol2": "Eat.", "label": 0}, "Open it.", "TE", "A"),
+    ({"sentence": "_ was mad.", "option1": "Tom", "option2": "Bob", "answer": "1"}, "_ was mad.", "TB", "A"),
+    ({"question": "Q?", "opa": "w", "opb": "x", "opc": "y", "opd": "z", "cop": 3, "exp": "so"}, "Q?", "wxyz", "D"),
+    (
+        {"question": "Q?", "support": "S.", "correct_answer": "C"} | {f"distractor{i + 1}": "dBa"[i] for i in range(3)},
+        "S.\n\nQ?",
+        "BCad",
+        "B",
+    ),
+    (
+        {"Question": "Q?", "Correct Answer": "y"} | {f"Incorrect Answer {i + 1}": "zxw"[i] for i in range(3)},
+        "Q?",
+        "wxyz",
+        "C",
+    ),
+]
+
+
+@pytest.mark.parametrize(("item", "asked", "options", "letter"), PUBLISHED)
+def test_multiple_choices_are_read_as_they_are_published(tmp_path, item, asked, options, letter):
+    """Where the right option has a key of its own, options are listed by alphabet."""
+    (found,) = load(tmp_path, [item], "choice")
+    question, *listed, end = found.messages[-1]["content"].removeprefix(asked).split("\n")
+    assert (question, end) == ("", "Answer:")
+    assert [line[:4] for line in listed] == [f"{'ABCD'[i]}. {first}" for i, first in enumerate(options)]
+    assert found.response == letter
+    right = item.get("correct_answer", item.get("Correct Answer"))
+    if right is not None:
+        assert load(tmp_path, [item])[0].response == right
+    else:
+        assert "is a multiple choice, which mode 'exact' does not read" in refusal(tmp_path, [item])
+
+
 def test_a_question_with_options_is_no_conversation_for_other_modes(tmp_path):
     for item in (
         {"question": "2+2=", "choices": ["3", "4"], "answer": 1},

@@ -15,6 +15,7 @@ from olmfast.evaluation.items import KNOWN, NO_ANSWER, SCORED, SCORED_LISTS, Con
 from olmfast.evaluation.metrics import CHOICES, GENERATIVE
 from olmfast.evaluation.mmlu import LETTERS, Subject, is_mmlu_file, read_mmlu, read_questions, worked_examples
 from olmfast.evaluation.options import first_index
+from olmfast.evaluation.published import Shape, shape_of
 
 
 class Conversations(NamedTuple):
@@ -63,7 +64,9 @@ def load_conversations(
     items = items_in(path, named or KNOWN, named=bool(named))
 
     def item(number: int, data: dict[Any, Any], first: int = 0) -> Item:
-        return Item(f"{path}: item {number}", data if fields else spelled(data), fields or {}, first)
+        shape = Shape(fields) if fields else shape_of(data)
+        first = first if shape.first_index is None else shape.first_index
+        return Item(f"{path}: item {number}", data if shape.fields else spelled(data), shape.fields, first)
 
     known = [item(number, data) for number, data in enumerate(items) if isinstance(data, dict)]
     first = first_index(one.option_index() for one in known) if mode in CHOICES else 0

@@ -10,7 +10,7 @@ from typing import Any
 
 from olmfast.config.datasets import Fields, Wanted, one_or_more
 from olmfast.errors import InputError, show
-from olmfast.evaluation.metrics import CHOICES
+from olmfast.evaluation.metrics import CHOICES, GENERATIVE
 from olmfast.evaluation.options import LETTERS, index_of, letter_of, options_of, scored_of
 from olmfast.evaluation.turns import (
     HISTORY,
@@ -61,6 +61,7 @@ _SPELLED |= {key.lower() for key in (*RIGHT_NAMED, *SCORED, *SCORED_LISTS)}
 FINAL = "####"  # GSM8K: the steps before it, the answer after it
 
 NO_ANSWER, NO_QUESTION = "without an expected answer", "without a question"
+OTHER_MODE = "is a multiple choice, which mode {} does not read; use mode choice"
 TOOL_CALLS = "with tool calls"
 SEVERAL_RIGHT = "with several right options"
 UNWANTED = "with an answer that is labelled unwanted"  # KTO's `label: false`
@@ -131,6 +132,8 @@ class Item:
         """The messages as the item has them."""
         data = self.data
         if self.fields:
+            if "choices" in self.fields and "response" not in self.fields and mode not in {*CHOICES, *GENERATIVE}:
+                raise InputError(f"{self.where}: {OTHER_MODE.format(show(mode))}")
             asked, answer = self._prompt(), _named(self._field("response"))
             self._check_texts({"prompt": asked}, {"response": answer})
             return [*system_of(self._field("system")), *_asked(asked), *_answered(answer)]
@@ -171,7 +174,7 @@ class Item:
                 return [*([] if role_of(answer[0]) == "system" else before), *answer]
             return [*before, *_asked(asked), *_answered(answer)]
         if turns is None and question is not None:
-            raise InputError(f"{self.where}: is a multiple choice, which mode {mode!r} does not read; use mode choice")
+            raise InputError(f"{self.where}: {OTHER_MODE.format(show(mode))}")
         keys = ", ".join(map(str, data)) or "none"
         also, fields = "", "{prompt: ..., response: ...}"
         if mode in CHOICES:
@@ -310,8 +313,13 @@ class Item:
     def _given_options(self) -> Any:
         """What holds the options of a multiple choice; None if nothing does."""
         keys = self.fields.get("choices")
+        if isinstance(keys, list):
+            options = {key: self._at("choices", key) for key in keys}
+            if self._right_key() is None:
+                return options
+            return dict(sorted(options.items(), key=lambda option: str(option[1])))  # it tends to be the first
         if keys is not None:
-            return {key: self._at("choices", key) for key in keys} if isinstance(keys, list) else self._field("choices")
+            return self._field("choices")
         plain = self._plain_options()
         scored = self._scored() if plain is None else None
         return plain if scored is None else [text for text, _ in scored]
@@ -345,8 +353,15 @@ class Item:
             )
         return self.data[key]
 
+    def _right_key(self) -> str | None:
+        """The key of the option that `fields` says is the right one, where each option has a key."""
+        keys, right = self.fields.get("choices"), self.fields.get("answer")
+        return right if isinstance(keys, list) and isinstance(right, str) and right in keys else None
+
     def _right(self) -> Any:
         """What names the right option, the letter of the one of the highest score where they have scores."""
+        if (key := self._right_key()) is not None:
+            return key
         scored = None if "answer" in self.fields else self._scored()
         if scored is not None:
             best = max((score for _, score in scored), default=None)

@@ -25,9 +25,10 @@ part() {  # name, limit in seconds, command
   if [ -n "$whole" ] && [ "$limit" -gt $((total - SECONDS)) ]; then limit=$((total - SECONDS)); fi
   if [ "$limit" -lt 10 ]; then say "== $name: left out, $SECONDS s have passed"; return; fi
   say "" "== $name: $*"
-  # Interrupted, pytest still tells what has failed until then.
-  timeout --foreground --signal=INT --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$results"
-  status=${PIPESTATUS[0]}
+  # Interrupted, pytest still tells what has failed until then. What it leaves behind holds nobody up.
+  timeout --foreground --signal=INT --kill-after=10 "$limit" "$@" > >(tee -a "$results") 2>&1
+  status=$?
+  sleep 0.5
   if [ "$status" = 124 ] || [ "$status" = 137 ]; then say "== $name: stopped at its limit of $limit s"; fi
   if [ "$status" != 0 ]; then failed+=("$name"); fi
   say "== $name: exit code $status, $((SECONDS - began)) s"

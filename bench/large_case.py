@@ -160,7 +160,8 @@ def write_shard(path: Path, sizes: Mapping[str, Sequence[int]], value: Callable[
     text += b" " * (-len(text) % 8)
     with path.open("wb+") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + n_bytes)
+        file.flush()
+        os.posix_fallocate(file.fileno(), 0, 8 + len(text) + n_bytes)  # an error where there is no room
         memory = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8, offset=8 + len(text))
         for name, place in places.items():
             memory[place].view(torch.bfloat16).view(*sizes[name]).copy_(value(name))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -115,6 +117,21 @@ def test_candidates_keep_their_rows_from_batch_to_batch(kind, tmp_path):
         memory = decoder._last
     fitting = decoder.fitting([world.rollouts(3)[row] for row in (0, 3, 6, 1)], STOP)
     assert [one.task for one in fitting] == [0, 3, 1]
+    few = [world.rollouts(3)[row] for row in (0, 3, 6)]
+    assert len(decoder.fitting(few, STOP)) == 2  # two thirds of those that wait
+    assert decoder.fitting([*few, *few, *few], STOP) == []  # a third of the rows
+
+
+def test_what_is_no_number_stays_in_its_own_batch(tmp_path):
+    world = World(tmp_path, "llama")
+    decoder = Decoder(world.module, (), world.blockwise.context, fixed=True)
+    ill, well = world.rollouts()[3], world.rollouts()[0]
+    ill = replace(ill, states=[Kept(torch.full_like(k, float("nan")), v, row) for k, v, row in ill.states])
+    alone = world.resumed(fixed=False)[0]
+    assert decoder.resume([ill], STOP)[0].max_prob.isnan().any()
+    last = decoder._last
+    assert_same(decoder.resume([well], STOP), [alone])
+    assert decoder._last is last
 
 
 @pytest.mark.usefixtures("float64_throughout")
@@ -167,8 +184,8 @@ def test_what_a_step_needs_is_on_the_device_before_it_is_captured(tmp_path):
 
 def test_work_is_done_once_a_call():
     count = torch.zeros(1, dtype=torch.long, device=DEVICE)
-    replayed = Replayed(lambda: count.add_(1), DEVICE)
+    replayed = Replayed(DEVICE)
     for n in range(1, 6):
-        replayed()
+        replayed(lambda: count.add_(1))
         assert int(count) == n
     assert replayed.is_captured == (DEVICE.type == "cuda")

@@ -112,6 +112,8 @@ def test_a_tensor_does_not_fit_another_shape(donors):
         copy_tensors([info.into(torch.zeros(3, 3))])
     with pytest.raises(OlmfastError, match="cannot be copied into"):
         Uploader(torch.device("cpu")).send([(info, torch.zeros(3, 3))], None)
+    with pytest.raises(OlmfastError, match="cannot be copied into"):
+        Uploader(torch.device("cpu"), 64, 64).upload([(info, torch.zeros(info.shape[0] + 3, *info.shape[1:]))])
     with pytest.raises(OlmfastError, match="not to meta"):
         info.into(torch.zeros(info.shape, device="meta"))
 

@@ -281,7 +281,7 @@ class BatchedScorer(Planner):
     def _evaluate(self, cohort: Cohort) -> None:
         for part in cohort.parts:
             queue = RolloutQueue(cohort, self.blockwise, self.trajectories, self.shares, self.statistics)
-            for rollouts in self.passes.run(cohort, part):
+            for rollouts in self.passes.run(cohort, part, queue.let_go):
                 queue.add(rollouts)
                 while queue.fills_a_batch:
                     queue.decode()

@@ -21,7 +21,7 @@ class Kept(NamedTuple):
 
 def filled_cache(
     config: Any,
-    inputs: Sequence[Sequence[Kept] | None],
+    inputs: Sequence[Sequence[Kept]],
     lengths: Sequence[int],
     room: int,
     fixed: bool = False,
@@ -29,24 +29,22 @@ def filled_cache(
     """A cache that holds the states of several inputs, with room for more tokens, the mask of what is in it, and where
     the next token goes, (1,) on the device.
 
-    Each input has its keys and values per block, of which the first `lengths` tokens count; None is a row of nothing.
-    They are aligned on the right. A `fixed` cache shows its room from the beginning, so that its shapes never change;
+    Each input has its keys and values per block, of which the first `lengths` tokens count. They are aligned on the
+    right. A `fixed` cache shows its room from the beginning, so that its shapes never change;
     where the next token goes is read by it then, and counted up by whoever feeds a token.
     """
     from transformers import DynamicCache
 
     width = max(lengths)
     cache = DynamicCache(config=config)
-    states = next(states for states in inputs if states is not None)
-    device = states[0].keys.device
+    device = inputs[0][0].keys.device
     filled_to = sent([width], device)
     places: _Places = {}
-    for block, one in enumerate(states):
-        rows, n, shape = len(inputs), width + room, one.keys.shape
-        buffers = (
-            one.keys.new_zeros(rows, shape[1], n, shape[3]),
-            one.values.new_zeros(rows, one.values.shape[1], n, one.values.shape[3]),
-        )
+    for block, states in enumerate(inputs[0]):
+        buffers = [
+            part.new_zeros(len(inputs), part.shape[1], width + room, part.shape[3])
+            for part in (states.keys, states.values)
+        ]
         _fill(buffers, block, inputs, lengths, places)
         if block < len(cache.layers) and cache.layers[block].is_sliding and not fixed:
             cache.update(*(buffer[:, :, :width] for buffer in buffers), block)
@@ -59,9 +57,12 @@ def filled_cache(
 def refill(
     cache: Any, inputs: Sequence[Sequence[Kept] | None], lengths: Sequence[int], filled_to: torch.Tensor
 ) -> torch.Tensor:
-    """Put other inputs into a fixed cache, in place; returns the mask of what is in it. They have to fit its room."""
+    """Put other inputs into a fixed cache, in place; returns the mask of what is in it. They have to fit its room; None
+    is a row of nothing."""
     places: _Places = {}
     for block, layer in enumerate(cache.layers):
+        for buffer in layer.buffers:
+            buffer.zero_()  # what is masked counts nothing only if it is a number
         _fill(layer.buffers, block, inputs, lengths, places)
     filled_to.fill_(max(lengths))
     return sent(_mask_of(lengths), filled_to.device)

@@ -75,7 +75,16 @@ class Decoder:
         if self._last is None or not self.is_fixed:
             return []
         chosen = self._last.fitting(rollouts, stop)
-        return chosen if 2 * len(chosen) >= min(len(rollouts), len(self._last.places)) else []
+        return chosen if 2 * len(chosen) >= min(len(rollouts), self._last.n_rows) else []
+
+    def room_of(self, n_tokens: int) -> int:
+        """Tokens that a row of so many takes in memory."""
+        return -(-n_tokens // ROOM_STEP) * ROOM_STEP if self.is_fixed else n_tokens
+
+    def forget(self) -> bool:
+        """Give back the last batch's memory; whether there was any."""
+        last, self._last = self._last, None
+        return last is not None
 
     @torch.inference_mode()
     def resume(self, rollouts: Sequence[Rollout], stop: Collection[int]) -> list[OwnTokens]:
@@ -93,6 +102,7 @@ class Decoder:
             del last  # its memory goes before more is taken
             batch = _Fixed(self.module, chosen, self.leaves, self.context, stop)
         found = dict(zip(order, batch.run(), strict=True))
+        batch.rows = []  # whose states are not wanted any more
         if isinstance(batch, _Fixed) and batch.is_replayed:
             self._last = batch
         return [found[index] for index in range(len(order))]
@@ -167,7 +177,7 @@ class _Batch:
         for at in done.nonzero()[:, 0].tolist():
             rollout, n = self.rows[at], lengths[at]
             if rollout is not None:
-                self._found[id(rollout)] = OwnTokens(tokens[at, :n].tolist(), probabilities[at, :n])
+                self._found[id(rollout)] = OwnTokens(tokens[at, :n].tolist(), probabilities[at, :n].clone())
 
     def run(self) -> list[OwnTokens]:
         """What follows each rollout."""
@@ -228,6 +238,7 @@ class _Fixed(_Batch):
         super().__init__(module, rollouts, *rest)
         self._stop = rest[-1]
         self._of_rows = [one.place for one in rollouts]
+        self.n_rows = len(rollouts)
         width, n_steps = max(one.n_states for one in rollouts), max(one.limit for one in rollouts)
         self.room = -(-(width + n_steps) // ROOM_STEP) * ROOM_STEP
         states = [one.states for one in rollouts]
@@ -236,7 +247,7 @@ class _Fixed(_Batch):
         vars(self).update(self._begin(mask, self.room))
         self.mask = torch.cat([mask, mask.new_zeros(len(rollouts), self.room - width)], dim=1)
         is_loaded = module in _CAPTURED and n_steps > 1  # a capture takes as long as a step
-        self._replayed = Replayed(self._step, self.device, is_loaded)
+        self._replayed = Replayed(self.device, is_loaded)
 
     @property
     def is_replayed(self) -> bool:
@@ -273,16 +284,16 @@ class _Fixed(_Batch):
         rollouts = [one for one in self.rows if one is not None]
         n_steps = max(one.limit for one in rollouts)
         for n in range(1, n_steps + 1):
-            self._replayed()
+            self._replayed(self._step)
             if n % self.apart == 0 and n < n_steps and not (self.left > 0).any():
                 break
         if self._replayed.is_refused:
             _NEEDS_THE_HOST.add(self.module)
         if self._replayed.is_captured:
             _CAPTURED.add(self.module)
-        self._found = {}
         self._take(torch.ones(len(self.rows), dtype=torch.bool))
-        return [self._found[id(one)] for one in rollouts]
+        found, self._found = self._found, {}
+        return [found[id(one)] for one in rollouts]
 
     def _step(self) -> None:
         self.mask.index_fill_(1, self.filled_to, 1)

@@ -45,9 +45,11 @@ class Stack:
 
     def bring(self, rows: Iterable[int]) -> None:
         """Have these rows filled."""
-        wanted = [one for row in rows for one in self._left.pop(row, ())]
-        if wanted:
-            self._fill(wanted)
+        rows = [row for row in dict.fromkeys(rows) if row in self._left]
+        if rows:
+            self._fill([one for row in rows for one in self._left[row]])
+        for row in rows:  # not before they are: where that fails, it is tried again
+            del self._left[row]
 
 
 class WorkingModel:
@@ -133,7 +135,7 @@ class WorkingModel:
             values[name] = live.new_empty(len(own), *live.shape)
             for row, one in enumerate(own):
                 left[row].append((name, one, values[name][row]))
-        return Stack(values, left, partial(self._fill, keep=False))
+        return Stack(values, left, partial(self._fill, keep=False, of=len(several)))
 
     def live(self, name: str) -> torch.Tensor:
         """The parameter, or the view of one, that a tensor fills; NaN where it lies in a block that is not there."""
@@ -171,8 +173,11 @@ class WorkingModel:
         info = self.sources.pool[self.recipe.base].tensors.get(name)
         return expression.open(self.sources).dtype if info is None else info.dtype
 
-    def _fill(self, wanted: Sequence[_Filling], keep: bool) -> None:
-        """Name, expression and the tensor its values are copied into, rounded on the way as saving would round them."""
+    def _fill(self, wanted: Sequence[_Filling], keep: bool, of: int = 1) -> None:
+        """Name, expression and the tensor its values are copied into, rounded on the way as saving would round them.
+
+        They may be a part `of` as many alike, by all of which it goes whether what is computed is kept.
+        """
         direct: list[tuple[TensorInfo, torch.Tensor]] = []
         others: list[tuple[Expression, torch.dtype, torch.Tensor]] = []
         n_bytes = 0  # of what is computed, in float32 at most
@@ -184,7 +189,7 @@ class WorkingModel:
             else:
                 others.append((expression, saved, target))
                 n_bytes += 4 * target.numel() if info is None else 0
-        keep = n_bytes <= (self.sources.memory if keep else self.sources.memory // CANDIDATE_SHARE)
+        keep = of * n_bytes <= (self.sources.memory if keep else self.sources.memory // CANDIDATE_SHARE)
         with torch.no_grad():
             self._read(self._computed(others, keep))
             self._copy(direct)

@@ -6,7 +6,7 @@ On a GPU the next passes are queued before the host reads what the last ones fou
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -82,17 +82,19 @@ class Passes:
         kept = [(batch.hidden[first][row], len(task.ids)) for (batch, row), task in zip(places, tasks, strict=True)]
         return self.blockwise.pad_hidden([hidden[:length] for hidden, length in kept])
 
-    def run(self, cohort: Cohort, part: Sequence[Sequence[int]]) -> Iterator[list[Rollout]]:
+    def run(
+        self, cohort: Cohort, part: Sequence[Sequence[int]], let_go: Callable[[], bool] = lambda: False
+    ) -> Iterator[list[Rollout]]:
         """Score a cohort's candidates on batches of tasks; yields for each what is to be decoded on.
 
         As many passes go through the blocks together as `sweep_bytes` hold: one, where nothing has to be fetched. What
-        does not fit the memory is halved, and goes on.
+        does not fit the memory, nor what `let_go` gives back (if it does), is halved, and goes on.
         """
         waiting = [_Batch(list(range(len(cohort.rows))), list(numbers)) for numbers in part]
         unread: deque[_Found] = deque()
         ahead = PASSES_AHEAD.get(self.blockwise.device.type, 0)
         while waiting:
-            planned, fits = self._planned(cohort.first or 0, waiting), True
+            planned, fits, gave = self._planned(cohort.first or 0, waiting), True, False
             try:
                 self._sweep(cohort, planned, unread)
                 while unread and (len(unread) > ahead or not planned):
@@ -105,7 +107,8 @@ class Passes:
                     found.batch.places[:0] = found.places
                 unread.clear()
                 left = next(batch for batch in waiting if batch.places)
-                if not ahead and len(planned) <= 1 and len(left.places) == len(left.numbers) == 1:
+                gave = let_go()
+                if not gave and not ahead and len(planned) <= 1 and len(left.places) == len(left.numbers) == 1:
                     raise
                 fits = False
             while waiting and not waiting[0].places and not any(found.batch is waiting[0] for found in unread):
@@ -114,6 +117,8 @@ class Passes:
                 self.statistics.splits += 1
                 for batch in waiting:
                     batch.suffix = None
+                if gave:
+                    continue
                 if not ahead:
                     self._halve(waiting, len(planned))
                 ahead = 0  # what was kept unread may have been too much

@@ -48,6 +48,10 @@ class RolloutQueue:
         waiting = self._waiting
         return bool(waiting) and len(waiting) * max(map(self._length, waiting)) >= self.shares.rollout_tokens
 
+    def let_go(self) -> bool:
+        """Give back the memory that is kept for the next batch; whether there was any."""
+        return self._decoder.forget()
+
     def decode(self) -> None:
         """Decode as many as fit a batch to their ends."""
         chosen, stop = self._next()
@@ -90,4 +94,4 @@ class RolloutQueue:
 
     def _length(self, one: Rollout) -> int:
         prompt = self.trajectories.tasks[one.task].sample.prompt
-        return len(prompt) + len(one.own.tokens) + one.limit
+        return self._decoder.room_of(len(prompt) + len(one.own.tokens) + one.limit)

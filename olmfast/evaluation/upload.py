@@ -180,8 +180,9 @@ class Uploader:
         """The tensors, or rows of them, in turns that a stage has room for."""
         several: list[_Pair] = []
         n_bytes = 0
-        for pair in pairs:
-            for info, target in _by_rows(*pair, self.stage_bytes):
+        for whole, goes in pairs:
+            whole.check_fits(goes)
+            for info, target in _by_rows(whole, goes, self.stage_bytes):
                 if several and n_bytes + _room_of(target) > self.stage_bytes:
                     yield several
                     several, n_bytes = [], 0

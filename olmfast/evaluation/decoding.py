@@ -24,7 +24,7 @@ from olmfast.evaluation.transit import Fetched, sent
 # Types of devices on which shapes stay the same from step to step, so that steps can be replayed.
 FIXED_ON = {"cuda"}
 LEFT = 0.75  # rows that are done leave a batch once no more than this share of it goes on, if its shapes may change
-ROOM_STEP = 128  # in which the room of a batch of fixed shapes grows, so that the next ones fit
+ROOM_STEP = 64  # in which the room of a batch of fixed shapes grows, so that the next ones fit
 
 
 @dataclass

@@ -351,6 +351,7 @@ def test_a_dataset_that_is_no_json_is_empty_or_has_no_response_is_named(refused,
 def test_a_dataset_of_which_nothing_fits_the_context_is_named(refused, cfg):
     write_dataset(cfg.parent / "sums.json", [("x" * 200, "y")])
     message = f"{cfg.parent / 'sums.json'}: every sample is longer than the model's context of 128 tokens"
+    message += ", by its config.json"
     assert refused(cfg) == message
 
 

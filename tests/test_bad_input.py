@@ -362,7 +362,7 @@ def test_worked_examples_that_fill_the_context_are_named(refused, cfg):
     test = "mmlu/test/art_test.csv"
     assert refused(edit(cfg, dataset={test: {"mode": "choice", "shots": 5}})) == (
         f"{cfg.parent / test}: every sample, opened by the worked examples of {examples}, is longer than the model's "
-        "context of 128 tokens; fewer worked examples (shots, --ntrain) make them shorter"
+        "context of 128 tokens, by its config.json; fewer worked examples (shots, --ntrain) make them shorter"
     )
 
 

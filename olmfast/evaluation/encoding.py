@@ -95,7 +95,8 @@ def _load(path: Path, name: str, config: DatasetConfig, tokenizer: Any, context:
         opened = f", opened by the worked examples of {files[1]}," if len(files) > 1 and not is_folder else ""
         advice = "; fewer worked examples (shots, --ntrain) make them shorter" if is_mmlu else ""
         raise InputError(
-            f"{where}: every sample{opened} is longer than the model's context of {context} tokens, by its config.json{advice}"
+            f"{where}: every sample{opened} is longer than the model's context of {context} tokens, by its config.json"
+            f"{advice}"
         )
     # What a task asks is made by its code and by the package: the questions themselves tell.
     asked = repr([(c.messages, c.response, c.options) for c in conversations]).encode() if is_task else b""

@@ -403,6 +403,16 @@ def test_multiple_choices_are_read_as_they_are_published(tmp_path, item, asked, 
         assert "is a multiple choice, which mode 'exact' does not read" in refusal(tmp_path, [item])
 
 
+@pytest.mark.parametrize(("answer", "text", "letter"), [(True, "yes", "A"), (False, "no", "B")])
+def test_a_question_about_a_passage_that_is_true_or_false_is_answered_by_yes_or_no(tmp_path, answer, text, letter):
+    item = {"question": "is it so", "title": "It", "passage": "It is.", "answer": answer}
+    asked = "It is.\n\nis it so"
+    assert load(tmp_path, [item]) == [Conversation(({"role": "user", "content": asked},), text)]
+    (found,) = load(tmp_path, [item], "choice")
+    assert (found.messages[-1]["content"], found.response) == (f"{asked}\nA. yes\nB. no\nAnswer:", letter)
+    assert "answer: expected a text" in refusal(tmp_path, [{"question": "is it so", "answer": answer}])
+
+
 def test_a_question_with_options_is_no_conversation_for_other_modes(tmp_path):
     for item in (
         {"question": "2+2=", "choices": ["3", "4"], "answer": 1},

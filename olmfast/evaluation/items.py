@@ -245,6 +245,8 @@ class Item:
             and not are_texts(data[key])
         ):
             return text, data[text]
+        if (answer := self._yes_or_no()) is not None:
+            return key, answer
         of_several = key in SEVERAL_ANSWERS or (key == "target" and question == "input")  # BIG-bench
         return key, _first_of(data[key]) if of_several or data[key] == [] else _expected(data[key])
 
@@ -267,6 +269,13 @@ class Item:
         if key == "preferred_output" and _preferred(value):
             return _expected(value)
         return value if isinstance(value, str) else None
+
+    def _yes_or_no(self) -> str | None:
+        """The answer to a question about a passage that is true or false: BoolQ."""
+        data = self.data
+        answers = {True: "yes", False: "no"}
+        is_one = "passage" in data and not self.fields and isinstance(data.get("answer"), bool)
+        return answers[data["answer"]] if is_one else None
 
     def _marks_one(self) -> bool:
         """Whether the item says which of its answers is right: they are options then."""
@@ -321,6 +330,8 @@ class Item:
         if keys is not None:
             return self._field("choices")
         plain = self._plain_options()
+        if plain is None and self._yes_or_no() is not None:
+            return ["yes", "no"]
         scored = self._scored() if plain is None else None
         return plain if scored is None else [text for text, _ in scored]
 
@@ -367,7 +378,7 @@ class Item:
             best = max((score for _, score in scored), default=None)
             right: Any = [LETTERS[n : n + 1] for n, (_, score) in enumerate(scored) if score == best]
         else:
-            right = self._field("answer") if "answer" in self.fields else _first(self.data, RIGHT)
+            right = self._field("answer") if "answer" in self.fields else self._yes_or_no() or _first(self.data, RIGHT)
         if right is None and not self.fields:
             right = self._right_named()
         if isinstance(right, list) and len(right) > 1:

@@ -7,6 +7,7 @@ import os
 import runpy
 import signal
 import threading
+import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -206,6 +207,37 @@ def test_the_work_of_one_that_hangs_is_done_by_others(config, threads, monkeypat
     monkeypatch.setattr(crew, "SLOW", 0)  # else it waits for as long as a busy machine took for what came before
     monkeypatch.setattr(threads, "hangs", 10)
     assert sum("is slow: another does the same" in note for note in with_workers(config, 2)) >= 1
+
+
+def test_who_is_still_coming_up_at_the_end_asks_nobody_after_it(config, threads, monkeypatch):
+    """Ray ends a process that asks it for anything after that."""
+    with_workers(config, 2)
+    threads.faults.update({len(threads.latest.asked): "die"})  # the last errand: another worker is started for it
+    opened, after, coming = Worker.open, [], []
+
+    def slowly(self, opening):
+        if len(threads.latest.started) > 2:
+            coming.append(self)
+            time.sleep(1)
+        return opened(self, opening)
+
+    def watched(name):
+        own = getattr(Threads, name)
+
+        def call(self, *args):
+            if self.ended.is_set():
+                after.append(name)
+            return own(self, *args)
+
+        return call
+
+    monkeypatch.setattr(Worker, "open", slowly)
+    for name in ("start", "ask", "answer", "end"):
+        monkeypatch.setattr(Threads, name, watched(name))
+    with_workers(config, 2)
+    assert len(coming) == 1
+    time.sleep(0.2)
+    assert after == []
 
 
 def test_work_that_no_worker_survives_ends_the_run_which_resumes(config, threads):

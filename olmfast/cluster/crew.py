@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ SLOW, GRACE_S = 4.0, 5.0  # an errand has others do it too after so many times t
 WAIT_S = 0.2
 CHECK_S = 5.0  # between looks whether all is well, while nothing is lost
 JOIN_S = 600.0  # to wait for a first worker
+END_S = 10.0  # to wait at the end for one that is still coming up
 FAILED_STARTS = 5  # in a row
 
 
@@ -140,6 +142,7 @@ class Crew:
         self._usual: dict[str, deque[float]] = {}
         self._strays: dict[Any, Member] = {}  # tickets of errands that somebody else has done by now
         self._coming, self._failed, self._started = 0, 0, 0
+        self._arriving: dict[threading.Thread, Any] = {}  # what brings a worker up -> its handle, once it has one
         self._why, self._news = "", list[str]()
         self._began = self._ended = False
         self._in_doubt, self._checked = False, time.monotonic()
@@ -168,10 +171,18 @@ class Crew:
         self._closed.append(number)
 
     def close(self) -> None:
-        """End all workers."""
+        """End all workers. Those that are still coming up are waited for: who asks a fleet that is closed may end this
+        process."""
         with self._changed:
             self._ended = True
             self.members.clear()
+            arriving = dict(self._arriving)
+        until = time.monotonic() + END_S
+        for thread, handle in arriving.items():
+            if handle is not None:
+                with suppress(Exception):  # it may have gone with what it ran on
+                    self.fleet.end(handle)
+            thread.join(max(0.0, until - time.monotonic()))
         self.fleet.close()
 
     def _say(self, text: str) -> None:
@@ -185,15 +196,24 @@ class Crew:
     # Workers that come and go
 
     def _start(self) -> None:
-        self._coming += 1
-        self._started += 1
-        threading.Thread(target=self._bring_up, args=(self._started,), daemon=True, name="bring up").start()
+        with self._changed:
+            if self._ended:
+                return
+            self._coming += 1
+            self._started += 1
+            thread = threading.Thread(target=self._bring_up, args=(self._started,), daemon=True, name="bring up")
+            self._arriving[thread] = None
+            thread.start()
 
     def _bring_up(self, number: int) -> None:
         """Have a worker find its donors and build its model; then it is a member."""
         handle, why = None, ""
         try:
-            handle = self.fleet.start()
+            with self._changed:
+                if not self._ended:
+                    handle = self._arriving[threading.current_thread()] = self.fleet.start()
+            if handle is None:
+                return
             report: Report = self._asked(handle, "open", self.opening)
             why = differing(report, self.environment)
             if not why:
@@ -204,6 +224,7 @@ class Crew:
         except (Exception, SystemExit) as error:  # a thread's: told by those who wait for the worker
             why = f"{type(error).__name__}: {error}" if not isinstance(error, (OlmfastError, Lost)) else str(error)
         with self._changed:
+            del self._arriving[threading.current_thread()]
             self._coming -= 1
             if why or handle is None:
                 self._failed += 1

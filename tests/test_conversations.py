@@ -411,6 +411,7 @@ def test_a_question_about_a_passage_that_is_true_or_false_is_answered_by_yes_or_
     (found,) = load(tmp_path, [item], "choice")
     assert (found.messages[-1]["content"], found.response) == (f"{asked}\nA. yes\nB. no\nAnswer:", letter)
     assert "answer: expected a text" in refusal(tmp_path, [{"question": "is it so", "answer": answer}])
+    assert load(tmp_path, [item | {"response": "Maybe."}])[0].response == "Maybe."  # which says more
 
 
 def test_a_question_with_options_is_no_conversation_for_other_modes(tmp_path):

@@ -5,6 +5,7 @@ On a GPU shapes stay the same from step to step and from batch to batch, so that
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ class Decoder:
 
     def room_of(self, n_tokens: int) -> int:
         """Tokens that a row of so many takes in memory."""
-        return -(-n_tokens // ROOM_STEP) * ROOM_STEP if self.is_fixed else n_tokens
+        return _in_steps(n_tokens) if self.is_fixed else n_tokens
 
     def forget(self) -> bool:
         """Give back the last batch's memory; whether there was any."""
@@ -108,6 +109,10 @@ class Decoder:
         return [found[index] for index in range(len(order))]
 
 
+def _in_steps(n_tokens: int) -> int:
+    return -(-n_tokens // ROOM_STEP) * ROOM_STEP
+
+
 _NEEDS_THE_HOST: WeakSet[Any] = WeakSet()
 _CAPTURED: WeakSet[Any] = WeakSet()  # modules of which a step of decoding has been captured
 
@@ -117,7 +122,7 @@ def needs_the_host(module: Any) -> bool:
     return module in _NEEDS_THE_HOST
 
 
-class _Batch:
+class _Batch(ABC):
     """Rollouts in one batch, by candidate: what they feed next, and what was found. A step changes it in place."""
 
     cache: Any
@@ -179,9 +184,9 @@ class _Batch:
             if rollout is not None:
                 self._found[id(rollout)] = OwnTokens(tokens[at, :n].tolist(), probabilities[at, :n].clone())
 
+    @abstractmethod
     def run(self) -> list[OwnTokens]:
         """What follows each rollout."""
-        raise NotImplementedError
 
     def _count(self, places: Sequence[int]) -> None:
         """The candidates that rows are of, in turn."""
@@ -240,7 +245,7 @@ class _Fixed(_Batch):
         self._of_rows = [one.place for one in rollouts]
         self.n_rows = len(rollouts)
         width, n_steps = max(one.n_states for one in rollouts), max(one.limit for one in rollouts)
-        self.room = -(-(width + n_steps) // ROOM_STEP) * ROOM_STEP
+        self.room = _in_steps(width + n_steps)
         states = [one.states for one in rollouts]
         lengths = [one.n_states for one in rollouts]
         self.cache, mask, self.filled_to = filled_cache(module.config, states, lengths, self.room - width, fixed=True)

@@ -245,7 +245,7 @@ class Item:
             and not are_texts(data[key])
         ):
             return text, data[text]
-        if (answer := self._yes_or_no()) is not None:
+        if key == "answer" and (answer := self._yes_or_no()) is not None:
             return key, answer
         of_several = key in SEVERAL_ANSWERS or (key == "target" and question == "input")  # BIG-bench
         return key, _first_of(data[key]) if of_several or data[key] == [] else _expected(data[key])
